@@ -1,0 +1,1 @@
+"""Prompts, chat formatting, packing, and readers for users' data sets."""

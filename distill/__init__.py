@@ -1,0 +1,1 @@
+"""Winning the quality back: objectives, teacher and training."""

@@ -1,0 +1,1 @@
+"""The same measurements for every model and artifact."""

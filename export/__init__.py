@@ -1,0 +1,1 @@
+"""GGUF, ONNX and the bundle that holds them."""

@@ -1,0 +1,1 @@
+"""The one view of a decoder: where its weights come from, its blocks, and how it is saved."""

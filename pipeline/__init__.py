@@ -1,0 +1,1 @@
+"""The conductor: command line, recipe, runner, store, plan and report."""

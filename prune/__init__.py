@@ -1,0 +1,1 @@
+"""Choosing blocks to drop, dropping them, and healing the gap."""

@@ -1,0 +1,1 @@
+"""Opens exported models in stock runtimes; imports neither torch nor transformers."""

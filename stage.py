@@ -1,0 +1,81 @@
+"""The stage contract: what a stage is given, and what it gives back.
+
+A stage is a module `<area>/stage.py` with
+
+    FORMAT: int                                            bumped when the meaning of its output changes
+    check(config, model, context) -> None                  optional; cheap refusals before any work is done
+    run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
+
+and a configuration class derived from `Section`, importable without torch. A stage knows nothing of the
+pipeline. `out_dir` exists when `run` is called; after a kill the same folder is handed over again with what had
+been written, so long stages resume from it. `out_dir/.work/` is for resumable state and is deleted on completion;
+all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an interrupted run ends
+with the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+WORK = ".work"
+
+
+class Section(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def input_files(self) -> list[str]:
+        """Local files named by this section whose content belongs in the stage's fingerprint."""
+        return []
+
+
+class Advance(Protocol):
+    def __call__(self, n: int = 1, note: str = "") -> None: ...
+
+
+class Progress:
+    """Where a stage reports its progress. This one is silent; the command line passes one that draws."""
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        """A bar of `total` steps; call the yielded function to advance it, with a short note such as a loss."""
+
+        def advance(n: int = 1, note: str = "") -> None:
+            return None
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        """One line worth reading: a count, a choice made, a figure."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a stage runs, as opposed to what it does."""
+
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"  # of weights and activations: float32, bfloat16 or float16
+    recipe_dir: Path = field(default_factory=Path.cwd)
+    progress: Progress = field(default_factory=Progress)
+
+    def resolve(self, path: str) -> Path:
+        """A path written in the recipe, taken relative to the recipe's folder."""
+        found = Path(path).expanduser()
+        return found if found.is_absolute() else self.recipe_dir / found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The folders a stage reads."""
+
+    base: Path  # checkpoint folder of the unpruned model
+    model: Path  # checkpoint folder of the model so far; the base before any stage made one
+    stages: dict[str, Path] = field(default_factory=dict)  # finished earlier stages, by name
