@@ -22,7 +22,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
         raise UserError(f"{file} could not be read as a model: {error}") from error
     check_family(model.config, file)

@@ -97,7 +97,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     _check_safetensors(folder)
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -111,6 +111,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise UserError(f"the weights in {folder} could not be loaded: {error}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is broken")
