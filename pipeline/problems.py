@@ -1,0 +1,151 @@
+"""What is wrong with a recipe, where, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong at one key path."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+    def render(self, file: str, tree: Any, origins: dict[tuple[Any, ...], str]) -> str:
+        """"file:line: key.path: message"; for an overridden key the option instead of file and line."""
+        key = ".".join(str(part) for part in self.path) or "(the whole file)"
+        for length in range(len(self.path), 0, -1):
+            origin = origins.get(tuple(str(part) for part in self.path[:length]))
+            if origin:
+                return f"{origin}: {key}: {self.message}"
+        return f"{file}:{_line(tree, self.path)}: {key}: {self.message}"
+
+
+def _line(tree: Any, path: tuple[str | int, ...]) -> int:
+    """The line of the deepest key on the path that the file has, counted from 1."""
+    line = 1
+    for part in path:
+        if isinstance(tree, CommentedMap) and part in tree:
+            line = tree.lc.data[part][0] + 1 if part in (tree.lc.data or {}) else line
+            tree = tree[part]
+        elif isinstance(tree, CommentedSeq) and isinstance(part, int) and part < len(tree):
+            line = tree.lc.data[part][0] + 1 if part in (tree.lc.data or {}) else line
+            tree = tree[part]
+        else:
+            break
+    return line
+
+
+def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]) -> list[Problem]:
+    """pydantic's errors in the recipe's terms, each misspelt key with its nearest valid one."""
+    unknown = list(unknown_keys(plain, [model], ()))
+    problems = [problem for problem, _ in unknown]
+    # A key that is missing only because it was misspelt is named once, as the misspelling.
+    meant = {(*problem.path[:-1], guess) for problem, guess in unknown if guess}
+    covered = {problem.path for problem in problems}
+    for detail in error.errors():
+        path = _real_path(detail["loc"], plain)
+        kind = detail["type"]
+        if kind == "extra_forbidden" and path in covered:
+            continue
+        if kind == "missing" and path in meant:
+            continue
+        if kind.startswith("union_tag") and any(p[:-1] == path for p in covered):
+            continue
+        problem = Problem(path, _message(detail))
+        if problem not in problems:
+            problems.append(problem)
+    return problems
+
+
+def unknown_keys(
+    value: Any, models: list[type[BaseModel]], path: tuple[str | int, ...]
+) -> Iterator[tuple[Problem, str | None]]:
+    """Keys that no candidate model has, with the nearest valid key."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unknown_keys(item, models, (*path, number))
+        return
+    if not isinstance(value, dict) or not models:
+        return
+    candidates = _by_tag(value, models)
+    known = {name: info for model in candidates for name, info in model.model_fields.items()}
+    for key, child in value.items():
+        if key in known:
+            below = [m for model in candidates if key in model.model_fields
+                     for m in _models(model.model_fields[key].annotation)]
+            yield from unknown_keys(child, below, (*path, key))
+            continue
+        # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.
+        near = difflib.get_close_matches(key, [name for name in known if name not in value], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(known))}"
+        yield Problem((*path, key), f"unknown key {key!r}; {hint}"), near[0] if near else None
+
+
+def _by_tag(value: dict[str, Any], models: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """Of the members of a tagged union, the one whose tag (a Literal field) the value names; else all."""
+    for model in models:
+        for name, info in model.model_fields.items():
+            if get_origin(info.annotation) is Literal and value.get(name) in get_args(info.annotation):
+                return [model]
+    return models
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The model classes within a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is not None or isinstance(annotation, types.UnionType):
+        return [model for part in get_args(annotation) for model in _models(part)]
+    return []
+
+
+def _real_path(loc: tuple[str | int, ...], plain: Any) -> tuple[str | int, ...]:
+    """pydantic's location without the union tags it inserts."""
+    path: list[str | int] = []
+    for position, part in enumerate(loc):
+        if isinstance(plain, dict) and part in plain:
+            plain = plain[part]
+        elif isinstance(plain, list) and isinstance(part, int) and part < len(plain):
+            plain = plain[part]
+        elif position < len(loc) - 1 or not isinstance(plain, dict):
+            continue  # a tag, or the name of a union's member
+        path.append(part)
+    return tuple(path)
+
+
+def _message(detail: ErrorDetails) -> str:
+    given = detail.get("input")
+    kind = detail["type"]
+    if kind == "missing":
+        return "this key is required"
+    if kind == "union_tag_not_found":
+        context = detail.get("ctx", {})
+        return f"needs the key {context.get('discriminator')}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "literal_error":
+        message = f"must be {detail.get('ctx', {}).get('expected')}"
+        near = difflib.get_close_matches(str(given), _expected(detail), n=1)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    elif kind == "union_tag_invalid":
+        context = detail.get("ctx", {})
+        return f"{context.get('tag')!r} is not one of {context.get('expected_tags')}"
+    else:
+        message = message[0].lower() + message[1:]
+    if not isinstance(given, (dict, list)):
+        message += f" (it is {given!r})"
+    return message
+
+
+def _expected(detail: ErrorDetails) -> list[str]:
+    text = str(detail.get("ctx", {}).get("expected", ""))
+    return [part.strip().strip("'") for part in text.replace(" or ", ",").split(",")]

@@ -1,0 +1,251 @@
+"""Running a recipe: which stages are complete, what each reads, and making the rest."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..modeling.source import fingerprint_source, hash_file, parse_source
+from ..stage import Context, Inputs, Progress
+from .measure import Meter
+from .recipe import LoadedRecipe
+from .stages import STAGES, StageSpec
+from .store import StageFolder, fingerprint, lock
+
+PACKAGES = (
+    "torch transformers accelerate peft safetensors bitsandbytes datasets pyarrow mergekit gguf libggml-python "
+    "xllamacpp onnxruntime onnxruntime-genai onnx onnx-ir tokenizers numpy"
+).split()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a recipe runs."""
+
+    runs: Path = Path("runs")
+    device: str = "cpu"
+    dtype: str = "float32"
+    until: str | None = None
+    start: str | None = None  # make this stage and what follows it again, complete or not
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of this run: what it is, where it goes, and whether it must be made."""
+
+    spec: StageSpec
+    config: Any
+    folder: StageFolder
+    pending: bool
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe's stages in order, with their fingerprints."""
+
+    loaded: LoadedRecipe
+    options: Options
+    folder: Path
+    base: str  # fingerprint of the unpruned model
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def pending(self) -> list[PlannedStage]:
+        return [stage for stage in self.stages if stage.pending]
+
+    @property
+    def cache(self) -> Path:
+        return self.options.runs / ".sources"
+
+
+def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
+    """Work out fingerprints and which stages are pending; nothing is written but the cache of file hashes."""
+    order = _selected(loaded.order, options)
+    source = parse_source(loaded.source, loaded.folder)
+    cache = options.runs / ".sources"
+    base = fingerprint_source(source, cache)
+    folder = options.runs / loaded.recipe.name
+    context = Context(recipe_dir=loaded.folder)
+    prints: dict[str, str] = {}
+    stages = []
+    for name in order:
+        spec, config = STAGES[name], loaded.section(name)
+        reads = tuple(other for other in spec.reads if other in prints)
+        files = [hash_file(_existing(name, context.resolve(file)), cache) for file in config.input_files()]
+        digest = fingerprint(
+            name,
+            spec.format,
+            config.model_dump(mode="json"),
+            loaded.recipe.seed,
+            base,
+            [prints[r] for r in reads],
+            files,
+        )
+        prints[name] = digest
+        stage = StageFolder(folder, name, digest)
+        forced = options.start is not None and order.index(name) >= order.index(options.start)
+        stages.append(PlannedStage(spec, config, stage, forced or not stage.complete, reads))
+    return Run(loaded, options, folder, base, tuple(stages))
+
+
+def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
+    for flag, name in (("--until", options.until), ("--from", options.start)):
+        if name is not None and name not in order:
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order) or 'none'}")
+    if options.until is None:
+        return order
+    order = order[: order.index(options.until) + 1]
+    if options.start is not None and options.start not in order:
+        raise UserError(f"--from {options.start} comes after --until {options.until}")
+    return order
+
+
+def _existing(stage: str, path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"the stage {stage} reads {path}, which does not exist")
+    return path
+
+
+def execute(run: Run, progress: Progress) -> None:
+    """Make the pending stages. Safe to kill at any moment and to call again."""
+    with lock(run.folder):
+        _save_recipe(run)
+        if not run.pending:
+            return
+        context = Context(
+            run.loaded.recipe.seed, run.options.device, run.options.dtype, run.loaded.folder, progress
+        )
+        _check_device(context)
+        from ..modeling.load import resolve
+
+        base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=progress)
+        for stage in run.pending:
+            check = getattr(stage.spec.module(), "check", None)
+            if check is not None:
+                check(stage.config, base, context)
+        done: dict[str, Path] = {}
+        for number, stage in enumerate(run.stages, start=1):
+            if stage.pending:
+                progress.note(f"[{number}/{len(run.stages)}] {stage.spec.name}")
+                _make(run, stage, base, done, context)
+            done[stage.spec.name] = stage.folder.path
+
+
+def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context) -> None:
+    folder, name = stage.folder, stage.spec.name
+    if run.options.start is not None and folder.complete:
+        shutil.rmtree(folder.partial, ignore_errors=True)  # --from: from scratch
+    resumed = folder.partial.exists()
+    folder.partial.mkdir(parents=True, exist_ok=True)
+    inputs = Inputs(base, _current_model(base, done), dict(done))
+    with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
+        metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
+    prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
+    with readable_errors(f"stage {name}, writing to {folder.partial}"):
+        folder.finish(
+            {
+                "stage": name,
+                "fingerprint": folder.fingerprint,
+                "format": stage.spec.format,
+                "config": stage.config.model_dump(mode="json"),
+                "inputs": {other: prints[other] for other in stage.reads},
+                "base": {"source": run.loaded.source, "fingerprint": run.base},
+                "seed": context.seed,
+                "device": context.device,
+                "dtype": context.dtype,
+                "versions": versions(),
+                "machine": machine(),
+                "seconds": round(meter.seconds, 3),
+                "resumed": resumed,
+                "peak_memory_bytes": meter.peak_memory_bytes,
+                "peak_cuda_bytes": meter.peak_cuda_bytes,
+                "metrics": metrics,
+            }
+        )
+    context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
+    gc.collect()
+
+
+def _current_model(base: Path, done: dict[str, Path]) -> Path:
+    """The last checkpoint a finished stage made, or the unpruned model."""
+    made = [folder / "model" for folder in done.values() if (folder / "model" / "config.json").exists()]
+    return made[-1] if made else base
+
+
+@contextmanager
+def readable_errors(where: str) -> Iterator[None]:
+    """A full disk and exhausted memory as `UserError`, however the libraries put it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+            raise UserError(f"the disk is full ({where}); free some space and run the same command again") from error
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise UserError(f"out of memory ({where}): {text.splitlines()[0] if text else 'no details'}") from error
+        raise
+
+
+def _check_device(context: Context) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=context.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {context.device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _save_recipe(run: Run) -> None:
+    temporary = run.folder / ".recipe.yaml.tmp"
+    temporary.write_text(run.loaded.text, encoding="utf-8")
+    temporary.replace(run.folder / "recipe.yaml")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import psutil
+
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

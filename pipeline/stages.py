@@ -1,0 +1,37 @@
+"""Which stages there are, where their code is, and which earlier stages each one reads. No torch."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the pipeline: the recipe's section of that name."""
+
+    name: str
+    package: str  # below compress; its modules `config` and `stage` are used
+    reads: tuple[str, ...]  # earlier stages whose output it depends on, where the recipe has them
+    needs: tuple[str, ...] = ()  # of those, the ones it cannot do without
+
+    @property
+    def format(self) -> int:
+        return importlib.import_module(f"..{self.package}.config", __package__).FORMAT
+
+    def module(self) -> Any:
+        """The stage's code; imports torch."""
+        return importlib.import_module(f"..{self.package}.stage", __package__)
+
+
+STAGES: dict[str, StageSpec] = {
+    spec.name: spec
+    for spec in (
+        StageSpec("data", "data", ()),
+        StageSpec("prune", "prune", ("data",)),
+        StageSpec("distill", "distill", ("data", "prune"), needs=("data",)),
+        StageSpec("export", "export", ("data", "prune", "distill")),
+        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "export")),
+    )
+}

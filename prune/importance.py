@@ -1,0 +1,115 @@
+"""Importance of blocks from one forward pass: how far apart the hidden states around them are.
+
+Block influence (ShortGPT, arXiv 2403.03853) is 1 − cos of a block's input and output; angular distance (arXiv
+2403.17887) is arccos of that cosine over π, across a window of blocks. Both follow from the cosines between the
+hidden states at all block boundaries, so one pass serves every metric and every window length. Nothing is stored
+per token: memory is the hidden states of one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.packing import Batch
+from ..modeling.blocks import Decoder
+from ..stage import Advance
+
+TOKENS_AT_ONCE = 256  # of pairwise cosines; keeps the stacked copy of the hidden states within the CPU's caches
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Mean distances between block boundaries: entry [a, b] spans the blocks a … b−1. Float64, (L+1, L+1)."""
+
+    angular: Tensor
+    influence: Tensor
+    tokens: int
+
+    def windows(self, metric: str, length: int) -> list[float]:
+        """The distance across `length` adjacent blocks, by the number of the first: L − length + 1 values."""
+        return getattr(self, metric).diagonal(length).tolist()
+
+
+@contextmanager
+def boundaries(decoder: Decoder) -> Iterator[list[Tensor]]:
+    """A list that each forward pass fills with the hidden states at the L+1 block boundaries, (B, T, H) each.
+
+    The last entry is the last block's output before the final norm.
+    """
+    states: list[Tensor] = []
+
+    def before_first(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def after(_module: Any, _args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [decoder.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    handles += [block.register_forward_hook(after) for block in decoder.blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def scan(model: Any, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, Distances]:
+    """Distances over all tokens ("all") and over the last token of each row ("last"); padding counts nowhere."""
+    decoder = Decoder(model)
+    size = decoder.num_blocks + 1
+    sums = {name: _Sums(size, model.device) for name in ("all", "last")}
+    with boundaries(decoder) as states:
+        for batch in batches:
+            batch = batch.to(model.device)
+            decoder.hidden(**batch.model_inputs())
+            real, last = batch.segment_ids >= 0, last_tokens(batch.segment_ids)
+            flat = [state.flatten(0, 1) for state in states]
+            keep = real.flatten().nonzero().squeeze(1)
+            for index in keep.split(TOKENS_AT_ONCE):
+                cosines = pairwise_cosines(torch.stack([state[index] for state in flat], dim=1))
+                sums["all"].add(cosines)
+                chosen = last.flatten()[index]
+                if chosen.any():
+                    sums["last"].add(cosines[chosen])
+            states.clear()
+            if advance is not None:
+                advance(int(real.sum()))
+    return {name: total.mean() for name, total in sums.items()}
+
+
+def last_tokens(segment_ids: Tensor) -> Tensor:
+    """True where a row's last token stands; (B, T) bool from segment ids, −1 being padding."""
+    following = torch.nn.functional.pad(segment_ids[:, 1:], (0, 1), value=-1)
+    return (segment_ids >= 0) & (following != segment_ids)
+
+
+def pairwise_cosines(states: Tensor) -> Tensor:
+    """(N, S, H) hidden states of N tokens at S boundaries → (N, S, S) cosines, in float32."""
+    states = torch.nn.functional.normalize(states.float(), dim=-1)
+    return (states @ states.transpose(1, 2)).clamp_(-1, 1)
+
+
+class _Sums:
+    def __init__(self, size: int, device: torch.device):
+        self.cosine = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.angle = torch.zeros_like(self.cosine)
+        self.tokens = 0
+
+    def add(self, cosines: Tensor) -> None:
+        self.cosine += cosines.sum(0, dtype=torch.float64)
+        self.angle += cosines.arccos().sum(0, dtype=torch.float64)
+        self.tokens += len(cosines)
+
+    def mean(self) -> Distances:
+        count = max(self.tokens, 1)
+        return Distances(
+            (self.angle / (math.pi * count)).cpu(), (1 - self.cosine / count).cpu(), self.tokens
+        )
