@@ -1,0 +1,58 @@
+"""The tokens on which importance is measured, healing is fitted and importance matrices are collected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..stage import Inputs
+from .chat import Encoded, encode_text, load_encoded
+from .packing import Batch, pack
+
+
+def calibration_batches(
+    inputs: Inputs, tokenizer: Any, *, tokens: int, length: int, batch: int, text: Path | None = None
+) -> list[Batch]:
+    """Packed batches of at most `tokens` tokens, in sequences of up to `length`, `batch` sequences each.
+
+    They come from the text file `text` if given, else from the data stage's training rows, in order. The last row is
+    cut so that the count is exact. Raises `UserError` when there is neither, or nothing in it.
+    """
+    if text is not None:
+        rows = encode_text(tokenizer, read_text(text), length)
+    elif "data" in inputs.stages:
+        rows = load_encoded(inputs.stages["data"], tokenizer, "train", length)
+    else:
+        raise UserError("there is nothing to calibrate on: give the recipe a `data` section, or name a text file")
+    if not rows:
+        raise UserError(f"there is nothing to calibrate on: {text} has fewer than two tokens")
+    return pack(_first(rows, tokens), length, batch, pad_id(tokenizer))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; `UserError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error.strerror}") from error
+
+
+def pad_id(tokenizer: Any) -> int:
+    """A token to pad with; which one is of no consequence, since nothing sees it."""
+    for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return number
+    return 0
+
+
+def _first(rows: list[Encoded], tokens: int) -> list[Encoded]:
+    found: list[Encoded] = []
+    for row in rows:
+        if tokens <= 0:
+            break
+        found.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens]))
+        tokens -= len(row.input_ids)
+    return found

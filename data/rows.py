@@ -1,0 +1,80 @@
+"""The rows of a data stage's folder: what they are, and the one file that holds them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+FILE = "rows.parquet"
+ROW_GROUP = 4096
+Split = Literal["train", "heldout"]
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: a conversation (`messages`) or a plain text (`text`), never both."""
+
+    id: int
+    split: Split
+    messages: Messages | None = None  # [{"role": ..., "content": ...}, ...]
+    text: str | None = None
+    source: str = ""  # "magpie", a data set's name, or a file's name
+    seed: int | None = None  # what its sampling was seeded with, where a model wrote it
+    tokens: int = 0  # length once encoded
+    targets: int = 0  # how many of them are learned
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.int64()),
+            ("split", pa.string()),
+            ("messages", pa.list_(message)),
+            ("text", pa.string()),
+            ("source", pa.string()),
+            ("seed", pa.int64()),
+            ("tokens", pa.int64()),
+            ("targets", pa.int64()),
+        ]
+    )
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
+    """Write `rows.parquet` into `folder`, whole or not at all; the same rows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / FILE
+    temporary = path.with_name(FILE + ".tmp")
+    schema = _schema()
+    table = pa.Table.from_pylist([{name: getattr(row, name) for name in schema.names} for row in rows], schema=schema)
+    pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
+    os.replace(temporary, path)
+    return path
+
+
+def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
+    """The rows of a data stage's folder in the order of their ids: one split, or all.
+
+    Raises `UserError` when the folder has no rows file, or a broken one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {FILE}, so it is not the folder of a data stage")
+    try:
+        records = pq.read_table(path, schema=_schema()).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is broken ({error}); delete its folder and run the data stage again") from error
+    return [Row(**record) for record in records if split is None or record["split"] == split]
