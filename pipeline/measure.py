@@ -55,6 +55,6 @@ def _resident(process: psutil.Process) -> int:
     return total
 
 
-def _cuda():  # noqa: ANN202 - the torch.cuda module, or None
+def _cuda():
     torch = sys.modules.get("torch")  # never import it just to measure
     return torch.cuda if torch is not None and torch.cuda.is_available() else None

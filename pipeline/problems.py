@@ -6,7 +6,7 @@ import difflib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -21,7 +21,7 @@ class Problem:
     message: str
 
     def render(self, file: str, tree: Any, origins: dict[tuple[Any, ...], str]) -> str:
-        """"file:line: key.path: message"; for an overridden key the option instead of file and line."""
+        """ "file:line: key.path: message"; for an overridden key the option instead of file and line."""
         key = ".".join(str(part) for part in self.path) or "(the whole file)"
         for length in range(len(self.path), 0, -1):
             origin = origins.get(tuple(str(part) for part in self.path[:length]))
@@ -81,8 +81,12 @@ def unknown_keys(
     known = {name: info for model in candidates for name, info in model.model_fields.items()}
     for key, child in value.items():
         if key in known:
-            below = [m for model in candidates if key in model.model_fields
-                     for m in _models(model.model_fields[key].annotation)]
+            below = [
+                m
+                for model in candidates
+                if key in model.model_fields
+                for m in _models(model.model_fields[key].annotation)
+            ]
             yield from unknown_keys(child, below, (*path, key))
             continue
         # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 from ..stage import Advance, Progress
@@ -44,7 +51,9 @@ class ConsoleProgress(Progress):
             task = bars.add_task(label, total=total, note="")
 
             def advance(n: int = 1, note: str = "") -> None:
-                bars.update(task, advance=n, **({"note": note} if note else {}))
+                bars.update(task, advance=n)
+                if note:
+                    bars.update(task, note=note)
 
             yield advance
 

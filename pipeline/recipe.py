@@ -30,7 +30,8 @@ class ModelSpec(Section):
 
     source: str = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     config: str | None = Field(
-        None, description="a local config.json with the model's shape, for `compress plan` where the Hub is out of reach"
+        None,
+        description="a local config.json with the model's shape, for `compress plan` where the Hub is out of reach",
     )
 
 

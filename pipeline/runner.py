@@ -124,9 +124,7 @@ def execute(run: Run, progress: Progress) -> None:
         _save_recipe(run)
         if not run.pending:
             return
-        context = Context(
-            run.loaded.recipe.seed, run.options.device, run.options.dtype, run.loaded.folder, progress
-        )
+        context = Context(run.loaded.recipe.seed, run.options.device, run.options.dtype, run.loaded.folder, progress)
         _check_device(context)
         from ..modeling.load import resolve
 

@@ -102,7 +102,9 @@ def lock(run: Path) -> Iterator[None]:
     try:
         guard.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{run} is in use by another run{_describe(holder)}; wait for it or choose another --runs") from error
+        raise UserError(
+            f"{run} is in use by another run{_describe(holder)}; wait for it or choose another --runs"
+        ) from error
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(holder, me)

@@ -14,10 +14,12 @@ FORMAT = 1
 class Calibration(Section):
     """The tokens on which importance is measured and healing is fitted."""
 
-    tokens: int = Field(16384, ge=16, description="how many tokens of the data stage's training rows, or of `text`")
-    length: int = Field(512, ge=8, description="tokens per packed row")
-    batch: int = Field(4, ge=1, description="packed rows per forward pass")
-    text: str | None = Field(None, description="a text file to calibrate on instead of the data stage's rows")
+    tokens: int = Field(
+        default=16384, ge=16, description="how many tokens of the data stage's training rows, or of `text`"
+    )
+    length: int = Field(default=512, ge=8, description="tokens per packed row")
+    batch: int = Field(default=4, ge=1, description="packed rows per forward pass")
+    text: str | None = Field(default=None, description="a text file to calibrate on instead of the data stage's rows")
 
 
 class NoHeal(Section):
@@ -31,14 +33,15 @@ class LinearHeal(Section):
 
     kind: Literal["linear"] = "linear"
     ridge: list[float] = Field(
-        [1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+        default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
         min_length=1,
         description="candidates for the ridge, as a share of the mean squared MLP output; held-out rows choose",
     )
     toward: Literal["zero", "identity"] = Field(
-        "identity", description="what the ridge shrinks the map towards: zero (as published) or leaving the MLP as is"
+        default="identity",
+        description="what the ridge shrinks the map towards: zero (as published) or leaving the MLP as is",
     )
-    held_out: float = Field(0.125, gt=0, lt=1, description="share of calibration rows that choose the ridge")
+    held_out: float = Field(default=0.125, gt=0, lt=1, description="share of calibration rows that choose the ridge")
 
 
 def _named(value: Any) -> Any:
@@ -54,18 +57,19 @@ class PruneConfig(Section):
 
     blocks: int = Field(ge=0, description="how many blocks to drop")
     importance: Literal["angular", "influence"] = Field(
-        "angular",
+        default="angular",
         description="angular: arccos of the cosine between the hidden states around the blocks (arXiv 2403.17887); "
         "influence: one minus that cosine (ShortGPT, arXiv 2403.03853)",
     )
     position: Literal["last", "all"] = Field(
-        "all", description="measured on every token, or on the last token of each row"
+        default="all", description="measured on every token, or on the last token of each row"
     )
     search: Literal["window", "lowest"] = Field(
-        "window", description="window: the best run of adjacent blocks; lowest: the least important blocks, anywhere"
+        default="window",
+        description="window: the best run of adjacent blocks; lowest: the least important blocks, anywhere",
     )
-    heal: Heal = Field(LinearHeal(), description="how the gap is closed: linear or none")
-    calibration: Calibration = Field(Calibration(), description="the tokens to measure and heal on")
+    heal: Heal = Field(default_factory=LinearHeal, description="how the gap is closed: linear or none")
+    calibration: Calibration = Field(default_factory=Calibration, description="the tokens to measure and heal on")
 
     def input_files(self) -> list[str]:
         return [self.calibration.text] if self.calibration.text else []

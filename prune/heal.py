@@ -46,9 +46,7 @@ class Statistics:
         self.tokens += len(m)
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(
-            self.mm + other.mm, self.md + other.md, self.dd + other.dd, self.tokens + other.tokens
-        )
+        return Statistics(self.mm + other.mm, self.md + other.md, self.dd + other.dd, self.tokens + other.tokens)
 
     def solve(self, ridge: float, toward: str) -> Tensor:
         """T (H, H) of (MᵀM + αI)·T = MᵀD [+ αI], α = ridge · mean diagonal of MᵀM."""
@@ -127,9 +125,7 @@ def choose(
     best = min(errors, key=lambda ridge: (errors[ridge], ridge))
     identity = torch.eye(len(fit.mm), dtype=torch.float64, device=fit.mm.device)
     both = fit + held
-    record = Healing(
-        block, gap, best, {f"{r:g}": e for r, e in errors.items()}, held.error(identity), both.tokens
-    )
+    record = Healing(block, gap, best, {f"{r:g}": e for r, e in errors.items()}, held.error(identity), both.tokens)
     return both.solve(best, config.toward), record
 
 

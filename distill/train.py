@@ -1,0 +1,320 @@
+"""The training loop: transformers' Trainer around chunked objectives, exactly resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..data.packing import Batch
+from ..errors import UserError
+from ..modeling.blocks import Decoder
+from ..stage import Advance, Context
+from .config import DistillConfig, Lora
+from .losses import Head, LossSums, objective_loss, response_positions
+from .teacher import CopyTeacher
+
+WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
+WEIGHTS = "trainable.safetensors"
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+
+
+class Student(nn.Module):
+    """The model being trained, called for hidden states; one module, so that DDP and FSDP can wrap it."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder):
+        super().__init__()
+        self.model = model
+        self.decoder = decoder
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return self.decoder.hidden(**inputs)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out batches, with the teacher's hidden states at their response positions."""
+
+    batches: list[Batch]
+    teacher_hidden: list[Tensor]
+    teacher_head: Head
+
+
+@torch.no_grad()
+def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str) -> HeldOut:
+    """Run the teacher over the held-out batches once; only response positions are kept."""
+    states = []
+    for batch in batches:
+        batch = batch.to(device)
+        positions, _ = response_positions(batch.input_ids, batch.loss_mask)
+        states.append(teacher.hidden(batch).flatten(0, 1)[positions].clone())
+    head = teacher.head
+    return HeldOut(batches, states, Head(head.weight.clone(), head.softcap))
+
+
+def lora_model(model: Any, tune: Lora, seed: int) -> Any:
+    """The model with fresh adapters; everything else is frozen. Raises `UserError` for unknown target names."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=tune.rank,
+        lora_alpha=tune.alpha,  # type: ignore[arg-type]
+        lora_dropout=tune.dropout,
+        target_modules=tune.targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(f"distill.tune.targets: {error}") from error
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name, on the CPU."""
+    return {n: p.detach().cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def load_trainable(module: nn.Module, file: Path) -> None:
+    """Put saved parameters back; the names must be the trained ones exactly."""
+    state = load_file(file)
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if state.keys() != parameters.keys():
+        raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def save_whole(state: dict[str, Tensor], file: Path) -> None:
+    """Write safetensors so that the file is never seen half-written."""
+    temporary = file.with_name(file.name + ".tmp")
+    save_file(state, temporary)
+    os.replace(temporary, file)
+
+
+class DistillTrainer(Trainer):
+    """transformers' Trainer with our loss, small checkpoints, and held-out measurements."""
+
+    def __init__(
+        self,
+        student: Student,
+        config: DistillConfig,
+        teacher: CopyTeacher | None,
+        held_out: HeldOut,
+        work: Path,
+        context: Context,
+        batches: list[Batch],
+        advance: Advance,
+    ):
+        super().__init__(
+            model=student,
+            args=_arguments(config, work, context, len(batches)),
+            train_dataset=batches,  # type: ignore[arg-type]
+            data_collator=lambda items: vars(items[0]),
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
+        self.config, self.teacher, self.held_out = config, teacher, held_out
+        self.student, self.decoder = student, student.decoder
+        self.running = torch.zeros(4, dtype=torch.float64)  # sums of loss, nll, kl and tokens since the last step
+        self.add_callback(_Recorder(self, work, advance))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        sums = self.sums(model, Batch(**inputs))
+        if not torch.isfinite(sums.loss):
+            raise UserError(
+                f"the training loss is {float(sums.loss)} at step {self.state.global_step + 1}: training diverged. "
+                f"Lower distill.lr (it is {self.config.lr:g}) or raise distill.warmup."
+            )
+        self.running += torch.tensor(
+            [float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens], dtype=torch.float64
+        )
+        return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
+
+    def sums(self, model: Any, batch: Batch) -> LossSums:
+        """The objective over one batch of training rows."""
+        positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+        hidden = model(**batch.model_inputs()).flatten(0, 1)[positions]
+        teacher_hidden = teacher_head = None
+        if self.teacher is not None:
+            teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
+        head = Head(self.decoder.head_weight, self.decoder.softcap)
+        return objective_loss(
+            self.config.objective, hidden, head, targets, teacher_hidden, teacher_head, self.config.chunk
+        )
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Loss, KL to the teacher and perplexity on the held-out rows."""
+        self.student.eval()
+        total = torch.zeros(4, dtype=torch.float64)
+        head = Head(self.decoder.head_weight, self.decoder.softcap)
+        for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
+            batch = batch.to(self.args.device)
+            positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+            hidden = self.student(**batch.model_inputs()).flatten(0, 1)[positions]
+            sums = objective_loss(
+                self.config.objective, hidden, head, targets, states, self.held_out.teacher_head, self.config.chunk
+            )
+            total += torch.tensor([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+        loss, nll, kl = (total[:3] / total[3].clamp(min=1)).tolist()
+        return {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        count = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
+        if self.accelerator.num_processes == 1:
+            return count
+        gathered: Any = self.accelerator.gather(count)
+        return gathered.sum()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_whole(trainable_state(self.student), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+
+
+class _Recorder(TrainerCallback):
+    """Writes the curves, measures and keeps the best weights; asks for checkpoints."""
+
+    def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
+        self.trainer, self.advance = trainer, advance
+        self.curves, self.best = work / "curves.jsonl", work / "best.json"
+        self.best_weights = work / "best.safetensors"
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step]
+        if state.global_step == 0:
+            keep = []
+        _write_lines(self.curves, keep)
+        self.advance(state.global_step)
+        if not keep:
+            self._measure(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        loss, nll, kl, tokens = self.trainer.running.tolist()
+        self.trainer.running.zero_()
+        count = max(tokens, 1.0)
+        step = state.global_step
+        line = {
+            "step": step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "loss": loss / count,
+            "nll": nll / count,
+            "lr": self.trainer._get_learning_rate(),
+            "tokens": int(tokens),
+        }
+        if self.trainer.teacher is not None:
+            line["kl"] = kl / count
+        _append_line(self.curves, line)
+        config, last = self.trainer.config, step >= state.max_steps
+        if step % config.eval_every == 0 or last:
+            self._measure(step)
+        if step % config.save_every == 0 and not last:
+            control.should_save = True
+        self.advance(1, f"loss {loss / count:.3f}  {self.note}")
+
+    def _measure(self, step: int) -> None:
+        found = self.trainer.measure()
+        _append_line(self.curves, {"step": step, **found})
+        self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
+        select = self.trainer.config.select
+        value = -float(step) if select == "last" else found[f"eval_{select}"]
+        best = json.loads(self.best.read_text()) if self.best.exists() else {"value": math.inf, "step": -1}
+        # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
+        if value < best["value"] or not self.best_weights.exists():
+            save_whole(trainable_state(self.trainer.student), self.best_weights)
+            temporary = self.best.with_name("best.json.tmp")
+            temporary.write_text(json.dumps({"value": value, "step": step, **found}))
+            os.replace(temporary, self.best)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; ones cut short by a kill are removed."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / WHOLE).exists():
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def total_steps(config: DistillConfig, batches: int) -> int:
+    """Optimizer steps of a run over `batches` batches per epoch."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulate)))
+
+
+def _arguments(config: DistillConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
+    steps = total_steps(config, batches)
+    on_cpu = context.device == "cpu"
+    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights.
+    mixed = not on_cpu and context.dtype != "float32"
+    return TrainingArguments(
+        output_dir=str(work / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # a data set item is a whole batch of packed sequences
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=math.ceil(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        optim=OPTIMIZERS[config.optimizer],
+        gradient_checkpointing=False,  # switched on in the model itself; the wrapper has no such method
+        seed=context.seed,
+        data_seed=context.seed,
+        use_cpu=on_cpu,
+        bf16=mixed and context.dtype == "bfloat16",
+        fp16=mixed and context.dtype == "float16",
+        eval_strategy="no",
+        save_strategy="no",  # the recorder asks for checkpoints
+        logging_strategy="no",
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
