@@ -1,0 +1,78 @@
+"""The recipe's `data` section."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..stage import Section
+
+FORMAT = 1
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class MagpieConfig(Section):
+    """Self-data without any data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
+
+    source: Literal["magpie"]
+    rows: int = Field(96, ge=2, description="how many rows to keep")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
+    batch: int = Field(32, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
+    max_prompt_tokens: int = Field(64, ge=1, description="prompts that have not ended by then are dropped")
+    max_tokens: int = Field(192, ge=1, description="answers that have not ended by then are dropped")
+    length: int = Field(512, ge=8, description="rows longer than this, in tokens with the chat template, are dropped")
+    temperature: float = Field(1.0, ge=0, description="for prompts: 1 draws from the model as it is, for variety")
+    top_p: float = Field(0.95, gt=0, le=1, description="for prompts: draw only from the likeliest tokens of this mass")
+    top_k: int = Field(0, ge=0, description="for prompts and answers: draw from the k likeliest tokens; 0: from all")
+    answer_temperature: float = Field(0.6, ge=0, description="for answers: 0 takes the likeliest token every time")
+    answer_top_p: float = Field(0.95, gt=0, le=1, description="for answers, as top_p")
+    topics: list[str] = Field([], description="what prompts are about, in turn; empty: whatever the model thinks of")
+    max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` prompts")
+
+
+class DatasetConfig(Section):
+    """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
+
+    source: Literal["dataset"]
+    path: str = Field(min_length=1, description="a .jsonl, .json, .parquet or .csv file, or a data set's Hub name")
+    subset: str | None = Field(None, description="the Hub data set's configuration, if it has several")
+    split: str = Field("train", description="the Hub data set's split")
+    prompt: str | None = Field(None, description="column of the user's words (default: prompt)")
+    response: str | None = Field(None, description="column of the answer to learn (default: response)")
+    messages: str | None = Field(None, description="column of whole conversations: lists of {role, content}")
+    text: str | None = Field(None, description="column of plain text, used without a chat template")
+    rows: int | None = Field(None, ge=2, description="how many rows to keep; null: all")
+    shuffle: bool = Field(False, description="take the rows in a random order, seeded by the recipe's seed")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
+    length: int = Field(
+        512, ge=8, description="conversations longer than this, in tokens, are dropped; text is cut into windows"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DatasetConfig:
+        pair = self.prompt is not None or self.response is not None
+        if pair + (self.messages is not None) + (self.text is not None) > 1:
+            raise ValueError("give either prompt and response, or messages, or text: a row is one of them")
+        return self
+
+    @property
+    def local(self) -> bool:
+        """Whether `path` is a file rather than a Hub name."""
+        return PurePath(self.path).suffix.lower() in SUFFIXES
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What is read from which column: prompt and response, or messages, or text."""
+        if self.messages is not None:
+            return {"messages": self.messages}
+        if self.text is not None:
+            return {"text": self.text}
+        return {"prompt": self.prompt or "prompt", "response": self.response or "response"}
+
+    def input_files(self) -> list[str]:
+        return [self.path] if self.local else []
+
+
+DataConfig = Annotated[MagpieConfig | DatasetConfig, Field(discriminator="source")]
