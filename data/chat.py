@@ -15,8 +15,14 @@ from typing import Any
 from ..errors import UserError
 from .rows import Messages, Row, Split, read_rows
 
-# Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they were encoded on.
+# Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they were encoded on, so such
+# templates are given a day that stays: the one that Llama 3.1's own template falls back on.
 _DATE = datetime(2024, 7, 26)
+_FIXED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{_DATE.strftime('%' + code)}')" for code in "YymBbdAaHMS")
+    + " }}{% endmacro %}"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ def render(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
     """
     import jinja2
 
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None) and tokenizer.get_chat_template()
+    if not template:
         raise UserError(
             "the model's tokenizer has no chat template, so conversations cannot be written in its format; "
             "use plain text instead (source: dataset with `text: COLUMN`), or an instruction-tuned model"
@@ -42,12 +49,12 @@ def render(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages,
+            chat_template=_FIXED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=answer,
             date_string=_DATE.strftime("%d %b %Y"),
-            strftime_now=_DATE.strftime,
         )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the model's chat template refuses a conversation with the turns {roles}: {error}") from error
 
@@ -56,8 +63,9 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
     """Tokens of a row and its loss mask, cut to `max_length` tokens.
 
     In a conversation every assistant turn is learned: its content and the token that ends the turn; headers,
-    other roles and whatever the template writes after the end of the turn are not. In plain text every token but
-    the first is. Raises `UserError` for a template that does not extend a conversation turn by turn.
+    other roles and whatever the template writes after the end of the turn are not. Of a row that is `cut` nothing
+    after the last answer's content is kept. In plain text every token but the first is learned.
+    Raises `UserError` for a template that does not extend a conversation turn by turn.
     """
     if row.messages is None:
         windows = encode_text(tokenizer, row.text or "", max_length)
@@ -69,14 +77,19 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
     offsets: list[tuple[int, int]] = list(encoding["offset_mapping"])
     special = special_tokens(tokenizer)
     mask = [False] * len(ids)
+    last = -1
     for number, message in enumerate(row.messages):
         if message["role"] == "assistant":
             begin, content_end, limit = _answer_span(tokenizer, row.messages, number, text)
+            if row.cut and number == len(row.messages) - 1:
+                limit = content_end
             last = _last_target([special.get(i, "") for i in ids], offsets, text, content_end, limit)
             for i, (start, end) in enumerate(offsets[: last + 1]):
                 # A token that reaches into the answer from its header is not learned. Byte-level tokenizers give
                 # spaces an empty span at their end, hence the second condition.
                 mask[i] = mask[i] or (start >= begin and end > begin)
+    if row.cut:
+        ids, mask = ids[: last + 1], mask[: last + 1]
     if mask:
         mask[0] = False  # nothing comes before it
     return Encoded(ids[:max_length], mask[:max_length])

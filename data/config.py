@@ -21,7 +21,10 @@ class MagpieConfig(Section):
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
     batch: int = Field(32, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
     max_prompt_tokens: int = Field(64, ge=1, description="prompts that have not ended by then are dropped")
-    max_tokens: int = Field(192, ge=1, description="answers that have not ended by then are dropped")
+    max_tokens: int = Field(192, ge=1, description="answers are cut off there, see `unfinished`")
+    unfinished: Literal["drop", "keep"] = Field(
+        "drop", description="answers cut off at max_tokens: dropped, or kept without learning where they end"
+    )
     length: int = Field(512, ge=8, description="rows longer than this, in tokens with the chat template, are dropped")
     temperature: float = Field(1.0, ge=0, description="for prompts: 1 draws from the model as it is, for variety")
     top_p: float = Field(0.95, gt=0, le=1, description="for prompts: draw only from the likeliest tokens of this mass")

@@ -48,6 +48,7 @@ class Draft:
     prompt: str = ""
     answer: str = ""
     drawn: int = 0  # tokens sampled for it
+    cut: bool = False  # kept although the answer was cut off
 
 
 def query(tokenizer: Any, model: Any = None, topic: str | None = None) -> Query:
@@ -151,14 +152,17 @@ class Magpie:
         draft = replace(draft, answer=text, drawn=draft.drawn + len(sampled.tokens))
         if not text:
             return replace(draft, status="empty")
-        if not sampled.ended:
-            return replace(draft, status="repetitive" if sampled.looped else "unfinished")
-        return replace(draft, status=self._fits(to_messages(draft)))
+        if sampled.looped:
+            return replace(draft, status="repetitive")
+        if not sampled.ended and self.config.unfinished == "drop":
+            return replace(draft, status="unfinished")
+        draft = replace(draft, cut=not sampled.ended)
+        return replace(draft, status=self._fits(draft))
 
-    def _fits(self, messages: Messages) -> str:
+    def _fits(self, draft: Draft) -> str:
         """KEPT, unless the row as it will be learned is too long, or the template cannot express it."""
         try:
-            encoded = encode_row(self.tokenizer, Row(0, "train", messages))
+            encoded = encode_row(self.tokenizer, to_row(draft))
         except UserError:
             return "template"
         return KEPT if len(encoded.input_ids) <= self.config.length else "too_long"
@@ -209,9 +213,10 @@ def draw_rows(magpie: Magpie, context: Context) -> tuple[list[Draft], Counter[st
     return kept, counts
 
 
-def to_messages(draft: Draft) -> Messages:
-    """The conversation a kept draft is learned as."""
-    return _asked(draft, draft.answer)
+def to_row(draft: Draft) -> Row:
+    """The row a kept draft is learned as; its split is chosen later."""
+    messages = _asked(draft, draft.answer)
+    return Row(draft.id, "train", messages=messages, source="magpie", seed=draft.seed, cut=draft.cut)
 
 
 def normalised(prompt: str) -> str:

@@ -28,6 +28,7 @@ class Row:
     seed: int | None = None  # what its sampling was seeded with, where a model wrote it
     tokens: int = 0  # length once encoded
     targets: int = 0  # how many of them are learned
+    cut: bool = False  # the last answer stops in the middle, so its end is not learned
 
 
 def _schema() -> Any:
@@ -44,6 +45,7 @@ def _schema() -> Any:
             ("seed", pa.int64()),
             ("tokens", pa.int64()),
             ("targets", pa.int64()),
+            ("cut", pa.bool_()),
         ]
     )
 

@@ -16,7 +16,7 @@ from ..stage import WORK, Context, Inputs
 from .chat import encode_row, encode_text, special_tokens
 from .config import FORMAT as FORMAT
 from .config import DataConfig, DatasetConfig, MagpieConfig
-from .magpie import KEPT, Magpie, draw_rows, query, to_messages
+from .magpie import KEPT, Magpie, draw_rows, query, to_row
 from .readers import Record, local_file, read_records
 from .rows import Row, write_rows
 
@@ -59,7 +59,7 @@ def _from_magpie(
     model = load_model(inputs.base, context.dtype, context.device)
     magpie = Magpie(config, model, tokenizer, context, work)
     drafts, counts = draw_rows(magpie, context)
-    rows = [Row(d.id, "train", messages=to_messages(d), source="magpie", seed=d.seed) for d in drafts]
+    rows = [to_row(draft) for draft in drafts]
     # Rows taken over from before an interruption were not timed here.
     speed = {"tokens_per_second": round(magpie.sampled / magpie.seconds, 1)} if magpie.seconds else {}
     return rows, counts, speed
@@ -132,6 +132,7 @@ def statistics(rows: Sequence[Row], counts: Counter[str]) -> dict[str, Any]:
         "heldout": sum(row.split == "heldout" for row in rows),
         "seen": total,
         "dropped": {reason: counts[reason] for reason in sorted(counts) if reason != KEPT},
+        "cut": sum(row.cut for row in rows),
         "kept_share": round(counts[KEPT] / total, 4),
         "tokens": sum(row.tokens for row in rows),
         "targets": sum(row.targets for row in rows),
