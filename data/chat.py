@@ -72,7 +72,7 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
         return windows[0] if windows else Encoded([], [])
     text = render(tokenizer, row.messages)
     # The template has written the beginning-of-text token where the model wants one.
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoding["input_ids"])
     offsets: list[tuple[int, int]] = list(encoding["offset_mapping"])
     special = special_tokens(tokenizer)

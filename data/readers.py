@@ -61,7 +61,10 @@ def read_records(config: DatasetConfig, context: Context, cache: Path) -> Iterat
         random.Random(f"{context.seed}/data").shuffle(order)
     data = data.select_columns(list(columns.values()))
     for number in order:
-        values = data[number]
+        try:
+            values = data[number]
+        except UnicodeDecodeError as error:  # `datasets` takes bytes as they come
+            raise UserError(f"data.path: {config.path} could not be read: {_why(config, context, error)}") from error
         yield _record(number, {key: values[column] for key, column in columns.items()}, config)
 
 
@@ -76,7 +79,7 @@ def _load(config: DatasetConfig, context: Context, cache: Path) -> Any:
                 kind = SUFFIXES[path.suffix.lower()]
                 return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache))
             except (DatasetGenerationError, OSError, ValueError, TypeError) as error:
-                raise UserError(f"data.path: {path} could not be read: {_why(path, error)}") from error
+                raise UserError(f"data.path: {path} could not be read: {_why(config, context, error)}") from error
         try:
             return datasets.load_dataset(config.path, config.subset, split=config.split, cache_dir=str(cache))
         except (DatasetNotFoundError, DatasetGenerationError) as error:
@@ -100,9 +103,10 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _why(path: Path, error: BaseException) -> str:
-    """What is wrong with a file, with its line if it is a JSON line."""
-    if path.suffix.lower() == ".jsonl":
+def _why(config: DatasetConfig, context: Context, error: BaseException) -> str:
+    """What is wrong with a data set, with the line if it is a file of JSON lines."""
+    path = context.resolve(config.path)
+    if config.local and path.suffix.lower() == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -111,6 +115,8 @@ def _why(path: Path, error: BaseException) -> str:
                     return f"line {number} is not valid JSON: {wrong}"
                 if not isinstance(record, dict):
                     return f"line {number} is not a JSON object"
+    if "corresponds to no data" in str(error):
+        return "it has no rows"
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip() or type(error).__name__

@@ -62,7 +62,7 @@ def sample(
     device = model.get_input_embeddings().weight.device
     uniforms = torch.stack([_uniforms(seed, how.max_tokens) for seed in seeds]).to(device)
     found = [Sampled([]) for _ in prompts]
-    logits, cache, seen = _prefill(model, prompts, device)
+    logits, cache, seen = _prefill(model, prompts, how.max_tokens, device)
     rows = list(range(len(prompts)))  # of the running batch
     ends = frozenset(stop)
     for step in range(how.max_tokens):
@@ -130,15 +130,15 @@ def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _prefill(model: Any, prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Cache, Tensor]:
+def _prefill(
+    model: Any, prompts: Sequence[list[int]], tokens: int, device: torch.device
+) -> tuple[Tensor, Cache, Tensor]:
     """Logits after each prompt (B, V), the cache, and which of its columns each row sees (B, T).
 
     What all prompts begin with (the template's system message) is computed once. The rests are padded on the left.
+    `tokens` more are to come.
     """
-    common = 0
-    shortest = min(map(len, prompts))
-    while common < shortest - 1 and len({prompt[common] for prompt in prompts}) == 1:
-        common += 1
+    common = _common(prompts, getattr(model.config, "sliding_window", None), tokens)
     width = max(map(len, prompts)) - common
     rest = torch.zeros((len(prompts), width), dtype=torch.long)
     seen = torch.zeros((len(prompts), common + width), dtype=torch.long)
@@ -153,6 +153,17 @@ def _prefill(model: Any, prompts: Sequence[list[int]], device: torch.device) -> 
         _forward(model, head, torch.ones_like(head), cache)
         cache.batch_repeat_interleave(len(prompts))
     return _forward(model, rest, seen, cache), cache, seen
+
+
+def _common(prompts: Sequence[list[int]], window: int | None, tokens: int) -> int:
+    """How many tokens all prompts begin with, the last token of each left out."""
+    lengths = [len(prompt) for prompt in prompts]
+    if window is not None and window < max(lengths) + tokens and len(set(lengths)) > 1:
+        return 0  # windows are counted in columns, and there would be padding between the beginning and the rest
+    common = 0
+    while common < min(lengths) - 1 and len({prompt[common] for prompt in prompts}) == 1:
+        common += 1
+    return common
 
 
 def _forward(model: Any, ids: Tensor, seen: Tensor, cache: Cache) -> Tensor:
