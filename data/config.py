@@ -27,7 +27,7 @@ class MagpieConfig(Section):
     )
     length: int = Field(512, ge=8, description="rows longer than this, in tokens with the chat template, are dropped")
     temperature: float = Field(1.0, ge=0, description="for prompts: 1 draws from the model as it is, for variety")
-    top_p: float = Field(0.95, gt=0, le=1, description="for prompts: draw only from the likeliest tokens of this mass")
+    top_p: float = Field(0.9, gt=0, le=1, description="for prompts: draw only from the likeliest tokens of this mass")
     top_k: int = Field(0, ge=0, description="for prompts and answers: draw from the k likeliest tokens; 0: from all")
     answer_temperature: float = Field(0.6, ge=0, description="for answers: 0 takes the likeliest token every time")
     answer_top_p: float = Field(0.95, gt=0, le=1, description="for answers, as top_p")
