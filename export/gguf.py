@@ -45,7 +45,7 @@ class GgufInfo:
 
     type: str
     bytes: int
-    bits_per_weight: float
+    bits_per_weight: float  # of the tensors; the vocabulary is not counted
     fallbacks: int  # matrices whose rows did not fit the type the mix gives them
     tensor_types: dict[str, str] = field(repr=False)
 
@@ -103,9 +103,11 @@ def write_gguf(
         raise
     finally:
         partial.unlink(missing_ok=True)
-    size, weights = out.stat().st_size, sum(math.prod(shape) for _, shape, _ in plan)
+    weights, packed_bytes = sum(math.prod(s) for _, s, _ in plan), sum(_bytes(s, k) for _, s, k in plan)
     fallbacks = sum(kind != _type(n, (*s[:-1], 256), qtype, config, imatrix) for n, s, kind in plan if len(s) > 1)
-    return GgufInfo(qtype, size, 8 * size / weights, fallbacks, {n: kind.name for n, _, kind in plan})
+    return GgufInfo(
+        qtype, out.stat().st_size, 8 * packed_bytes / weights, fallbacks, {n: kind.name for n, _, kind in plan}
+    )
 
 
 def safe_name(name: str, checkpoint: Path) -> str:

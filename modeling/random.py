@@ -128,6 +128,8 @@ def random_model(
     }
     if family in ("phi3", "qwen2"):
         del values["head_dim"]
+    if family == "phi3":
+        values["original_max_position_embeddings"] = max_positions
     if family == "gemma3_text":
         values |= {"query_pre_attn_scalar": hidden // heads, "sliding_window": 64}
     if family == "mistral":

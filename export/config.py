@@ -1,0 +1,47 @@
+"""The recipe's `export` section."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..stage import Section
+
+FORMAT = 1
+GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]
+OnnxPrecision = Literal["int4", "fp32"]
+
+
+class Verify(Section):
+    """How exported files are compared with the checkpoint in the stock runtimes."""
+
+    tokens: int = Field(default=192, ge=8, description="positions whose next-token distributions are compared")
+    window: int = Field(default=96, ge=8, description="tokens per probe text")
+    kl: dict[str, float] = Field(
+        default_factory=dict,
+        description="limits on the mean KL(checkpoint ‖ artifact) by type, such as {Q4_K_M: 0.05}, over the defaults",
+    )
+
+
+class ExportConfig(Section):
+    """What is written into the bundle."""
+
+    gguf: list[GgufType] = Field(default_factory=list, description="F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
+    onnx: list[OnnxPrecision] = Field(default_factory=list, description="int4, fp32")
+    imatrix: bool | None = Field(
+        default=None,
+        description="weigh GGUF rounding errors by activations on the data stage's rows; null: where there is one",
+    )
+    imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is collected on")
+    verify: Verify = Field(default_factory=Verify, description="comparison with the checkpoint; it cannot be left out")
+    threads: int = Field(default=0, ge=0, description="0: all cores")
+
+    @model_validator(mode="after")
+    def _something(self) -> ExportConfig:
+        if not self.gguf and not self.onnx:
+            raise ValueError("name at least one type under gguf or onnx")
+        for values in (self.gguf, self.onnx):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{values} names a type twice")
+        return self
