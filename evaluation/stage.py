@@ -1,0 +1,248 @@
+"""The evaluate stage: the same measurements for the base, every model made from it, and every artifact."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..data.chat import Encoded
+from ..errors import UserError
+from ..modeling.blocks import drop_blocks
+from ..modeling.load import load_config, load_model, load_tokenizer
+from ..runtime.measure import measure
+from ..runtime.open import open_engine
+from ..stage import WORK, Context, Inputs
+from .config import EvaluateConfig
+from .language import BaseLogProbs, log_probs, measure_engine, measure_model, targets, text_windows
+from .speed import torch_speed
+from .tasks import read_task, run_task
+
+TOP_K = 128  # tokens that llama.cpp lists for the KL
+
+
+def check(config: EvaluateConfig, base: Path, context: Context) -> None:
+    """Refuse missing texts and broken task files before any work is done."""
+    if config.text and not context.resolve(config.text).is_file():
+        raise UserError(f"evaluate.text: no file {context.resolve(config.text)}")
+    for task in config.tasks:
+        read_task(context.resolve(task), config.limit)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure: a torch model, or an artifact."""
+
+    role: str
+    load: Callable[[], Any] | None = None  # for torch models
+    files: Path | None = None  # weights on disk: a checkpoint folder, a .gguf file or an ONNX folder
+    blocks: int = 0
+    parameters: int | None = None
+    bits_per_weight: float | None = None
+
+
+def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
+    """Write `models.json`, an entry per model and artifact; a killed run keeps the entries it had."""
+    work = out_dir / WORK
+    work.mkdir(exist_ok=True)
+    subjects = [*checkpoints(inputs, context), *(artifacts(inputs) if config.artifacts else [])]
+    bench = Bench(config, context, inputs.base, inputs.stages.get("data"), work)
+    models = [bench.entry(subject) for subject in subjects]
+    (out_dir / "models.json").write_text(json.dumps(models, indent=2) + "\n", encoding="utf-8")
+    return {"models": len(models), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
+
+
+def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
+    """base, pruned, healed and recovered, as far as there are."""
+
+    def loader(folder: Path) -> Callable[[], Any]:
+        return lambda: load_model(folder, context.dtype, context.device)
+
+    base_blocks = load_config(inputs.base).num_hidden_layers
+    found = [Subject("base", loader(inputs.base), inputs.base, base_blocks)]
+    if "prune" in inputs.stages:
+        record = json.loads((inputs.stages["prune"] / "importance.json").read_text(encoding="utf-8"))
+        kept = base_blocks - len(record["dropped"])
+
+        def pruned() -> Any:
+            model = load_model(inputs.base, context.dtype, context.device)
+            drop_blocks(model, record["dropped"])
+            return model
+
+        found.append(Subject("pruned", pruned, None, kept))
+        if record["healing"]:
+            folder = inputs.stages["prune"] / "model"
+            found.append(Subject("healed", loader(folder), folder, kept))
+    if "distill" in inputs.stages:
+        folder = inputs.stages["distill"] / "model"
+        found.append(Subject("recovered", loader(folder), folder, load_config(folder).num_hidden_layers))
+    return found
+
+
+def artifacts(inputs: Inputs) -> list[Subject]:
+    """The exported files of the bundle."""
+    if "export" not in inputs.stages:
+        return []
+    return bundle_subjects(inputs.stages["export"] / "bundle")
+
+
+def bundle_subjects(bundle: Path) -> list[Subject]:
+    """The artifacts that a bundle's manifest lists."""
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        return [
+            Subject(
+                entry["role"],
+                None,
+                bundle / entry["path"],
+                max(manifest["depths"]),
+                manifest["parameters"],
+                entry["bits_per_weight"],
+            )
+            for entry in manifest["artifacts"]
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{bundle} is not a readable bundle: {error}") from error
+
+
+class Bench:
+    """Measures subjects on one set of windows and tasks."""
+
+    def __init__(self, config: EvaluateConfig, context: Context, base: Path, data: Path | None, work: Path):
+        self.config, self.context, self.work = config, context, work
+        self.tokenizer = load_tokenizer(base)
+        text = context.resolve(config.text) if config.text else None
+        self.rows: list[Encoded] = text_windows(self.tokenizer, text, data, config.window, config.tokens)
+        positions = sum(len(targets(row)) for row in self.rows)
+        self.tokens = positions
+        self.base = BaseLogProbs(work / "base.float32", positions, load_config(base).vocab_size)
+        self.tasks = {Path(task).stem: read_task(context.resolve(task), config.limit) for task in config.tasks}
+
+    def entry(self, subject: Subject) -> dict[str, Any]:
+        """All figures of one subject, kept in the working folder once measured."""
+        record = self.work / f"{subject.role}.json"
+        if record.exists():
+            return json.loads(record.read_text(encoding="utf-8"))
+        found = self._torch(subject) if subject.load is not None else self._artifact(subject)
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        temporary.replace(record)
+        gc.collect()
+        perplexity = found["perplexity"]
+        self.context.progress.note(f"{subject.role}: perplexity {perplexity:.2f}")
+        return found
+
+    def _torch(self, subject: Subject) -> dict[str, Any]:
+        assert subject.load is not None
+        with peak_memory() as peak:
+            model = subject.load()
+            total = sum(len(row.input_ids) for row in self.rows)
+            if subject.role == "base" and not self.base.complete:
+                with self.context.progress.bar("base, once", total) as advance:
+                    self.base.write(logs for logs, _ in log_probs(model, self.rows, advance))
+            reference = self.base if self.base.complete else None
+            with self.context.progress.bar(subject.role, total) as advance:
+                language = measure_model(model, self.rows, reference, advance)
+            tasks = {}
+            for name, rows in self.tasks.items():
+                with self.context.progress.bar(f"{subject.role} {name}", len(rows)) as advance:
+                    tasks[name] = run_task(model, self.tokenizer, rows, advance)
+            speed = torch_speed(model, self.config.speed) if self.config.speed else {}
+        parameters = sum(p.numel() for p in model.parameters())
+        size = parameters * next(model.parameters()).element_size()
+        return {
+            "role": subject.role,
+            "runtime": "torch",
+            "blocks": subject.blocks,
+            "parameters": parameters,
+            "bytes": size,
+            "bits_per_weight": 8 * size / parameters,
+            **language,
+            "positions": self.tokens,
+            "tokens_per_second": speed.get("tokens_per_second"),
+            "prefill_tokens_per_second": speed.get("prefill_tokens_per_second"),
+            "peak_memory_bytes": peak[0],
+            "tasks": tasks,
+        }
+
+    def _artifact(self, subject: Subject) -> dict[str, Any]:
+        assert subject.files is not None
+        gguf = subject.files.suffix == ".gguf"
+        limit = min(self.config.artifact_tokens, self.tokens) if gguf else self.tokens
+        longest = max(len(row.input_ids) for row in self.rows)
+        reference = self.base if self.base.complete else None
+        with open_engine(subject.files, context=longest + 1) as engine:
+            with self.context.progress.bar(subject.role, limit) as advance:
+                language = measure_engine(
+                    engine, self.rows, reference, limit if gguf else None, TOP_K if gguf else None, advance
+                )
+            runtime = engine.runtime
+        timed = None
+        if self.config.speed:
+            test = self.config.speed
+            runtime_name = None if gguf else "onnxruntime-genai"  # which drives decoding itself
+            timed = measure(
+                subject.files, prompt_tokens=test.prompt_tokens, new_tokens=test.new_tokens, runtime=runtime_name
+            )
+        files = [subject.files] if gguf else sorted(subject.files.glob("model.onnx*"))
+        return {
+            "role": subject.role,
+            "runtime": runtime,
+            "blocks": subject.blocks,
+            "parameters": subject.parameters,
+            "bytes": sum(file.stat().st_size for file in files),
+            "bits_per_weight": subject.bits_per_weight,
+            **language,
+            "positions": limit,
+            "tokens_per_second": timed.speed.decode_tokens_per_second if timed else None,
+            "prefill_tokens_per_second": timed.speed.prefill_tokens_per_second if timed else None,
+            "peak_memory_bytes": timed.peak_memory_bytes if timed else None,
+            "tasks": {},
+        }
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """[bytes]: the most that this process held inside the context, looked at every 20 ms."""
+    peak, done, process = [0], threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss)
+            if done.wait(0.02):
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def evaluate_path(
+    path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path
+) -> list[dict[str, Any]]:
+    """Figures of a checkpoint folder, or of every artifact of a bundle; against `base` where one is given."""
+    bundle = (path / "manifest.json").is_file() and not any(path.glob("*.safetensors"))
+    reference = base or path
+    bench = Bench(config, context, reference, None, work)
+    found = []
+    if base is not None:
+        blocks = load_config(base).num_hidden_layers
+        found.append(
+            bench.entry(Subject("base", lambda: load_model(base, context.dtype, context.device), base, blocks))
+        )
+    if bundle:
+        return found + [bench.entry(subject) for subject in bundle_subjects(path)]
+    blocks = load_config(path).num_hidden_layers
+    model = Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)
+    return [*found, bench.entry(model)]

@@ -1,0 +1,129 @@
+"""Multiple-choice tasks from local JSONL files: question, choices, answer.
+
+The prompt is the question and the word Answer on a line of its own, as the usual harnesses have it for ARC and
+OpenBookQA; each choice is scored by its log-likelihood as the continuation. `accuracy` takes the highest sum,
+`accuracy_norm` the highest sum per byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.calibration import pad_id
+from ..errors import UserError
+from ..modeling.blocks import Decoder
+from ..stage import Advance
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a task."""
+
+    question: str
+    choices: list[str]
+    answer: int  # index into choices
+
+    @property
+    def prompt(self) -> str:
+        return f"Question: {self.question}\nAnswer:"
+
+
+def read_task(file: Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` rows of a JSONL file; `UserError` naming file and line for a row that is not one."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the task {file} could not be read: {error}") from error
+    rows: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if limit is not None and len(rows) >= limit:
+            break
+        if line.strip():
+            rows.append(_question(line, f"{file}:{number}"))
+    if not rows:
+        raise UserError(f"the task {file} has no rows")
+    return rows
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        row = json.loads(line)
+        question, choices, answer = row["question"], row["choices"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: a row is a JSON object with question, choices and answer") from error
+    if isinstance(answer, str) and len(answer) == 1 and answer.upper() in "ABCDEFGHIJ":
+        answer = "ABCDEFGHIJ".index(answer.upper())
+    right = isinstance(question, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not right or len(choices) < 2:
+        raise UserError(f"{where}: question is a text, choices a list of at least two texts")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise UserError(f"{where}: answer is the index (0 to {len(choices) - 1}) or letter of a choice, not {answer!r}")
+    return Question(question, choices, answer)
+
+
+def run_task(model: Any, tokenizer: Any, rows: Sequence[Question], advance: Advance) -> dict[str, float | int]:
+    """Accuracy, accuracy_norm, the half-width of its 95 % interval, and the number of rows."""
+    hits = normed = 0
+    for row in rows:
+        scores = choice_scores(model, tokenizer, row)
+        sizes = [len(choice.encode()) for choice in row.choices]
+        hits += max(range(len(scores)), key=lambda i: scores[i]) == row.answer
+        normed += max(range(len(scores)), key=lambda i: scores[i] / sizes[i]) == row.answer
+        advance(1, f"{normed / len(rows):.0%} right")
+    share = normed / len(rows)
+    return {
+        "accuracy": hits / len(rows),
+        "accuracy_norm": share,
+        "ci95": 1.96 * math.sqrt(share * (1 - share) / len(rows)),
+        "n": len(rows),
+    }
+
+
+@torch.no_grad()
+def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
+    """Summed log-likelihood of each choice after the prompt, in nats.
+
+    The choices are run as one batch behind a prompt that is run once; its keys and values are repeated for them.
+    """
+    prompt, endings = split_tokens(tokenizer, row)
+    decoder, device = Decoder(model), model.device
+    first = model.model(input_ids=torch.tensor([prompt], device=device), use_cache=True)
+    cache = first.past_key_values
+    lead = decoder.head(first.last_hidden_state[:, -1:])
+    width = max(len(ending) for ending in endings)
+    scores = torch.zeros(len(endings))
+    if width > 1:
+        cache.batch_repeat_interleave(len(endings))
+        # The last token of an ending predicts nothing that is asked for; what stands after it is padding.
+        fed = [ending[:-1] + [pad_id(tokenizer)] * (width - len(ending)) for ending in endings]
+        hidden = decoder.hidden(input_ids=torch.tensor(fed, device=device), past_key_values=cache, use_cache=True)
+        logits = torch.cat([lead.expand(len(endings), -1, -1), decoder.head(hidden)], dim=1)
+    else:
+        logits = lead.expand(len(endings), -1, -1)
+    logs: Tensor = logits.float().log_softmax(-1)
+    for number, ending in enumerate(endings):
+        wanted = torch.tensor(ending, device=device)
+        scores[number] = logs[number, : len(ending)].gather(1, wanted[:, None]).sum()
+    return scores.tolist()
+
+
+def split_tokens(tokenizer: Any, row: Question) -> tuple[list[int], list[list[int]]]:
+    """Tokens of the prompt and of each ending, split where the texts are (the ending begins with its space).
+
+    Prompt and ending are encoded together, because a token may bridge them; the prompt keeps what all share with it.
+    """
+    prompt = tokenizer(row.prompt).input_ids
+    wholes = [tokenizer(f"{row.prompt} {choice}").input_ids for choice in row.choices]
+    shared = len(prompt)
+    for whole in wholes:
+        while whole[:shared] != prompt[:shared]:
+            shared -= 1
+    return prompt[:shared], [whole[shared:] for whole in wholes]
