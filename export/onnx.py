@@ -1,92 +1,291 @@
-"""ONNX through onnxruntime-genai's model builder, in a process of its own."""
+"""ONNX export: onnxruntime-genai's model builder makes the graph, onnx-ir edits and quantizes it.
+
+The folder written runs in stock onnxruntime and stock onnxruntime-genai. Input and output names are Optimum's:
+`input_ids`, `attention_mask`, `position_ids`, `past_key_values.N.key` → `logits`, `present.N.key`.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
-from ..modeling.load import load_config
 from ..stage import Progress
 
-PRECISIONS = ("int4", "fp32")
-# accuracy_level 4: MatMulNBits multiplies in int8 on CPUs, which is what makes int4 fast there.
-OPTIONS: dict[str, dict[str, str]] = {"int4": {"int4_accuracy_level": "4"}, "fp32": {}}
+PRECISIONS = ("int4", "int8", "fp32")
+# model_type -> the architecture name the builder knows it by.
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+# The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
+_IMPORTANCE = {
+    "attn/qkv_proj": "attn_q",
+    "attn/q_proj": "attn_q",
+    "attn/k_proj": "attn_k",
+    "attn/v_proj": "attn_v",
+    "attn/o_proj": "attn_output",
+    "mlp/gate_up_proj": "ffn_up",
+    "mlp/gate_proj": "ffn_gate",
+    "mlp/up_proj": "ffn_up",
+    "mlp/down_proj": "ffn_down",
+}
+_COPIED = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class OnnxInfo:
     """What was written."""
 
-    precision: str
-    bytes: int  # graph and weights
-    bits_per_weight: float
+    files: tuple[str, ...]  # names in the folder, sorted
+    bytes: int  # of all files together
+    bits_per_weight: float  # of the weights file, per parameter of the checkpoint
 
 
-def write_onnx(checkpoint: Path, out: Path, precision: str, progress: Progress | None = None) -> OnnxInfo:
-    """Write `out/` with model.onnx, model.onnx.data, genai_config.json and the tokenizer.
-
-    The builder runs in a subprocess: its memory is given back, and nothing of it stays in this one. `out` appears
-    only when whole. Raises `UserError` when the builder refuses the model or fails.
-    """
+def check_onnx(config: Any, precision: str = "int4") -> None:
+    """Raise `UserError` unless models of this configuration (object or dict) can be exported at `precision`."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    family = values.get("model_type")
     if precision not in PRECISIONS:
-        raise UserError(f"ONNX precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    config = load_config(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".onnx-cache-", dir=out.parent) as cache:
-        _build(checkpoint.resolve(), partial.resolve(), precision, Path(cache).resolve(), progress or Progress())
-    _clean_config(partial / "genai_config.json")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
-    return OnnxInfo(precision, size, 8 * size / count_parameters(checkpoint, config))
+        why = ": ONNX Runtime's CPU kernels take no float16 attention" if precision == "fp16" else ""
+        raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(PRECISIONS)}")
+    if family not in FAMILIES:
+        raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    if values.get("quantization_config"):
+        raise UserError("ONNX export reads plain weights; this checkpoint is quantized already")
 
 
-def _build(checkpoint: Path, out: Path, precision: str, cache: Path, progress: Progress) -> None:
-    options = {"hf_token": "false", **OPTIONS[precision]}
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(checkpoint), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(cache)]
-    command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    with progress.bar(f"ONNX {precision}") as advance:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, check=False)
-        advance()
-    if done.returncode != 0 or not (out / "model.onnx").exists():
-        shutil.rmtree(out, ignore_errors=True)
-        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise UserError(
-            f"onnxruntime-genai's builder failed on {checkpoint} at {precision}: {lines[-1] if lines else 'no message'}"
+def write_onnx(
+    checkpoint: Path,
+    out_dir: Path,
+    precision: str,
+    *,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+    progress: Progress | None = None,
+) -> OnnxInfo:
+    """Write `checkpoint` as an ONNX folder at `precision`: int4, int8 or fp32.
+
+    int4 holds the blocks' matrices at 4 bits with zero points and head and embedding at 8 bits; int8 holds all at 8
+    bits. Head and embedding are one tensor where the model ties them. `imatrix` gives the mean squared activations
+    of each matrix's inputs, (in_features,) float32 by llama.cpp tensor name, and improves int4.
+
+    The folder appears complete or not at all; the bytes depend on the checkpoint and the packages alone. While it is
+    made, the float32 graph lies beside it (4 bytes per parameter). Raises `UserError` for unsupported models, a
+    broken checkpoint or a full disk.
+    """
+    progress = progress or Progress()
+    config = _read_config(checkpoint)
+    check_onnx(config, precision)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise UserError(f"{out_dir} exists and is not empty; ONNX export writes a new folder")
+    work = out_dir.with_name(f"{out_dir.name}.partial")
+    with _work_folder(work), _disk_errors(out_dir):
+        build_float32([(checkpoint, work / "fp32")], progress)
+        made = _finish(checkpoint, work, precision, imatrix or {}, progress)
+        info = _describe(made, checkpoint)
+        if out_dir.exists():
+            out_dir.rmdir()
+        made.rename(out_dir)
+    return info
+
+
+def build_float32(jobs: list[tuple[Path, Path]], progress: Progress) -> None:
+    """Run the builder in a process of its own: each job is a checkpoint folder and the folder to write."""
+    command = [sys.executable, "-m", "compress.export._onnx_build"]
+    total = 0
+    for checkpoint, folder in jobs:
+        config = _read_config(checkpoint)
+        total += int(config["num_hidden_layers"])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        source = _builder_input(checkpoint, folder, config)
+        command += [str(source.resolve()), str(folder.resolve())]
+    log = jobs[0][1].with_name("builder.log")
+    with log.open("wb") as errors, progress.bar("onnx graph", total) as advance:
+        # Its standard input is a pipe that closes when this process dies, so that it does not live on.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=_offline(),
         )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("Reading layer"):
+                    advance()
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+    if code != 0:
+        raise _builder_error(jobs[0][0], log)
 
 
-def _clean_config(path: Path) -> None:
-    """genai_config.json in a fixed layout, so that the same model gives the same bytes."""
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Path:
+    """The checkpoint as the builder wants it: in `config.json` it takes the family from the architecture's name."""
+    if config.get("architectures") == [FAMILIES[config["model_type"]]]:
+        return checkpoint
+    source = folder.with_name(f"{folder.name}-input")
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (source / path.name).symlink_to(path.resolve())
+    renamed = config | {"architectures": [FAMILIES[config["model_type"]]]}
+    (source / "config.json").write_text(json.dumps(renamed, indent=2), encoding="utf-8")
+    return source
 
 
-def count_parameters(checkpoint: Path, config: Any) -> int:
-    """Parameters of a checkpoint, tied weights once, from the safetensors headers."""
+def _offline() -> dict[str, str]:
+    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _builder_error(checkpoint: Path, log: Path) -> UserError | OSError:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else "it ended without a word (out of memory?)"
+    if "No space left" in last or "os error 28" in last:
+        return OSError(errno.ENOSPC, "No space left on device")
+    return UserError(f"onnxruntime-genai's model builder could not export {checkpoint}: {last[:300]}")
+
+
+def _finish(
+    checkpoint: Path, work: Path, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress
+) -> Path:
+    """Edit and quantize the float32 graph; gather the folder's files."""
+    import onnx_ir as ir
+
+    built, made = work / "fp32", work / "folder"
+    made.mkdir()
+    model = ir.load(built / "model.onnx")
+    # The builder stamps the git commit of whatever repository its package lies in.
+    model.producer_version = version("onnxruntime-genai")
+    _add_position_ids(model)
+    data = made / "model.onnx.data"
+    if precision == "fp32":
+        (built / data.name).rename(data)
+        ir.save(model, made / "model.onnx")
+    else:
+        _quantize(model, precision, imatrix, progress)
+        ir.save(model, made / "model.onnx", external_data=data.name, size_threshold_bytes=0)
+    for path in sorted(built.iterdir()):
+        if path.is_file() and not path.name.startswith("model.onnx"):
+            path.rename(made / path.name)
+    for name in _COPIED:
+        if (checkpoint / name).exists():
+            shutil.copyfile(checkpoint / name, made / name)
+    settings = json.loads((made / "genai_config.json").read_text(encoding="utf-8"))
+    settings["model"]["decoder"]["inputs"]["position_ids"] = "position_ids"
+    (made / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    return made
+
+
+def _add_position_ids(model: Any) -> None:
+    """Wire a `position_ids` input (batch, tokens) to every attention, which otherwise counts positions itself.
+
+    The rotary embedding then turns by the given positions: a cache from which entries were dropped stays usable.
+    """
+    import onnx_ir as ir
+
+    inputs = {value.name: value for value in model.graph.inputs}
+    if "position_ids" in inputs:
+        return
+    positions = ir.Value(
+        name="position_ids",
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape(["batch_size", "sequence_length"]),
+    )
+    model.graph.inputs.insert(2, positions)
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            node.replace_input_with(9, positions)
+
+
+def _quantize(model: Any, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress) -> None:
+    """Replace every matrix of weights by integers, in place."""
+    from .onnx_graph import replace_embedding, replace_matmul, weight_matmuls
+    from .onnx_quantize import quantize_int4, quantize_int8
+
+    nodes = weight_matmuls(model)
+    with progress.bar(f"onnx {precision}", len(nodes)) as advance:
+        for node in nodes:
+            is_head = node.name == "/lm_head/MatMul"
+            weight = np.ascontiguousarray(node.inputs[1].const_value.numpy().T)  # (N, K)
+            if precision == "int4" and not is_head:
+                quantized = quantize_int4(weight, _importance(node.name, imatrix))
+            else:
+                quantized = quantize_int8(weight)
+            if is_head:
+                replace_embedding(model, node.inputs[1], quantized)
+            replace_matmul(model, node, quantized)
+            advance(note=node.name.strip("/"))
+    model.graph.sort()
+
+
+def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    match = re.fullmatch(r"/model/layers\.(\d+)/(.+)/MatMul", node)
+    if not match or match[2] not in _IMPORTANCE:
+        return None
+    return imatrix.get(f"blk.{match[1]}.{_IMPORTANCE[match[2]]}.weight")
+
+
+def _describe(folder: Path, checkpoint: Path) -> OnnxInfo:
     from safetensors import safe_open
 
-    total = 0
+    parameters = 0
     for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                shape = weights.get_slice(name).get_shape()
-                size = 1
-                for extent in shape:
-                    size *= extent
-                total += size
-    return total
+        with safe_open(file, framework="np") as handle:
+            parameters += sum(int(np.prod(handle.get_slice(name).get_shape())) for name in handle.keys())  # noqa: SIM118
+    files = sorted(path for path in folder.iterdir())
+    bits = 8 * (folder / "model.onnx.data").stat().st_size / parameters
+    return OnnxInfo(tuple(path.name for path in files), sum(path.stat().st_size for path in files), bits)
+
+
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint folder: its config.json cannot be read ({error})") from error
+
+
+@contextmanager
+def _work_folder(work: Path) -> Iterator[None]:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(out_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full: {out_dir} could not be written") from error
+        raise

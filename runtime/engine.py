@@ -1,117 +1,189 @@
-"""What every runtime offers: next-token distributions, generation, speed. Numpy only; no torch, no transformers."""
+"""What every runtime engine offers, and the few shared pieces of arithmetic. numpy only: no torch, no transformers."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ..errors import UserError
+
+Logprob = float  # natural logarithm of a probability
+SMALLEST = -1e4  # stands for the logarithm of a probability that underflowed in the runtime
 
 
 @dataclass(frozen=True)
-class NextToken:
-    """A distribution over the token after a prefix, with the log-probability of one token exactly.
+class Distribution:
+    """What a model predicts after `ids[:position]`."""
 
-    `tokens` and `logprobs` list the most probable ones in falling order: all of them, or the top k where the runtime
-    gives no more.
-    """
-
-    target: int
-    target_logprob: float  # nats
-    tokens: NDArray[np.int64]  # (K,)
-    logprobs: NDArray[np.float32]  # (K,), nats
+    position: int
+    target: int  # ids[position], the token that really follows
+    target_logprob: float  # nats; exact in every engine
+    token_ids: np.ndarray  # (K,) int64, most probable first; (V,) = 0 … V-1 when complete
+    logprobs: np.ndarray  # (K,) or (V,) float32, in the order of token_ids
+    complete: bool  # the whole vocabulary, in id order
 
     @property
     def top(self) -> int:
-        return int(self.tokens[0])
+        """The most probable token."""
+        return int(self.token_ids[int(np.argmax(self.logprobs))])
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second of one stream."""
+class Window(NamedTuple):
+    """A text, and the positions (1 ≤ p < len(ids), ascending) at which its next token is to be predicted."""
 
-    prefill: float
-    decode: float
-    prompt_tokens: int
-    new_tokens: int
+    ids: Sequence[int]
+    positions: Sequence[int]
 
+    @classmethod
+    def of(cls, ids: Sequence[int], first: int = 1) -> Window:
+        """Every position of `ids` from `first` on."""
+        return cls(ids, range(first, len(ids)))
 
-class Engine(Protocol):
-    """An exported model opened in a stock runtime."""
-
-    name: str
-
-    def next_tokens(self, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None) -> list[NextToken]:
-        """For each position p (1 ≤ p < len(ids)) the distribution after ids[:p], with ids[p] as its target."""
-        ...
-
-    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        """The greedy continuation, token by token, up to a stop token (not yielded) or `max_tokens`."""
-        ...
-
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        """Time one prompt of made-up tokens and a continuation."""
-        ...
-
-    def close(self) -> None: ...
+    def check(self, limit: int) -> None:
+        """Raise `ValueError` for positions that are not in the text, `UserError` for a text past `limit` tokens."""
+        inside = all(1 <= p < len(self.ids) for p in self.positions)
+        if not inside or any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
+            raise ValueError(f"positions must ascend from 1 to {len(self.ids) - 1}")
+        if len(self.ids) > limit:
+            raise UserError(f"a text of {len(self.ids)} tokens is longer than the model's context of {limit}")
 
 
-def from_logits(logits: NDArray[np.floating], target: int, top_k: int | None = None) -> NextToken:
-    """A `NextToken` from the logits (V,) at one position."""
-    values = logits.astype(np.float64)
-    values -= values.max()
-    logprobs = (values - np.log(np.exp(values).sum())).astype(np.float32)
-    order = np.argsort(-logprobs, kind="stable")[:top_k].astype(np.int64)
-    return NextToken(int(target), float(logprobs[target]), order, logprobs[order])
+class Speed(NamedTuple):
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
 
 
-def check_positions(ids: Sequence[int], positions: Sequence[int]) -> None:
-    """Positions are 1 … len(ids) − 1: there is a prefix before each and a target at it."""
-    wrong = [p for p in positions if not 1 <= p < len(ids)]
-    if wrong:
-        raise ValueError(f"positions {wrong[:3]} are not within 1 … {len(ids) - 1}")
+class Engine(ABC):
+    """An exported artifact, open in a stock runtime. Speaks token ids only: no engine adds a BOS token."""
+
+    runtime: str  # "llama.cpp", "onnxruntime" or "onnxruntime-genai"
+    path: Path
+    context: int  # the longest text, in tokens
+
+    @abstractmethod
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        """The predictions of every window at its positions.
+
+        `top_k` None asks for the whole vocabulary (free in ONNX Runtime; llama.cpp sends every token as JSON: ask it
+        for 64). `done(n)` is told of n more positions scored.
+        """
+
+    def next_token_logprobs(
+        self, ids: Sequence[int], positions: Sequence[int] | None = None, top_k: int | None = None
+    ) -> list[Distribution]:
+        """The predictions of one text, at every position unless some are named."""
+        window = Window.of(ids) if positions is None else Window(ids, positions)
+        return self.score([window], top_k)[0]
+
+    @abstractmethod
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Up to `max_tokens` new tokens; temperature 0 is greedy. A stop token ends it and is not yielded."""
+
+    def measure_speed(self, prompt_tokens: int = 128, new_tokens: int = 64) -> Speed:
+        """Tokens per second of a prompt's prefill and of greedy decoding after it, once warm."""
+        prompt = [(7 * i) % 97 + 3 for i in range(prompt_tokens)]
+        for _ in self.generate(prompt[:8], 2):
+            pass
+        started = time.perf_counter()
+        tokens = self.generate(prompt, new_tokens + 1)
+        next(tokens)
+        prefilled = time.perf_counter()
+        made = sum(1 for _ in tokens)
+        decoding = time.perf_counter() - prefilled
+        return Speed(prompt_tokens / (prefilled - started), made / decoding)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the model's memory back; closing twice does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def thread_count(threads: int) -> int:
-    """The number asked for, or for 0 the physical cores this process may use."""
-    if threads:
-        return threads
-    import psutil
-
-    physical = psutil.cpu_count(logical=False) or 1
-    return max(1, min(physical, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical))
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(..., V) logits to natural log-probabilities, float32, summed in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
 
 
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """What native code prints to stderr inside the context, as a list of lines afterwards, instead of on the screen."""
-    lines: list[str] = []
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            sink.seek(0)
-            lines += sink.read().decode(errors="replace").splitlines()
+def distributions(
+    logits: np.ndarray, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None
+) -> list[Distribution]:
+    """Distributions from logits (N, V) whose row i is the prediction after `ids[:positions[i]]`."""
+    vocabulary = np.arange(logits.shape[-1], dtype=np.int64)
+    found = []
+    for row, position in zip(logits, positions, strict=True):
+        logprobs = log_softmax(row)
+        target = int(ids[position])
+        tokens = vocabulary
+        if top_k is not None and top_k < len(logprobs):
+            tokens = np.argpartition(-logprobs, top_k)[:top_k]
+            tokens = tokens[np.lexsort((tokens, -logprobs[tokens]))]
+        complete = tokens is vocabulary
+        kept = logprobs if complete else logprobs[tokens]
+        found.append(Distribution(position, target, float(logprobs[target]), tokens, kept, complete))
+    return found
 
 
-def open_engine(path: Path, threads: int = 0, context: int = 2048) -> Engine:
-    """Open a .gguf file in llama.cpp, or an ONNX folder in ONNX Runtime. `context` is what llama.cpp reserves."""
-    if path.suffix == ".gguf":
-        from .llamacpp_engine import LlamaCppEngine
+def divergence(reference: Distribution, other: Distribution) -> float:
+    """KL(reference ‖ other) in nats; `reference` must be complete.
 
-        return LlamaCppEngine(path, threads, context)
-    from .onnx_engine import OnnxEngine
+    Where `other` holds only its K most probable tokens, they and the target are compared one by one and all the
+    rest as one token: a lower bound (data processing inequality), close to the whole for K ≥ 64.
+    """
+    if not reference.complete:
+        raise ValueError("the reference distribution must cover the whole vocabulary")
+    if other.complete:
+        p, log_q = reference.logprobs.astype(np.float64), other.logprobs.astype(np.float64)
+        if len(p) != len(log_q):
+            raise ValueError(f"vocabularies differ: {len(p)} and {len(log_q)} tokens")
+        return float(np.sum(np.exp(p) * (p - np.maximum(log_q, SMALLEST))))
+    listed = dict(zip(other.token_ids.tolist(), other.logprobs.tolist(), strict=True))
+    listed[other.target] = other.target_logprob
+    tokens = np.fromiter(listed.keys(), np.int64)
+    log_q = np.maximum(np.fromiter(listed.values(), np.float64), SMALLEST)
+    log_p = reference.logprobs[tokens].astype(np.float64)
+    rest_p, rest_q = 1 - np.exp(log_p).sum(), 1 - np.exp(log_q).sum()
+    total = float(np.sum(np.exp(log_p) * (log_p - log_q)))
+    # Both rests are rounding noise when the listed tokens hold nearly everything.
+    return total + (float(rest_p * np.log(rest_p / rest_q)) if rest_p > 1e-6 and rest_q > 1e-6 else 0.0)
 
-    return OnnxEngine(path, threads)
+
+def perplexity(scores: Iterable[Distribution]) -> float:
+    """exp of the mean negative log-probability of the targets."""
+    values = [score.target_logprob for score in scores]
+    if not values:
+        raise ValueError("no predictions to take a perplexity of")
+    return float(np.exp(-np.mean(np.asarray(values, np.float64))))
+
+
+def pick(logits: np.ndarray, temperature: float, top_p: float, random: np.random.Generator) -> int:
+    """A token from logits (V,): the greatest at temperature 0, else drawn from the smallest set of mass `top_p`."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    probabilities = np.exp(log_softmax(logits / temperature).astype(np.float64))
+    order = np.argsort(-probabilities, kind="stable")
+    cumulative = np.cumsum(probabilities[order])
+    kept = order[: int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1]
+    weights = probabilities[kept] / probabilities[kept].sum()
+    return int(kept[int(np.searchsorted(np.cumsum(weights), random.random()).clip(0, len(kept) - 1))])

@@ -1,71 +1,89 @@
-"""onnxruntime-genai: the same ONNX folder in the runtime that drives decoding itself."""
+"""An ONNX folder, open in stock onnxruntime-genai."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .engine import NextToken, Speed, check_positions, from_logits
+from .engine import Distribution, Engine, Window, distributions, pick
+from .onnx_engine import read_genai_config
 
 
-class GenaiEngine:
-    """A decoder in stock onnxruntime-genai. Raises `UserError` for a missing or broken folder."""
+class GenaiEngine(Engine):
+    """onnxruntime-genai on the same folder as `OnnxEngine`; its cache is one buffer that grows in place."""
 
-    name = "onnxruntime-genai"
+    runtime = "onnxruntime-genai"
 
-    def __init__(self, folder: Path):
-        import onnxruntime_genai as genai
+    def __init__(self, folder: Path, threads: int = 0):
+        import onnxruntime_genai
 
-        self.genai = genai
-        if not (folder / "genai_config.json").is_file():
-            raise UserError(f"{folder} has no genai_config.json")
+        self._library: Any = onnxruntime_genai
+        self.path = Path(folder)
+        self.context = int(read_genai_config(self.path)["model"]["context_length"])
         try:
-            self.model = genai.Model(str(folder))
-        except Exception as error:  # its bindings raise RuntimeError and OrtException
-            raise UserError(f"onnxruntime-genai cannot open {folder}: {str(error).splitlines()[0]}") from error
+            config = onnxruntime_genai.Config(str(self.path))
+            if threads:
+                options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+                config.overlay(_json(options))
+            self._model: Any = onnxruntime_genai.Model(config)
+        except Exception as error:  # it raises plain RuntimeError and its own types alike
+            raise UserError(f"onnxruntime-genai cannot load {self.path}: {str(error).splitlines()[0][:300]}") from error
 
-    def _generator(self, length: int):
-        params = self.genai.GeneratorParams(self.model)
-        params.set_search_options(max_length=length, do_sample=False, min_length=0)
-        return self.genai.Generator(self.model, params)
+    def _generator(self, length: int) -> Any:
+        parameters = self._library.GeneratorParams(self._model)
+        parameters.set_search_options(do_sample=False, max_length=min(length, self.context))
+        return self._library.Generator(self._model, parameters)
 
-    def next_tokens(self, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None) -> list[NextToken]:
-        check_positions(ids, positions)
-        generator = self._generator(len(ids) + 1)
-        found, done = {}, 0
-        for p in sorted(set(positions)):
-            generator.append_tokens(np.asarray(ids[done:p], dtype=np.int32))
-            done = p
-            found[p] = from_logits(np.asarray(generator.get_logits()).reshape(-1), ids[p], top_k)
-        return [found[p] for p in positions]
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        found = []
+        for window in windows:
+            window.check(self.context)
+            here: list[Distribution] = []
+            if window.positions:
+                last = max(window.positions)
+                generator = self._generator(last + 1)
+                generator.append_tokens(np.asarray([window.ids[:last]], np.int32))
+                logits = np.asarray(generator.get_output("logits"), np.float32)[0]
+                here = distributions(logits[[p - 1 for p in window.positions]], window.ids, window.positions, top_k)
+            if done:
+                done(len(here))
+            found.append(here)
+        return found
 
-    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        random = np.random.default_rng(seed)
         generator = self._generator(len(ids) + max_tokens)
-        generator.append_tokens(np.asarray(ids, dtype=np.int32))
-        for _ in range(max_tokens):
-            if generator.is_done():
-                return
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
+        generator.append_tokens(np.asarray([ids], np.int32))
+        for made in range(max_tokens):
+            # Drawn here rather than by its own sampler, which would end at the model's end-of-text token unasked.
+            token = pick(np.asarray(generator.get_logits(), np.float32).reshape(-1), temperature, top_p, random)
             if token in stop:
                 return
             yield token
-
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        ids = np.asarray([3 + i % 89 for i in range(prompt_tokens)], dtype=np.int32)
-        self._generator(prompt_tokens + 1).append_tokens(ids)  # first-run allocation is not the model's speed
-        generator = self._generator(prompt_tokens + new_tokens + 1)
-        start = time.perf_counter()
-        generator.append_tokens(ids)
-        middle = time.perf_counter()
-        for i in range(new_tokens):  # tokens are appended, not sampled, so that an end token cannot stop the clock
-            generator.append_tokens(np.asarray([3 + i % 89], dtype=np.int32))
-        end = time.perf_counter()
-        return Speed(prompt_tokens / (middle - start), new_tokens / (end - middle), prompt_tokens, new_tokens)
+            if made + 1 >= max_tokens or len(ids) + made + 1 >= self.context:
+                return
+            generator.append_tokens(np.asarray([[token]], np.int32))
 
     def close(self) -> None:
-        del self.model
+        self._model = None
+
+
+def _json(values: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(values)

@@ -1,152 +1,260 @@
-"""llama.cpp through xllamacpp: its server in this process, spoken to on the loopback interface.
+"""A GGUF file, open in stock llama.cpp through xllamacpp.
 
-The server gives the most probable next tokens, not the logits of a whole prompt. The log-probability of *any* token
-is had exactly by forcing it: the sampled token's reported log-probability is taken before the bias is applied.
-Consecutive prefixes re-use the server's prompt cache, so each position costs one decoded token.
+llama.cpp's server gives the log-probabilities of the next token, not the logits of a whole text, and only of the
+most probable tokens and of the one it sampled. A bias that forces the sampled token makes it tell the exact,
+unbiased log-probability of any token. A text is scored position by position; what a slot has already seen stays in
+its cache, so that each position costs one decoded token, and several slots are decoded in one batch.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import urllib.error
+import math
+import os
+import queue
+import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .engine import NextToken, Speed, captured_stderr, check_positions, thread_count
+from .engine import SMALLEST, Distribution, Engine, Speed, Window, pick
+from .gguf_header import read_header
 
-DEFAULT_TOP_K = 256
-FORCED = 1e4  # a bias no logit outweighs
+FORCE = 1e9  # a logit bias that no logit outweighs
+LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
+MARGIN = 10.0  # nats between two lifted tokens, so that the upper one is drawn all but always
+CANDIDATES = 256  # tokens that sampling chooses from
 
 
-class LlamaCppEngine:
-    """A GGUF file in stock llama.cpp. Raises `UserError` for a missing or broken file.
+class LlamaCppEngine(Engine):
+    """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
-    `context` is the number of tokens the KV cache holds.
+    Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
     """
 
-    name = "llama.cpp"
+    runtime = "llama.cpp"
 
-    def __init__(self, file: Path, threads: int = 0, context: int = 2048):
-        llama: Any = importlib.import_module("xllamacpp")  # it re-exports a binary module that has no types
-        check_gguf(file)
-        params = llama.CommonParams()
-        params.model.path = str(file)
-        params.n_ctx = context
-        params.n_parallel = 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = thread_count(threads)
-        params.n_gpu_layers = 0
-        params.warmup = False
-        params.verbosity = -1
-        params.fit_params = False  # take the context as asked for, without probing devices
-        params.cache_ram_mib = 0
-        with captured_stderr() as lines:
+    def __init__(self, file: Path, threads: int = 0, context: int = 1024, slots: int = 4):
+        self.path = Path(file)
+        header = read_header(self.path)
+        architecture = header.get("general.architecture")
+        trained = header.get(f"{architecture}.context_length")
+        self._vocabulary = header.get("tokenizer.ggml.tokens")
+        if not isinstance(trained, int) or not isinstance(self._vocabulary, int):
+            raise UserError(f"{self.path} is not a language model: its header names no context length or vocabulary")
+        self.context = min(context, trained)
+        self._slots = slots
+        self._plain: int | None = None
+        threads = threads or os.cpu_count() or 1
+        # One token more: the server wants room for the token it samples.
+        self._server: Any = _open(self.path, threads, slots, self.context + 1)
+
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        for window in windows:
+            window.check(self.context)
+        free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self._slots):
+            free.put(slot)
+
+        def work(window: Window) -> list[Distribution]:
+            slot = free.get()
             try:
-                self.server = llama.Server(params)
-            except RuntimeError as error:
-                failure: RuntimeError | None = error
-            else:
-                failure = None
-        if failure is not None:
-            why = next((line.strip() for line in lines if "error" in line.lower()), str(failure))
-            raise UserError(f"llama.cpp cannot open {file}: {why}") from failure
-        self.address = self.server.listening_address
-        # Never through a proxy, whatever the environment says: the server is this process.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                found = []
+                for position in window.positions:
+                    found.append(self._predict(slot, window.ids, position, top_k or self._vocabulary))
+                    if done:
+                        done(1)
+                return found
+            finally:
+                free.put(slot)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request to the server, JSON to JSON."""
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with self.opener.open(request) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"llama.cpp refused a request: {error.read().decode(errors='replace')[:300]}") from error
+        with ThreadPoolExecutor(self._slots) as pool:
+            futures = [pool.submit(work, window) for window in windows]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text with its special tokens recognised, nothing added."""
-        return self.post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    def _predict(self, slot: int, ids: Sequence[int], position: int, count: int) -> Distribution:
+        prompt, target = list(ids[:position]), int(ids[position])
+        answer = self._force(slot, prompt, target, count)
+        if answer is not None:
+            logprob = answer["logprob"]
+        else:
+            answer, logprob = self._predict_fragment(slot, prompt, target, count)
+        tokens = np.asarray([entry["id"] for entry in answer["top_logprobs"]], np.int64)
+        logprobs = np.asarray([entry["logprob"] for entry in answer["top_logprobs"]], np.float32)
+        logprobs = np.maximum(logprobs, SMALLEST)
+        complete = len(tokens) == self._vocabulary
+        if complete:
+            order = np.argsort(tokens)
+            tokens, logprobs = tokens[order], logprobs[order]
+        return Distribution(position, target, max(logprob, SMALLEST), tokens, logprobs, complete)
 
-    def next_tokens(self, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None) -> list[NextToken]:
-        """As the protocol says; at most `top_k` tokens (256 if not given) are listed."""
-        check_positions(ids, positions)
-        found = {p: self._probe(ids[:p], ids[p], top_k or DEFAULT_TOP_K) for p in sorted(set(positions))}
-        return [found[p] for p in positions]
+    def _predict_fragment(self, slot: int, prompt: list[int], target: int, count: int) -> tuple[dict[str, Any], float]:
+        """The prediction where `target` is a piece of a UTF-8 character.
 
-    def _probe(self, prefix: Sequence[int], target: int, top_k: int) -> NextToken:
-        answer = self.post(
-            "/completion",
-            {
-                "prompt": [int(token) for token in prefix],
-                "n_predict": 1,
-                "n_probs": top_k,
-                "temperature": 0.0,
-                "logit_bias": [[int(target), FORCED]],
-                "cache_prompt": True,
-                "post_sampling_probs": False,
-            },
-        )
-        first = answer["completion_probabilities"][0]
-        if first["id"] != target:
-            raise UserError(f"llama.cpp did not follow a forced token ({first['id']} instead of {target})")
-        top = first["top_logprobs"]
-        return NextToken(
-            int(target),
-            float(first["logprob"]),
-            np.asarray([entry["id"] for entry in top], dtype=np.int64),
-            np.asarray([entry["logprob"] for entry in top], dtype=np.float32),
-        )
+        The server reports no probabilities for such a token when it samples it. So a plain token is forced instead;
+        if the target is not among the most probable, both are lifted above all others, the plain one higher by a
+        known margin, and the ratio of their probabilities tells the target's.
+        """
+        plain = self._plain_token(slot, prompt)
+        answer = self._force(slot, prompt, plain, count)
+        assert answer is not None
+        listed = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
+        if target in listed or len(listed) == self._vocabulary:
+            return answer, listed[target]
+        ceiling = min(listed.values())  # the target's log-probability lies below
+        lift = {target: LIFT, plain: LIFT + MARGIN + ceiling - answer["logprob"]}
+        for seed in range(20):  # the target itself is drawn with a chance below 5e-5
+            entry = self._ask(
+                slot,
+                prompt,
+                n_probs=2,
+                logit_bias=[[token, bias] for token, bias in lift.items()],
+                samplers=["top_k"],
+                top_k=2,
+                temperature=1.0,
+                seed=seed,
+                post_sampling_probs=True,
+            )
+            if entry is not None:
+                shares = {item["id"]: item["prob"] for item in entry["top_probs"]}
+                if target not in shares:
+                    return answer, SMALLEST  # underflowed even next to one other token
+                return answer, math.log(shares[target] / shares[plain]) + ceiling + MARGIN
+        raise RuntimeError(f"llama.cpp gave no probability of token {target}")
 
-    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        answer = self.post(
-            "/completion",
-            {
-                "prompt": [int(token) for token in ids],
-                "n_predict": max_tokens,
-                "temperature": 0.0,
-                "return_tokens": True,
-                "ignore_eos": not stop,
-            },
-        )
-        for token in answer["tokens"]:
+    def _plain_token(self, slot: int, prompt: list[int]) -> int:
+        """A token whose text is whole characters; looked for once."""
+        candidates = range(self._vocabulary) if self._plain is None else [self._plain]
+        for token in candidates:
+            if self._force(slot, prompt, token, 1) is not None:
+                self._plain = token
+                return token
+        raise UserError(f"no token of {self.path} is whole characters: its vocabulary is broken")
+
+    def _force(self, slot: int, prompt: list[int], token: int, count: int) -> dict[str, Any] | None:
+        """What the server says of `token` after `prompt`, with the `count` most probable tokens."""
+        return self._ask(slot, prompt, n_probs=count, logit_bias=[[token, FORCE]], samplers=[], temperature=-1.0)
+
+    def _ask(self, slot: int, prompt: list[int], **options: Any) -> dict[str, Any] | None:
+        request = {"prompt": prompt, "id_slot": slot, "n_predict": 1, "cache_prompt": True, **options}
+        logprobs = self._send(request)["choices"][0]["logprobs"]
+        return logprobs["content"][0] if logprobs else None
+
+    def _send(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._server.handle_completions(request)
+        if "error" in answer:
+            raise UserError(f"llama.cpp refused {self.path}: {answer['error'].get('message', answer['error'])}")
+        return answer
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        """As in every engine; where temperature is not 0, the token is drawn from the `CANDIDATES` most probable."""
+        random = np.random.default_rng(seed)
+        text = [int(i) for i in ids]
+        plain = self._plain if self._plain is not None else self._plain_token(0, text)
+        count = 1 if temperature == 0 else min(CANDIDATES, self._vocabulary)
+        for _ in range(min(max_tokens, self.context - len(text) + 1)):
+            answer = self._force(0, text, plain, count)
+            assert answer is not None
+            logprobs = np.asarray([entry["logprob"] for entry in answer["top_logprobs"]], np.float32)
+            token = int(answer["top_logprobs"][pick(logprobs, temperature, top_p, random)]["id"])
             if token in stop:
                 return
-            yield int(token)
+            yield token
+            text.append(token)
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        body = {
-            "prompt": [3 + i % 89 for i in range(prompt_tokens)],
-            "n_predict": new_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-        self.post("/completion", body | {"n_predict": 1})  # first-run allocation is not the model's speed
-        times = self.post("/completion", body)["timings"]
-        return Speed(times["prompt_per_second"], times["predicted_per_second"], prompt_tokens, new_tokens)
+    def measure_speed(self, prompt_tokens: int = 128, new_tokens: int = 64) -> Speed:
+        """By llama.cpp's own clock."""
+        prompt = [(7 * i) % 97 + 3 for i in range(prompt_tokens)]
+        settings = {"id_slot": 0, "samplers": [], "temperature": -1.0, "ignore_eos": True, "cache_prompt": False}
+        self._send({"prompt": prompt[:8], "n_predict": 2, **settings})
+        timings = self._send({"prompt": prompt, "n_predict": new_tokens + 1, **settings})["timings"]
+        return Speed(float(timings["prompt_per_second"]), float(timings["predicted_per_second"]))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, its special tokens recognised and nothing added."""
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        # Never through a proxy, whatever the environment says: the server is this process.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            return json.load(answer)["tokens"]
 
     def close(self) -> None:
-        with captured_stderr():
-            del self.server
+        self._server = None
 
 
-def check_gguf(file: Path) -> None:
-    """Refuse a file that is missing, no GGUF, or cut short, before native code sees it."""
-    import gguf
-
-    if not file.is_file():
-        raise UserError(f"there is no file {file}")
+def _import_xllamacpp() -> Any:
+    # GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on
+    # the machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        reader = gguf.GGUFReader(file)
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        raise UserError(f"{file} is not a readable GGUF file: {error}") from error
-    if end > file.stat().st_size:
-        raise UserError(f"{file} is cut short: its tensors need {end} bytes, it has {file.stat().st_size}")
+        import xllamacpp
+    finally:
+        if before is None:
+            os.environ.pop("GOMP_SPINCOUNT", None)
+    return xllamacpp
+
+
+def _open(path: Path, threads: int, slots: int, context: int) -> Any:
+    xllamacpp = _import_xllamacpp()
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx = context * slots
+    parameters.n_parallel = slots
+    parameters.kv_unified = False
+    parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
+    parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
+    parameters.fit_params = False
+    parameters.warmup = False
+    parameters.endpoint_slots = False
+    parameters.ui = False
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
+    parameters.verbosity = 0  # llama.cpp writes nothing to the terminal
+    try:
+        return xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        parameters.verbosity = 1  # errors only: load again to learn why, catching what it writes
+        raise UserError(f"llama.cpp cannot load {path}: {_reason(xllamacpp, parameters)}") from error
+
+
+def _reason(xllamacpp: Any, parameters: Any) -> str:
+    """Why loading fails, from what llama.cpp writes to file descriptor 2."""
+    with tempfile.TemporaryFile() as log:
+        kept = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            xllamacpp.Server(parameters)
+        except RuntimeError:
+            pass
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        log.seek(0)
+        lines = log.read().decode(errors="replace").splitlines()
+    marker = "error loading model: "
+    reasons = [line.split(marker, 1)[1] for line in lines if marker in line]
+    return reasons[0].removeprefix("llama_model_loader: ") if reasons else "the file is broken or unsupported"

@@ -1,92 +1,131 @@
-"""ONNX Runtime: an exported folder with `model.onnx`, run with its KV cache as plain inputs and outputs."""
+"""An ONNX folder, open in stock ONNX Runtime."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UserError
-from .engine import NextToken, Speed, check_positions, from_logits, thread_count
+from .engine import Distribution, Engine, Window, distributions, pick
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-Past = dict[str, NDArray[Any]]
+PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
 
 
-class OnnxEngine:
-    """A decoder in stock onnxruntime. Raises `UserError` for a missing or broken folder."""
+def read_genai_config(folder: Path) -> dict[str, Any]:
+    """The `genai_config.json` of an ONNX folder; `UserError` when the folder is not one."""
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no genai_config.json, so it is not an exported ONNX folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        decoder = config["model"]["decoder"]
+        for name in (decoder["filename"], decoder["filename"] + ".data"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} lacks {name}: the export is not whole, export it again")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a valid genai_config.json: {error}") from error
+    return config
 
-    name = "onnxruntime"
+
+class OnnxEngine(Engine):
+    """ONNX Runtime on `folder`/model.onnx; `threads` 0 is one per core. `UserError` for missing or broken files."""
+
+    runtime = "onnxruntime"
 
     def __init__(self, folder: Path, threads: int = 0):
-        import onnxruntime as ort
+        import onnxruntime
 
-        model = folder / "model.onnx"
-        for file in (model, folder / "genai_config.json"):
-            if not file.is_file():
-                raise UserError(f"{folder} has no {file.name}, so it is not an exported ONNX folder")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = thread_count(threads)
-        options.log_severity_level = 4
+        self.path = Path(folder)
+        config = read_genai_config(self.path)["model"]
+        decoder = config["decoder"]
+        self.context = int(config["context_length"])
+        self._blocks = int(decoder["num_hidden_layers"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
+        options.intra_op_num_threads = threads
         try:
-            self.session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
-            raise UserError(f"ONNX Runtime cannot open {model}: {str(error).splitlines()[0]}") from error
-        self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.past_names = [name for name in self.inputs if name.startswith("past_key_values.")]
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-        # The graph names these two axes; the configuration beside it has their lengths.
-        self.kv_heads, self.head_size = config["num_key_value_heads"], config["head_size"]
-        self.outputs = ["logits", *(name.replace("past_key_values", "present") for name in self.past_names)]
+            self._session: Any = onnxruntime.InferenceSession(
+                str(self.path / decoder["filename"]), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise UserError(f"ONNX Runtime cannot load {self.path}: {_first_line(error)}") from error
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._takes_positions = "position_ids" in inputs
+        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        past = inputs["past_key_values.0.key"]
+        self._dtype = kind[past.type]
+        self._empty = np.zeros((1, past.shape[1], 0, int(decoder["head_size"])), self._dtype)
+        self._outputs = ["logits"] + [f"present.{i}.{part}" for i in range(self._blocks) for part in ("key", "value")]
 
-    def empty_past(self) -> Past:
-        """KV cache entries of length 0, (1, KV heads, 0, D) each."""
-        shape = (1, self.kv_heads, 0, self.head_size)
-        return {name: np.zeros(shape, DTYPES[self.inputs[name].type]) for name in self.past_names}
+    def logits(self, ids: Sequence[int], past: list[np.ndarray] | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (T, V) float32 of T new tokens after `past`, and the new past.
 
-    def step(self, ids: Sequence[int], past: Past) -> tuple[NDArray[Any], Past]:
-        """Logits (T, V) of `ids` after what is in `past`, and the longer past."""
-        before = next(iter(past.values())).shape[2]
-        feeds: dict[str, Any] = {
-            "input_ids": np.asarray([ids], dtype=np.int64),
-            "attention_mask": np.ones((1, before + len(ids)), dtype=np.int64),
-            **past,
+        A past is key, value, key, value … of each block, each (1, KV heads, tokens so far, head size).
+        """
+        past = past if past is not None else [self._empty] * (2 * self._blocks)
+        seen = past[0].shape[2]
+        feed = {
+            "input_ids": np.asarray([ids], np.int64),
+            "attention_mask": np.ones((1, seen + len(ids)), np.int64),
         }
-        if "position_ids" in self.inputs:
-            feeds["position_ids"] = np.arange(before, before + len(ids), dtype=np.int64)[None]
-        results: list[Any] = list(self.session.run(self.outputs, feeds))
-        logits, *present = results
-        return logits[0], dict(zip(self.past_names, present, strict=True))
+        if self._takes_positions:
+            feed["position_ids"] = np.arange(seen, seen + len(ids), dtype=np.int64)[None]
+        for i in range(self._blocks):
+            feed[f"past_key_values.{i}.key"], feed[f"past_key_values.{i}.value"] = past[2 * i], past[2 * i + 1]
+        result = self._session.run(self._outputs, feed)
+        return result[0][0].astype(np.float32), result[1:]
 
-    def next_tokens(self, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None) -> list[NextToken]:
-        check_positions(ids, positions)
-        logits, _ = self.step(ids, self.empty_past())
-        return [from_logits(logits[p - 1], ids[p], top_k) for p in positions]
+    def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
+        past = None
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            logits, past = self.logits(ids[start : start + PREFILL_CHUNK], past)
+            yield start, logits, past
 
-    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Iterator[int]:
-        logits, past = self.step(ids, self.empty_past())
-        for _ in range(max_tokens):
-            token = int(logits[-1].argmax())
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        found = []
+        for window in windows:
+            window.check(self.context)
+            here: list[Distribution] = []
+            last = max(window.positions, default=0)
+            for start, logits, _ in self._chunks(window.ids[:last]):
+                wanted = [p for p in window.positions if start < p <= start + len(logits)]
+                here += distributions(logits[[p - 1 - start for p in wanted]], window.ids, wanted, top_k)
+                if done and wanted:
+                    done(len(wanted))
+            found.append(here)
+        return found
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        random = np.random.default_rng(seed)
+        *_, (_, logits, past) = self._chunks(ids)
+        for made in range(max_tokens):
+            token = pick(logits[-1], temperature, top_p, random)
             if token in stop:
                 return
             yield token
-            logits, past = self.step([token], past)
-
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        ids = [3 + i % 89 for i in range(prompt_tokens)]
-        self.step(ids, self.empty_past())  # first-run allocation is not the model's speed
-        start = time.perf_counter()
-        logits, past = self.step(ids, self.empty_past())
-        middle = time.perf_counter()
-        for _ in range(new_tokens):
-            logits, past = self.step([int(logits[-1].argmax())], past)
-        end = time.perf_counter()
-        return Speed(prompt_tokens / (middle - start), new_tokens / (end - middle), prompt_tokens, new_tokens)
+            if made + 1 < max_tokens and len(ids) + made + 1 < self.context:
+                logits, past = self.logits([token], past)
+            else:
+                return
 
     def close(self) -> None:
-        del self.session
+        self._session = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

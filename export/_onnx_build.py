@@ -1,0 +1,40 @@
+"""Runs onnxruntime-genai's model builder: `python -m compress.export._onnx_build CHECKPOINT FOLDER [CHECKPOINT …]`.
+
+In a process of its own because the builder is not made to be imported: it puts its folder on `sys.path` and brings
+top-level modules named `builders`, `loaders` and `quantization`; it prints as it goes; and it keeps the whole model
+in memory. The process ends when its standard input closes, that is, when its parent dies.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
+    os._exit(1)
+
+
+def build(checkpoint: str, folder: str) -> None:
+    """Write the float32 graph of a checkpoint folder, with genai_config.json and tokenizer, into `folder`."""
+    import onnxruntime_genai.models  # noqa: F401 (puts the builder's own modules on sys.path)
+    from onnxruntime_genai.models import builder
+
+    cache = os.path.join(folder, "cache")
+    # A full-length cache for every block: sliding-window attention then differs from full attention in its mask
+    # alone, and any runtime can feed it.
+    options = builder.parse_extra_options("", checkpoint, folder, "fp32", "cpu", cache, ["windowed_kv_cache=false"])
+    builder.create_model("", checkpoint, folder, "fp32", "cpu", cache, **options)
+
+
+def main(arguments: list[str]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for checkpoint, folder in zip(arguments[::2], arguments[1::2], strict=True):
+        build(checkpoint, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""The metadata of a GGUF file, without its tensors: enough to know what it is before llama.cpp opens it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import UserError
+
+# GGUF value type -> struct format of its little-endian scalar.
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Every metadata value by key; an array by its length alone. `UserError` for what is not a whole GGUF header."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path} is not a GGUF file")
+            version, _, count = struct.unpack("<IQQ", _take(file, 20))
+            if version not in (2, 3):
+                raise UserError(f"{path} has GGUF version {version}; versions 2 and 3 are read")
+            return dict(_pair(file) for _ in range(count))
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
+
+
+def _take(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count) if count < 1 << 24 else b""
+    if len(data) != count:
+        raise ValueError("the file ends inside its header")
+    return data
+
+
+def _pair(file: BinaryIO) -> tuple[str, Any]:
+    key = _string(file)
+    return key, _value(file, struct.unpack("<I", _take(file, 4))[0])
+
+
+def _string(file: BinaryIO) -> str:
+    return _take(file, struct.unpack("<Q", _take(file, 8))[0]).decode("utf-8", errors="replace")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return struct.unpack(_SCALARS[kind], _take(file, struct.calcsize(_SCALARS[kind])))[0]
+    inner, length = struct.unpack("<IQ", _take(file, 12))
+    if inner in _SCALARS:
+        file.seek(length * struct.calcsize(_SCALARS[inner]), 1)
+    else:
+        for _ in range(length):
+            _value(file, inner)
+    return length

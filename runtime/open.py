@@ -1,0 +1,32 @@
+"""Opening an exported artifact without knowing what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from .engine import Engine
+
+
+def open_engine(path: Path, threads: int = 0, context: int = 1024, runtime: str | None = None) -> Engine:
+    """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
+
+    `context` is the longest text wanted of llama.cpp, which reserves its cache in advance.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):
+        from .llamacpp_engine import LlamaCppEngine
+
+        return LlamaCppEngine(path, threads, context)
+    if path.is_dir() and runtime in (None, "onnxruntime"):
+        from .onnx_engine import OnnxEngine
+
+        return OnnxEngine(path, threads)
+    if path.is_dir() and runtime == "onnxruntime-genai":
+        from .genai_engine import GenaiEngine
+
+        return GenaiEngine(path, threads)
+    if not path.exists():
+        raise UserError(f"there is no artifact at {path}")
+    where = f" in {runtime}" if runtime else ""
+    raise UserError(f"{path} cannot be opened{where}: give a .gguf file or an ONNX folder")
