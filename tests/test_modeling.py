@@ -219,7 +219,9 @@ def test_hash_cache_survives_damage(tmp_path):
 def test_pre_tokenizers_are_recognised_by_structure(name):
     backend = json.loads(build_tokenizer(name).backend_tokenizer.to_str())
     assert recognise(backend["normalizer"], backend["pre_tokenizer"]) == name
-    changed = json.loads(json.dumps(backend["pre_tokenizer"]).replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    changed = json.loads(
+        json.dumps(backend["pre_tokenizer"]).replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
     assert recognise(backend["normalizer"], changed) is None
 
 

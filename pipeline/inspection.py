@@ -1,0 +1,189 @@
+"""`compress inspect`: what a file or folder is, and what is in it, from headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError
+from .report.html import duration, megabytes
+
+
+def inspect_path(path: Path, console: Console) -> None:
+    """Describe a checkpoint, GGUF file, ONNX folder, bundle, stage folder or run folder."""
+    if not path.exists():
+        raise UserError(f"there is nothing at {path}")
+    for matches, describe in (
+        (path.suffix == ".gguf" and path.is_file(), _gguf),
+        ((path / "last-run.json").is_file() or (path / "recipe.yaml").is_file(), _run),
+        ((path / "genai_config.json").is_file(), _onnx),
+        (_has(path / "manifest.json", "artifacts"), _bundle),
+        (_has(path / "manifest.json", "stage"), _stage),
+        ((path / "config.json").is_file(), _checkpoint),
+    ):
+        if matches:
+            title, rows = describe(path)
+            table = Table(title=title, title_justify="left", show_header=False)
+            table.add_column(style="dim")
+            table.add_column(overflow="fold")
+            for key, value in rows:
+                table.add_row(key, str(value))
+            console.print(table)
+            return
+    raise UserError(f"{path} is no checkpoint, GGUF file, ONNX folder, bundle, stage or run folder")
+
+
+Rows = list[tuple[str, Any]]
+
+
+def _has(file: Path, key: str) -> bool:
+    return file.is_file() and key in _json(file)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def _checkpoint(path: Path) -> tuple[str, Rows]:
+    config = _json(path / "config.json")
+    kinds: Counter[str] = Counter()
+    parameters = size = 0
+    for file in sorted(path.glob("*.safetensors")):
+        for tensor in safetensors_header(file).values():
+            count = 1
+            for extent in tensor["shape"]:
+                count *= extent
+            kinds[tensor["dtype"]] += count
+            parameters += count
+        size += file.stat().st_size
+    rows: Rows = [
+        ("family", config.get("model_type")),
+        ("blocks", config.get("num_hidden_layers")),
+        ("parameters", f"{parameters:,}"),
+        ("types", ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())),
+        ("size", megabytes(size)),
+        ("hidden size", config.get("hidden_size")),
+        ("heads", f"{config.get('num_attention_heads')}, {config.get('num_key_value_heads')} for keys and values"),
+        ("vocabulary", config.get("vocab_size")),
+        ("context", config.get("max_position_embeddings")),
+    ]
+    if "compress_kept_blocks" in config:
+        rows.append(("kept blocks", ", ".join(map(str, config["compress_kept_blocks"]))))
+    return f"checkpoint {path}", rows
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Names, types and shapes of the tensors in a safetensors file; `UserError` if it is cut or broken."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > 100_000_000:
+                raise ValueError("its header is too long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size < 8 + length + end:
+            raise ValueError("it is cut short")
+        return header
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _gguf(path: Path) -> tuple[str, Rows]:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        values = {
+            key: entry.contents() for key, entry in reader.fields.items() if not key.startswith("tokenizer.ggml.")
+        }
+    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+        raise UserError(f"{path} is not a readable GGUF file: {error}") from error
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    packed = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    rows: Rows = [
+        ("size", megabytes(path.stat().st_size)),
+        ("parameters", f"{weights:,}"),
+        ("bits per weight", f"{8 * packed / max(weights, 1):.2f}"),
+        ("tensors", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+    ]
+    shown = {key: value for key, value in values.items() if not key.startswith(("GGUF.", "tokenizer.chat"))}
+    rows += [(key, value) for key, value in shown.items()]
+    return f"GGUF {path}", rows
+
+
+def _onnx(path: Path) -> tuple[str, Rows]:
+    import onnx
+
+    config = _json(path / "genai_config.json")["model"]
+    try:
+        model = onnx.load(str(path / "model.onnx"), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, and OSError for a missing file
+        raise UserError(f"{path / 'model.onnx'} is not a readable ONNX model: {error}") from error
+    operators = Counter(node.op_type for node in model.graph.node)
+    bits = {
+        a.i for node in model.graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"
+    }
+    return f"ONNX {path}", [
+        ("family", config["type"]),
+        ("blocks", config["decoder"]["num_hidden_layers"]),
+        ("weight bits", ", ".join(map(str, sorted(bits))) or "as stored"),
+        ("size", megabytes(sum(file.stat().st_size for file in path.glob("model.onnx*")))),
+        ("context", config["context_length"]),
+        ("operators", ", ".join(f"{count} {name}" for name, count in operators.most_common(8))),
+        ("inputs", ", ".join(i.name for i in model.graph.input[:3]) + " …"),
+    ]
+
+
+def _bundle(path: Path) -> tuple[str, Rows]:
+    from ..export.bundle import read_bundle
+
+    manifest = read_bundle(path)
+    rows: Rows = [
+        ("family", manifest.family),
+        ("parameters", f"{manifest.parameters:,}"),
+        ("depths", ", ".join(map(str, manifest.depths))),
+    ]
+    for artifact in manifest.artifacts:
+        v = artifact.verification
+        rows.append(
+            (
+                artifact.role,
+                f"{artifact.path}, {megabytes(artifact.bytes)}, {artifact.bits_per_weight:.2f} bits per weight, "
+                f"perplexity {v.perplexity:.2f} (checkpoint {v.checkpoint_perplexity:.2f}), KL {v.kl:.4f}",
+            )
+        )
+    return f"bundle {path}", rows
+
+
+def _stage(path: Path) -> tuple[str, Rows]:
+    manifest = _json(path / "manifest.json")
+    return f"stage {manifest['stage']} {path}", [
+        ("fingerprint", manifest["fingerprint"]),
+        ("time", duration(manifest["seconds"])),
+        ("peak memory", megabytes(manifest["peak_memory_bytes"])),
+        ("reads", ", ".join(manifest["inputs"]) or "the base model"),
+        ("config", json.dumps(manifest["config"])),
+        ("files", len(manifest["files"])),
+    ]
+
+
+def _run(path: Path) -> tuple[str, Rows]:
+    rows: Rows = []
+    for folder in sorted(path.iterdir()):
+        if _has(folder / "manifest.json", "stage"):
+            manifest = _json(folder / "manifest.json")
+            rows.append((manifest["stage"], f"{folder.name}, {duration(manifest['seconds'])}"))
+        elif folder.name.endswith(".partial"):
+            rows.append(("begun", folder.name))
+    rows += [("report", path / name) for name in ("report.html", "report.json") if (path / name).exists()]
+    return f"run {path}", rows

@@ -1,0 +1,235 @@
+"""`compress plan`: what a recipe will take, from configuration files alone.
+
+The figures are sums of the large parts (weights, caches, optimizer states, kept activations, logits); the runtime's
+own few hundred megabytes come on top.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.config import MagpieConfig
+from ..distill.config import DistillConfig, Full, Lora
+from ..errors import UserError
+from ..modeling.source import parse_source
+from .recipe import LoadedRecipe, ModelSpec
+from .report.html import megabytes
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BITS = {"nf4": 0.56, "int8": 1.06}  # bytes per weight, block scales included
+EXPORT_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.6, "Q4_K_M": 4.9, "Q4_0": 4.6, "int4": 5.2, "fp32": 32}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder's shape."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Geometry:
+        heads = config["num_attention_heads"]
+        return cls(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            config["intermediate_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            config["vocab_size"],
+            bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_parameters(self) -> int:
+        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    def parameters(self, blocks: int) -> int:
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return blocks * self.block_parameters + embeddings + self.hidden
+
+    def kv_bytes(self, tokens: int, size: int) -> int:
+        return 2 * self.blocks * self.kv_heads * self.head_size * tokens * size
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Estimates for one stage."""
+
+    name: str
+    memory: int  # bytes
+    disk: int  # bytes
+    note: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    source: str
+    parameters: int
+    parameters_after: int
+    blocks: tuple[int, int]
+    stages: list[StagePlan]
+
+
+def make_plan(loaded: LoadedRecipe, dtype: str, cache: Path) -> Plan:
+    """Estimates for a recipe. Raises `UserError` where the model's configuration cannot be had."""
+    shape = Geometry.of(_read_config(loaded, cache))
+    size, recipe = BYTES[dtype], loaded.recipe
+    dropped = recipe.prune.blocks if recipe.prune else 0
+    if dropped >= shape.blocks:
+        raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
+    kept = shape.blocks - dropped
+    stages = [_stage(name, loaded, shape, kept, size) for name in loaded.order]
+    return Plan(
+        recipe.name, loaded.source, shape.parameters(shape.blocks), shape.parameters(kept), (shape.blocks, kept), stages
+    )
+
+
+def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: int) -> StagePlan:
+    whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
+    section = loaded.section(name)
+    if name == "data":
+        if not isinstance(section, MagpieConfig):
+            return StagePlan(name, 500_000_000, 0, "rows of a data set")
+        tokens = section.batch * (section.max_prompt_tokens + section.max_tokens + 64)
+        cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
+        return StagePlan(name, whole * size + cache, 0, f"{section.batch} rows at once")
+    if name == "prune":
+        tokens = section.calibration.batch * section.calibration.length
+        states = (shape.blocks + 1) * tokens * shape.hidden * size
+        work = tokens * (4 * shape.hidden + 3 * shape.intermediate) * size + 4 * shape.hidden**2 * 8
+        return StagePlan(name, whole * size + states + work, small * size, f"{kept} of {shape.blocks} blocks stay")
+    if name == "distill":
+        return _distill(section, shape, kept, size)
+    if name == "export":
+        kinds = [*section.gguf, *section.onnx]
+        disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
+        return StagePlan(
+            name, small * max(size, 4 if section.onnx else size) * (2 if section.onnx else 1), disk, ", ".join(kinds)
+        )
+    logs = section.tokens * shape.vocab * 4
+    return StagePlan(name, whole * size + 128 * shape.vocab * 12, 0, f"{megabytes(logs)} of scratch disk")
+
+
+def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+    tokens = config.batch * config.length
+    student, teacher = shape.parameters(kept), shape.parameters(shape.blocks)
+    teacher_bytes = int(teacher * BITS.get(config.teacher.quantize or "", size))
+    if isinstance(config.tune, Full):
+        weights, trained = student * 4, student
+        note = "full tuning"
+    else:
+        weights = int(student * BITS.get(config.tune.quantize_base or "", size))
+        trained = lora_parameters(config.tune, shape, kept)
+        note = f"LoRA, {trained / 1e6:.1f} M trained"
+    optimizer = trained * (4 + 4 + (2 if config.optimizer == "adamw_8bit" else 8))
+    per_block = shape.hidden if config.gradient_checkpointing else 14 * shape.hidden + 5 * shape.intermediate
+    activations = tokens * kept * per_block * size
+    logits = config.chunk * shape.vocab * 4 * 6 + tokens * shape.hidden * 8
+    return StagePlan("distill", weights + teacher_bytes + optimizer + activations + logits, student * size, note)
+
+
+def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
+    """Parameters of the adapters."""
+    q, kv, h, i = shape.heads * shape.head_size, shape.kv_heads * shape.head_size, shape.hidden, shape.intermediate
+    sizes = {
+        "q_proj": h + q,
+        "k_proj": h + kv,
+        "v_proj": h + kv,
+        "o_proj": q + h,
+        "gate_proj": h + i,
+        "up_proj": h + i,
+        "down_proj": i + h,
+    }
+    names = sizes if tune.targets == "all-linear" else tune.targets
+    return blocks * tune.rank * sum(sizes.get(name, 2 * h) for name in names)
+
+
+def _read_config(loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
+    model = loaded.recipe.model
+    if isinstance(model, ModelSpec) and model.config:
+        return _json(loaded.folder / model.config)
+    source = parse_source(loaded.source, loaded.folder)
+    if source.kind == "folder":
+        assert source.path is not None
+        return _json(source.path / "config.json")
+    if source.kind == "gguf":
+        assert source.path is not None
+        return _gguf_config(source.path)
+    if source.kind == "random":
+        from ..modeling.load import load_config, resolve
+
+        return load_config(resolve(loaded.source, cache)).to_dict()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _json(Path(hf_hub_download(source.text, "config.json", revision=source.revision)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the configuration of {source.text} could not be had from the Hub ({type(error).__name__}); "
+            "name a local copy under model.config"
+        ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} could not be read as JSON: {error}") from error
+
+
+def _gguf_config(file: Path) -> dict[str, Any]:
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(file).fields
+        arch = fields["general.architecture"].contents()
+
+        def value(key: str, default: Any = None) -> Any:
+            return fields[f"{arch}.{key}"].contents() if f"{arch}.{key}" in fields else default
+
+        return {
+            "num_hidden_layers": value("block_count"),
+            "hidden_size": value("embedding_length"),
+            "intermediate_size": value("feed_forward_length"),
+            "num_attention_heads": value("attention.head_count"),
+            "num_key_value_heads": value("attention.head_count_kv"),
+            "head_dim": value("attention.key_length"),
+            "vocab_size": len(fields["tokenizer.ggml.tokens"].data),
+            "tie_word_embeddings": "output.weight" not in {t.name for t in gguf.GGUFReader(file).tensors},
+        }
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError(f"{file} is not a readable GGUF file: {error}") from error
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print a plan as a table."""
+    after = f"{plan.parameters_after / 1e9:.3f} B in {plan.blocks[1]}"
+    console.print(f"{plan.source}: {plan.parameters / 1e9:.3f} B parameters in {plan.blocks[0]} blocks → {after}")
+    table = Table("stage", title=f"{plan.name}: estimates", title_justify="left")
+    for column in ("memory", "disk"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for stage in plan.stages:
+        table.add_row(stage.name, megabytes(stage.memory), megabytes(stage.disk), stage.note)
+    console.print(table)
+    free = megabytes(shutil.disk_usage(".").free)
+    console.print(f"free here: {free} of disk; the runtime's own memory (about 0.5 GB) comes on top")

@@ -1,0 +1,77 @@
+"""Building the report from a run's stage folders. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schema import Report, StageEntry
+
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A finished stage: its folder and its manifest."""
+
+    name: str
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
+    """The report of the finished stages; parts whose stages are missing are empty."""
+    folders = {stage.name: stage.folder for stage in stages}
+    last = stages[-1].manifest if stages else {}
+    metrics = {stage.name: stage.manifest["metrics"] for stage in stages}
+    return Report(
+        name=name,
+        base=last.get("base", {}).get("source", ""),
+        measured_on=metrics.get("evaluate", {}).get("text"),
+        models=_json(folders, "evaluate", "models.json") or [],
+        stages=[_entry(stage) for stage in stages],
+        importance=_json(folders, "prune", "importance.json"),
+        curves=_lines(folders, "distill", "curves.jsonl"),
+        data=metrics.get("data"),
+        samples=_samples(folders.get("data")),
+        artifacts=metrics.get("export", {}).get("artifacts", []),
+        recipe=recipe,
+        versions=last.get("versions", {}),
+        machine=last.get("machine", {}),
+    )
+
+
+def _entry(stage: StageRecord) -> StageEntry:
+    manifest = stage.manifest
+    return StageEntry(
+        name=stage.name,
+        folder=stage.folder.name,
+        fingerprint=manifest["fingerprint"],
+        seconds=manifest["seconds"],
+        resumed=manifest["resumed"],
+        peak_memory_bytes=manifest["peak_memory_bytes"],
+        metrics=manifest["metrics"],
+    )
+
+
+def _json(folders: dict[str, Path], stage: str, name: str) -> Any:
+    file = folders[stage] / name if stage in folders else None
+    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+
+
+def _lines(folders: dict[str, Path], stage: str, name: str) -> list[dict[str, Any]]:
+    file = folders[stage] / name if stage in folders else None
+    if file is None or not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _samples(folder: Path | None) -> list[list[dict[str, str]]]:
+    if folder is None or not (folder / "rows.parquet").is_file():
+        return []
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(folder / "rows.parquet", columns=["messages", "text"]).slice(0, SAMPLES).to_pylist()
+    return [row["messages"] or [{"role": "text", "content": row["text"] or ""}] for row in rows]

@@ -1,0 +1,129 @@
+"""report.html: one self-contained page."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from . import plots
+from .schema import ModelEntry, Report
+
+ORDER = ("base", "pruned", "healed", "recovered", "merged")
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.json and report.html into a run's folder; returns both paths."""
+    texts = {"report.json": to_json(report), "report.html": render(report)}
+    written = []
+    for name, text in texts.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
+        written.append(folder / name)
+    return written
+
+
+def to_json(report: Report) -> str:
+    return json.dumps(report.model_dump(), indent=2, ensure_ascii=False) + "\n"
+
+
+def render(report: Report) -> str:
+    """The page; everything that comes from data is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"mb": megabytes, "num": number, "pct": percent, "duration": duration}
+    template = environment.from_string(files("compress.pipeline.report").joinpath("page.html.j2").read_text("utf-8"))
+    return template.render(
+        report=report,
+        headline=headline(report),
+        tasks=sorted({name for model in report.models for name in model.tasks}),
+        total_seconds=sum(stage.seconds for stage in report.stages),
+        longest=max((stage.seconds for stage in report.stages), default=1.0) or 1.0,
+        figures={
+            "importance": plots.importance_plot(report),
+            "quality": plots.quality_plot(report),
+            "loss": plots.loss_plot(report),
+            "heldout": plots.heldout_plot(report),
+        },
+    )
+
+
+def smallest_artifact(report: Report) -> ModelEntry | None:
+    """The smallest exported file whose perplexity is within a tenth of its checkpoint's, else the best one."""
+    exported = [m for m in report.models if m.role.startswith(("gguf-", "onnx-"))]
+    checkpoint = final_model(report)
+    good = [m for m in exported if checkpoint and m.perplexity <= 1.1 * checkpoint.perplexity]
+    if good:
+        return min(good, key=lambda m: m.bytes)
+    return min(exported, key=lambda m: m.perplexity, default=None)
+
+
+def final_model(report: Report) -> ModelEntry | None:
+    """The last torch model that was made."""
+    made = [m for role in ORDER if (m := report.model(role)) is not None]
+    return made[-1] if made else None
+
+
+def headline(report: Report) -> list[dict[str, str]]:
+    """What was won, as label, figure and comparison."""
+    base, final, small = report.model("base"), final_model(report), smallest_artifact(report)
+    if base is None or final is None:
+        return []
+    last = small or final
+    cards = [
+        {
+            "label": "size",
+            "figure": megabytes(last.bytes),
+            "note": f"{last.role}; {base.bytes / last.bytes:.1f}× smaller than the base's {megabytes(base.bytes)}",
+        },
+        {
+            "label": "perplexity",
+            "figure": number(final.perplexity),
+            "note": f"{final.role}; base {number(base.perplexity)}, "
+            + ", ".join(
+                f"{m.role} {number(m.perplexity)}"
+                for role in ORDER[1:]
+                if role != final.role and (m := report.model(role)) is not None
+            ),
+        },
+    ]
+    if last.tokens_per_second and base.tokens_per_second:
+        cards.append(
+            {
+                "label": "decoding",
+                "figure": f"{last.tokens_per_second:.0f} tokens/s",
+                "note": f"{last.role} in {last.runtime}; base in torch {base.tokens_per_second:.0f} tokens/s",
+            }
+        )
+    if final.top1_agreement is not None:
+        cards.append(
+            {
+                "label": "same next token as the unpruned model",
+                "figure": percent(final.top1_agreement),
+                "note": f"{final.role}, KL {number(final.kl_to_base)} nats",
+            }
+        )
+    return cards
+
+
+def megabytes(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, none of them pretended."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -1,0 +1,73 @@
+"""report.json: what was won, measured, and made. Documented in docs/report.md."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TaskResult(_Entry):
+    """Multiple choice: shares of 1."""
+
+    accuracy: float
+    accuracy_norm: float
+    ci95: float  # half-width of the 95 % interval of accuracy_norm
+    n: int
+
+
+class ModelEntry(_Entry):
+    """One model or artifact."""
+
+    role: str  # base, pruned, healed, recovered, merged, depth-N, gguf-TYPE, onnx-TYPE
+    runtime: str
+    blocks: int
+    parameters: int | None
+    bytes: int
+    bits_per_weight: float | None = None
+    perplexity: float
+    kl_to_base: float | None = None  # nats per token
+    top1_agreement: float | None = None
+    positions: int  # tokens that the three figures above are measured on
+    tokens_per_second: float | None = None  # decoding, one stream
+    prefill_tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    tasks: dict[str, TaskResult] = Field(default_factory=dict)
+
+
+class StageEntry(_Entry):
+    """One stage of the run."""
+
+    name: str
+    folder: str
+    fingerprint: str
+    seconds: float
+    resumed: bool
+    peak_memory_bytes: int
+    metrics: dict[str, Any]
+
+
+class Report(_Entry):
+    """The whole report."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    base: str  # the model source as the recipe has it
+    measured_on: str | None  # what perplexity was measured on
+    models: list[ModelEntry]
+    stages: list[StageEntry]
+    importance: dict[str, Any] | None  # the prune stage's importance.json
+    curves: list[dict[str, Any]]  # the distill stage's curves.jsonl
+    data: dict[str, Any] | None  # the data stage's counts
+    samples: list[list[dict[str, str]]]  # a few conversations of the data stage
+    artifacts: list[dict[str, Any]]  # the bundle's, with their verification
+    recipe: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    def model(self, role: str) -> ModelEntry | None:
+        return next((entry for entry in self.models if entry.role == role), None)

@@ -1,0 +1,78 @@
+"""The last lines of a run: what was won, and where it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError
+from .report.collect import StageRecord, build_report
+from .report.html import final_model, megabytes, number, percent, smallest_artifact, write_report
+from .report.schema import ModelEntry, Report
+from .runner import Run
+from .store import MANIFEST, write_json
+
+LAST = "last-run.json"  # which stage folders the run's last execution consisted of
+
+
+def finish(run: Run, console: Console, made: int) -> None:
+    """Write the report if anything is new, and print the summary."""
+    stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
+    write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": [[s.name, s.folder.name] for s in stages]})
+    report = build_report(run.loaded.recipe.name, run.loaded.text, stages)
+    html = run.folder / "report.html"
+    if made or not html.exists():
+        write_report(report, run.folder)
+    show(report, run.folder, console)
+
+
+def rebuild(folder: Path) -> list[Path]:
+    """Write the report of a run folder again."""
+    try:
+        last = json.loads((folder / LAST).read_text(encoding="utf-8"))
+        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        stages = [
+            StageRecord(name, folder / path, json.loads((folder / path / MANIFEST).read_text(encoding="utf-8")))
+            for name, path in last["stages"]
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not the folder of a finished run: {error}") from error
+    return write_report(build_report(last["name"], recipe, stages), folder)
+
+
+def show(report: Report, folder: Path, console: Console) -> None:
+    """A small table of base, pruned, recovered and the artifacts, and the paths."""
+    if report.models:
+        bold = {m.role for m in (smallest_artifact(report), final_model(report)) if m is not None}
+        console.print(model_table(report.models, f"{report.name}: what was won", bold))
+    for stage in report.stages:
+        if stage.name == "export":
+            console.print(f"bundle: {folder / stage.folder / 'bundle'}", markup=False, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
+
+
+def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()) -> Table:
+    """One row per model: blocks, size, perplexity, agreement, tasks, speed."""
+    tasks = sorted({name for model in models for name in model.tasks})
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for column in ("blocks", "size", "perplexity", "KL to base", "same choice", *tasks, "tokens/s"):
+        table.add_column(column, justify="right")
+    for model in models:
+        scores = (percent(model.tasks[t].accuracy_norm) if t in model.tasks else "–" for t in tasks)
+        cells = (
+            model.role,
+            str(model.blocks),
+            megabytes(model.bytes),
+            number(model.perplexity),
+            number(model.kl_to_base),
+            percent(model.top1_agreement),
+            *scores,
+            number(model.tokens_per_second),
+        )
+        table.add_row(*cells, style="bold" if model.role in bold else "")
+    return table
