@@ -16,7 +16,7 @@ from ..data.chat import load_encoded
 from ..data.packing import Batch, pack
 from ..errors import UserError
 from ..modeling.blocks import Decoder
-from ..modeling.checkpoint import save_checkpoint
+from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
 from .config import DistillConfig, Lora
@@ -51,13 +51,15 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     tokenizer = load_tokenizer(inputs.model)
     train, held = load_batches(config, inputs, tokenizer, context.seed)
     started = time.monotonic()
-    figures = _train(config, inputs, work, context, train, held)
+    with quiet(bars=True):
+        figures = _train(config, inputs, work, context, train, held)
     seconds = time.monotonic() - started
     context.progress.note(
         f"held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → {figures['best']['eval_kl']:.3f} "
         f"(step {figures['best']['step']} of {figures['steps']})"
     )
-    model = best_model(config, inputs, work, context)
+    with quiet():
+        model = best_model(config, inputs, work, context)
     save_checkpoint(model, tokenizer, out_dir / "model")
     shutil.copyfile(work / "curves.jsonl", out_dir / "curves.jsonl")
     lines = [line for line in read_lines(out_dir / "curves.jsonl") if "tokens" in line]

@@ -137,12 +137,11 @@ class DistillTrainer(Trainer):
         sums = self.sums(model, Batch(**inputs))
         if not torch.isfinite(sums.loss):
             raise UserError(
-                f"the training loss is {float(sums.loss)} at step {self.state.global_step + 1}: training diverged. "
+                f"the training loss is {sums.loss.item()} at step {self.state.global_step + 1}: training diverged. "
                 f"Lower distill.lr (it is {self.config.lr:g}) or raise distill.warmup."
             )
-        self.running += torch.tensor(
-            [float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens], dtype=torch.float64
-        )
+        figures = [sums.loss.item(), sums.nll.item(), sums.kl.item(), sums.tokens]
+        self.running += torch.tensor(figures, dtype=torch.float64)
         return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
 
     def sums(self, model: Any, batch: Batch) -> LossSums:
@@ -284,7 +283,6 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         optim=OPTIMIZERS[config.optimizer],
-        gradient_checkpointing=False,  # switched on in the model itself; the wrapper has no such method
         seed=context.seed,
         data_seed=context.seed,
         use_cpu=on_cpu,

@@ -10,7 +10,7 @@ from ..stage import Section
 
 FORMAT = 1
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]
-OnnxPrecision = Literal["int4", "fp32"]
+OnnxPrecision = Literal["int4", "int8", "fp32"]
 
 
 class Verify(Section):
@@ -28,10 +28,10 @@ class ExportConfig(Section):
     """What is written into the bundle."""
 
     gguf: list[GgufType] = Field(default_factory=list, description="F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
-    onnx: list[OnnxPrecision] = Field(default_factory=list, description="int4, fp32")
+    onnx: list[OnnxPrecision] = Field(default_factory=list, description="int4, int8, fp32")
     imatrix: bool | None = Field(
         default=None,
-        description="weigh GGUF rounding errors by activations on the data stage's rows; null: where there is one",
+        description="weigh rounding errors by activations on the data stage's rows; null: where there is one",
     )
     imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is collected on")
     verify: Verify = Field(default_factory=Verify, description="comparison with the checkpoint; it cannot be left out")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..modeling.checkpoint import count_parameters
 from ..stage import Progress
 
 PRECISIONS = ("int4", "int8", "fp32")
@@ -253,14 +254,8 @@ def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | No
 
 
 def _describe(folder: Path, checkpoint: Path) -> OnnxInfo:
-    from safetensors import safe_open
-
-    parameters = 0
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="np") as handle:
-            parameters += sum(int(np.prod(handle.get_slice(name).get_shape())) for name in handle.keys())  # noqa: SIM118
-    files = sorted(path for path in folder.iterdir())
-    bits = 8 * (folder / "model.onnx.data").stat().st_size / parameters
+    files = sorted(folder.iterdir())
+    bits = 8 * (folder / "model.onnx.data").stat().st_size / count_parameters(checkpoint)
     return OnnxInfo(tuple(path.name for path in files), sum(path.stat().st_size for path in files), bits)
 
 

@@ -99,7 +99,7 @@ def _initializer(model: Any, name: str, array: np.ndarray) -> Any:
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

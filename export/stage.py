@@ -11,6 +11,7 @@ from typing import Any
 from ..data.calibration import calibration_batches
 from ..errors import UserError
 from ..modeling.blocks import KEPT_BLOCKS, kept_blocks
+from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
@@ -21,7 +22,7 @@ from .card import write_card
 from .config import ExportConfig
 from .gguf import check_gguf, write_gguf
 from .imatrix import collect, load_imatrix, save_imatrix
-from .onnx import count_parameters, write_onnx
+from .onnx import check_onnx, write_onnx
 from .tensors import gguf_errors, onnx_errors
 from .verify import (
     PROBE,
@@ -34,13 +35,16 @@ from .verify import (
 )
 
 BUNDLE = "bundle"
-BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 8.5, "Q4_K_M": 6.5, "Q4_0": 6, "int4": 7, "fp32": 32}  # upper estimates
+# Bits per weight: upper estimates, for the check of free disk.
+BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 8.5, "Q4_K_M": 6.5, "Q4_0": 6, "int4": 7, "int8": 10, "fp32": 32}
 
 
 def check(config: ExportConfig, base: Path, context: Context) -> None:
-    """Refuse tokenizers and families that GGUF cannot carry before any work is done."""
+    """Refuse what GGUF or ONNX cannot carry before any work is done."""
     if config.gguf:
         check_gguf(base)
+    for precision in config.onnx:
+        check_onnx(load_config(base), precision)
 
 
 def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -122,10 +126,10 @@ class Job:
         manifest = Manifest(
             name=self.name,
             family=config.model_type,
-            parameters=count_parameters(self.checkpoint, config),
+            parameters=count_parameters(self.checkpoint),
             depths=[config.num_hidden_layers],
             kept_blocks=kept_blocks(config),
-            importance_matrix=self._wants_imatrix() and bool(self.config.gguf),
+            importance_matrix=self._wants_imatrix(),
             artifacts=artifacts,
             provenance={"kept_recorded": hasattr(config, KEPT_BLOCKS), **provenance},
             files=[],
@@ -136,8 +140,10 @@ class Job:
         return {"artifacts": [artifact.model_dump() for artifact in artifacts]}
 
     def _check_disk(self) -> None:
-        weights = count_parameters(self.checkpoint, load_config(self.checkpoint))
+        weights = count_parameters(self.checkpoint)
         need = sum(weights * BITS[kind] / 8 for kind in [*self.config.gguf, *self.config.onnx])
+        if self.config.onnx:
+            need += 4 * weights  # the float32 graph that the others are made from
         free = shutil.disk_usage(self.work).free
         if need > free:
             raise UserError(
@@ -154,7 +160,7 @@ class Job:
         return "data" in self.inputs.stages if self.config.imatrix is None else self.config.imatrix
 
     def _imatrix(self, model: Any) -> dict[str, Any] | None:
-        if not self.config.gguf or not self._wants_imatrix():
+        if not self._wants_imatrix():
             return None
         file = self.work / "imatrix.safetensors"
         if not file.exists():
@@ -194,7 +200,9 @@ class Job:
 
     def _onnx(self, kind: str) -> ArtifactEntry:
         path = f"onnx/{kind}"
-        info = write_onnx(self.checkpoint, self.bundle / path, kind, self.context.progress)
+        info = write_onnx(
+            self.checkpoint, self.bundle / path, kind, imatrix=self.imatrix, progress=self.context.progress
+        )
         role = f"onnx-{kind}"
         error = self._weights(role, onnx_errors(self.bundle / path, self.checkpoint))
         with OnnxEngine(self.bundle / path, self.config.threads) as engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
 from .bundle import Verification
+from .config import GgufType
 from .tensors import LIMITS
 
 # Limits on the mean KL to the checkpoint. Measured on SmolLM2-135M: see docs/bundle.md.
-KL_LIMITS = {"F16": 0.005, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.3, "Q4_0": 0.6, "int4": 0.6, "fp32": 0.001}
+KL_LIMITS = {"F16": 0.005, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.3, "Q4_0": 0.6}
+KL_LIMITS |= {"int4": 0.3, "int8": 0.02, "fp32": 0.001}
 TOP_K = 256
+ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
 
 PROBE = """\
 The library on the corner opens at nine. Anna returned three books on Tuesday, paid a fine of 2.40 euros and asked \
@@ -59,14 +62,14 @@ class Reference:
 
 def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -> list[Window]:
     """Windows with `tokens` positions in all: from the data stage's held-out rows, else from a text built in."""
-    rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", length) if data is not None else []
+    rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
     windows: list[Window] = []
     for row in rows:
-        count = min(len(row.input_ids) - 1, tokens - sum(len(w.positions) for w in windows))
+        count = min(len(row.input_ids) - 1, length - 1, tokens - sum(len(w.positions) for w in windows))
         if count <= 0:
             break
-        windows.append(Window(row.input_ids, range(1, count + 1)))
+        windows.append(Window(row.input_ids[: count + 1], range(1, count + 1)))
     return windows
 
 
@@ -112,7 +115,7 @@ def check_runtime(
     what: str, kind: str, engine: Engine, reference: Reference, limits: dict[str, float], tensor_error: float
 ) -> Verification:
     """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type."""
-    found = compare(reference, engine.score(reference.windows, top_k=None if kind in ("int4", "fp32") else TOP_K))
+    found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in get_args(GgufType) else None))
     limit = (KL_LIMITS | limits)[kind]
     if not found["kl"] <= limit:
         raise UserError(

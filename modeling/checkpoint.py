@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,21 @@ from ..errors import UserError
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its bars and warnings, for as long as the context lasts."""
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """transformers without its warnings, for as long as the context lasts.
+
+    Unless `bars`, nothing at all is written to stderr meanwhile: some of transformers' bars obey no switch.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        # Some of its bars obey no switch; all of them go to stderr, where nothing of ours is written meanwhile.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", FutureWarning)
+            if not bars:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         logging.set_verbosity(level)
@@ -43,6 +51,21 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
         raise UserError(f"could not write the checkpoint to {folder}: {error.strerror or error}") from error
     for name in ("config.json", "tokenizer_config.json"):
         _strip(folder / name, ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only"))
+
+
+def count_parameters(checkpoint: Path) -> int:
+    """Parameters of a checkpoint folder, tied weights once, from the safetensors headers."""
+    from safetensors import safe_open
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    tied = config.get("tie_word_embeddings", False)
+    total = 0
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                if not (tied and name == "lm_head.weight"):
+                    total += math.prod(weights.get_slice(name).get_shape())
+    return total
 
 
 def _strip(path: Path, keys: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from .report.html import megabytes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BITS = {"nf4": 0.56, "int8": 1.06}  # bytes per weight, block scales included
-EXPORT_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.6, "Q4_K_M": 4.9, "Q4_0": 4.6, "int4": 5.2, "fp32": 32}
+EXPORT_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.6, "Q4_K_M": 4.9, "Q4_0": 4.6, "int4": 5.7, "int8": 9, "fp32": 32}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,16 @@ class GenaiEngine(Engine):
     runtime = "onnxruntime-genai"
 
     def __init__(self, folder: Path, threads: int = 0):
-        import onnxruntime_genai
-
-        self._library: Any = onnxruntime_genai
+        # Any: its compiled module comes without types.
+        self._library: Any = importlib.import_module("onnxruntime_genai")
         self.path = Path(folder)
         self.context = int(read_genai_config(self.path)["model"]["context_length"])
         try:
-            config = onnxruntime_genai.Config(str(self.path))
+            config = self._library.Config(str(self.path))
             if threads:
                 options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-                config.overlay(_json(options))
-            self._model: Any = onnxruntime_genai.Model(config)
+                config.overlay(json.dumps(options))
+            self._model: Any = self._library.Model(config)
         except Exception as error:  # it raises plain RuntimeError and its own types alike
             raise UserError(f"onnxruntime-genai cannot load {self.path}: {str(error).splitlines()[0][:300]}") from error
 
@@ -81,9 +82,3 @@ class GenaiEngine(Engine):
 
     def close(self) -> None:
         self._model = None
-
-
-def _json(values: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(values)

@@ -44,9 +44,10 @@ class LlamaCppEngine(Engine):
         header = read_header(self.path)
         architecture = header.get("general.architecture")
         trained = header.get(f"{architecture}.context_length")
-        self._vocabulary = header.get("tokenizer.ggml.tokens")
-        if not isinstance(trained, int) or not isinstance(self._vocabulary, int):
+        vocabulary = header.get("tokenizer.ggml.tokens")
+        if not isinstance(trained, int) or not isinstance(vocabulary, int):
             raise UserError(f"{self.path} is not a language model: its header names no context length or vocabulary")
+        self._vocabulary = vocabulary
         self.context = min(context, trained)
         self._slots = slots
         self._plain: int | None = None

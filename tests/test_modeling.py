@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -59,13 +60,13 @@ def test_dropped_blocks_are_skipped_saved_and_loaded_plainly(tiny, tmp_path, fam
     drop_blocks(pruned, dropped)
     torch.testing.assert_close(logits(pruned), expected, rtol=0, atol=0)
     kept = [i for i in range(4) if i not in dropped]
-    assert [m.layer_idx for b in pruned.model.layers for m in b.modules() if hasattr(m, "layer_idx")][0] == 0
+    assert next(m.layer_idx for b in pruned.model.layers for m in b.modules() if hasattr(m, "layer_idx")) == 0
     layer_types = getattr(whole.config, "layer_types", None)
     if layer_types is not None:
         assert pruned.config.layer_types == [layer_types[i] for i in kept]
 
     save_checkpoint(pruned, load_tokenizer(folder), tmp_path / "pruned")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert loaded.config.num_hidden_layers == len(kept)
     assert kept_blocks(loaded.config) == kept
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
