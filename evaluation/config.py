@@ -24,9 +24,8 @@ class EvaluateConfig(Section):
         default=None, description="a text file to measure perplexity on; null: the data stage's held-out rows"
     )
     window: int = Field(default=512, ge=8, description="tokens per window of text; each window starts afresh")
-    tokens: int = Field(default=4096, ge=8, description="at most so many tokens")
-    artifact_tokens: int = Field(
-        default=512, ge=8, description="at most so many positions in llama.cpp, which is asked one by one"
+    tokens: int = Field(
+        default=4096, ge=8, description="at most so many tokens, the same for all; llama.cpp is asked one by one"
     )
     tasks: list[str] = Field(
         default_factory=list, description="JSONL files of multiple-choice rows: question, choices, answer"

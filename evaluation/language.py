@@ -20,7 +20,7 @@ from ..data.calibration import read_text
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..errors import UserError
 from ..modeling.blocks import Decoder
-from ..runtime.engine import Distribution, Engine, Window
+from ..runtime.engine import Distribution, Engine, Window, divergence
 from ..stage import Advance
 
 CHUNK = 128  # positions whose logits exist at once
@@ -130,42 +130,22 @@ def measure_model(
 
 
 def measure_engine(
-    engine: Engine,
-    rows: Sequence[Encoded],
-    base: BaseLogProbs | None,
-    limit: int | None,
-    top_k: int | None,
-    advance: Advance,
+    engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs | None, top_k: int | None, advance: Advance
 ) -> dict[str, float | None]:
-    """The same of an artifact in its runtime, on the first `limit` measured positions.
+    """The same of an artifact in its runtime.
 
     Where the runtime lists only the `top_k` most probable tokens, the rest counts as one: the KL is then a lower bound.
     """
-    windows, count = [], 0
-    for row in rows:
-        wanted = targets(row)
-        wanted = wanted if limit is None else wanted[: limit - count]
-        if wanted:
-            windows.append(Window(row.input_ids, wanted))
-            count += len(wanted)
+    windows = [Window(row.input_ids, targets(row)) for row in rows if targets(row)]
     totals, reference = Totals(), base.open() if base is not None else None
-    found = engine.score(windows, top_k, lambda n: advance(n))
-    for score in (score for window in found for score in window):
+    for score in (score for window in engine.score(windows, top_k, advance) for score in window):
         totals.nll -= score.target_logprob
         if reference is not None:
-            expected = reference[totals.tokens]
-            totals.kl += divergence_from(expected, score)
-            totals.agree += float(int(np.argmax(expected)) == score.top)
+            logs = np.array(reference[totals.tokens])
+            tokens = np.arange(len(logs))
+            expected = Distribution(score.position, score.target, float(logs[score.target]), tokens, logs, True)
+            totals.kl += divergence(expected, score)
+            totals.agree += float(expected.top == score.top)
             totals.compared += 1
         totals.tokens += 1
     return totals.metrics()
-
-
-def divergence_from(expected: np.ndarray, found: Distribution) -> float:
-    """KL(expected ‖ found) in nats; expected is (V,) log-probabilities. Unlisted tokens count as one."""
-    if found.complete:
-        return float(np.sum(np.exp(expected, dtype=np.float64) * (expected - found.logprobs)))
-    known, logs = expected[found.token_ids].astype(np.float64), found.logprobs.astype(np.float64)
-    rest, other = 1 - np.exp(known).sum(), 1 - np.exp(logs).sum()
-    total = float(np.sum(np.exp(known) * (known - logs)))
-    return total + (float(rest * np.log(rest / max(other, 1e-12))) if rest > 1e-12 else 0.0)

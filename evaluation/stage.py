@@ -23,9 +23,10 @@ from ..stage import WORK, Context, Inputs
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_engine, measure_model, targets, text_windows
 from .speed import torch_speed
-from .tasks import read_task, run_task
+from .tasks import Question, choice_scores, engine_scores, read_task, run_task
 
 TOP_K = 128  # tokens that llama.cpp lists for the KL
+TASK_TOKENS = 1024  # room for a question and a choice in llama.cpp
 
 
 def check(config: EvaluateConfig, base: Path, context: Context) -> None:
@@ -150,10 +151,7 @@ class Bench:
             reference = self.base if self.base.complete else None
             with self.context.progress.bar(subject.role, total) as advance:
                 language = measure_model(model, self.rows, reference, advance)
-            tasks = {}
-            for name, rows in self.tasks.items():
-                with self.context.progress.bar(f"{subject.role} {name}", len(rows)) as advance:
-                    tasks[name] = run_task(model, self.tokenizer, rows, advance)
+            tasks = self._tasks(subject.role, lambda row: choice_scores(model, self.tokenizer, row))
             speed = torch_speed(model, self.config.speed) if self.config.speed else {}
         parameters = sum(p.numel() for p in model.parameters())
         size = parameters * next(model.parameters()).element_size()
@@ -172,17 +170,22 @@ class Bench:
             "tasks": tasks,
         }
 
+    def _tasks(self, role: str, score: Callable[[Question], list[float]]) -> dict[str, Any]:
+        found = {}
+        for name, rows in self.tasks.items():
+            with self.context.progress.bar(f"{role} {name}", len(rows)) as advance:
+                found[name] = run_task(score, rows, advance)
+        return found
+
     def _artifact(self, subject: Subject) -> dict[str, Any]:
         assert subject.files is not None
         gguf = subject.files.suffix == ".gguf"
-        limit = min(self.config.artifact_tokens, self.tokens) if gguf else self.tokens
-        longest = max(len(row.input_ids) for row in self.rows)
+        longest = max([len(row.input_ids) for row in self.rows] + ([TASK_TOKENS] if self.tasks else []))
         reference = self.base if self.base.complete else None
         with open_engine(subject.files, context=longest + 1) as engine:
-            with self.context.progress.bar(subject.role, limit) as advance:
-                language = measure_engine(
-                    engine, self.rows, reference, limit if gguf else None, TOP_K if gguf else None, advance
-                )
+            with self.context.progress.bar(subject.role, self.tokens) as advance:
+                language = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
+            tasks = self._tasks(subject.role, lambda row: engine_scores(engine, self.tokenizer, row))
             runtime = engine.runtime
         timed = None
         if self.config.speed:
@@ -200,11 +203,11 @@ class Bench:
             "bytes": sum(file.stat().st_size for file in files),
             "bits_per_weight": subject.bits_per_weight,
             **language,
-            "positions": limit,
+            "positions": self.tokens,
             "tokens_per_second": timed.speed.decode_tokens_per_second if timed else None,
             "prefill_tokens_per_second": timed.speed.prefill_tokens_per_second if timed else None,
             "peak_memory_bytes": timed.peak_memory_bytes if timed else None,
-            "tasks": {},
+            "tasks": tasks,
         }
 
 

