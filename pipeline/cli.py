@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UserError
 
+
+class Stopped(Exception):
+    """Ctrl-C."""
+
+
+class _Commands(TyperGroup):
+    """typer ends the process on Ctrl-C without a word, or with code 1, depending on its version; we say what to do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped from error
+
+
 app = typer.Typer(
     name="compress",
+    cls=_Commands,
     help="Make decoder-only language models small without losing what made them good.",
     epilog="Start with: compress run smollm2_135m_24L",
     no_args_is_help=True,
@@ -24,8 +41,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console(soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
+# Paths and model names are printed as they are: [brackets] are no markup there, and :llama: is no emoji.
+console = Console(soft_wrap=True, markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 SetOption = Annotated[
@@ -35,7 +53,7 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 GgufOption = Annotated[str, typer.Option("--gguf", help="Comma-separated: F16, Q8_0, Q4_0, Q4_K_M, Q6_K.")]
-OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisions: int4, fp32.")]
+OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisions: int4, int8, fp32.")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
 TasksOption = Annotated[
@@ -72,9 +90,9 @@ def run(
 def _show_stages(planned) -> None:
     table = Table("stage", "folder", "", title=f"{planned.loaded.recipe.name}: {planned.loaded.source}")
     for stage in planned.stages:
-        state = "to do" if stage.pending else "[green]complete[/green]"
+        state = Text("to do") if stage.pending else Text("complete", style="green")
         if stage.pending and stage.folder.partial.exists():
-            state = "[yellow]begun, resumes[/yellow]"
+            state = Text("begun, resumes", style="yellow")
         table.add_row(stage.spec.name, str(stage.folder.path), state)
     console.print(table)
 
@@ -91,9 +109,9 @@ def validate(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors that complete and check YAML."""
-    from .recipe import Recipe
+    from .recipe import recipe_schema
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps(recipe_schema(), indent=2))
 
 
 @app.command()
@@ -213,17 +231,13 @@ def _root(
 def main() -> None:
     """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C."""
     try:
-        code = app(standalone_mode=False)
+        app()  # exits by itself; misused options and commands are explained with code 2
     except UserError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", highlight=False)
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        errors.print("stopped; finished work is kept, and the same command goes on from here", markup=False)
+    except (Stopped, KeyboardInterrupt):
+        errors.print("stopped; finished work is kept, and the same command goes on from here")
         sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":
