@@ -97,7 +97,10 @@ def objective_loss(
     """
     if needs_teacher(objective) and (teacher_hidden is None or teacher_head is None):
         raise ValueError(f"the objective {objective.kind} needs a teacher")
-    loss, nll, kl = _Chunked.apply(hidden, head.weight, objective, head, targets, teacher_hidden, teacher_head, chunk)
+    weight = head.weight
+    if not torch.is_grad_enabled():  # the function below cannot see that no gradient is wanted
+        hidden, weight = hidden.detach(), weight.detach()
+    loss, nll, kl = _Chunked.apply(hidden, weight, objective, head, targets, teacher_hidden, teacher_head, chunk)
     return LossSums(loss, nll, kl, len(targets))
 
 

@@ -32,7 +32,7 @@ class LinearHeal(Section):
     """A least-squares map over the gap, fused into the preceding `down_proj` (ReplaceMe, arXiv 2505.02819)."""
 
     kind: Literal["linear"] = "linear"
-    ridge: list[float] = Field(
+    ridge: list[Annotated[float, Field(ge=0)]] = Field(
         default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
         min_length=1,
         description="candidates for the ridge, as a share of the mean squared MLP output; held-out rows choose",
@@ -41,7 +41,7 @@ class LinearHeal(Section):
         default="identity",
         description="what the ridge shrinks the map towards: zero (as published) or leaving the MLP as is",
     )
-    held_out: float = Field(default=0.125, gt=0, lt=1, description="share of calibration rows that choose the ridge")
+    held_out: float = Field(default=0.125, gt=0, le=0.5, description="share of calibration rows that choose the ridge")
 
 
 def _named(value: Any) -> Any:

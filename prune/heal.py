@@ -49,11 +49,17 @@ class Statistics:
         return Statistics(self.mm + other.mm, self.md + other.md, self.dd + other.dd, self.tokens + other.tokens)
 
     def solve(self, ridge: float, toward: str) -> Tensor:
-        """T (H, H) of (MᵀM + αI)·T = MᵀD [+ αI], α = ridge · mean diagonal of MᵀM."""
+        """T (H, H) of (MᵀM + αI)·T = MᵀD [+ αI], α = ridge · mean diagonal of MᵀM. `UserError` where singular."""
         alpha = ridge * float(self.mm.diagonal().mean())
         identity = torch.eye(len(self.mm), dtype=torch.float64, device=self.mm.device)
         right = self.md + alpha * identity if toward == "identity" else self.md
-        return torch.linalg.solve(self.mm + alpha * identity, right, left=True)
+        solution, failed = torch.linalg.solve_ex(self.mm + alpha * identity, right)
+        if failed:
+            raise UserError(
+                f"heal: linear has no solution with the ridge {ridge:g} on {self.tokens} tokens; "
+                "give prune.heal.ridge larger values, or raise prune.calibration.tokens"
+            )
+        return solution
 
     def error(self, transform: Tensor) -> float:
         """‖M·T − D‖² ÷ ‖D‖² over the tokens of these sums."""
@@ -103,18 +109,24 @@ def heal_linear(
         )
     if runs and (runs[0][0] == 0 or runs[-1][1] == decoder.num_blocks - 1):
         raise UserError("heal: linear needs a kept block before each gap, and the last block must stay")
-    healed: dict[int, Tensor] = {}
+    healed: dict[int, Tensor] = {}  # the map behind each block's MLP
     report = []
     for first, last in runs:
         upstream = [block for block in dropped if block < first]
         fit, held = collect(decoder, (first, last), upstream, healed, batches, config.held_out, advance)
         transform, record = choose(fit, held, config, first - 1, (first, last))
-        weight = decoder.down_proj(first - 1).weight
-        healed[first - 1] = (transform.T @ weight.double()).to(weight.dtype)
+        healed[first - 1] = transform
         report.append(record)
-    for block, weight in healed.items():
-        decoder.down_proj(block).weight.copy_(weight)
+    for block, transform in healed.items():
+        fuse(decoder.down_proj(block), transform)
     return report
+
+
+@torch.no_grad()
+def fuse(linear: torch.nn.Linear, transform: Tensor) -> None:
+    """Change a linear layer in place so that it gives y·T where it gave y; T is (H, H), float64."""
+    for parameter in linear.parameters():  # weight (H, intermediate), and bias (H,) in models that have one
+        parameter.copy_((transform.T @ parameter.double()).to(parameter.dtype))
 
 
 def choose(
@@ -192,13 +204,14 @@ def capture(decoder: Decoder, gap: tuple[int, int]) -> Iterator[dict[str, Tensor
 
 
 @contextmanager
-def replaced(decoder: Decoder, weights: dict[int, Tensor]) -> Iterator[None]:
-    """The model with other `down_proj` weights inside the context; restored exactly afterwards."""
-    before = {block: decoder.down_proj(block).weight.detach().clone() for block in weights}
-    for block, weight in weights.items():
-        decoder.down_proj(block).weight.data.copy_(weight)
+def replaced(decoder: Decoder, healed: dict[int, Tensor]) -> Iterator[None]:
+    """The model with maps fused behind some blocks' MLPs inside the context; restored exactly afterwards."""
+    parameters = [parameter for block in healed for parameter in decoder.down_proj(block).parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
     try:
+        for block, transform in healed.items():
+            fuse(decoder.down_proj(block), transform)
         yield
     finally:
-        for block, weight in before.items():
-            decoder.down_proj(block).weight.data.copy_(weight)
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data.copy_(value)

@@ -25,7 +25,5 @@ def lowest(distances: Distances, metric: str, count: int, candidates: range) -> 
 
 def _check(count: int, candidates: range) -> None:
     if count > len(candidates):
-        raise UserError(
-            f"prune.blocks is {count}, but only {len(candidates)} blocks can go "
-            f"(blocks {candidates.start} to {candidates.stop - 1}); lower prune.blocks"
-        )
+        where = f" (blocks {candidates.start} to {candidates.stop - 1})" if candidates else ""
+        raise UserError(f"prune.blocks is {count}, but only {len(candidates)} blocks can go{where}; lower prune.blocks")

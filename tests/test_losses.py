@@ -1,0 +1,234 @@
+"""Objectives in chunks against plain full-logits losses written here, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.distill.config import Asft, Dft, Kd, Sft
+from compress.distill.losses import Head, needs_teacher, objective_loss, response_positions
+from compress.modeling.blocks import Decoder
+from compress.modeling.load import load_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VOCABULARY, WIDTH = 37, 6
+OBJECTIVES = [Sft(), Dft(), Asft(kl_weight=0.3), Kd()]
+NAMES = [objective.kind for objective in OBJECTIVES]
+
+
+def plain_loss(kind: str, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """The sum over tokens straight from the definitions, one token after another."""
+    total = logits.sum() * 0
+    for n, target in enumerate(targets.tolist()):
+        student = logits[n].exp() / logits[n].exp().sum()
+        likelihood = student[target]
+        if kind in ("sft", "dft", "asft"):
+            weight = 1.0 if kind == "sft" else likelihood.item()
+            total = total - weight * likelihood.log()
+        if kind in ("asft", "kd"):
+            assert teacher_logits is not None
+            teacher = teacher_logits[n].exp() / teacher_logits[n].exp().sum()
+            divergence = sum(t * (t.log() - s.log()) for t, s in zip(teacher, student, strict=True))
+            total = total + (0.3 if kind == "asft" else 1.0) * divergence
+    return total
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def sample(tokens: int, cap: float | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    return {
+        "hidden": normal(tokens, WIDTH).requires_grad_(),
+        "weight": normal(VOCABULARY, WIDTH).requires_grad_(),
+        "targets": torch.randint(VOCABULARY, (tokens,), generator=draw),
+        "teacher_hidden": normal(tokens, WIDTH + 2),  # a teacher may be wider
+        "teacher_head": Head(normal(VOCABULARY, WIDTH + 2), cap),
+    }
+
+
+def expected(kind: str, s: dict[str, Any], cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient to the hidden states and gradient to the head weight, times 1.7."""
+    hidden, weight = (s[name].detach().double().requires_grad_() for name in ("hidden", "weight"))
+    teacher = capped(s["teacher_hidden"].double() @ s["teacher_head"].weight.double().T, cap)
+    loss = plain_loss(kind, capped(hidden @ weight.T, cap), s["targets"], teacher)
+    (1.7 * loss).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_value_and_gradients_match_plain_losses(objective: Any, chunk: int, cap: float | None) -> None:
+    s = sample(7, cap)
+    loss, grad_hidden, grad_weight = expected(objective.kind, s, cap)
+    found = objective_loss(
+        objective, s["hidden"], Head(s["weight"], cap), s["targets"], s["teacher_hidden"], s["teacher_head"], chunk
+    )
+    (1.7 * found.loss).backward()
+    torch.testing.assert_close(found.loss.detach(), loss, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(s["hidden"].grad, grad_hidden, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(s["weight"].grad, grad_weight, rtol=1e-10, atol=1e-12)
+    # The two figures every objective reports beside its loss.
+    logits = capped(s["hidden"].detach() @ s["weight"].detach().T, cap)
+    teacher = capped(s["teacher_hidden"] @ s["teacher_head"].weight.T, cap)
+    torch.testing.assert_close(found.nll, plain_loss("sft", logits, s["targets"], None), rtol=1e-11, atol=0)
+    torch.testing.assert_close(found.kl, plain_loss("kd", logits, s["targets"], teacher), rtol=1e-11, atol=0)
+    assert found.tokens == 7 and not found.nll.requires_grad and not found.kl.requires_grad
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_no_token_and_one_token(objective: Any) -> None:
+    for tokens in (0, 1):
+        s = sample(tokens)
+        loss, grad_hidden, grad_weight = expected(objective.kind, s, None)
+        found = objective_loss(
+            objective, s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"]
+        )
+        (1.7 * found.loss).backward()
+        torch.testing.assert_close(found.loss.detach(), loss, rtol=1e-11, atol=0)
+        torch.testing.assert_close(s["hidden"].grad, grad_hidden, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(s["weight"].grad, grad_weight, rtol=1e-10, atol=1e-13)
+        assert found.tokens == tokens and (tokens == 1) is bool(found.loss.abs() > 1e-3)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_gradients_flow_only_where_they_are_wanted(frozen: str) -> None:
+    s = sample(5)
+    _, *gradients = expected("asft", s, None)
+    for name in ("hidden", "weight"):
+        s[name].requires_grad_(frozen not in (name, "both"))
+    found = objective_loss(
+        OBJECTIVES[2], s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], 2
+    )
+    if frozen == "both":
+        assert not found.loss.requires_grad
+        return
+    (1.7 * found.loss).backward()
+    for name, gradient in zip(("hidden", "weight"), gradients, strict=True):
+        if name == frozen:
+            assert s[name].grad is None
+        else:
+            torch.testing.assert_close(s[name].grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    s = sample(600, dtype=dtype)
+    loss, grad_hidden, _ = expected("sft", s, None)
+    found = objective_loss(Sft(), s["hidden"], Head(s["weight"]), s["targets"], chunk=64)
+    assert found.loss.dtype == torch.float32
+    (1.7 * found.loss).backward()
+    share = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 logits have 8 bits
+    torch.testing.assert_close(found.loss.detach().double(), loss, rtol=share, atol=0)
+    assert s["hidden"].grad.dtype == dtype
+    difference = (s["hidden"].grad.double() - grad_hidden).norm() / grad_hidden.norm()
+    assert difference < 4 * share
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_a_missing_teacher_is_an_error_where_one_is_needed(objective: Any) -> None:
+    s = sample(3)
+    lone = [(None, None), (s["teacher_hidden"], None), (None, s["teacher_head"])]
+    for states, head in lone:
+        if objective.kind in ("asft", "kd"):
+            with pytest.raises(ValueError, match=f"objective {objective.kind} needs a teacher"):
+                objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"], states, head)
+        else:
+            found = objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"], states, head)
+            torch.testing.assert_close(found.loss.detach(), expected(objective.kind, s, None)[0])
+            assert found.kl == 0
+    assert needs_teacher(objective) is (objective.kind in ("asft", "kd"))
+
+
+def test_an_anchor_without_weight_is_dft() -> None:
+    s = sample(5)
+    assert not needs_teacher(Asft(kl_weight=0))
+    found = objective_loss(Asft(kl_weight=0), s["hidden"], Head(s["weight"]), s["targets"])
+    torch.testing.assert_close(found.loss.detach(), expected("dft", s, None)[0], rtol=1e-11, atol=0)
+
+
+def test_response_positions_stand_before_their_targets() -> None:
+    ids = torch.arange(12).reshape(2, 6)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 1]], dtype=torch.bool)  # a mark at t = 0 counts as none
+    positions, targets = response_positions(ids, mask)
+    assert positions.tolist() == [1, 2, 6, 10] and targets.tolist() == [2, 3, 7, 11]
+    none = response_positions(ids, torch.zeros_like(mask))
+    assert [len(part) for part in none] == [0, 0]
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest result of any operation, and the number of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.products = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        self.products += func is torch.ops.aten.mm.default
+        return result
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_the_logits_of_all_tokens_never_exist(objective: Any) -> None:
+    tokens, chunk = 400, 16
+    s = sample(tokens)
+    with Largest() as seen:
+        found = objective_loss(
+            objective, s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], chunk
+        )
+        found.loss.backward()
+    assert seen.elements == tokens * WIDTH < tokens * VOCABULARY  # the gradient to the hidden states
+
+
+def test_nothing_is_differentiated_while_measuring() -> None:
+    s = sample(8)
+    with torch.no_grad(), Largest() as seen:
+        found = objective_loss(
+            Kd(), s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], 4
+        )
+    assert seen.products == 4  # student and teacher logits of two chunks
+    torch.testing.assert_close(found.loss, expected("kd", s, None)[0], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("objective", [Dft(), Kd()], ids=["dft", "kd"])
+def test_gradients_of_a_whole_model(tiny: Callable[..., Path], objective: Any, tied: bool) -> None:
+    """A tied head adds its gradient to the embedding's; each parameter's gradient as from the model's own logits."""
+    folder = tiny(blocks=2, hidden=16, heads=2, kv_heads=1, intermediate=16, tied=tied)
+    model, teacher = load_model(folder).double(), load_model(tiny(blocks=1)).double()
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, :4] = False
+    positions, targets = response_positions(ids, mask)
+    with torch.no_grad():
+        teacher_hidden = Decoder(teacher).hidden(input_ids=ids).flatten(0, 1)[positions]
+        teacher_logits = teacher(ids).logits[:, 3:-1].flatten(0, 1)
+    plain_loss(
+        objective.kind, model(ids).logits[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten(), teacher_logits
+    ).backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert ("lm_head.weight" in wanted) is not tied
+    model.zero_grad()
+    decoder = Decoder(model)
+    hidden = decoder.hidden(input_ids=ids).flatten(0, 1)[positions]
+    head = Head(decoder.head_weight)
+    objective_loss(
+        objective, hidden, head, targets, teacher_hidden, Head(Decoder(teacher).head_weight.detach()), 3
+    ).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
