@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,9 +34,12 @@ def _line(tree: Any, path: tuple[str | int, ...]) -> int:
     """The line of the deepest key on the path that the file has, counted from 1."""
     line = 1
     for part in path:
-        if isinstance(tree, CommentedMap) and part in tree:
-            line = tree.lc.data[part][0] + 1 if part in (tree.lc.data or {}) else line
-            tree = tree[part]
+        if isinstance(tree, CommentedMap):
+            key = next((key for key in tree if str(key) == part), None)  # a key may be a number
+            if key is None:
+                break
+            line = tree.lc.data[key][0] + 1 if key in (tree.lc.data or {}) else line
+            tree = tree[key]
         elif isinstance(tree, CommentedSeq) and isinstance(part, int) and part < len(tree):
             line = tree.lc.data[part][0] + 1 if part in (tree.lc.data or {}) else line
             tree = tree[part]
@@ -52,18 +55,23 @@ def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]
     # A key that is missing only because it was misspelt is named once, as the misspelling.
     meant = {(*problem.path[:-1], guess) for problem, guess in unknown if guess}
     covered = {problem.path for problem in problems}
+    found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
-        path = _real_path(detail["loc"], plain)
-        kind = detail["type"]
+        path, kind = _real_path(detail, plain), detail["type"]
         if kind == "extra_forbidden" and path in covered:
             continue
         if kind == "missing" and path in meant:
             continue
         if kind.startswith("union_tag") and any(p[:-1] == path for p in covered):
             continue
-        problem = Problem(path, _message(detail))
-        if problem not in problems:
-            problems.append(problem)
+        found.setdefault(path, []).append(detail)
+    paths = [problem.path for problem in problems] + list(found)
+    for path, details in found.items():
+        # Where something deeper is wrong, the member of a union that was meant is known; the others are not missed.
+        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+        if not (deeper and all(detail["type"].endswith("_type") for detail in details)):
+            messages = dict.fromkeys(_message(detail) for detail in details)
+            problems.append(Problem(path, "; or ".join(messages) + _given(details[0])))
     return problems
 
 
@@ -90,9 +98,19 @@ def unknown_keys(
             yield from unknown_keys(child, below, (*path, key))
             continue
         # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.
-        near = difflib.get_close_matches(key, [name for name in known if name not in value], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(known))}"
-        yield Problem((*path, key), f"unknown key {key!r}; {hint}"), near[0] if near else None
+        near = _nearest(key, known, value)
+        hint = f"did you mean {near!r}?" if near else f"valid keys: {', '.join(sorted(known))}"
+        yield Problem((*path, key), f"unknown key {key!r}; {hint}"), near
+
+
+def _nearest(key: str, known: Collection[str], given: Collection[str]) -> str | None:
+    """The known key that is most like `key`; of two alike, the one that was not given as well."""
+
+    def likeness(name: str) -> tuple[float, bool]:
+        return difflib.SequenceMatcher(None, name, key).ratio(), name not in given
+
+    nearest = max(sorted(known), key=likeness, default=None)
+    return nearest if nearest is not None and likeness(nearest)[0] >= 0.6 else None
 
 
 def _by_tag(value: dict[str, Any], models: list[type[BaseModel]]) -> list[type[BaseModel]]:
@@ -113,41 +131,43 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _real_path(loc: tuple[str | int, ...], plain: Any) -> tuple[str | int, ...]:
-    """pydantic's location without the union tags it inserts."""
+def _real_path(detail: ErrorDetails, plain: Any) -> tuple[str | int, ...]:
+    """pydantic's location without the tags and type names that it inserts for members of unions."""
     path: list[str | int] = []
+    loc = detail["loc"]
+    absent = detail["type"] in ("missing", "extra_forbidden")  # then the last part is a key that `plain` may not have
     for position, part in enumerate(loc):
         if isinstance(plain, dict) and part in plain:
             plain = plain[part]
         elif isinstance(plain, list) and isinstance(part, int) and part < len(plain):
             plain = plain[part]
-        elif position < len(loc) - 1 or not isinstance(plain, dict):
-            continue  # a tag, or the name of a union's member
+        elif not (absent and position == len(loc) - 1):
+            continue
         path.append(part)
     return tuple(path)
 
 
 def _message(detail: ErrorDetails) -> str:
-    given = detail.get("input")
-    kind = detail["type"]
+    given, context, kind = detail.get("input"), detail.get("ctx", {}), detail["type"]
     if kind == "missing":
         return "this key is required"
     if kind == "union_tag_not_found":
-        context = detail.get("ctx", {})
         return f"needs the key {context.get('discriminator')}"
-    message = detail["msg"].removeprefix("Value error, ")
-    if kind == "literal_error":
-        message = f"must be {detail.get('ctx', {}).get('expected')}"
-        near = difflib.get_close_matches(str(given), _expected(detail), n=1)
-        message += f"; did you mean {near[0]!r}?" if near else ""
-    elif kind == "union_tag_invalid":
-        context = detail.get("ctx", {})
+    if kind == "union_tag_invalid":
         return f"{context.get('tag')!r} is not one of {context.get('expected_tags')}"
-    else:
-        message = message[0].lower() + message[1:]
-    if not isinstance(given, (dict, list)):
-        message += f" (it is {given!r})"
-    return message
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(given), _expected(detail), n=1)
+        return f"must be {context.get('expected')}" + (f"; did you mean {near[0]!r}?" if near else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _given(detail: ErrorDetails) -> str:
+    """What stood there, where that is one value and the message does not say it."""
+    given = detail.get("input")
+    if isinstance(given, (dict, list)) or detail["type"].startswith(("union_tag", "missing")):
+        return ""
+    return f" (it is {given!r})"
 
 
 def _expected(detail: ErrorDetails) -> list[str]:

@@ -55,6 +55,25 @@ class Recipe(Section):
         return value
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe. Where a section has a `kind`, that word alone is short for it."""
+    schema = Recipe.model_json_schema()
+    for section in schema["$defs"].values():
+        for name, node in section.get("properties", {}).items():
+            kinds = _kinds(node, schema["$defs"])
+            if kinds:
+                section["properties"][name] = {"anyOf": [{"type": "string", "enum": kinds}, node]}
+    return schema
+
+
+def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """The names of the kinds that a schema node chooses from; none if it chooses from nothing."""
+    if node.get("discriminator", {}).get("propertyName") == "kind":
+        return sorted(node["discriminator"]["mapping"])
+    kind = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
+    return [kind["const"]] if "const" in kind else []
+
+
 @dataclass(frozen=True)
 class LoadedRecipe:
     """A recipe with where it came from."""
@@ -137,8 +156,8 @@ def _parse(path: Path, content: str) -> CommentedMap:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = " ".join((error.problem or "not valid YAML").split())
-        raise UserError(f"{place}: {problem}") from error
+        parts = [" ".join(part.split()) for part in (error.context, error.problem) if part]
+        raise UserError(f"{place}: {', '.join(parts) or 'not valid YAML'}") from error
     except YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, CommentedMap):
@@ -162,6 +181,7 @@ def _apply(tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str
             child = CommentedMap({"kind": child})
         elif child is None:
             child = CommentedMap()
+            origins[tuple(parts[:depth])] = f"--set {override}"
         elif not isinstance(child, (CommentedMap, CommentedSeq, dict, list)):
             raise UserError(f"--set {override}: {'.'.join(parts[:depth])} is a value, not a section")
         _put(node, part, child, override)
