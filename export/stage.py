@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -
     }
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
-    name = inputs.base.name.rpartition("-")[0] or inputs.base.name
-    job = Job(inputs.model, out_dir / BUNDLE, work, config, context, f"{name}-{_blocks(inputs.model)}L", inputs)
+    name = f"{source_name(inputs.base)}-{_blocks(inputs.model)}L"
+    job = Job(inputs.model, out_dir / BUNDLE, work, config, context, name, inputs)
     return job.run(provenance)
 
 
@@ -84,6 +85,12 @@ def export_checkpoint(
     bundle.rename(out)
     shutil.rmtree(partial)
     return metrics
+
+
+def source_name(base: Path) -> str:
+    """The unpruned model's name: without the hash of a converted source, and without the type of a GGUF file."""
+    name = re.sub(r"-[0-9a-f]{12}$", "", base.name)
+    return re.sub(r"[.-](F16|BF16|F32|I?Q\d\w*)$", "", name, flags=re.IGNORECASE) or base.name
 
 
 def _blocks(checkpoint: Path) -> int:

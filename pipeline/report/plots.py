@@ -11,6 +11,7 @@ from .schema import ModelEntry, Report
 INK = "#010203"  # replaced by the page's text colour
 FAINT = "#040506"  # replaced by the page's line colour
 BLUE, ORANGE, GREEN, RED = "#3b7dd8", "#e07b39", "#3a9d6e", "#cc4b4b"
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def importance_plot(report: Report) -> str | None:
@@ -34,28 +35,15 @@ def importance_plot(report: Report) -> str | None:
             axes.plot(range(len(window)), window, color=ORANGE, marker="o", markersize=3, linewidth=1.2)
             first = dropped[0]
             axes.plot([first], [window[first]], color=ORANGE, marker="o", markersize=9, fillstyle="none")
-            axes.text(
-                0.99,
-                0.97,
-                f"line: across {count} blocks from there on",
-                transform=axes.transAxes,
-                ha="right",
-                va="top",
-                fontsize=8,
-                color=ORANGE,
-            )
-        axes.text(
-            0.01,
-            0.97,
-            f"red: dropped ({count} of {record['blocks']})",
-            transform=axes.transAxes,
-            ha="left",
-            va="top",
-            fontsize=8,
-            color=RED,
-        )
+            _above(axes, 0.99, "right", f"line: across {count} blocks from there on", ORANGE)
+        _above(axes, 0.01, "left", f"red: dropped ({count} of {record['blocks']})", RED)
 
     return _svg(draw, "Importance per block")
+
+
+def _above(axes: Any, x: float, align: str, text: str, colour: str) -> None:
+    """A line of legend over the plot, where no data is."""
+    axes.text(x, 1.02, text, transform=axes.transAxes, ha=align, va="bottom", fontsize=8, color=colour)
 
 
 def loss_plot(report: Report) -> str | None:
@@ -85,8 +73,8 @@ def heldout_plot(report: Report) -> str | None:
         axes.set_ylabel("held-out KL to the unpruned model", color=BLUE)
         right = axes.twinx()
         right.plot(x, [p["eval_perplexity"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
-        right.set_ylabel("held-out perplexity", color=ORANGE)
         _plain(right)
+        right.set_ylabel("held-out perplexity", color=ORANGE)
 
     return _svg(draw, "Held-out KL and perplexity while training")
 
@@ -108,34 +96,40 @@ def quality_plot(report: Report) -> str | None:
         axes.set_xlabel("size, MB")
         axes.set_ylabel("perplexity")
         _number_ticks(axes, [m.bytes / 1e6 for m in models], [m.perplexity for m in models])
-        for entry, offset in zip(models, _offsets(models), strict=True):
+        points = [(entry.role, *axes.transData.transform((entry.bytes / 1e6, entry.perplexity))) for entry in models]
+        for entry, (x, y) in zip(models, label_offsets(points, axes.figure.dpi / 72), strict=True):
+            where = (entry.bytes / 1e6, entry.perplexity)
             axes.annotate(
-                entry.role,
-                (entry.bytes / 1e6, entry.perplexity),
-                xytext=offset,
-                textcoords="offset points",
-                fontsize=8,
-                color=INK,
-                va="center",
+                entry.role, where, xytext=(x, y), textcoords="offset points", fontsize=8, color=INK, va="center"
             )
 
-    return _svg(draw, "Perplexity against size", height=3.6)
+    return _svg(draw, "Perplexity against size")
 
 
-def _offsets(models: list[ModelEntry]) -> list[tuple[float, float]]:
-    """Where each label goes: right of its point, moved down where one above it would be covered."""
-    import math
-
-    taken: list[tuple[float, float]] = []
+def label_offsets(points: list[tuple[str, float, float]], scale: float) -> list[tuple[float, float]]:
+    """Where labels go, in typographic points from their (text, x, y) in pixels: the first place that covers nothing."""
+    height = 10.0
+    places = [(x / scale, y / scale) for _, x, y in points]
+    boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]  # the marks themselves
     offsets = []
-    for entry in models:
-        x, y = 150 * math.log10(entry.bytes), 170 * math.log10(entry.perplexity)
-        shift = 0.0
-        while any(abs(x - a) < 75 and abs(y + shift - b) < 11 for a, b in taken):
-            shift += 11 if len(taken) % 2 else -11
-        taken.append((x, y + shift))
-        offsets.append((8.0, shift))
+    for (text, _, _), (x, y) in zip(points, places, strict=True):
+        width = 4.6 * len(text)
+        candidates = [(side, float(dy)) for dy in (0, 11, -11, 22, -22, 33, -33) for side in (8.0, -8.0 - width)]
+        candidates += [(-width / 2, 12.0), (-width / 2, -12.0)]
+
+        def box(offset: tuple[float, float], x: float = x, y: float = y, width: float = width) -> Box:
+            left, middle = x + offset[0], y + offset[1]
+            return (left, middle - height / 2, left + width, middle + height / 2)
+
+        free = [c for c in candidates if not any(_overlap(box(c), other) for other in boxes)]
+        best = min(free or candidates, key=lambda c: (abs(c[1]), c[0] < 0))
+        boxes.append(box(best))
+        offsets.append(best)
     return offsets
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _number_ticks(axes: Any, xs: list[float], ys: list[float]) -> None:
@@ -151,14 +145,14 @@ def _number_ticks(axes: Any, xs: list[float], ys: list[float]) -> None:
     axes.set_ylim(min(ys) * 0.9, max(ys) * 1.15)
 
 
-def _svg(draw: Callable[[Any], None], title: str, height: float = 3.0) -> str:
+def _svg(draw: Callable[[Any], None], title: str) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": title}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, height), layout="tight")
+        figure = Figure(figsize=(6.4, 3.2), layout="tight")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         _plain(axes)
