@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -228,16 +228,27 @@ def _root(
     pass
 
 
+def _refuse(error: UserError) -> NoReturn:
+    errors.print(f"error: {error}", style="red", highlight=False)
+    sys.exit(2)
+
+
 def main() -> None:
     """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C."""
     try:
         app()  # exits by itself; misused options and commands are explained with code 2
     except UserError as error:
-        errors.print(f"error: {error}", style="red", highlight=False)
-        sys.exit(2)
+        _refuse(error)
     except (Stopped, KeyboardInterrupt):
         errors.print("stopped; finished work is kept, and the same command goes on from here")
         sys.exit(130)
+    except Exception as error:
+        from .runner import readable
+
+        known = readable(error, " ".join(sys.argv[1:]))
+        if known is None:
+            raise
+        _refuse(known)
 
 
 if __name__ == "__main__":

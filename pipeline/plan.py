@@ -220,10 +220,14 @@ def _gguf_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a readable GGUF file: {error}") from error
 
 
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
 def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan as a table."""
-    after = f"{plan.parameters_after / 1e9:.3f} B in {plan.blocks[1]}"
-    console.print(f"{plan.source}: {plan.parameters / 1e9:.3f} B parameters in {plan.blocks[0]} blocks → {after}")
+    before, after = (_count(number) for number in (plan.parameters, plan.parameters_after))
+    console.print(f"{plan.source}: {before} parameters in {plan.blocks[0]} blocks → {after} in {plan.blocks[1]}")
     table = Table("stage", title=f"{plan.name}: estimates", title_justify="left")
     for column in ("memory", "disk"):
         table.add_column(column, justify="right")

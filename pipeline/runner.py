@@ -120,8 +120,11 @@ def _existing(stage: str, path: Path) -> Path:
 
 def execute(run: Run, progress: Progress) -> None:
     """Make the pending stages. Safe to kill at any moment and to call again."""
-    with lock(run.folder):
+    with readable_errors(f"writing to {run.folder}"), lock(run.folder):
         _save_recipe(run)
+        for stage in run.stages:
+            if not stage.pending:
+                stage.folder.manifest()  # damage is found before anything is built on it
         if not run.pending:
             return
         context = Context(run.loaded.recipe.seed, run.options.device, run.options.dtype, run.loaded.folder, progress)
@@ -145,6 +148,9 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
     folder, name = stage.folder, stage.spec.name
     if run.options.start is not None and folder.complete:
         shutil.rmtree(folder.partial, ignore_errors=True)  # --from: from scratch
+    elif folder.sealed:
+        folder.seal()
+        return
     resumed = folder.partial.exists()
     folder.partial.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(base, _current_model(base, done), dict(done))
@@ -182,20 +188,34 @@ def _current_model(base: Path, done: dict[str, Path]) -> Path:
     return made[-1] if made else base
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
 @contextmanager
 def readable_errors(where: str) -> Iterator[None]:
-    """A full disk and exhausted memory as `UserError`, however the libraries put it."""
+    """What the machine lacks (disk, memory, a right) as `UserError`, however the libraries put it."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-            raise UserError(f"the disk is full ({where}); free some space and run the same command again") from error
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise UserError(f"out of memory ({where}): {text.splitlines()[0] if text else 'no details'}") from error
-        raise
+        known = readable(error, where)
+        if known is None:
+            raise
+        raise known from error
+
+
+def readable(error: Exception, where: str) -> UserError | None:
+    """The `UserError` for what the machine lacks; None for all else."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number in FULL or any(os.strerror(code) in text for code in FULL):
+        return UserError(f"the disk is full ({where}); free some space and run the same command again")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return UserError(f"out of memory ({where}): {text.splitlines()[0] if text else 'no details'}")
+    if isinstance(error, OSError) and number in FORBIDDEN:
+        return UserError(f"{error.filename or where}: {os.strerror(number)}; choose a folder you may write to")
+    return None
 
 
 def _check_device(context: Context) -> None:

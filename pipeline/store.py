@@ -20,6 +20,7 @@ from ..modeling.source import hash_file, hash_json
 from ..stage import WORK
 
 MANIFEST = "manifest.json"
+DISCARDED = ".old"  # end of the names of folders that are about to be deleted
 SCHEMA_VERSION = 1
 
 
@@ -59,26 +60,41 @@ class StageFolder:
     def _advice(self) -> str:
         return f"; delete the folder, or run again with --from {self.stage}"
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the partial folder is whole, and only its renaming was missed."""
+        return (self.partial / MANIFEST).is_file()
+
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Seal the partial folder: drop working state, write the manifest, flush to disk, rename."""
-        shutil.rmtree(self.partial / WORK, ignore_errors=True)
+        """Write the manifest of the partial folder, flush everything to disk, and rename it."""
+        made = _files(self.partial)
         files = {
             str(file.relative_to(self.partial)): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-            for file in _files(self.partial)
+            for file in made
         }
-        write_json(self.partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
-        for file in [*_files(self.partial), self.partial / MANIFEST]:
+        for file in made:
             _flush(file)
+        write_json(self.partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
+        _flush(self.partial / MANIFEST)
         _flush(self.partial)
-        if self.path.exists():  # made again on request: the old one goes only once the new one is whole
-            old = self.path.with_name(f".{self.path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.path.rename(old)
-            self.partial.rename(self.path)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.path)
+        self.seal()
+
+    def seal(self) -> None:
+        """Rename the partial folder without its working state; a kill in between leaves it `sealed`.
+
+        The working state is moved away before it is deleted: half of it would mislead a run that resumes from it.
+        An older folder, made again on request, goes only once the new one is whole.
+        """
+        old = self.run / f".{self.path.name}{DISCARDED}"
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        if (self.partial / WORK).exists():
+            (self.partial / WORK).rename(old / "work")
+        if self.path.exists():
+            self.path.rename(old / "stage")
+        self.partial.rename(self.path)
         _flush(self.run)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(stage: str, format: int, config: Any, seed: int, base: str, inputs: list[str], files: list[str]) -> str:
@@ -106,6 +122,8 @@ def lock(run: Path) -> Iterator[None]:
             f"{run} is in use by another run{_describe(holder)}; wait for it or choose another --runs"
         ) from error
     try:
+        for folder in run.glob(f".*{DISCARDED}"):  # left by a kill while it was being deleted
+            shutil.rmtree(folder, ignore_errors=True)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(holder, me)
         yield
@@ -123,8 +141,13 @@ def _describe(holder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file of a stage but its manifest, in a fixed order."""
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    """Every file of a stage but its manifest and its working state, in a fixed order."""
+    left_out = (folder / MANIFEST, folder / f"{MANIFEST}.tmp")
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and file not in left_out and not file.is_relative_to(folder / WORK)
+    )
 
 
 def _flush(path: Path) -> None:
