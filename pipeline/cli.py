@@ -88,12 +88,13 @@ def run(
 
 
 def _show_stages(planned) -> None:
-    table = Table("stage", "folder", "", title=f"{planned.loaded.recipe.name}: {planned.loaded.source}")
+    console.print(f"{planned.loaded.recipe.name}: {planned.loaded.source}, in {planned.folder}", highlight=False)
+    table = Table("stage", "folder", "")
     for stage in planned.stages:
         state = Text("to do") if stage.pending else Text("complete", style="green")
         if stage.pending and stage.folder.partial.exists():
             state = Text("begun, resumes", style="yellow")
-        table.add_row(stage.spec.name, str(stage.folder.path), state)
+        table.add_row(stage.spec.name, stage.folder.path.name, state)
     console.print(table)
 
 
