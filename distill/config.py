@@ -50,7 +50,7 @@ class Lora(Section):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] | Literal["all-linear"] = Field(
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear",
         description="names of the linear layers to adapt, such as [q_proj, v_proj]; the head never is",
     )

@@ -66,6 +66,7 @@ def lora_model(model: Any, tune: Lora, seed: int) -> Any:
     """The model with fresh adapters; everything else is frozen. Raises `UserError` for unknown target names."""
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(model, tune.targets)
     config = LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,  # type: ignore[arg-type]
@@ -75,10 +76,16 @@ def lora_model(model: Any, tune: Lora, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise UserError(f"distill.tune.targets: {error}") from error
+        return get_peft_model(model, config)
+
+
+def _check_targets(model: Any, targets: list[str] | str) -> None:
+    # peft is content when one of several names is found, and would adapt the head, which the loss reads unadapted.
+    layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise UserError(f"distill.tune.targets: the blocks have no linear layer {target!r}; they have: {known}")
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -136,13 +143,16 @@ class DistillTrainer(Trainer):
     ) -> Any:
         sums = self.sums(model, Batch(**inputs))
         if not torch.isfinite(sums.loss):
-            raise UserError(
-                f"the training loss is {sums.loss.item()} at step {self.state.global_step + 1}: training diverged. "
-                f"Lower distill.lr (it is {self.config.lr:g}) or raise distill.warmup."
-            )
+            raise self.diverged("training loss", sums.loss.item(), self.state.global_step + 1)
         figures = [sums.loss.item(), sums.nll.item(), sums.kl.item(), sums.tokens]
         self.running += torch.tensor(figures, dtype=torch.float64)
         return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
+
+    def diverged(self, figure: str, value: float, step: int) -> UserError:
+        return UserError(
+            f"the {figure} is {value} at step {step}: training diverged. "
+            f"Lower distill.lr (it is {self.config.lr:g}) or raise distill.warmup."
+        )
 
     def sums(self, model: Any, batch: Batch) -> LossSums:
         """The objective over one batch of training rows."""
@@ -200,7 +210,7 @@ class _Recorder(TrainerCallback):
         self.trainer, self.advance = trainer, advance
         self.curves, self.best = work / "curves.jsonl", work / "best.json"
         self.best_weights = work / "best.safetensors"
-        self.note = ""
+        self.note, self.lr = "", 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step]
@@ -210,6 +220,9 @@ class _Recorder(TrainerCallback):
         self.advance(state.global_step)
         if not keep:
             self._measure(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         loss, nll, kl, tokens = self.trainer.running.tolist()
@@ -221,7 +234,7 @@ class _Recorder(TrainerCallback):
             "epoch": round(state.epoch or 0.0, 4),
             "loss": loss / count,
             "nll": nll / count,
-            "lr": self.trainer._get_learning_rate(),
+            "lr": self.lr,
             "tokens": int(tokens),
         }
         if self.trainer.teacher is not None:
@@ -236,6 +249,9 @@ class _Recorder(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         found = self.trainer.measure()
+        for name in ("loss", "kl"):
+            if not math.isfinite(found[f"eval_{name}"]):
+                raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
         _append_line(self.curves, {"step": step, **found})
         self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
         select = self.trainer.config.select
@@ -279,7 +295,7 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # its first step has a rate of 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         optim=OPTIMIZERS[config.optimizer],

@@ -1,0 +1,211 @@
+"""The prune stage on tiny random checkpoints: what it writes, chooses and refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.data.calibration import calibration_batches
+from compress.data.rows import Row, write_rows
+from compress.errors import UserError
+from compress.modeling.load import load_model, load_tokenizer
+from compress.prune.config import LinearHeal, PruneConfig
+from compress.prune.importance import scan
+from compress.prune.stage import candidate_blocks, check, run
+from compress.stage import Context, Inputs
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+WORDS = ["the way", "of many", "people", "is é", "42", "which", "model", "time"]
+
+
+class Stage:
+    """Runs the stage on a text file, or on a data stage's folder, each time into a fresh folder."""
+
+    def __init__(self, base: Path, folder: Path):
+        self.base, self.folder, self.runs = base, folder, 0
+        draw = random.Random(1)
+        (folder / "text.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(900)), encoding="utf-8")
+        self.inputs = Inputs(base, base)
+
+    def __call__(self, **options: Any) -> dict[str, Any]:
+        self.runs += 1
+        self.out = self.folder / f"out{self.runs}"
+        self.out.mkdir()
+        calibration = {"tokens": 600, "length": 48, "text": "text.txt"} | options.pop("calibration", {})
+        config = PruneConfig.model_validate(options | {"calibration": calibration})
+        context = Context(recipe_dir=self.folder)
+        check(config, self.base, context)
+        return run(config, self.inputs, self.out, context)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.out / "importance.json").read_text())
+
+    def logits(self) -> torch.Tensor:
+        return logits(self.out / "model")
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def stage(tiny: Callable[..., Path], tmp_path: Path) -> Stage:
+    return Stage(tiny(blocks=6), tmp_path)
+
+
+def test_the_artifact_loads_plainly_and_is_recorded(stage: Stage) -> None:
+    metrics = stage(blocks=2)
+    assert {path.name for path in stage.out.iterdir()} == {"model", "importance.json"}
+    model: Any = AutoModelForCausalLM.from_pretrained(stage.out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(stage.out / "model")
+    assert tokenizer("the way").input_ids == load_tokenizer(stage.base)("the way").input_ids
+    record = stage.record
+    first = record["dropped"][0]
+    assert record["dropped"] == [first, first + 1] and 1 <= first <= 3
+    assert record["kept"] == [i for i in range(6) if i not in record["dropped"]]
+    assert (record["blocks"], model.config.num_hidden_layers, record["tokens"]) == (6, 4, 600)
+    assert (record["importance"], record["position"], record["search"]) == ("angular", "all", "window")
+    assert json.loads(json.dumps(metrics)) == {
+        name: record[name] for name in ("blocks", "dropped", "tokens", "healing")
+    }
+    whole = load_model(stage.base)
+    for number, kept in enumerate(record["kept"]):  # only the block before the gap was changed
+        for name, value in model.model.layers[number].state_dict().items():
+            same = torch.equal(value, whole.model.layers[kept].state_dict()[name])
+            assert same is not (kept == first - 1 and name == "mlp.down_proj.weight")
+    (healing,) = record["healing"]
+    assert (healing["block"], healing["gap"], healing["tokens"]) == (first - 1, record["dropped"], 600)
+    assert healing["errors"][f"{healing['ridge']:g}"] == min(healing["errors"].values()) < healing["unhealed_error"]
+
+
+@pytest.mark.parametrize("position", ["last", "all"])
+@pytest.mark.parametrize("importance", ["angular", "influence"])
+@pytest.mark.parametrize("search", ["window", "lowest"])
+def test_the_recorded_distances_are_the_scan_and_decide(
+    stage: Stage, search: str, importance: str, position: str
+) -> None:
+    stage(blocks=2, heal="none", search=search, importance=importance, position=position)
+    text = stage.folder / "text.txt"
+    batches = calibration_batches(stage.inputs, load_tokenizer(stage.base), tokens=600, length=48, batch=4, text=text)
+    expected, record = scan(load_model(stage.base), batches), stage.record
+    for name, distances in expected.items():
+        for metric, table in record["distances"][name].items():
+            assert table == [distances.windows(metric, length) for length in range(1, 7)]
+            assert [len(windows) for windows in table] == [6, 5, 4, 3, 2, 1]
+    table = record["distances"][position][importance]
+    if search == "window":
+        starts = table[1][:4]  # the last block stays
+        wanted = [starts.index(min(starts)), starts.index(min(starts)) + 1]
+    else:
+        singles = table[0][:5]
+        wanted = sorted(singles.index(value) for value in sorted(singles)[:2])
+    assert record["dropped"] == wanted and record["healing"] == []
+
+
+def test_without_healing_the_pruned_model_is_the_base_without_its_blocks(stage: Stage) -> None:
+    stage(blocks=3, heal="none")
+    whole = load_model(stage.base)
+    for number in stage.record["dropped"]:
+        whole.model.layers[number].register_forward_hook(lambda _m, args, _o: args[0])
+    with torch.no_grad():
+        assert torch.equal(stage.logits(), whole(IDS).logits)
+
+
+@pytest.mark.parametrize("heal", ["none", "linear"])
+@pytest.mark.parametrize("search", ["window", "lowest"])
+def test_no_blocks_gives_bit_identical_logits(stage: Stage, search: str, heal: str) -> None:
+    metrics = stage(blocks=0, search=search, heal=heal)
+    assert metrics["dropped"] == [] and stage.record["healing"] == [] and stage.record["kept"] == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(stage.logits(), logits(stage.base))
+
+
+def test_the_same_run_gives_the_same_bytes_and_names_no_path(stage: Stage) -> None:
+    stage(blocks=2)
+    first = stage.out
+    stage(blocks=2)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(stage.out) for path in stage.out.rglob("*") if path.is_file())
+    for name in files:
+        content = (first / name).read_bytes()
+        assert content == (stage.out / name).read_bytes() and str(stage.folder).encode() not in content
+
+
+def test_gemma_is_pruned_without_healing(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    mixed = ["sliding_attention", "full_attention"] * 3
+    stage = Stage(tiny("gemma3_text", blocks=6, sliding_window=8, layer_types=mixed), tmp_path)
+    stage(blocks=1, heal="none")
+    model: Any = AutoModelForCausalLM.from_pretrained(stage.out / "model")
+    assert model.config.layer_types == [mixed[i] for i in stage.record["kept"]]
+    with pytest.raises(
+        UserError, match=r"prune\.heal: linear cannot be fused into a gemma3_text model; use heal: none"
+    ):
+        stage(blocks=1)
+    stage(blocks=0)  # nothing to fuse
+
+
+def test_the_data_stage_is_calibrated_on_where_no_text_is_named(stage: Stage) -> None:
+    data = stage.folder / "data"
+    data.mkdir()
+    talk = [{"role": "user", "content": "the way"}, {"role": "assistant", "content": "of many people " * 20}]
+    write_rows(data, [Row(i, "train", talk) for i in range(4)] + [Row(4, "heldout", text="time " * 400)])
+    stage.inputs = Inputs(stage.base, stage.base, {"data": data})
+    rows = 4 * min(48, len(load_tokenizer(stage.base).apply_chat_template(talk)["input_ids"]))
+    assert stage(blocks=1, calibration={"text": None})["tokens"] == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": 5}, r"prune\.blocks is 5, but the model has 6 blocks, of which 4 can go"),
+        ({"blocks": 6, "heal": "none"}, r"prune\.blocks is 6, but the model has 6 blocks, of which 5 can go"),
+        ({"blocks": 1, "calibration": {"text": "none.txt"}}, r"prune\.calibration\.text: no file .*none\.txt"),
+        ({"blocks": 1, "calibration": {"text": "empty.txt"}}, r"nothing to calibrate on: .*empty\.txt has fewer than"),
+        ({"blocks": 1, "calibration": {"text": None}}, "nothing to calibrate on: give the recipe a `data` section"),
+        ({"blocks": 1, "calibration": {"tokens": 40}}, "at least two packed calibration rows"),
+    ],
+)
+def test_impossible_wishes_are_refused(stage: Stage, options: dict[str, Any], message: str) -> None:
+    (stage.folder / "empty.txt").touch()
+    with pytest.raises(UserError, match=message):
+        stage(**options)
+    assert not list(stage.out.iterdir())
+
+
+def test_as_many_blocks_as_can_go(stage: Stage) -> None:
+    stage(blocks=4)
+    assert stage.record["kept"] == [0, 5] and stage.record["healing"][0]["gap"] == [1, 4]
+    stage(blocks=5, heal="none", search="lowest")
+    assert stage.record["kept"] == [5]
+    assert stage.logits().shape == (2, 20, logits(stage.base).shape[-1])
+
+
+def test_configuration() -> None:
+    assert PruneConfig(blocks=1).heal == LinearHeal()
+    assert PruneConfig.model_validate({"blocks": 1, "heal": "linear"}).heal == LinearHeal()
+    assert PruneConfig.model_validate({"blocks": 1, "heal": "none"}).heal.kind == "none"
+    assert candidate_blocks(PruneConfig(blocks=1), 6) == range(1, 5)
+    assert PruneConfig.model_validate({"blocks": 1, "calibration": {"text": "a.txt"}}).input_files() == ["a.txt"]
+    assert PruneConfig(blocks=1).input_files() == []
+    for wrong in (
+        {},
+        {"blocks": -1},
+        {"blocks": 1, "heal": "cosine"},
+        {"blocks": 1, "heal": {"kind": "none", "ridge": [1]}},
+        {"blocks": 1, "heal": {"kind": "linear", "ridge": []}},
+        {"blocks": 1, "heal": {"kind": "linear", "ridge": [-1e-3]}},
+        {"blocks": 1, "heal": {"kind": "linear", "held_out": 0.6}},
+        {"blocks": 1, "search": "greedy"},
+        {"blocks": 1, "calibration": {"tokens": 0}},
+    ):
+        with pytest.raises(ValidationError):
+            PruneConfig.model_validate(wrong)
