@@ -1,0 +1,284 @@
+"""Perplexity, agreement and tasks against slow, obvious references on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.data.chat import Encoded
+from compress.errors import UserError
+from compress.evaluation import stage as evaluation_stage
+from compress.evaluation.config import EvaluateConfig
+from compress.evaluation.language import BaseLogProbs, log_probs, measure_engine, measure_model, targets, text_windows
+from compress.evaluation.tasks import (
+    Question,
+    choice_scores,
+    engine_scores,
+    read_task,
+    run_task,
+    split_tokens,
+)
+from compress.modeling.load import load_model, load_tokenizer
+from compress.runtime.engine import Distribution, Engine, Window, distributions
+from compress.stage import WORK, Context, Inputs
+
+TEXT = "The library opens at nine. Anna returned three books, paid a fine and walked home along the river. " * 6
+
+
+def silent(n: int = 1, note: str = "") -> None:
+    return None
+
+
+class TorchEngine(Engine):
+    """A checkpoint behind the runtime's interface: what a runtime without rounding would say."""
+
+    runtime = "torch"
+    context = 4096
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @torch.no_grad()
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        found = []
+        for window in windows:
+            logits = self.model(torch.tensor([list(window.ids)])).logits[0].numpy()
+            rows = logits[[p - 1 for p in window.positions]]
+            found.append(distributions(rows, window.ids, window.positions, top_k))
+        return found
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def pair(tiny) -> tuple[Any, Any, Any]:
+    """Two different models of one vocabulary, and their tokenizer."""
+    first, second = tiny(seed=1), tiny(seed=2, blocks=3)
+    return load_model(first), load_model(second), load_tokenizer(first)
+
+
+@pytest.fixture
+def rows(pair, tmp_path) -> list[Encoded]:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    found = text_windows(pair[2], tmp_path / "text.txt", None, 150, 450)
+    found[1] = Encoded(found[1].input_ids, [i % 3 == 0 for i in range(150)])  # a mask as conversations have it
+    return found
+
+
+@torch.no_grad()
+def slow_figures(base: Any, model: Any, rows: list[Encoded]) -> dict[str, float]:
+    """Token by token, in float64, from whole logits."""
+    nll, kl, agree, count = 0.0, 0.0, 0, 0
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        p = base(ids).logits[0].double().log_softmax(-1)
+        q = model(ids).logits[0].double().log_softmax(-1)
+        for t in range(1, len(row.input_ids)):
+            if row.loss_mask[t]:
+                nll -= float(q[t - 1, row.input_ids[t]])
+                kl += float((p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum())
+                agree += int(p[t - 1].argmax() == q[t - 1].argmax())
+                count += 1
+    return {"perplexity": math.exp(nll / count), "kl_to_base": kl / count, "top1_agreement": agree / count}
+
+
+def written(base: Any, rows: list[Encoded], folder: Path) -> BaseLogProbs:
+    positions = sum(len(targets(row)) for row in rows)
+    reference = BaseLogProbs(folder / "base.float32", positions, base.config.vocab_size)
+    assert not reference.complete
+    reference.write(logs for logs, _ in log_probs(base, rows, silent))
+    assert reference.complete
+    return reference
+
+
+def test_figures_match_the_slow_reference(pair, rows, tmp_path):
+    base, model, _ = pair
+    reference = written(base, rows, tmp_path)
+    assert sum(len(targets(row)) for row in rows) > 128  # more than one chunk
+    assert measure_model(model, rows, reference, silent) == pytest.approx(slow_figures(base, model, rows), rel=1e-5)
+    itself = measure_model(base, rows, reference, silent)
+    assert itself["kl_to_base"] == pytest.approx(0, abs=1e-9)
+    assert itself["top1_agreement"] == 1
+
+
+def test_artifacts_get_the_figures_of_the_model_they_hold(pair, rows, tmp_path):
+    base, model, _ = pair
+    reference = written(base, rows, tmp_path)
+    expected = measure_model(model, rows, reference, silent)
+    assert measure_engine(TorchEngine(model), rows, reference, None, silent) == pytest.approx(expected, rel=1e-4)
+    listed = measure_engine(TorchEngine(model), rows, reference, 20, silent)
+    assert listed["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert listed["top1_agreement"] == expected["top1_agreement"]
+    assert 0 < listed["kl_to_base"] < expected["kl_to_base"]  # the unlisted tokens count as one: a lower bound
+
+
+def test_without_a_base_there_is_no_agreement(pair, rows):
+    found = measure_model(pair[0], rows, None, silent)
+    assert (found["kl_to_base"], found["top1_agreement"]) == (None, None)
+
+
+def test_text_windows(pair, tmp_path):
+    tokenizer, file = pair[2], tmp_path / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    whole = tokenizer(TEXT, add_special_tokens=False).input_ids
+    windows = text_windows(tokenizer, file, None, 64, 200)
+    assert [len(row.input_ids) for row in windows] == [64, 64, 64]
+    assert [t for row in windows for t in row.input_ids] == whole[:192]
+    assert [targets(row) for row in windows] == [list(range(1, 64))] * 3
+    short = text_windows(tokenizer, file, None, 100_000, 50)  # a window longer than the text
+    assert [row.input_ids for row in short] == [whole[:50]]
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="too short"):
+        text_windows(tokenizer, file, None, 64, 200)
+    with pytest.raises(UserError, match="name a text file"):
+        text_windows(tokenizer, None, None, 64, 200)
+
+
+@torch.no_grad()
+def slow_choice(model: Any, tokenizer: Any, row: Question, number: int) -> float:
+    """One choice by itself, no cache: the log-likelihood of all tokens that the other choices do not share."""
+    prompt, endings = split_tokens(tokenizer, row)
+    ids = prompt + endings[number]
+    logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logs[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
+
+
+QUESTIONS = [
+    Question("What is water?", ["a liquid", "a colour of the evening sky", "no", "stone"], 0),
+    Question("Which letter comes first?", ["A", "B"], 0),
+    Question("Who walked home along the river in winter?", ["Anna", "nobody at all, as far as is known"], 1),
+]
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.question)
+def test_choices_are_scored_as_if_each_ran_alone(pair, question):
+    model, _, tokenizer = pair
+    expected = [slow_choice(model, tokenizer, question, i) for i in range(len(question.choices))]
+    assert choice_scores(model, tokenizer, question) == pytest.approx(expected, abs=1e-4)
+    assert engine_scores(TorchEngine(model), tokenizer, question) == pytest.approx(expected, abs=1e-4)
+
+
+def test_prompt_and_endings_make_up_the_text(pair):
+    tokenizer = pair[2]
+    for question in QUESTIONS:
+        prompt, endings = split_tokens(tokenizer, question)
+        for choice, ending in zip(question.choices, endings, strict=True):
+            assert ending
+            assert prompt + ending == tokenizer(f"Question: {question.question}\nAnswer: {choice}").input_ids
+
+
+def test_accuracy_counts_sums_and_sums_per_byte():
+    rows = [Question("q", ["short", "a much longer choice"], 0), Question("q", ["short", "a much longer choice"], 1)]
+    # −4 nats over 5 bytes, −5 over 20: the sum prefers the first, the sum per byte the second.
+    found = run_task(lambda row: [-4.0, -5.0], rows, silent)
+    assert (found["accuracy"], found["accuracy_norm"], found["n"]) == (0.5, 0.5, 2)
+    first = run_task(lambda row: [-4.0, -5.0], rows[:1], silent)
+    assert (first["accuracy"], first["accuracy_norm"], first["ci95"]) == (1.0, 0.0, 0.0)
+
+
+def line(**changes: object) -> str:
+    return json.dumps({"question": "q", "choices": ["a", "b", "c"], "answer": 1} | changes)
+
+
+def test_tasks_are_read(tmp_path):
+    file = tmp_path / "task.jsonl"
+    file.write_text("\n".join([line(), "", line(answer="C"), line(answer="a"), line()]), encoding="utf-8")
+    assert [row.answer for row in read_task(file)] == [1, 2, 0, 1]
+    assert len(read_task(file, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        "[]",
+        line(choices=["a"]),
+        line(choices=["a", ""]),
+        line(choices="abc"),
+        line(answer=3),
+        line(answer=-1),
+        line(answer=True),
+        line(answer="D"),
+        line(question=None),
+        json.dumps({"question": "q", "choices": ["a", "b"]}),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path, broken):
+    file = tmp_path / "task.jsonl"
+    file.write_text(f"{line()}\n{broken}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"task\.jsonl:2"):
+        read_task(file)
+
+
+def test_a_task_without_rows_is_refused(tmp_path):
+    (tmp_path / "task.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no rows"):
+        read_task(tmp_path / "task.jsonl")
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        read_task(tmp_path / "missing.jsonl")
+
+
+def test_the_stage_measures_each_model_once_and_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
+    folder = tiny(seed=1)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "task.jsonl").write_text(f"{line()}\n{line()}\n", encoding="utf-8")
+    prune = tmp_path / "prune-0123"
+    prune.mkdir()
+    (prune / "importance.json").write_text(json.dumps({"dropped": [1], "healing": []}), encoding="utf-8")
+    config = EvaluateConfig.model_validate(
+        {"text": "text.txt", "tasks": ["task.jsonl"], "window": 64, "tokens": 128, "speed": None}
+    )
+    context, inputs, out = Context(recipe_dir=tmp_path), Inputs(folder, folder, {"prune": prune}), tmp_path / "out"
+    out.mkdir()
+    measured: list[str] = []
+    original = evaluation_stage.Bench._torch
+
+    def torch_once(bench: Any, subject: Any) -> dict[str, Any]:
+        if subject.role == "pruned" and "base" in measured and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        measured.append(subject.role)
+        return original(bench, subject)
+
+    killed: list[bool] = []
+    monkeypatch.setattr(evaluation_stage.Bench, "_torch", torch_once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation_stage.run(config, inputs, out, context)
+    evaluation_stage.run(config, inputs, out, context)
+    assert measured == ["base", "pruned"]
+    models = json.loads((out / "models.json").read_text())
+    assert [m["role"] for m in models] == ["base", "pruned"]
+    base, pruned = models
+    assert base["kl_to_base"] == pytest.approx(0, abs=1e-9)
+    assert pruned["blocks"] == base["blocks"] - 1
+    assert pruned["kl_to_base"] > 0
+    assert pruned["parameters"] < base["parameters"]
+    assert pruned["tasks"]["task"]["n"] == 2
+    assert (out / WORK / "base.float32").exists()
+
+
+def test_missing_files_are_refused_before_any_work(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"evaluate\.text"):
+        evaluation_stage.check(EvaluateConfig(text="none.txt"), tiny(), Context(recipe_dir=tmp_path))
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        evaluation_stage.check(EvaluateConfig(tasks=["none.jsonl"]), tiny(), Context(recipe_dir=tmp_path))

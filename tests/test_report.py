@@ -1,0 +1,199 @@
+"""report.json and report.html from a made-up run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from compress.pipeline.report import html, plots
+from compress.pipeline.report.schema import ModelEntry, Report, StageEntry, TaskResult
+from compress.pipeline.summary import show
+from pydantic import ValidationError
+from rich.console import Console
+
+DOCS = Path(__file__).parent.parent / "docs" / "report.md"
+EVIL = '<script>alert("x")</script><img src="http://example.org/x.png">'
+
+
+def entry(role: str, size: int, perplexity: float, **changes) -> ModelEntry:
+    values = {
+        "role": role,
+        "runtime": "llama.cpp" if role.startswith("gguf") else "torch",
+        "blocks": 30 if role == "base" else 24,
+        "parameters": size // 4,
+        "bytes": size,
+        "perplexity": perplexity,
+        "kl_to_base": 0.0 if role == "base" else 0.4,
+        "top1_agreement": 0.75,
+        "positions": 1000,
+        "tokens_per_second": 20.0,
+        "peak_memory_bytes": 10**9,
+    }
+    return ModelEntry.model_validate(values | changes)
+
+
+@pytest.fixture
+def report() -> Report:
+    distances = [[0.2, 0.1, 0.15, 0.3], [0.25, 0.18, 0.35], [0.3, 0.4], [0.5]]
+    task = TaskResult(accuracy=0.5, accuracy_norm=0.52, ci95=0.04, n=500)
+    verification = {"perplexity": 6.0, "checkpoint_perplexity": 5.9, "kl": 0.01, "top1_agreement": 0.9}
+    return Report(
+        name="a-run",
+        base="package:x/y.gguf",
+        measured_on="held-out self-data",
+        models=[
+            entry("base", 538_000_000, 4.0, tasks={"arc": task}),
+            entry("pruned", 425_000_000, 30.0),
+            entry("healed", 425_000_000, 9.0),
+            entry("recovered", 425_000_000, 6.0, tasks={"arc": task}),
+            entry("gguf-Q4_K_M", 80_000_000, 6.2, tokens_per_second=100.0),
+            entry("onnx-int4", 75_000_000, 9.9),
+        ],
+        stages=[
+            StageEntry(
+                name="export",
+                folder="export-0a",
+                fingerprint="0a",
+                seconds=61.5,
+                resumed=True,
+                peak_memory_bytes=10**9,
+                metrics={},
+            )
+        ],
+        importance={
+            "importance": "angular",
+            "position": "all",
+            "search": "window",
+            "dropped": [1, 2],
+            "blocks": 4,
+            "distances": {"all": {"angular": distances, "influence": distances}},
+        },
+        curves=[
+            {"step": 0, "eval_loss": 2.0, "eval_kl": 0.9, "eval_perplexity": 9.0},
+            {"step": 1, "loss": 1.0, "nll": 2.0, "kl": 0.8, "lr": 1e-4, "tokens": 100},
+            {"step": 2, "eval_loss": 1.0, "eval_kl": 0.5, "eval_perplexity": 6.0},
+        ],
+        data={"train": 84, "heldout": 12, "tokens": 19000, "dropped": {"empty": 3}},
+        samples=[[{"role": "user", "content": EVIL}, {"role": "assistant", "content": "x" * 5000}]],
+        artifacts=[
+            {
+                "role": "gguf-Q4_K_M",
+                "path": "gguf/a.gguf",
+                "bytes": 80_000_000,
+                "bits_per_weight": 6.3,
+                "verification": verification | {"tensor_error": 0.05},
+            }
+        ],
+        recipe=f"name: a-run  # {EVIL}",
+        versions={"torch": "2"},
+        machine={"processor": EVIL, "cores": 2},
+    )
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        names = ("src", "href", "xlink:href", "action", "data", "srcset")
+        self.links += [value or "" for name, value in attrs if name in names]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parsed(report: Report) -> Tags:
+    tags = Tags()
+    tags.feed(html.render(report))
+    return tags
+
+
+def test_the_page_is_self_contained_and_escapes_what_comes_from_data(report):
+    page = parsed(report)
+    assert "script" not in page.tags
+    assert "img" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert all(link.startswith("#") for link in page.links)  # inside the inline SVG
+    style = html.render(report)
+    assert "@import" not in style and not re.search(r"url\((?!#)", style)
+    assert page.text.count(EVIL) == 3  # row, recipe and processor, as text
+    assert page.tags.count("svg") == 4
+
+
+def test_the_page_shows_every_model_and_its_figures(report):
+    text = parsed(report).text
+    for model in report.models:
+        assert model.role in text
+    for figure in ("425.0 MB", "80.0 MB", "52.0 %", "± 4.0", "6.2", "1 min 1 s", "resumed", "84 rows", "3 empty"):
+        assert figure in text, figure
+
+
+def test_the_headline_takes_the_smallest_artifact_that_is_good(report):
+    small = html.smallest_artifact(report)
+    assert small is not None and small.role == "gguf-Q4_K_M"  # the int4 is smaller, but far worse than its checkpoint
+    final = html.final_model(report)
+    assert final is not None and final.role == "recovered"
+    cards = {card["label"]: card for card in html.headline(report)}
+    assert cards["size"]["figure"] == "80.0 MB" and "6.7×" in cards["size"]["note"]
+    assert cards["perplexity"]["figure"] == "6"
+    assert "100 tokens/s" in cards["decoding"]["figure"]
+
+
+def test_a_run_without_stages_has_a_page(report):
+    empty = report.model_copy(
+        update={"models": [], "stages": [], "importance": None, "curves": [], "data": None, "artifacts": []}
+    )
+    page = parsed(empty)
+    assert "svg" not in page.tags and "a-run" in page.text
+
+
+def test_report_json_round_trips_and_refuses_unknown_keys(report):
+    values = json.loads(html.to_json(report))
+    assert Report.model_validate(values) == report
+    assert values["schema_version"] == 1
+    with pytest.raises(ValidationError):
+        Report.model_validate(values | {"surprise": 1})
+
+
+def test_every_key_of_the_schema_is_documented():
+    text = DOCS.read_text(encoding="utf-8")
+    named = set(re.findall(r"[a-z0-9_]+", text))
+    for model in (Report, ModelEntry, StageEntry, TaskResult):
+        assert set(model.model_fields) <= named, model
+
+
+def test_writing_is_repeatable(report, tmp_path):
+    html.write_report(report, tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    html.write_report(report, tmp_path)
+    assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {"report.json", "report.html"}
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    points = [("recovered", 100.0, 100.0), ("healed", 102.0, 101.0), ("pruned", 101.0, 140.0), ("base", 99.0, 99.0)]
+    offsets = plots.label_offsets(points, 1.0)
+    boxes = [
+        (x + dx, y + dy - 5, x + dx + 4.6 * len(text), y + dy + 5)
+        for (text, x, y), (dx, dy) in zip(points, offsets, strict=True)
+    ]
+    marks = [(x - 4, y - 4, x + 4, y + 4) for _, x, y in points]
+    for i, box in enumerate(boxes):
+        for other in boxes[:i] + marks:
+            assert box[0] >= other[2] or other[0] >= box[2] or box[1] >= other[3] or other[1] >= box[3]
+
+
+def test_the_summary_names_figures_and_paths(report, tmp_path):
+    console = Console(record=True, width=160)
+    show(report, tmp_path, console)
+    text = console.export_text()
+    assert str(tmp_path / "report.html") in text.replace("\n", "")
+    assert str(tmp_path / "export-0a" / "bundle") in text.replace("\n", "")
+    for part in ("base", "recovered", "gguf-Q4_K_M", "80.0 MB", "6.2", "arc"):
+        assert part in text
