@@ -51,18 +51,12 @@ class GgufInfo:
 
 
 def check_gguf(checkpoint: Path) -> None:
-    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, rope kinds, attention windows."""
+    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, rope kinds."""
     config = load_config(checkpoint)
     vocabulary_kind(read_tokenizer(checkpoint), checkpoint)
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ROPES:
         raise UserError(f"{checkpoint}: rope scaling {rope['rope_type']!r} is not known to GGUF export")
-    windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if windows and config.model_type in ("qwen2", "qwen3"):
-        raise UserError(
-            f"{checkpoint}: llama.cpp runs {config.model_type} with full attention only, but this model has blocks "
-            "with sliding windows"
-        )
 
 
 def write_gguf(
@@ -84,6 +78,12 @@ def write_gguf(
         raise UserError(f"GGUF type {qtype!r} is not one of {', '.join(TYPES)}")
     check_gguf(checkpoint)
     config = load_config(checkpoint)
+    progress = progress or Progress()
+    if context_length(config) < config.max_position_embeddings:
+        progress.note(
+            f"llama.cpp runs {config.model_type} with full attention: its context is limited to the sliding window, "
+            f"{context_length(config)} tokens"
+        )
     source = Source(checkpoint, config)
     plan = [(n, shape, _type(n, shape, qtype, config, imatrix)) for n, shape in source.shapes.items()]
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
@@ -95,7 +95,7 @@ def write_gguf(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        _write_file(writer, partial, source, plan, imatrix or {}, threads, progress or Progress(), qtype)
+        _write_file(writer, partial, source, plan, imatrix or {}, threads, progress, qtype)
         os.replace(partial, out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -108,6 +108,17 @@ def write_gguf(
     return GgufInfo(
         qtype, out.stat().st_size, 8 * packed_bytes / weights, fallbacks, {n: kind.name for n, _, kind in plan}
     )
+
+
+def context_length(config: Any) -> int:
+    """The longest text that llama.cpp runs as the checkpoint does.
+
+    Of these families it slides attention windows for Gemma-3 alone; within one window full attention is the same.
+    """
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "gemma3_text" or not window:
+        return config.max_position_embeddings
+    return min(window, config.max_position_embeddings)
 
 
 def safe_name(name: str, checkpoint: Path) -> str:
@@ -127,7 +138,9 @@ def _type(
     name: str, shape: tuple[int, ...], qtype: str, config: Any, imatrix: dict[str, Array] | None
 ) -> GGMLQuantizationType:
     blocks, tied = config.num_hidden_layers, config.tie_word_embeddings
-    return tensor_type(name, shape, qtype, blocks, tied=tied, importance=imatrix is not None)
+    grouped = config.model_type == "qwen2" or config.num_attention_heads != config.num_key_value_heads
+    big = blocks == 80 and grouped and config.model_type in ("llama", "mistral", "qwen2")
+    return tensor_type(name, shape, qtype, blocks, tied=tied, importance=imatrix is not None, is_70b=big)
 
 
 def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
@@ -272,7 +285,7 @@ def _write_metadata(writer: GGUFWriter, config: Any, qtype: str, name: str) -> N
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

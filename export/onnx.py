@@ -24,6 +24,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..modeling.checkpoint import count_parameters
+from ..modeling.load import load_config
 from ..stage import Progress
 
 PRECISIONS = ("int4", "int8", "fp32")
@@ -35,6 +36,15 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+}
+# Rotary embeddings that the builder makes as transformers does; of the others it makes silently something else.
+ROPES = {
+    "llama": ("default", "llama3"),
+    "mistral": ("default", "linear"),
+    "qwen2": ("default", "linear"),
+    "qwen3": ("default", "linear"),
+    "phi3": ("default", "longrope"),
+    "gemma3_text": ("default", "linear"),
 }
 # The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
 _IMPORTANCE = {
@@ -71,6 +81,17 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
         raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     if values.get("quantization_config"):
         raise UserError("ONNX export reads plain weights; this checkpoint is quantized already")
+    rope = values.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPES[family]:
+        raise UserError(f"ONNX export of {family} with rope scaling {kind!r} is not supported; GGUF may be")
+    head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    turned = int(head * rope.get("partial_rotary_factor", 1.0))
+    if turned % 16:
+        raise UserError(
+            f"ONNX Runtime's attention needs rotary embeddings of a multiple of 16 dimensions, this model has {turned}"
+        )
 
 
 def write_onnx(
@@ -146,8 +167,9 @@ def build_float32(jobs: list[tuple[Path, Path]], progress: Progress) -> None:
 
 
 def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Path:
-    """The checkpoint as the builder wants it: in `config.json` it takes the family from the architecture's name."""
-    if config.get("architectures") == [FAMILIES[config["model_type"]]]:
+    """The checkpoint with a `config.json` that the builder reads rightly."""
+    wanted = _builder_config(config)
+    if wanted == config:
         return checkpoint
     source = folder.with_name(f"{folder.name}-input")
     shutil.rmtree(source, ignore_errors=True)
@@ -155,9 +177,20 @@ def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Pa
     for path in checkpoint.iterdir():
         if path.is_file() and path.name != "config.json":
             (source / path.name).symlink_to(path.resolve())
-    renamed = config | {"architectures": [FAMILIES[config["model_type"]]]}
-    (source / "config.json").write_text(json.dumps(renamed, indent=2), encoding="utf-8")
+    (source / "config.json").write_text(json.dumps(wanted, indent=2), encoding="utf-8")
     return source
+
+
+def _builder_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The builder takes the family from the architecture's name and sliding windows from `layer_types` alone."""
+    family = config["model_type"]
+    wanted = config | {"architectures": [FAMILIES[family]]}
+    if family in ("mistral", "phi3") and config.get("sliding_window") and not config.get("layer_types"):
+        wanted["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        wanted["rope_parameters"] = rope | {"type": "longrope"}
+    return wanted
 
 
 def _offline() -> dict[str, str]:
@@ -260,10 +293,7 @@ def _describe(folder: Path, checkpoint: Path) -> OnnxInfo:
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint folder: its config.json cannot be read ({error})") from error
+    return load_config(checkpoint).to_dict()  # whatever version of transformers wrote it
 
 
 @contextmanager

@@ -99,12 +99,20 @@ def quantize(
 
 
 def tensor_type(
-    name: str, shape: Sequence[int], file_type: str, blocks: int, *, tied: bool, importance: bool = False
+    name: str,
+    shape: Sequence[int],
+    file_type: str,
+    blocks: int,
+    *,
+    tied: bool,
+    importance: bool = False,
+    is_70b: bool = False,
 ) -> Type:
     """The type llama-quantize gives a tensor in a mix.
 
     `name` is llama.cpp's, `shape` is (rows, columns) or (size,), `blocks` the number of blocks in this file, `tied`
-    whether the embedding is also the output, `importance` whether an importance matrix is given.
+    whether the embedding is also the output, `importance` whether an importance matrix is given, `is_70b` whether
+    llama.cpp takes the model for one of 70B (80 blocks), whose small attn_v get more bits.
     """
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
         return Type.F32
@@ -112,6 +120,8 @@ def tensor_type(
     if default == Type.F16:
         return default
     wanted = _wanted(name, shape[-1], file_type, default, blocks, tied, importance)
+    if is_70b and wanted == Type.Q4_K and ".attn_v." in name:
+        wanted = Type.Q5_K
     return _fitting(wanted, shape[-1])
 
 

@@ -54,6 +54,8 @@ class LlamaCppEngine(Engine):
         threads = threads or os.cpu_count() or 1
         # One token more: the server wants room for the token it samples.
         self._server: Any = _open(self.path, threads, slots, self.context + 1)
+        # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
+        self._send({"prompt": [0], "n_predict": 0, "cache_prompt": False})
 
     def score(
         self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
