@@ -80,3 +80,4 @@ class Inputs:
     base: Path  # checkpoint folder of the unpruned model
     model: Path  # checkpoint folder of the model so far; the base before any stage made one
     stages: dict[str, Path] = field(default_factory=dict)  # finished earlier stages, by name
+    name: str = "model"  # of the unpruned model: a Hub id, or the name of a file or folder without its path

@@ -55,12 +55,12 @@ def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -
     provenance: dict[str, Any] = {
         # The folder of a stage is named after its fingerprint.
         "stages": {name: folder.name.rpartition("-")[2] for name, folder in inputs.stages.items()},
-        "base": inputs.base.name,
+        "base": inputs.name,
         "base_blocks": load_config(inputs.base).num_hidden_layers,
     }
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
-    name = f"{source_name(inputs.base)}-{_blocks(inputs.model)}L"
+    name = f"{plain_name(inputs.name)}-{_blocks(inputs.model)}L"
     job = Job(inputs.model, out_dir / BUNDLE, work, config, context, name, inputs)
     return job.run(provenance)
 
@@ -87,10 +87,10 @@ def export_checkpoint(
     return metrics
 
 
-def source_name(base: Path) -> str:
-    """The unpruned model's name: without the hash of a converted source, and without the type of a GGUF file."""
-    name = re.sub(r"-[0-9a-f]{12}$", "", base.name)
-    return re.sub(r"[.-](F16|BF16|F32|I?Q\d\w*)$", "", name, flags=re.IGNORECASE) or base.name
+def plain_name(model: str) -> str:
+    """A model's name without its owner, and without the type that a GGUF file's name ends in."""
+    name = model.rsplit("/", 1)[-1]
+    return re.sub(r"(?<=.)[.-](F16|BF16|F32|I?Q\d\w*)$", "", name, flags=re.IGNORECASE)
 
 
 def _blocks(checkpoint: Path) -> int:

@@ -29,6 +29,11 @@ class Source:
             return self.path.stem if self.kind == "gguf" else self.path.name
         return self.text.split("/")[-1].replace(":", "-")
 
+    @property
+    def title(self) -> str:
+        """What people know the model by: a Hub id whole, else the short name."""
+        return self.text if self.kind == "hub" else self.name
+
 
 def parse_source(text: str, base_dir: Path) -> Source:
     """Parse a model source; local paths are taken relative to `base_dir`.

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from ..modeling.source import fingerprint_source, hash_file, parse_source
 from ..stage import Context, Inputs, Progress
+from .inspection import check_weights
 from .measure import Meter
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
@@ -132,6 +133,7 @@ def execute(run: Run, progress: Progress) -> None:
         from ..modeling.load import resolve
 
         base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=progress)
+        check_weights(base)
         for stage in run.pending:
             check = getattr(stage.spec.module(), "check", None)
             if check is not None:
@@ -153,7 +155,8 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
         return
     resumed = folder.partial.exists()
     folder.partial.mkdir(parents=True, exist_ok=True)
-    inputs = Inputs(base, _current_model(base, done), dict(done))
+    source = parse_source(run.loaded.source, run.loaded.folder)
+    inputs = Inputs(base, _current_model(base, done), dict(done), source.title)
     with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
         metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
     prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
@@ -189,7 +192,7 @@ def _current_model(base: Path, done: dict[str, Path]) -> Path:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 @contextmanager
