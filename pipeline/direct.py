@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
 from ..stage import Context, Progress
+from .inspection import check_weights
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> Any:
@@ -37,6 +38,7 @@ def export_command(
     from .runner import readable_errors
 
     folder = resolve(checkpoint, cache, progress=progress)
+    check_weights(folder)
     with readable_errors(f"export, writing to {out}"):
         export_checkpoint(folder, out, config, Context(progress=progress), name)
 
@@ -66,6 +68,7 @@ def eval_command(
     is_bundle = (Path(path) / "manifest.json").is_file()
     folder = Path(path) if is_bundle else resolve(path, cache, progress=progress)
     reference = resolve(base, cache, progress=progress) if base else None
+    check_weights(folder)
     check(config, folder, context)
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
         entries = evaluate_path(folder, config, context, reference, Path(work))

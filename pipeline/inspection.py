@@ -97,6 +97,12 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
+def check_weights(checkpoint: Path) -> None:
+    """`UserError` if a weight file of a checkpoint folder is cut or broken, as its header tells."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        safetensors_header(file)
+
+
 def _gguf(path: Path) -> tuple[str, Rows]:
     import gguf
 
