@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from compress.data.rows import Row, write_rows
 from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
 from compress.prune.config import LinearHeal, PruneConfig
-from compress.prune.importance import scan
+from compress.prune.importance import Distances, scan
 from compress.prune.stage import candidate_blocks, check, run
 from compress.stage import Context, Inputs
 from pydantic import ValidationError
@@ -88,28 +89,35 @@ def test_the_artifact_loads_plainly_and_is_recorded(stage: Stage) -> None:
     assert healing["errors"][f"{healing['ridge']:g}"] == min(healing["errors"].values()) < healing["unhealed_error"]
 
 
-@pytest.mark.parametrize("position", ["last", "all"])
-@pytest.mark.parametrize("importance", ["angular", "influence"])
-@pytest.mark.parametrize("search", ["window", "lowest"])
-def test_the_recorded_distances_are_the_scan_and_decide(
-    stage: Stage, search: str, importance: str, position: str
-) -> None:
-    stage(blocks=2, heal="none", search=search, importance=importance, position=position)
+def test_the_recorded_distances_are_the_scan(stage: Stage) -> None:
+    stage(blocks=2)
     text = stage.folder / "text.txt"
     batches = calibration_batches(stage.inputs, load_tokenizer(stage.base), tokens=600, length=48, batch=4, text=text)
-    expected, record = scan(load_model(stage.base), batches), stage.record
-    for name, distances in expected.items():
-        for metric, table in record["distances"][name].items():
+    for name, distances in scan(load_model(stage.base), batches).items():
+        for metric, table in stage.record["distances"][name].items():
             assert table == [distances.windows(metric, length) for length in range(1, 7)]
             assert [len(windows) for windows in table] == [6, 5, 4, 3, 2, 1]
-    table = record["distances"][position][importance]
-    if search == "window":
-        starts = table[1][:4]  # the last block stays
-        wanted = [starts.index(min(starts)), starts.index(min(starts)) + 1]
-    else:
-        singles = table[0][:5]
-        wanted = sorted(singles.index(value) for value in sorted(singles)[:2])
-    assert record["dropped"] == wanted and record["healing"] == []
+
+
+def test_the_metric_position_and_search_asked_for_decide(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(21)
+    tables = [torch.rand(7, 7, generator=draw, dtype=torch.float64) for _ in range(4)]
+    found = {"last": Distances(tables[0], tables[1], 1), "all": Distances(tables[2], tables[3], 1)}
+    monkeypatch.setattr("compress.prune.stage.scan", lambda *_: found)
+    chosen = []
+    for position, importance in itertools.product(found, ("angular", "influence")):
+        table = getattr(found[position], importance)
+        pairs = {(i, i + 1): float(table[i, i + 2]) for i in range(4)}  # the last block stays
+        singles = {i: float(table[i, i + 1]) for i in range(5)}
+        wanted = {
+            "window": list(min(pairs, key=lambda p: pairs[p])),
+            "lowest": sorted(sorted(singles, key=lambda i: singles[i])[:2]),
+        }
+        for search, blocks in wanted.items():
+            stage(blocks=2, heal="none", search=search, importance=importance, position=position)
+            assert stage.record["dropped"] == blocks
+            chosen.append((search, tuple(blocks)))
+    assert len(set(chosen)) == 8  # a mixed-up metric or position would be seen
 
 
 def test_without_healing_the_pruned_model_is_the_base_without_its_blocks(stage: Stage) -> None:
