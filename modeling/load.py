@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..errors import UserError
 from ..stage import Progress
 from .checkpoint import quiet
@@ -28,7 +30,10 @@ def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: P
     else:
         folder = cache / f"{source.name}-{fingerprint_source(source, cache)[:12]}"
         if not folder.exists():
-            _make(source, folder, progress or Progress())
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may share the cache
+                if not folder.exists():
+                    _make(source, folder, progress or Progress())
     load_config(folder)  # refuses unsupported families before any weight is read
     return folder
 
@@ -137,11 +142,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a checkpoint folder."""
     from transformers import AutoTokenizer
 
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json; a fast tokenizer is needed")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tokenizer in {folder} could not be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder} has no tokenizer.json (a fast tokenizer is needed)")
     return tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def hash_file(path: Path, cache: Path | None = None) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if store is not None:
         store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = store.with_suffix(".tmp")
+        temporary = store.with_suffix(f".{os.getpid()}.tmp")  # runs may share the cache
         temporary.write_text(json.dumps(known | {key: digest}))
         temporary.replace(store)
     return digest
