@@ -175,27 +175,33 @@ class Source:
     """A checkpoint's tensors under llama.cpp's names, transformed as llama.cpp expects them."""
 
     def __init__(self, checkpoint: Path, config: Any):
-        from safetensors import safe_open
-
         self.config = config
         arch = ARCHITECTURES[config.model_type]
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         self.files: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(checkpoint.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                    if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and config.tie_word_embeddings
-                    ):
-                        continue
-                    target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-                    if target is None:
-                        raise UserError(f"{file} holds {name}, which has no place in a {config.model_type} GGUF")
-                    self.files[target] = (file, name)
-                    self.shapes[target] = tuple(weights.get_slice(name).get_shape())
+            for name, shape in _tensors(file).items():
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                    continue
+                target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+                if target is None:
+                    raise UserError(f"{file} holds {name}, which has no place in a {config.model_type} GGUF")
+                self.files[target] = (file, name)
+                self.shapes[target] = shape
+        self._check_whole(checkpoint)
         self.extra = _rope_factors(config)
         self.shapes = {**{n: v.shape for n, v in self.extra.items()}, **dict(sorted(self.shapes.items(), key=_order))}
+
+    def _check_whole(self, checkpoint: Path) -> None:
+        """Every block must have the tensors that any block has."""
+        parts = dict.fromkeys(name.split(".", 2)[2] for name in self.files if name.startswith("blk."))
+        wanted = [f"blk.{i}.{part}" for i in range(self.config.num_hidden_layers) for part in parts]
+        wanted += ["token_embd.weight", "output_norm.weight"]
+        wanted += [] if self.config.tie_word_embeddings else ["output.weight"]
+        missing = [name for name in wanted if name not in self.files]
+        if missing:
+            raise UserError(f"{checkpoint} lacks {len(missing)} weights, {missing[0]} (llama.cpp's name) among them")
 
     def read(self, name: str) -> Array:
         """One tensor in float32, with llama.cpp's conventions applied."""
@@ -220,6 +226,17 @@ class Source:
             if name.endswith("attn_q_norm.weight"):
                 values = values * np.float32(_query_scale(config))
         return values
+
+
+def _tensors(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in sorted(weights.keys())}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, int, str]:
@@ -326,9 +343,11 @@ def _write_phi3(writer: GGUFWriter, config: Any) -> None:
 
 
 def _write_gemma3(writer: GGUFWriter, config: Any) -> None:
-    writer.add_sliding_window(config.sliding_window)
-    # Said block by block: after blocks went, the pattern no longer repeats.
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    if any(slides):  # llama.cpp ends the process at a window that no block uses
+        writer.add_sliding_window(config.sliding_window)
+        # Said block by block: after blocks went, the pattern no longer repeats.
+        writer.add_sliding_window_pattern(slides)
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

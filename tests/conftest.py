@@ -40,3 +40,21 @@ def smollm2() -> Path:
 @pytest.fixture
 def context() -> Context:
     return Context(seed=7)
+
+
+@pytest.fixture
+def inline_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-genai's builder in this process: one of its own takes ten seconds to start."""
+    import contextlib
+    import io
+
+    from compress.export import _onnx_build, onnx
+
+    def build(jobs: list[tuple[Path, Path]], _progress: object) -> None:
+        for checkpoint, folder in jobs:
+            folder.mkdir(parents=True)
+            source = onnx._builder_input(checkpoint, folder, onnx._read_config(checkpoint))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                _onnx_build.build(str(source.resolve()), str(folder.resolve()))
+
+    monkeypatch.setattr(onnx, "build_float32", build)
