@@ -69,7 +69,8 @@ def quantize_int4(weight: np.ndarray, importance: np.ndarray | None = None) -> Q
 def _chunks(weight: np.ndarray) -> list[Tensor]:
     """(rows, K / BLOCK, BLOCK) float32 pieces of weight (N, K)."""
     rows = max(1, CHUNK // weight.shape[1])
-    pieces = (np.ascontiguousarray(weight[i : i + rows], np.float32) for i in range(0, len(weight), rows))
+    # Writable, which torch wants though nothing is written; copied only where it must be.
+    pieces = (np.require(weight[i : i + rows], np.float32, ["C", "W"]) for i in range(0, len(weight), rows))
     return [torch.from_numpy(piece).reshape(len(piece), -1, BLOCK) for piece in pieces]
 
 

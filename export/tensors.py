@@ -51,26 +51,42 @@ def gguf_errors(file: Path, checkpoint: Path) -> Iterator[tuple[str, str, float]
 
 
 def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, float]]:
-    """(tensor, its type, row error) of every weight matrix of an exported ONNX folder against the checkpoint."""
+    """(tensor, its type, row error) of every weight of an exported ONNX folder against the checkpoint.
+
+    A weight of the checkpoint that is nowhere in the graph counts as infinitely wrong, unless it is zero.
+    """
     import onnx
     from onnx.numpy_helper import to_array
 
     graph = onnx.load(str(folder / "model.onnx")).graph  # with its external data
     values = {tensor.name: tensor for tensor in graph.initializer}
-    weights = CheckpointMatrices(checkpoint)
+    weights = CheckpointWeights(checkpoint)
     for node in graph.node:
-        if node.op_type not in ("MatMulNBits", "MatMul") or node.input[1] not in values:
-            continue
-        expected = weights.named(node.name)
+        expected = weights.matrix(node.name) if node.op_type in MATRIX_OPERATORS else None
         if expected is None:
             continue
-        if node.op_type == "MatMul":
-            yield node.name, "F32", row_error(to_array(values[node.input[1]]).T, expected)
+        if node.op_type in ("MatMul", "Gather"):
+            table = node.input[node.op_type == "MatMul"]
+            if table in values:  # a tied embedding is the head's matrix, turned as it is read
+                found = to_array(values[table])
+                yield node.name, "F32", row_error(found.T if node.op_type == "MatMul" else found, expected)
             continue
         attributes = {a.name: a.i for a in node.attribute}
-        parts = [to_array(values[name]) if name else None for name in node.input[1:]]
-        found = dequantize_nbits(parts, attributes["bits"], attributes["block_size"], attributes["K"])
-        yield node.name, f"int{attributes['bits']}", row_error(found, expected)
+        bits = attributes["bits"]
+        if node.op_type == "MatMulNBits":
+            names = list(node.input[1:])
+        else:  # its values come through a Reshape
+            names = [node.input[2].removesuffix("_scales") + f"_Q{bits}", *node.input[2:]]
+        parts = [to_array(values[name]) if name else None for name in names]
+        found = dequantize_nbits(parts, bits, attributes["block_size"], expected.shape[1])
+        yield node.name, f"int{bits}", row_error(found, expected)
+    for name, tensor in values.items():
+        expected = weights.vector(name)
+        if expected is not None:
+            yield name, "F32", row_error(to_array(tensor), expected)
+    for name in weights.unseen():
+        if weights.read(name).any():
+            yield name, "F32", float("inf")
 
 
 def dequantize_nbits(parts: list[Any], bits: int, block: int, columns: int) -> Array:
@@ -93,43 +109,63 @@ def dequantize_nbits(parts: list[Any], bits: int, block: int, columns: int) -> A
     return ((values - offset) * scales.reshape(rows, blocks, 1)).reshape(rows, -1)[:, :columns]
 
 
+MATRIX_OPERATORS = ("MatMul", "MatMulNBits", "Gather", "GatherBlockQuantized")
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
-class CheckpointMatrices:
-    """A checkpoint's linear layers by the names that the ONNX builder gives their nodes."""
+class CheckpointWeights:
+    """A checkpoint's weights by the names that the ONNX builder gives its nodes and tensors."""
 
-    NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+?)(?:_proj)?/MatMul")
+    MATRIX = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+?)(?:_proj)?/MatMul")
+    BIAS = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+?)(?:_proj)?\.Add\.bias")
+    NORM = re.compile(r"(model\.layers\.\d+)\.(?:attn\.)?(\w+?)(?:\.layernorm)?\.weight")
 
     def __init__(self, checkpoint: Path):
         from safetensors import safe_open
 
-        self.tied = load_config(checkpoint).tie_word_embeddings
+        config = load_config(checkpoint)
+        self.tied = config.tie_word_embeddings
+        self.norm_offset = np.float32(config.model_type == "gemma3_text")  # Gemma's norm multiplies by 1 + weight
         self.where: dict[str, Path] = {}
+        self.seen: set[str] = set()
         for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, framework="pt") as weights:
                 self.where |= dict.fromkeys(weights.keys(), file)
 
-    def named(self, node: str) -> Array | None:
+    def matrix(self, node: str) -> Array | None:
         """The (N, K) matrix of a node, or None for a node of another kind."""
         if node.startswith("/lm_head/"):
             return self.read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
-        found = self.NODE.match(node)
-        if found is None:
-            return None
+        if node == "/model/embed_tokens/Gather":
+            return self.read("model.embed_tokens.weight")
+        found = self.MATRIX.fullmatch(node)
+        return self._projection(found, "weight") if found else None
+
+    def vector(self, name: str) -> Array | None:
+        """The bias or norm of an initializer, or None for one of another kind."""
+        if found := self.BIAS.fullmatch(name):
+            return self._projection(found, "bias")
+        if found := self.NORM.fullmatch(name):
+            stem, part = found.groups()
+            whole = f"{stem}.self_attn.{part}.weight" if part in ("q_norm", "k_norm") else f"{stem}.{part}.weight"
+            return self.read("model.norm.weight" if part == "final_norm_layernorm" else whole) + self.norm_offset
+        return None
+
+    def unseen(self) -> list[str]:
+        """Weights that were not asked for."""
+        tied = {"lm_head.weight"} if self.tied else set()
+        return sorted(self.where.keys() - self.seen - tied)
+
+    def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
         number, kind, part = found.groups()
         stem = f"model.layers.{number}.{'self_attn' if kind == 'attn' else 'mlp'}"
-        whole = f"{stem}.{part}_proj.weight"
+        whole = f"{stem}.{part}_proj.{suffix}"
         if whole in self.where:
             return self.read(whole)
-        names = [f"{stem}.{piece}_proj.weight" for piece in FUSED.get(part, ())]
+        names = [f"{stem}.{piece}_proj.{suffix}" for piece in FUSED.get(part, ())]
         if names and all(name in self.where for name in names):
             return np.concatenate([self.read(name) for name in names])
-        return self._slice(stem, part)
-
-    def _slice(self, stem: str, part: str) -> Array | None:
-        """A part of a matrix that the checkpoint holds fused (Phi-3)."""
-        fused = f"{stem}.gate_up_proj.weight"
+        fused = f"{stem}.gate_up_proj.{suffix}"  # Phi-3's checkpoint holds the two in one
         if part in ("gate", "up") and fused in self.where:
             return np.split(self.read(fused), 2)[part == "up"]
         return None
@@ -137,5 +173,6 @@ class CheckpointMatrices:
     def read(self, name: str) -> Array:
         from safetensors import safe_open
 
+        self.seen.add(name)
         with safe_open(self.where[name], framework="pt") as weights:
             return weights.get_tensor(name).float().numpy()

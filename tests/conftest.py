@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.modeling.load import resolve
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
 from compress.stage import Context
 
@@ -27,6 +28,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = hashlib.sha256(repr((family, sorted(options.items()))).encode()).hexdigest()[:12]
         folder = root / f"{family}-{key}"
         return folder if folder.exists() else random_checkpoint(folder, family, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shaken(tiny: Callable[..., Path]) -> Callable[..., Path]:
+    """As `tiny`, but with random norms and biases, which in a fresh model are all one and zero."""
+
+    def make(family: str = "llama", **options: object) -> Path:
+        plain = tiny(family, **options)
+        folder = plain.with_name(f"{plain.name}-shaken")
+        if not folder.exists():
+            model = load_model(plain)
+            random = torch.Generator().manual_seed(1)
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
+            save_checkpoint(model, load_tokenizer(plain), folder)
+        return folder
 
     return make
 

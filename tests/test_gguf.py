@@ -92,8 +92,8 @@ def largest_difference(file: Path, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_every_family_predicts_in_llama_cpp_what_torch_does(tiny, tmp_path, family):
-    checkpoint = tiny(family)
+def test_every_family_predicts_in_llama_cpp_what_torch_does(shaken, tmp_path, family):
+    checkpoint = shaken(family)
     info = write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
     assert largest_difference(tmp_path / "m.gguf", torch_logprobs(checkpoint)) < TOLERANCE
     assert info.bytes == (tmp_path / "m.gguf").stat().st_size
@@ -102,19 +102,19 @@ def test_every_family_predicts_in_llama_cpp_what_torch_does(tiny, tmp_path, fami
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_variants_predict_in_llama_cpp_what_torch_does(tiny, tmp_path, case):
+def test_variants_predict_in_llama_cpp_what_torch_does(shaken, tmp_path, case):
     family, options = CASES[case]
-    checkpoint = tiny(family, **options)
+    checkpoint = shaken(family, **options)
     write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
     assert largest_difference(tmp_path / "m.gguf", torch_logprobs(checkpoint)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dropped", [[1], [0, 2], [1, 3]])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_pruned_models(tiny, tmp_path, family, dropped):
+def test_pruned_models(shaken, tmp_path, family, dropped):
     """Gemma-3 with mixed layer types: after blocks went, the pattern of windows no longer repeats."""
     options = {"layer_types": MIXED, "sliding_window": 8} if family == "gemma3_text" else {}
-    original = tiny(family, **options)
+    original = shaken(family, **options)
     model = load_model(original)
     drop_blocks(model, dropped)
     save_checkpoint(model, load_tokenizer(original), tmp_path / "pruned")
