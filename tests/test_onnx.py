@@ -242,7 +242,7 @@ def test_the_builders_process_makes_the_same_bytes_and_names_broken_weights(tiny
     shutil.copytree(tiny(), tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="model builder could not export.*incomplete metadata"):
+    with pytest.raises(UserError, match=r"model builder could not export.*incomplete metadata"):
         build_float32([(tiny(), tmp_path / "a"), (tmp_path / "cut", tmp_path / "b")], Progress())
     export_onnx.build_float32([(tiny(), tmp_path / "c")], Progress())  # in this process
     for name in ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"):
