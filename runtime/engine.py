@@ -165,7 +165,7 @@ def divergence(reference: Distribution, other: Distribution) -> float:
     log_p = reference.logprobs[tokens].astype(np.float64)
     rest_p, rest_q = 1 - np.exp(log_p).sum(), 1 - np.exp(log_q).sum()
     total = float(np.sum(np.exp(log_p) * (log_p - log_q)))
-    # Below 1e-6 a rest is rounding noise. Of the other's rest that is a floor: a model that is certain and wrong counts.
+    # Below 1e-6 a rest is rounding noise; for `other` that is a floor, so that a certain and wrong model counts.
     return total + (float(rest_p * np.log(rest_p / max(rest_q, 1e-6))) if rest_p > 1e-6 else 0.0)
 
 
