@@ -33,7 +33,7 @@ class LinearHeal(Section):
 
     kind: Literal["linear"] = "linear"
     ridge: list[Annotated[float, Field(ge=0)]] = Field(
-        default=[1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+        default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
         description="candidates for the ridge, as a share of the mean squared MLP output; held-out rows choose",
     )
