@@ -18,7 +18,7 @@ class Verify(Section):
 
     tokens: int = Field(default=192, ge=8, description="positions whose next-token distributions are compared")
     window: int = Field(default=96, ge=8, description="tokens per probe text")
-    kl: dict[str, float] = Field(
+    kl: dict[GgufType | OnnxPrecision, float] = Field(
         default_factory=dict,
         description="limits on the mean KL(checkpoint ‖ artifact) by type, such as {Q4_K_M: 0.05}, over the defaults",
     )

@@ -22,9 +22,11 @@ from .bundle import Verification
 from .config import GgufType
 from .tensors import LIMITS
 
-# Limits on the mean KL to the checkpoint. Measured on SmolLM2-135M: see docs/bundle.md.
-KL_LIMITS = {"F16": 0.005, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.3, "Q4_0": 0.6}
-KL_LIMITS |= {"int4": 0.3, "int8": 0.02, "fp32": 0.001}
+# Limits on the mean KL to the checkpoint. They find graphs that compute something else; damaged weights are found by
+# their row errors. A SmolLM2-135M of 24 blocks, not yet recovered, has (without importance matrix) F16 1e-5, Q8_0
+# 0.004, Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8 0.005, fp32 below 1e-6; worse models have more.
+KL_LIMITS = {"F16": 0.001, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.25, "Q4_0": 0.8}
+KL_LIMITS |= {"int4": 0.8, "int8": 0.02, "fp32": 0.0001}
 TOP_K = 256
 ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
 
@@ -112,7 +114,7 @@ def check_weights(what: str, errors: Iterator[tuple[str, str, float]]) -> float:
 
 
 def check_runtime(
-    what: str, kind: str, engine: Engine, reference: Reference, limits: dict[str, float], tensor_error: float
+    what: str, kind: str, engine: Engine, reference: Reference, limits: dict[Any, float], tensor_error: float
 ) -> Verification:
     """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type."""
     found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in get_args(GgufType) else None))

@@ -1,0 +1,213 @@
+"""The export stage: whole bundles, resuming, importance matrices, the real model."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import compress.export.stage as stage
+import numpy as np
+import pytest
+import torch
+from compress.data.chat import Encoded
+from compress.data.packing import pack
+from compress.data.rows import Row, write_rows
+from compress.errors import UserError
+from compress.export.bundle import read_bundle
+from compress.export.config import ExportConfig
+from compress.export.imatrix import collect
+from compress.export.stage import export_checkpoint, run
+from compress.export.tensors import LIMITS
+from compress.export.verify import KL_LIMITS
+from compress.modeling.blocks import drop_blocks
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer
+from compress.runtime.open import open_engine
+from compress.stage import Context, Inputs
+from pydantic import ValidationError
+
+TYPES = {"gguf": ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"], "onnx": ["int4", "int8", "fp32"]}
+VERIFY = {"tokens": 32, "window": 32}
+
+
+def config(**values: Any) -> ExportConfig:
+    return ExportConfig.model_validate({"verify": VERIFY, "threads": 1} | values)
+
+
+@pytest.fixture
+def exported(shaken, tmp_path, context, inline_builder) -> Path:
+    export_checkpoint(shaken(tied=False), tmp_path / "bundle", config(**TYPES), context, name="tiny")
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_holds_every_type_verified(exported, tmp_path):
+    manifest = read_bundle(exported, hashes=True)
+    assert [a.role for a in manifest.artifacts] == [f"gguf-{t}" for t in TYPES["gguf"]] + [
+        f"onnx-{t}" for t in TYPES["onnx"]
+    ]
+    assert (manifest.name, manifest.family, manifest.depths, manifest.kept_blocks) == (
+        "tiny",
+        "llama",
+        [4],
+        [*range(4)],
+    )
+    for artifact in manifest.artifacts:
+        found = artifact.verification
+        assert found.positions == 32 and found.kl < KL_LIMITS[artifact.type]
+        assert found.perplexity == pytest.approx(found.checkpoint_perplexity, rel=0.5)
+        path = exported / artifact.path
+        files = [path] if path.is_file() else list(path.iterdir())
+        assert artifact.bytes == sum(file.stat().st_size for file in files)
+        open_engine(path, threads=1, context=64).close()
+    sizes = {a.type: a.bits_per_weight for a in manifest.artifacts}
+    assert sizes["Q4_0"] < sizes["Q4_K_M"] < sizes["Q6_K"] <= sizes["Q8_0"] < sizes["F16"] < sizes["fp32"]
+    assert sizes["int4"] < sizes["int8"]
+    listed = {entry.path for entry in manifest.files}
+    assert listed == {str(f.relative_to(exported)) for f in exported.rglob("*") if f.is_file()} - {"manifest.json"}
+    assert listed >= {"README.md", "Modelfile", "tokenizer.json", "config.json", "chat_template.jinja"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert str(tmp_path) not in (exported / "manifest.json").read_text() + (exported / "README.md").read_text()
+
+
+def test_the_model_card_says_how_to_run_it(exported):
+    card = (exported / "README.md").read_text()
+    assert 'llama-cli -m gguf/tiny-F16.gguf -p "Hello"' in card
+    assert "ollama create tiny -f Modelfile" in card and 'og.Model("onnx/int4")' in card
+    for artifact in read_bundle(exported).artifacts:
+        assert f"| `{artifact.path}` | {artifact.type} |" in card
+    assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n"
+
+
+def test_reading_a_bundle_finds_what_changed(shaken, tmp_path, context):
+    export_checkpoint(shaken(), tmp_path / "b", config(gguf=["Q8_0"]), context)
+    (file,) = (tmp_path / "b" / "gguf").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    read_bundle(tmp_path / "b")  # sizes alone are as they were
+    with pytest.raises(UserError, match=r"Q8_0\.gguf has changed since the bundle was made"):
+        read_bundle(tmp_path / "b", hashes=True)
+    file.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="has changed"):
+        read_bundle(tmp_path / "b")
+    file.unlink()
+    with pytest.raises(UserError, match="lacks gguf/"):
+        read_bundle(tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(UserError, match="is not a bundle's manifest"):
+        read_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match="it has no manifest"):
+        read_bundle(tmp_path)
+
+
+@pytest.fixture
+def inputs(shaken, tmp_path) -> Inputs:
+    """An unpruned model, one with three blocks, and a data stage of plain texts."""
+    model = load_model(shaken())
+    drop_blocks(model, [2])
+    save_checkpoint(model, load_tokenizer(shaken()), tmp_path / "prune-1" / "model")
+    data = tmp_path / "data-2"
+    data.mkdir()
+    text = "the people of that place would make more sound than water, so they said: {} times {} was how many? "
+    rows = [Row(i, "heldout" if i == 5 else "train", text=text.format(i, i + 7) * 3) for i in range(6)]
+    write_rows(data, rows)
+    return Inputs(shaken(), tmp_path / "prune-1" / "model", {"data": data}, name="tiny-base")
+
+
+def test_a_killed_stage_goes_on_with_what_was_verified(inputs, tmp_path, context, inline_builder, monkeypatch):
+    wanted = config(gguf=["Q4_0", "F16"], onnx=["int4"], imatrix_tokens=128)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run(wanted, inputs, tmp_path / "whole", context)
+    written: list[str] = []
+    write = stage.write_gguf
+
+    def counted(*args: Any, **options: Any) -> Any:
+        written.append(args[2])
+        return write(*args, **options)
+
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "write_gguf", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_onnx", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(wanted, inputs, tmp_path / "killed", context)
+    run(wanted, inputs, tmp_path / "killed", context)
+    assert written == ["Q4_0", "F16"]
+    files = [f.relative_to(tmp_path / "whole") for f in (tmp_path / "whole" / "bundle").rglob("*") if f.is_file()]
+    assert len(files) > 10
+    for file in files:
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    manifest = read_bundle(tmp_path / "killed" / "bundle", hashes=True)
+    assert manifest.importance_matrix and manifest.kept_blocks == [0, 1, 3]
+    assert manifest.provenance == {
+        "kept_recorded": True,
+        "stages": {"data": "2"},
+        "base": "tiny-base",
+        "base_blocks": 4,
+    }
+    assert (
+        manifest.name == "tiny-base-3L"
+        and "3 of its blocks were kept" in (tmp_path / "killed/bundle/README.md").read_text()
+    )
+
+
+def test_importance_is_the_mean_square_of_each_input(shaken):
+    """Against one row at a time, without padding or packing, in float64."""
+    model = load_model(shaken("phi3"))
+    rows = [[(7 * i + k) % 450 for i in range(length)] for k, length in enumerate((9, 30, 17, 4))]
+    batches = pack([Encoded(ids, [True] * len(ids)) for ids in rows], 32, 2, pad_id=0)
+    before = [len(m._forward_pre_hooks) for m in model.modules()]
+    found = collect(model, batches)
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == before
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    names = {"qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
+    for number, block in enumerate(model.model.layers):
+        for name, module in block.named_modules():
+            if (short := name.rpartition(".")[2]) in names:
+                key = f"blk.{number}.{names[short]}.weight"
+                module.register_forward_pre_hook(lambda _m, args, key=key: seen[key].append(args[0][0].double()))
+    with torch.no_grad():
+        for ids in rows:
+            model(torch.tensor([ids]))
+    assert sorted(found) == sorted(seen) and len(found) == 16
+    for key, parts in seen.items():
+        np.testing.assert_allclose(found[key], torch.cat(parts).square().mean(0).numpy(), rtol=1e-4, err_msg=key)
+
+
+def test_impossible_wishes_are_refused_before_any_work(shaken, tmp_path, context, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(UserError, match="exists already"):
+        export_checkpoint(shaken(), tmp_path / "there", config(gguf=["F16"]), context)
+    with pytest.raises(UserError, match="needs a recipe with a data stage"):
+        export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], imatrix=True), context)
+    with pytest.raises(UserError, match="no data stage to collect it on"):
+        run(config(gguf=["F16"], imatrix=True), Inputs(shaken(), shaken()), tmp_path, context)
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    with pytest.raises(UserError, match=r"needs about 0\.0 GB .* export fewer types"):
+        export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"]), context)
+    assert not (tmp_path / "b").exists()
+    for wrong in ({}, {"gguf": ["F16", "F16"]}, {"gguf": ["Q5"]}, {"onnx": ["int4"], "verify": {"kl": {"int3": 1}}}):
+        with pytest.raises(ValidationError):
+            ExportConfig.model_validate(wrong)
+
+
+@pytest.mark.real
+def test_the_real_model_of_24_blocks(smollm2, tmp_path):
+    """The limits are 1.5 to 2 times what an honest export makes."""
+    model = load_model(smollm2)
+    drop_blocks(model, range(13, 19))
+    save_checkpoint(model, load_tokenizer(smollm2), tmp_path / "pruned")
+    wanted = config(gguf=["Q4_K_M"], onnx=["int4"], verify={"tokens": 64, "window": 64})
+    export_checkpoint(tmp_path / "pruned", tmp_path / "b", wanted, Context(), name="smollm2-24L")
+    q4, int4 = read_bundle(tmp_path / "b").artifacts
+    assert q4.verification.kl < 0.12 and int4.verification.kl < 0.5
+    assert 6.25 < q4.bits_per_weight < 6.35  # rows of 576: Q5_0 and Q8_0 in the place of Q4_K and Q6_K
+    for kind, found in (("Q5_0", q4), ("int4", int4)):  # their rows have the largest errors
+        assert LIMITS[kind] / 2 < found.verification.tensor_error < LIMITS[kind] / 1.4, kind
