@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from .blocks import check_family
 from .checkpoint import quiet, save_checkpoint
-from .pretokenizers import PRE_TOKENIZERS
+from .pretokenizers import IGNORE_MERGES, PRE_TOKENIZERS
 from .random import pre_tokenizer_from_json
 
 
@@ -64,6 +64,7 @@ def _set_pre_tokenizer(tokenizer: Any, name: str, file: Path) -> None:
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizer_from_json(pre_tokenizer)
     backend.decoder = decoders.ByteLevel()
+    backend.model.ignore_merges = name in IGNORE_MERGES
     if normalizer is not None:
         whole = json.loads(backend.to_str())
         whole["normalizer"] = normalizer

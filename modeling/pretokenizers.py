@@ -30,6 +30,8 @@ def _split(regex: str) -> dict[str, Any]:
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
+# Those whose whole words, where the vocabulary has them, are tokens whatever the merges say.
+IGNORE_MERGES = ("llama-bpe", "tekken")
 # name -> (normalizer, pre_tokenizer), as in tokenizer.json
 PRE_TOKENIZERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "gpt-2": (None, _byte_level(True)),
