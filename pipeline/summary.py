@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,10 +59,10 @@ def show(report: Report, folder: Path, console: Console) -> None:
 def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()) -> Table:
     """One row per model: blocks, size, perplexity, agreement, tasks, speed."""
     tasks = sorted({name for model in models for name in model.tasks})
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
     for column in ("blocks", "size", "perplexity", "KL to base", "same choice", *tasks, "tokens/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for model in models:
         scores = (percent(model.tasks[t].accuracy_norm) if t in model.tasks else "–" for t in tasks)
         cells = (
