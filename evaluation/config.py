@@ -14,7 +14,7 @@ class SpeedTest(Section):
 
     prompt_tokens: int = Field(default=128, ge=2)
     new_tokens: int = Field(default=48, ge=2)
-    repeat: int = Field(default=1, ge=1)
+    repeat: int = Field(default=2, ge=1)
 
 
 class EvaluateConfig(Section):

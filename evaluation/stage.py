@@ -192,9 +192,13 @@ class Bench:
             test = self.config.speed
             runtime_name = None if gguf else "onnxruntime-genai"  # which drives decoding itself
             timed = measure(
-                subject.files, prompt_tokens=test.prompt_tokens, new_tokens=test.new_tokens, runtime=runtime_name
+                subject.files,
+                prompt_tokens=test.prompt_tokens,
+                new_tokens=test.new_tokens,
+                repeat=test.repeat,
+                runtime=runtime_name,
             )
-        files = [subject.files] if gguf else sorted(subject.files.glob("model.onnx*"))
+        files = [subject.files] if gguf else [file for file in subject.files.rglob("*") if file.is_file()]
         return {
             "role": subject.role,
             "runtime": runtime,

@@ -59,7 +59,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
 def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()) -> Table:
     """One row per model: blocks, size, perplexity, agreement, tasks, speed."""
     tasks = sorted({name for model in models for name in model.tasks})
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("blocks", "size", "perplexity", "KL to base", "same choice", *tasks, "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -23,10 +23,20 @@ class Measurement:
 
 
 def measure(
-    path: Path, *, prompt_tokens: int = 128, new_tokens: int = 64, threads: int = 0, runtime: str | None = None
+    path: Path,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    repeat: int = 1,
+    threads: int = 0,
+    runtime: str | None = None,
 ) -> Measurement:
-    """Open the artifact in a fresh process and time it. Raises `UserError` as `open_engine` does."""
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "runtime": runtime}
+    """Open the artifact in a fresh process and time it; the best of the repetitions counts.
+
+    Raises `UserError` as `open_engine` does.
+    """
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
+    settings |= {"threads": threads, "runtime": runtime}
     command = [sys.executable, "-m", "compress.runtime.measure", str(path), json.dumps(settings)]
     finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     try:
@@ -46,14 +56,26 @@ def _main(path: str, settings: str) -> None:
     try:
         with open_engine(Path(path), values["threads"], context, values["runtime"]) as engine:
             loaded = time.perf_counter() - started
-            speed = engine.measure_speed(values["prompt_tokens"], values["new_tokens"])
+            turns = [
+                engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])
+            ]
+            speed = Speed(*(max(figures) for figures in zip(*turns, strict=True)))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
         return
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"speed": list(speed), "peak_memory_bytes": peak, "load_seconds": loaded}))
+    print(json.dumps({"speed": list(speed), "peak_memory_bytes": peak_memory(), "load_seconds": loaded}))
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    try:
+        # Linux hands getrusage's peak on from the process that started this one; this one is its own.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 if __name__ == "__main__":

@@ -178,12 +178,13 @@ def test_writing_is_repeatable(report, tmp_path):
 
 def test_labels_cover_neither_points_nor_each_other():
     points = [("recovered", 100.0, 100.0), ("healed", 102.0, 101.0), ("pruned", 101.0, 140.0), ("base", 99.0, 99.0)]
-    offsets = plots.label_offsets(points, 1.0)
+    offsets = plots.label_offsets(points, 1.0, 90.0, 400.0)
     boxes = [
         (x + dx, y + dy - 5, x + dx + 4.6 * len(text), y + dy + 5)
         for (text, x, y), (dx, dy) in zip(points, offsets, strict=True)
     ]
     marks = [(x - 4, y - 4, x + 4, y + 4) for _, x, y in points]
+    assert all(box[0] >= 90 for box in boxes)
     for i, box in enumerate(boxes):
         for other in boxes[:i] + marks:
             assert box[0] >= other[2] or other[0] >= box[2] or box[1] >= other[3] or other[1] >= box[3]

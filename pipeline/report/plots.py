@@ -97,7 +97,9 @@ def quality_plot(report: Report) -> str | None:
         axes.set_ylabel("perplexity")
         _number_ticks(axes, [m.bytes / 1e6 for m in models], [m.perplexity for m in models])
         points = [(entry.role, *axes.transData.transform((entry.bytes / 1e6, entry.perplexity))) for entry in models]
-        for entry, (x, y) in zip(models, label_offsets(points, axes.figure.dpi / 72), strict=True):
+        edges = axes.get_window_extent()
+        offsets = label_offsets(points, axes.figure.dpi / 72, edges.x0, edges.x1)
+        for entry, (x, y) in zip(models, offsets, strict=True):
             where = (entry.bytes / 1e6, entry.perplexity)
             axes.annotate(
                 entry.role, where, xytext=(x, y), textcoords="offset points", fontsize=8, color=INK, va="center"
@@ -106,8 +108,13 @@ def quality_plot(report: Report) -> str | None:
     return _svg(draw, "Perplexity against size")
 
 
-def label_offsets(points: list[tuple[str, float, float]], scale: float) -> list[tuple[float, float]]:
-    """Where labels go, in typographic points from their (text, x, y) in pixels: the first place that covers nothing."""
+def label_offsets(
+    points: list[tuple[str, float, float]], scale: float, left: float, right: float
+) -> list[tuple[float, float]]:
+    """Where labels go, in typographic points from their (text, x, y) in pixels: the nearest place that is free.
+
+    Labels stay between `left` and `right`, in pixels, and cover neither points nor each other where that can be.
+    """
     height = 10.0
     places = [(x / scale, y / scale) for _, x, y in points]
     boxes = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]  # the marks themselves
@@ -121,7 +128,8 @@ def label_offsets(points: list[tuple[str, float, float]], scale: float) -> list[
             left, middle = x + offset[0], y + offset[1]
             return (left, middle - height / 2, left + width, middle + height / 2)
 
-        free = [c for c in candidates if not any(_overlap(box(c), other) for other in boxes)]
+        inside = [c for c in candidates if left / scale <= box(c)[0] and box(c)[2] <= right / scale]
+        free = [c for c in inside if not any(_overlap(box(c), other) for other in boxes)]
         best = min(free or candidates, key=lambda c: (abs(c[1]), c[0] < 0))
         boxes.append(box(best))
         offsets.append(best)
@@ -152,9 +160,9 @@ def _svg(draw: Callable[[Any], None], title: str) -> str:
 
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": title}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, 3.2), layout="tight")
+        figure = Figure(figsize=(6.4, 3.2))
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((0.11, 0.15, 0.8, 0.77))  # fixed, so that labels are placed where they will be
         _plain(axes)
         draw(axes)
         out = io.StringIO()
