@@ -28,6 +28,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     check_family(model.config, file)
     if fields.get("tokenizer.ggml.model") == "gpt2":
         _set_pre_tokenizer(tokenizer, str(fields.get("tokenizer.ggml.pre", "default")), file)
+    tokenizer = _without_surplus(tokenizer, model.get_input_embeddings().num_embeddings)
     # The weights are plain float32 from here on; save_pretrained refuses while these marks are there.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -48,6 +49,26 @@ def read_fields(file: Path, names: tuple[str, ...]) -> dict[str, Any]:
     if end > file.stat().st_size:
         raise UserError(f"{file} is cut short: its tensors need {end:,} bytes, it has {file.stat().st_size:,}")
     return fields
+
+
+def _without_surplus(tokenizer: Any, embeddings: int) -> Any:
+    """The tokenizer without tokens that the model has no embedding for.
+
+    transformers' reader adds the tokenizer class's own special tokens, such as <|endoftext|> for Llama-3.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if len(tokenizer) <= embeddings:
+        return tokenizer
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < embeddings]
+    known = {token["content"] for token in whole["added_tokens"]} | set(whole["model"]["vocab"])
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: token for name in names if (token := getattr(tokenizer, name)) in known}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(whole)), chat_template=tokenizer.chat_template, **special
+    )
 
 
 def _set_pre_tokenizer(tokenizer: Any, name: str, file: Path) -> None:

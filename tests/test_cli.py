@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_while_writing(tiny, recipe, run, refused, tmp_path
 
 
 def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(recipe, run, tmp_path):
-    magpie = "{source: magpie, rows: 24, batch: 4, max_prompt_tokens: 24, max_tokens: 24, answer_temperature: 1.0,"
+    magpie = "{source: magpie, rows: 48, batch: 4, max_prompt_tokens: 24, max_tokens: 24, answer_temperature: 1.0,"
     arguments = recipe("random:llama", f"data: {magpie} answer_top_p: 1.0, max_attempts: 12}}\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "compress.pipeline.cli", *arguments],
@@ -252,6 +252,8 @@ def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(recipe, run, tmp_pa
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A background job of a shell, as these tests may be, ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not list(tmp_path.glob("runs/r/.data-*/.work/parts/00001.jsonl")) and process.poll() is None:
         time.sleep(0.01)

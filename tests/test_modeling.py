@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from compress.errors import UserError
+from compress.export.gguf import write_gguf
 from compress.modeling.blocks import FAMILIES, Decoder, drop_blocks, kept_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.gguf import convert_gguf
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
 from compress.modeling.pretokenizers import PRE_TOKENIZERS, recognise
 from compress.modeling.random import build_tokenizer
@@ -127,6 +129,30 @@ def test_checkpoints_have_the_same_bytes_and_no_paths(tiny, tmp_path):
         content = (tmp_path / "a" / name).read_bytes()
         assert content == (tmp_path / "b" / name).read_bytes()
         assert str(folder).encode() not in content
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|end_of_text|>"])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_a_gguf_file_is_read_as_the_checkpoint_it_was_made_from(tiny, tmp_path, pre, end):
+    """Also where the vocabulary lacks a token that transformers' reader would add: Llama-3's has no <|endoftext|>."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny(pre=pre), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("<|endoftext|>", end), encoding="utf-8")
+    write_gguf(folder, tmp_path / "model.gguf", "F16")
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "read")
+    torch.testing.assert_close(logits(load_model(tmp_path / "read")), logits(load_model(folder)), rtol=0, atol=1e-2)
+    original, read = load_tokenizer(folder), load_tokenizer(tmp_path / "read")
+    assert len(read) == len(original)
+    for text in ("The time 2024 people\n\n wrote, they'd think", "<|im_start|>user\nwater 1.5<|im_end|>", "Cửa Việt"):
+        assert read(text).input_ids == original(text).input_ids
+    assert (read.bos_token, read.eos_token, read.chat_template) == (
+        original.bos_token,
+        original.eos_token,
+        original.chat_template,
+    )
+    assert read.backend_tokenizer.model.ignore_merges is (pre == "llama-bpe")
 
 
 def test_unsupported_families_are_refused_with_the_list(tiny, tmp_path):
