@@ -129,6 +129,16 @@ def measure_model(
     return totals.metrics()
 
 
+def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> dict[str, float | None]:
+    """The base's own figures, from what was written of it."""
+    logs, totals = base.open(), Totals()
+    for wanted in (row.input_ids[p] for row in rows for p in targets(row)):
+        totals.nll -= float(logs[totals.tokens, wanted])
+        totals.tokens += 1
+    totals.compared = totals.agree = totals.tokens  # it agrees with itself everywhere
+    return totals.metrics()
+
+
 def measure_engine(
     engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs | None, top_k: int | None, advance: Advance
 ) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from ..runtime.measure import measure
 from ..runtime.open import open_engine
 from ..stage import WORK, Context, Inputs
 from .config import EvaluateConfig
-from .language import BaseLogProbs, log_probs, measure_engine, measure_model, targets, text_windows
+from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .speed import torch_speed
 from .tasks import Question, choice_scores, engine_scores, read_task, run_task
 
@@ -145,12 +145,13 @@ class Bench:
         with peak_memory() as peak:
             model = subject.load()
             total = sum(len(row.input_ids) for row in self.rows)
-            if subject.role == "base" and not self.base.complete:
-                with self.context.progress.bar("base, once", total) as advance:
-                    self.base.write(logs for logs, _ in log_probs(model, self.rows, advance))
-            reference = self.base if self.base.complete else None
             with self.context.progress.bar(subject.role, total) as advance:
-                language = measure_model(model, self.rows, reference, advance)
+                if subject.role == "base":
+                    if not self.base.complete:
+                        self.base.write(logs for logs, _ in log_probs(model, self.rows, advance))
+                    language = measure_base(self.base, self.rows)
+                else:
+                    language = measure_model(model, self.rows, self.base if self.base.complete else None, advance)
             tasks = self._tasks(subject.role, lambda row: choice_scores(model, self.tokenizer, row))
             speed = torch_speed(model, self.config.speed) if self.config.speed else {}
         parameters = sum(p.numel() for p in model.parameters())

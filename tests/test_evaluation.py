@@ -14,7 +14,15 @@ from compress.data.chat import Encoded
 from compress.errors import UserError
 from compress.evaluation import stage as evaluation_stage
 from compress.evaluation.config import EvaluateConfig
-from compress.evaluation.language import BaseLogProbs, log_probs, measure_engine, measure_model, targets, text_windows
+from compress.evaluation.language import (
+    BaseLogProbs,
+    log_probs,
+    measure_base,
+    measure_engine,
+    measure_model,
+    targets,
+    text_windows,
+)
 from compress.evaluation.tasks import (
     Question,
     choice_scores,
@@ -116,6 +124,7 @@ def test_figures_match_the_slow_reference(pair, rows, tmp_path):
     reference = written(base, rows, tmp_path)
     assert sum(len(targets(row)) for row in rows) > 128  # more than one chunk
     assert measure_model(model, rows, reference, silent) == pytest.approx(slow_figures(base, model, rows), rel=1e-5)
+    assert measure_base(reference, rows) == pytest.approx(slow_figures(base, base, rows), rel=1e-5, abs=1e-9)
     itself = measure_model(base, rows, reference, silent)
     assert itself["kl_to_base"] == pytest.approx(0, abs=1e-9)
     assert itself["top1_agreement"] == 1
