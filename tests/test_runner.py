@@ -87,7 +87,7 @@ def changed(before: Run, after: Run) -> tuple[str, ...]:
         ("export.gguf=[F16]", ORDER[3:]),
         ("export.verify.kl={Q8_0: 0.5}", ORDER[3:]),
         ("evaluate.tokens=99", ORDER[4:]),
-        ("evaluate.speed.repeat=2", ORDER[4:]),
+        ("evaluate.speed.repeat=3", ORDER[4:]),
         ("evaluate.speed=null", ORDER[4:]),
         # what changes nothing: defaults spelt out, a shorthand spelt out, the name
         ("data.temperature=1", ()),
