@@ -6,7 +6,7 @@ per block. Everything else in the package speaks of blocks, hidden states and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 # model_type -> whether `down_proj`'s output is added to the residual stream unchanged. Gemma-3 normalises it
-# first, so a linear map behind the MLP cannot be fused into `down_proj` there.
+# first: of a linear map behind the MLP, only a scale per channel can be fused there, into that norm's weight.
 FAMILIES: dict[str, bool] = {
     "llama": True,
     "mistral": True,
@@ -92,16 +92,75 @@ class Decoder:
 
     @property
     def can_fuse_after_mlp(self) -> bool:
-        """Whether a linear map of the MLP's output can be fused into `down_proj`."""
+        """Whether any linear map of what the MLP adds can be fused into `down_proj`; else only a scale per channel."""
         return FAMILIES[self.config.model_type]
 
     def down_proj(self, block: int) -> nn.Linear:
         """The last linear layer of block `block`'s MLP, weight (H, intermediate)."""
         return self.blocks[block].mlp.down_proj  # type: ignore[union-attr, return-value]
 
+    @contextmanager
+    def mlp_addition(self, block: int) -> Iterator[dict[str, Tensor]]:
+        """Fills a dict during forward passes: "mlp" (B, T, H), what the block's MLP adds to the residual stream, and
+        "inner" (B, T, intermediate), what `down_proj` is given."""
+        seen: dict[str, Tensor] = {}
+        linear = self.down_proj(block)
+        last = linear if self.can_fuse_after_mlp else self.blocks[block].post_feedforward_layernorm
+        handles = [
+            linear.register_forward_hook(lambda _m, args, _o: seen.__setitem__("inner", args[0])),
+            last.register_forward_hook(lambda _m, _a, output: seen.__setitem__("mlp", output)),  # type: ignore[union-attr]
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def fused(self, block: int, map: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Parameters of a block and the values (float64) with which its MLP adds u·T where it added u.
+
+        `map` is T, (H, H), or (H,) for a scale per channel. Raises `ValueError` for a full map in families that
+        normalise what the MLP adds.
+        """
+        if self.can_fuse_after_mlp:
+            turned = map.double().diag() if map.ndim == 1 else map.double().T
+            return {p: turned @ p.detach().double() for p in self.down_proj(block).parameters()}  # weight and bias
+        if map.ndim != 1:
+            raise ValueError(f"a {self.config.model_type} model takes a scale per channel behind its MLP, no matrix")
+        weight: Any = self.blocks[block].post_feedforward_layernorm.weight  # type: ignore[union-attr]
+        return {weight: (1 + weight.detach().double()) * map.double() - 1}  # the norm multiplies by 1 + weight
+
+    def rescaled(self, block: int, factor: float) -> dict[nn.Parameter, Tensor]:
+        """Parameters of a block and the values (float64) with which everything it adds is `factor` times as much."""
+        layer: Any = self.blocks[block]
+        if self.can_fuse_after_mlp:
+            linears = (layer.self_attn.o_proj, layer.mlp.down_proj)
+            return {p: factor * p.detach().double() for linear in linears for p in linear.parameters()}
+        norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+        return {norm.weight: (1 + norm.weight.detach().double()) * factor - 1 for norm in norms}
+
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states after the final norm, (B, T, H); no logits are computed."""
         return self.model.model(**inputs).last_hidden_state
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The hidden states that the first block is given, (B, T, H)."""
+        return self.embedding(input_ids)
+
+    def run(self, hidden: Tensor, blocks: Sequence[int], position_ids: Tensor) -> Tensor:
+        """Hidden states (B, T, H) after some of the blocks, in the order given; the final norm is not applied.
+
+        `position_ids` (B, T) restart at every packed row, as in a whole forward pass; nothing is cached.
+        """
+        if not blocks:
+            return hidden
+        norm = self.model.model.norm
+        self.model.model.norm = nn.Identity()
+        try:
+            with _only(self.model, list(blocks)):
+                return self.hidden(inputs_embeds=hidden, position_ids=position_ids, use_cache=False)
+        finally:
+            self.model.model.norm = norm
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H) that have passed the final norm."""
@@ -130,13 +189,35 @@ def drop_blocks(model: Any, dropped: Collection[int]) -> None:
 
 
 @contextmanager
+def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """The model with some parameters replaced inside the context, which is given the values that were there; restored
+    exactly afterwards."""
+    before = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.to(parameter)
+        yield before
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+
+
+@contextmanager
 def without_blocks(model: Any, dropped: Collection[int]) -> Iterator[None]:
     """The model without some blocks inside the context; restored exactly afterwards."""
+    count = model.config.num_hidden_layers
+    _check_dropped(dropped, count)
+    with _only(model, [i for i in range(count) if i not in set(dropped)]):
+        yield
+
+
+@contextmanager
+def _only(model: Any, kept: list[int]) -> Iterator[None]:
     config = model.config
     before = model.model.layers
     values = {name: getattr(config, name) for name in _per_block_names(config)}
     recorded = getattr(config, KEPT_BLOCKS, None)
-    drop_blocks(model, dropped)
+    _apply(model, kept)
     try:
         yield
     finally:

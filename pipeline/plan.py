@@ -19,6 +19,7 @@ from ..data.config import MagpieConfig
 from ..distill.config import DistillConfig, Full, Lora
 from ..errors import UserError
 from ..modeling.source import parse_source
+from ..prune.config import PruneConfig
 from .recipe import LoadedRecipe, ModelSpec
 from .report.html import megabytes
 
@@ -91,7 +92,7 @@ def make_plan(loaded: LoadedRecipe, dtype: str, cache: Path) -> Plan:
     """Estimates for a recipe. Raises `UserError` where the model's configuration cannot be had."""
     shape = Geometry.of(_read_config(loaded, cache))
     size, recipe = BYTES[dtype], loaded.recipe
-    dropped = recipe.prune.blocks if recipe.prune else 0
+    dropped = _dropped(recipe.prune, shape) if recipe.prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
     kept = shape.blocks - dropped
@@ -99,6 +100,34 @@ def make_plan(loaded: LoadedRecipe, dtype: str, cache: Path) -> Plan:
     return Plan(
         recipe.name, loaded.source, shape.parameters(shape.blocks), shape.parameters(kept), (shape.blocks, kept), stages
     )
+
+
+def _dropped(config: PruneConfig, shape: Geometry) -> int:
+    """How many blocks go; of `auto` what can be told beforehand, for the rest none: an upper bound of everything."""
+    if config.blocks != "auto":
+        return config.blocks
+    if config.goal is None or config.goal.size is None:
+        return 0
+    sizes = [shape.parameters(shape.blocks - n) / shape.parameters(shape.blocks) for n in range(shape.blocks)]
+    return next((n for n, size in enumerate(sizes) if size <= config.goal.size), shape.blocks - 1)
+
+
+def _prune(config: PruneConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+    tokens = config.calibration.batch * config.calibration.length
+    states = (shape.blocks + 1) * tokens * shape.hidden * size
+    inner = shape.intermediate if config.heal.kind == "refit" else shape.hidden
+    sums = 4 * inner * (inner + 2 * shape.hidden) * 8  # fitted, held out, both, and the solution's own copies
+    work = tokens * (4 * shape.hidden + 3 * shape.intermediate) * size + sums
+    note = f"{kept} of {shape.blocks} blocks stay"
+    if config.blocks == "auto" and kept == shape.blocks:
+        note = "as many blocks go as the goal allows"
+    if config.splits and config.scores_healed:  # prune/moments.py
+        longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
+        statistics = (longest + 1) * shape.blocks * shape.hidden**2 * 4
+        work += statistics
+        note += f"; statistics of all gaps {megabytes(statistics)}"
+    whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
+    return StagePlan("prune", whole * size + states + work, small * size, note)
 
 
 def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: int) -> StagePlan:
@@ -111,10 +140,7 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
         cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
         return StagePlan(name, whole * size + cache, 0, f"{section.batch} rows at once")
     if name == "prune":
-        tokens = section.calibration.batch * section.calibration.length
-        states = (shape.blocks + 1) * tokens * shape.hidden * size
-        work = tokens * (4 * shape.hidden + 3 * shape.intermediate) * size + 4 * shape.hidden**2 * 8
-        return StagePlan(name, whole * size + states + work, small * size, f"{kept} of {shape.blocks} blocks stay")
+        return _prune(section, shape, kept, size)
     if name == "distill":
         return _distill(section, shape, kept, size)
     if name == "export":

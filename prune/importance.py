@@ -2,8 +2,8 @@
 
 Block influence (ShortGPT, arXiv 2403.03853) is 1 − cos of a block's input and output; angular distance (arXiv
 2403.17887) is arccos of that cosine over π, across a window of blocks. Both follow from the cosines between the
-hidden states at all block boundaries, so one pass serves every metric and every window length. Nothing is stored
-per token: memory is the hidden states of one batch.
+hidden states at all block boundaries, and relative magnitude needs their lengths besides, so one pass serves all three
+and every window length. Nothing is stored per token: memory is the hidden states of one batch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ TOKENS_AT_ONCE = 256  # of pairwise cosines; keeps the stacked copy of the hidde
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean distances between block boundaries: entry [a, b] spans the blocks a … b−1. Float64, (L+1, L+1)."""
+    """Mean distances between block boundaries: entry [a, b], a ≤ b, spans the blocks a … b−1. Float64, (L+1, L+1)."""
 
     angular: Tensor
     influence: Tensor
+    magnitude: Tensor  # ‖h_b − h_a‖ / ‖h_b‖
     tokens: int
 
     def windows(self, metric: str, length: int) -> list[float]:
@@ -74,11 +75,11 @@ def scan(model: Any, batches: Iterable[Batch], advance: Advance | None = None) -
             flat = [state.flatten(0, 1) for state in states]
             keep = real.flatten().nonzero().squeeze(1)
             for index in keep.split(TOKENS_AT_ONCE):
-                cosines = pairwise_cosines(torch.stack([state[index] for state in flat], dim=1))
-                sums["all"].add(cosines)
+                cosines, lengths = pairwise_cosines(torch.stack([state[index] for state in flat], dim=1))
+                sums["all"].add(cosines, lengths)
                 chosen = last.flatten()[index]
                 if chosen.any():
-                    sums["last"].add(cosines[chosen])
+                    sums["last"].add(cosines[chosen], lengths[chosen])
             states.clear()
             if advance is not None:
                 advance(int(real.sum()))
@@ -91,23 +92,30 @@ def last_tokens(segment_ids: Tensor) -> Tensor:
     return (segment_ids >= 0) & (following != segment_ids)
 
 
-def pairwise_cosines(states: Tensor) -> Tensor:
-    """(N, S, H) hidden states of N tokens at S boundaries → (N, S, S) cosines, in float32."""
-    states = torch.nn.functional.normalize(states.float(), dim=-1)
-    return (states @ states.transpose(1, 2)).clamp_(-1, 1)
+def pairwise_cosines(states: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, S, H) hidden states of N tokens at S boundaries → (N, S, S) cosines and (N, S) lengths, in float32."""
+    states = states.float()
+    lengths = states.norm(dim=-1)
+    states = states / lengths.clamp_min(1e-12)[..., None]
+    return (states @ states.transpose(1, 2)).clamp_(-1, 1), lengths
 
 
 class _Sums:
     def __init__(self, size: int, device: torch.device):
         self.cosine = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.angle = torch.zeros_like(self.cosine)
+        self.magnitude = torch.zeros_like(self.cosine)
         self.tokens = 0
 
-    def add(self, cosines: Tensor) -> None:
+    def add(self, cosines: Tensor, lengths: Tensor) -> None:
         self.cosine += cosines.sum(0, dtype=torch.float64)
         self.angle += cosines.arccos().sum(0, dtype=torch.float64)
+        # ‖b − a‖² / ‖b‖² = q² − 2q·cos + 1 with q = ‖a‖ / ‖b‖
+        shorter = lengths[:, :, None] / lengths[:, None, :].clamp_min(1e-12)
+        self.magnitude += (shorter * (shorter - 2 * cosines) + 1).clamp_min_(0).sqrt_().sum(0, dtype=torch.float64)
         self.tokens += len(cosines)
 
     def mean(self) -> Distances:
         count = max(self.tokens, 1)
-        return Distances((self.angle / (math.pi * count)).cpu(), (1 - self.cosine / count).cpu(), self.tokens)
+        angular, influence = self.angle / (math.pi * count), 1 - self.cosine / count
+        return Distances(angular.cpu(), influence.cpu(), (self.magnitude / count).cpu(), self.tokens)

@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from ..data.calibration import calibration_batches
+from ..data.packing import Batch
 from ..errors import UserError
-from ..modeling.blocks import FAMILIES, drop_blocks, kept_blocks
+from ..modeling.blocks import drop_blocks, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..stage import Context, Inputs
-from .config import LinearHeal, PruneConfig
-from .heal import Healing, heal_linear
-from .importance import Distances, scan
-from .search import best_window, lowest
+from ..stage import WORK, Context, Inputs
+from .auto import decide
+from .config import PruneConfig
+from .cuts import describe
+from .heal import heal
+from .importance import Distances
+from .metrics import windows
+from .search import choose
+from .study import Study
 
-SEARCHES = {"window": best_window, "lowest": lowest}
+LEDGER = "search.jsonl"
 
 
 def check(config: PruneConfig, base: Path, context: Context) -> None:
-    """Refuse more blocks than there are, and healing where it cannot be fused."""
+    """Refuse more blocks than there are, and calibration texts that are not there."""
     model = load_config(base)
-    if isinstance(config.heal, LinearHeal) and config.blocks and not FAMILIES[model.model_type]:
-        raise UserError(f"prune.heal: linear cannot be fused into a {model.model_type} model; use heal: none")
     candidates = candidate_blocks(config, model.num_hidden_layers)
-    if config.blocks > len(candidates):
+    if config.blocks != "auto" and config.blocks > len(candidates):
         raise UserError(
             f"prune.blocks is {config.blocks}, but the model has {model.num_hidden_layers} blocks, of which "
             f"{len(candidates)} can go; lower prune.blocks"
@@ -37,18 +40,49 @@ def check(config: PruneConfig, base: Path, context: Context) -> None:
 
 
 def candidate_blocks(config: PruneConfig, blocks: int) -> range:
-    """The blocks that may go: all but one; with linear healing neither the first nor the last."""
-    if isinstance(config.heal, LinearHeal):
-        return range(1, blocks - 1)
-    return range(0, blocks - 1)
+    """The blocks that may go: all but one; with healing neither the first nor the last."""
+    return range(0, blocks - 1) if config.heal.kind == "none" else range(1, blocks - 1)
 
 
 def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `model/` (the pruned, healed checkpoint) and `importance.json` (what was measured and chosen)."""
     model = load_model(inputs.model, context.dtype, context.device)
     tokenizer = load_tokenizer(inputs.model)
+    batches = _batches(config, inputs, tokenizer, context)
+    study = _study(config, model, batches, out_dir / WORK / LEDGER, context)
+    blocks = study.num_blocks
+    distances = study.distances
+    candidates = candidate_blocks(config, blocks)
+    if config.blocks == "auto":
+        dropped, curve = decide(study, config, candidates)
+    else:
+        dropped, curve = choose(study, config, config.blocks, candidates), []
+    values = windows(config.importance, study, 1)
+    context.progress.note(f"dropping {len(dropped)} of {blocks} blocks: {describe(dropped)}")
+    healings = heal(model, dropped, batches, config.heal, context.progress)
+    drop_blocks(model, dropped)
+    save_checkpoint(model, tokenizer, out_dir / "model")
+    record = {
+        "blocks": blocks,
+        "dropped": list(dropped),
+        "kept": kept_blocks(model.config),
+        "importance": config.importance,
+        "position": config.position,
+        "search": config.search.kind,
+        "tokens": sum(batch.tokens for batch in batches),
+        "values": values,
+        "distances": {name: table(value, blocks) for name, value in distances.items()},
+        "trials": study.notes,
+        "curve": curve,
+        "healing": [dataclasses.asdict(healing) for healing in healings],
+    }
+    (out_dir / "importance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return {key: record[key] for key in ("blocks", "dropped", "tokens", "healing")}
+
+
+def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Any, context: Context) -> list[Batch]:
     calibration = config.calibration
-    batches = calibration_batches(
+    return calibration_batches(
         inputs,
         tokenizer,
         tokens=calibration.tokens,
@@ -56,45 +90,41 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
         batch=calibration.batch,
         text=context.resolve(calibration.text) if calibration.text else None,
     )
-    tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
-    with context.progress.bar("importance", tokens) as advance:
-        distances = scan(model, batches, advance)
-    blocks = model.config.num_hidden_layers
-    dropped = SEARCHES[config.search](
-        distances[config.position], config.importance, config.blocks, candidate_blocks(config, blocks)
-    )
-    context.progress.note(f"dropping {len(dropped)} of {blocks} blocks: {describe(dropped)}")
-    healings: list[Healing] = []
-    if isinstance(config.heal, LinearHeal) and dropped:
-        with context.progress.bar("healing", None) as advance:
-            healings = heal_linear(model, dropped, batches, config.heal, advance)
-    drop_blocks(model, dropped)
-    save_checkpoint(model, tokenizer, out_dir / "model")
-    record = {
-        "blocks": blocks,
-        "dropped": dropped,
-        "kept": kept_blocks(model.config),
-        "importance": config.importance,
-        "position": config.position,
-        "search": config.search,
-        "tokens": tokens,
-        "distances": {name: table(value, blocks) for name, value in distances.items()},
-        "healing": [dataclasses.asdict(healing) for healing in healings],
-    }
-    (out_dir / "importance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return {key: record[key] for key in ("blocks", "dropped", "tokens", "healing")}
+
+
+def _study(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> Study:
+    """Where cuts are tried out, on rows that healing is not fitted on, and compared on rows that neither has seen."""
+    calibration = config.calibration
+    options: dict[str, Any] = {"position": config.position, "ledger": ledger, "progress": context.progress}
+    if config.blocks == "auto":
+        options["longest"] = (config.goal.at_most if config.goal else None) or model.config.num_hidden_layers // 2
+    if not config.splits or config.blocks == 0:
+        scoring, _ = take(batches, calibration.scoring)
+        return Study(model, batches, scoring=scoring, **options)
+    held_out, rest = take(batches[::-1], calibration.held_out)
+    scoring, rest = take(rest, calibration.scoring)
+    if not scoring or not rest:
+        have = sum(batch.tokens for batch in batches)
+        raise UserError(
+            f"prune.calibration: {have} tokens are too few to heal on, to score cuts on ({calibration.scoring}) and to "
+            f"hold out ({calibration.held_out}), in batches of {calibration.batch} rows of {calibration.length}; "
+            "raise tokens or lower the others"
+        )
+    return Study(model, rest[::-1], scoring=scoring[::-1], held_out=held_out, **options)
+
+
+def take(batches: list[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:
+    """As many batches from the start as hold that many tokens, and the rest."""
+    count = total = 0
+    while count < len(batches) and total < tokens:
+        total += batches[count].tokens
+        count += 1
+    return batches[:count], batches[count:]
 
 
 def table(distances: Distances, blocks: int) -> dict[str, list[list[float]]]:
     """metric → for each window length n = 1 … L, the distances by first block (L − n + 1 values)."""
     return {
         metric: [distances.windows(metric, length) for length in range(1, blocks + 1)]
-        for metric in ("angular", "influence")
+        for metric in ("angular", "influence", "magnitude")
     }
-
-
-def describe(dropped: list[int]) -> str:
-    """Block numbers as people write them: 3, 17-22."""
-    from .heal import gaps
-
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in gaps(dropped)) or "none"

@@ -16,7 +16,7 @@ from compress.errors import UserError
 from compress.modeling.blocks import FAMILIES, Decoder
 from compress.modeling.load import load_model
 from compress.prune.importance import Distances, boundaries, last_tokens, scan
-from compress.prune.search import best_window, lowest
+from compress.prune.cuts import gaps
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 OPTIONS: dict[str, dict[str, Any]] = {"gemma3_text": SLIDING, "mistral": {"sliding_window": 8}}

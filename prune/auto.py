@@ -1,0 +1,114 @@
+"""`blocks: auto`: how many blocks go, from a curve of cuts of every size measured on held-out rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..modeling.blocks import Decoder, replaced, without_blocks
+from .config import Goal, PruneConfig
+from .cuts import Cut, describe
+from .heal import fit_gaps
+from .scoring import Scorer
+from .search import choose
+from .study import Study
+
+MISSES = 2  # sizes in a row that miss the perplexity before larger cuts are no longer tried
+STEPS = 12  # tokens timed of each model, in turn
+
+
+def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, list[dict[str, Any]]]:
+    """The cut that meets the goal, and the curve: for each size tried the blocks, the perplexity pruned and healed,
+    both as a multiple of the unpruned model's too, and the share of weights left.
+
+    Raises `UserError` where no size meets the goal.
+    """
+    goal = config.goal or Goal(perplexity=1.2)
+    most = min(goal.at_most or study.num_blocks // 2, len(candidates))
+    curve = [_point(study, config, ())]
+    study.progress.note(f"held-out perplexity of the unpruned model: {curve[0]['pruned']:.2f}")
+    met: list[dict[str, Any]] = curve[:1] if _meets(curve[0], goal) else []
+    for count in range(1, most + 1):
+        if met and goal.perplexity is None:
+            break
+        cut = choose(study, config, count, candidates)
+        point = _point(study, config, cut, curve[0]["pruned"], timed=goal.latency is not None)
+        curve.append(point)
+        met += [point] if _meets(point, goal) else []
+        study.progress.note(
+            f"without {count}: perplexity {point['pruned']:.2f} pruned, {point['healed']:.2f} healed "
+            f"({point['healed_ratio']:.2f} × the base's), {describe(cut)}"
+        )
+        if not any(_meets(p, goal) for p in curve[-MISSES:]) and goal.perplexity is not None:
+            break
+    if not met:
+        raise UserError(
+            f"prune.goal: not even without {most} blocks are the weights or the time down to what it asks for; "
+            "raise the goal, or goal.at_most"
+        )
+    return tuple(met[-1]["dropped"]), curve
+
+
+def _meets(point: dict[str, Any], goal: Goal) -> bool:
+    if goal.perplexity is not None:
+        return point["healed_ratio"] <= goal.perplexity
+    return point["size"] <= goal.size if goal.size is not None else point["latency"] <= goal.latency
+
+
+def _point(
+    study: Study, config: PruneConfig, cut: Cut, base: float | None = None, *, timed: bool = False
+) -> dict[str, Any]:
+    def measure() -> dict[str, Any]:
+        decoder, scorer = study.decoder, study.scorer("perplexity", held_out=True)
+        pruned = healed = _perplexity(scorer, cut)
+        if cut and config.heal.kind != "none":
+            values, _ = fit_gaps(decoder.model, cut, study.batches, config.heal, study.progress)
+            with replaced(values):
+                healed = _perplexity(scorer, cut)
+        return {
+            "dropped": list(cut),
+            "pruned": pruned,
+            "healed": healed,
+            "pruned_ratio": pruned / (base or pruned),
+            "healed_ratio": healed / (base or pruned),
+            "size": remaining(decoder, cut),
+            "latency": latency_share(decoder, cut) if timed else None if cut else 1.0,
+        }
+
+    return study.recorded(f"curve {list(cut)}", measure)
+
+
+def _perplexity(scorer: Scorer, cut: Cut) -> float:
+    return scorer.score([cut])[cut].perplexity
+
+
+def remaining(decoder: Decoder, cut: Cut) -> float:
+    """The share of parameters that stays."""
+    total = sum(p.numel() for p in decoder.model.parameters())
+    return 1 - sum(p.numel() for block in cut for p in decoder.blocks[block].parameters()) / total
+
+
+@torch.no_grad()
+def latency_share(decoder: Decoder, cut: Cut) -> float:
+    """Time per generated token without some blocks, as a share of the whole model's: the median of steps in turn."""
+    ids = torch.full((1, 1), 3, device=decoder.model.device)
+
+    def step() -> float:
+        if decoder.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        decoder.head(decoder.hidden(input_ids=ids, use_cache=False))
+        if decoder.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    ratios = []
+    for _ in range(STEPS + 2):
+        whole = step()
+        with without_blocks(decoder.model, cut):
+            ratios.append(step() / whole)
+    return statistics.median(ratios[2:])  # the first ones warm up

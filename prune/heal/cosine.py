@@ -1,0 +1,53 @@
+"""The map of heal/linear.py for the cosine objective of ReplaceMe (arXiv 2505.02819): Σ 1 − cos(u·T + r, z).
+
+The paper runs Adam over stored activations. With y = u·T + r, the objective has the gradient of a weighted
+least-squares problem, of weights cos(y, z)/‖y‖² and targets z·‖y‖/(‖z‖·cos(y, z)) that follow from the map so far: a
+few rounds of least squares get there, in memory that does not grow with tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import CosineHeal
+from ..moments import apply_map
+from .least_squares import choose
+from .linear import empty_sums, identity
+from .stream import Gap, Healing, Tokens, Values
+
+LEAST = 0.1  # a cosine below that is taken for it: the target would be out of sight
+
+
+def fit(gap: Gap, config: CosineHeal) -> tuple[Values, Healing]:
+    """The best map, on held-out rows, of a few rounds that each start from the last."""
+    decoder = gap.decoder
+    same = identity(gap)
+    transform, ridge, tokens_seen = same, 0.0, 0
+    best: tuple[float, Tensor] = (float("inf"), same)
+    errors: dict[str, float] = {}
+    for number in range(config.iterations + 1):
+        sums = empty_sums(gap)
+        missed, held = 0.0, 0
+        for tokens in gap.rows():
+            cosine, weight, target = problem(tokens, transform)
+            if tokens.held:
+                missed, held = missed + float((1 - cosine).sum()), held + len(cosine)
+            sums[tokens.held].add(tokens.mlp, tokens.residual, target, weight)
+        errors[str(number)] = missed / max(held, 1)
+        if errors[str(number)] < best[0]:
+            best = (errors[str(number)], transform)
+        found = choose(sums, config.ridge, same, same)
+        transform, ridge, tokens_seen = found.solution, found.ridge, found.tokens
+    record = Healing(gap.block, (gap.first, gap.last), ridge, errors, errors["0"], tokens_seen)
+    return decoder.fused(gap.block, best[1]), record
+
+
+def problem(tokens: Tokens, transform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines (N,) under the map so far, and weights (N,) and targets (N, H) of the least-squares problem there."""
+    z = tokens.target.double()
+    y = apply_map(tokens.mlp.double(), transform) + tokens.residual.double()
+    length = y.norm(dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(y, z, dim=-1)
+    safe = cosine.clamp_min(LEAST)
+    return cosine, safe.sqrt() / length, torch.nn.functional.normalize(z, dim=-1) * (length / safe)[:, None]

@@ -1,0 +1,93 @@
+"""The residual stream around a gap: what every way to heal is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ...data.packing import Batch
+from ...errors import UserError
+from ...modeling.blocks import Decoder, replaced
+from ...stage import Advance
+
+Values = dict[nn.Parameter, Tensor]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What was fitted for one gap, for the record."""
+
+    block: int  # the kept block whose MLP was changed
+    gap: tuple[int, int]  # first and last dropped block
+    ridge: float
+    errors: dict[str, float]  # held-out error by candidate: a ridge, or for cosine a round
+    unhealed_error: float  # the same of leaving everything as it is
+    tokens: int
+    scale: float = 1.0  # by which the stream behind the gap is smaller than the unpruned model's
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The N real tokens of one packed row at a gap, (N, H) each but `inner`."""
+
+    held: bool  # out of the fit, to choose by
+    inner: Tensor  # (N, intermediate): what `down_proj` of the block before the gap is given
+    mlp: Tensor  # what that block's MLP adds to the stream
+    residual: Tensor  # the stream it is added to
+    target: Tensor  # the unpruned model's stream behind the gap, scaled as the stream before it is
+
+
+@dataclass
+class Gap:
+    """One gap of a model whose earlier gaps are healed."""
+
+    decoder: Decoder
+    first: int
+    last: int
+    upstream: list[int]  # dropped blocks before it
+    downstream: list[int]  # kept blocks behind it
+    original: Values  # the unpruned model's values of what healing the gaps before it has changed
+    scale: float  # of the stream before it
+    batches: list[Batch]
+    held_out: float
+    advance: Advance
+
+    @property
+    def block(self) -> int:
+        """The kept block before the gap."""
+        return self.first - 1
+
+    def rows(self) -> Iterator[Tokens]:
+        """All packed rows in order, every k-th held out; one pass through the blocks up to the gap's end.
+
+        Raises `UserError` where there are fewer than two.
+        """
+        count = sum(len(batch.input_ids) for batch in self.batches)
+        if count < 2:
+            raise UserError("healing needs at least two packed calibration rows; raise prune.calibration.tokens")
+        every, number = min(max(2, round(1 / self.held_out)), count), 0
+        for batch in self.batches:
+            batch = batch.to(self.decoder.model.device)
+            seen, residual, target = self._states(batch)
+            for row, segments in enumerate(batch.segment_ids):
+                real = segments >= 0
+                parts = (part[row][real] for part in (seen["inner"], seen["mlp"], residual, target))
+                yield Tokens(number % every == every - 1, *parts)
+                number += 1
+            self.advance(batch.tokens)
+
+    def _states(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        decoder, positions = self.decoder, batch.position_ids
+        start = decoder.embed(batch.input_ids)
+        kept = [block for block in range(self.block) if block not in set(self.upstream)]
+        with decoder.mlp_addition(self.block) as seen:
+            out = decoder.run(decoder.run(start, kept, positions), [self.block], positions)
+        seen = dict(seen)
+        if self.upstream:  # behind healed gaps, the block is fed other than it was in the unpruned model
+            with replaced(self.original):
+                target = decoder.run(start, range(self.last + 1), positions)
+        else:
+            target = decoder.run(out, range(self.first, self.last + 1), positions)
+        return seen, out - seen["mlp"], target / self.scale

@@ -1,0 +1,50 @@
+"""First-order Taylor importance: how much the loss would change if a block's weights went to zero.
+
+Σ |∂L/∂w · w| over a block's weights, L the next-token loss summed over the scoring rows (LLM-Pruner, arXiv
+2305.11627; per block: Shortened LLaMA, arXiv 2402.02834). A window's importance is the sum over its blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..scoring import CHUNK, next_tokens
+from ..study import Study
+
+
+def windows(study: Study, length: int) -> list[float]:
+    """Sums over each run of `length` blocks."""
+    single = study.remember("taylor", lambda: block_sums(study))
+    return [sum(single[first : first + length]) for first in range(len(single) - length + 1)]
+
+
+def block_sums(study: Study) -> list[float]:
+    """Σ |gradient · weight| of every block; the model's weights and flags are left as they were."""
+    decoder = study.decoder
+    parameters = list(decoder.model.parameters())
+    trained = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for parameter in decoder.blocks.parameters():
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad(), study.progress.bar("taylor", sum(b.tokens for b in study.scoring)) as advance:
+            for batch in study.scoring:
+                batch = batch.to(decoder.model.device)
+                hidden = decoder.hidden(**batch.model_inputs())
+                leaf = hidden.detach().requires_grad_()
+                # The logits of a whole batch never exist at once; the blocks are gone through backwards once.
+                for part in zip(*(index.split(CHUNK) for index in next_tokens(batch)), strict=True):
+                    logits = decoder.head(leaf[part]).float()
+                    wanted = batch.input_ids[part[0], part[1] + 1]
+                    torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+                hidden.backward(leaf.grad)
+                advance(batch.tokens)
+        return [
+            float(sum((p.grad.float() * p.float()).abs().sum() for p in block.parameters() if p.grad is not None))
+            for block in decoder.blocks
+        ]
+    finally:
+        for parameter, flag in zip(parameters, trained, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(flag)

@@ -1,0 +1,136 @@
+"""What a linear heal of any gap needs, gathered for all gaps in one pass (see heal/linear.py for the map itself).
+
+For a gap behind block i, ended by block j, the map depends on Σ uᵀu and Σ uᵀ(h − r) alone: u is what block i's MLP
+adds, r the residual stream it is added to, h the stream after block j. All of that is the unpruned model's, so one
+pass serves every gap that is not longer than `longest`. Sums do not grow with tokens: (longest + 1) · L · H² float32
+(of products taken in float64), or · H where only a scale per channel can be fused. The ridge is chosen per gap on
+some held-out tokens, whose hidden states are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.packing import Batch
+from ..errors import UserError
+from ..modeling.blocks import Decoder
+from ..stage import Advance
+
+HELD = 1024  # tokens kept to choose ridges
+EVERY = 8  # each such packed row is held out
+
+
+@dataclass
+class _States:
+    """Hidden states of N tokens around every block, (N, H) each."""
+
+    mlp: list[Tensor]  # what the block's MLP adds
+    residual: list[Tensor]  # what it is added to
+    after: list[Tensor]  # their sum
+
+    def select(self, index: Tensor) -> _States:
+        return _States(*([state[index] for state in part] for part in (self.mlp, self.residual, self.after)))
+
+    def wanted(self, block: int, last: int) -> Tensor:
+        """What the MLP of `block` would have to add for the stream to be as after block `last`."""
+        return self.after[last] - self.residual[block]
+
+
+class Moments:
+    """Linear heal maps of the unpruned model for gaps of up to `longest` blocks, from one pass."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Batch],
+        longest: int,
+        ridges: Sequence[float],
+        toward: str,
+        advance: Advance,
+    ):
+        self.decoder, self.longest, self.ridges, self.toward = decoder, longest, list(ridges), toward
+        self._full = decoder.can_fuse_after_mlp
+        self._maps: dict[tuple[int, int], Tensor] = {}
+        count, size, device = decoder.num_blocks, decoder.hidden_size, decoder.model.device
+        shape = (size, size) if self._full else (size,)
+        self._uu = [torch.zeros(shape, device=device) for _ in range(count)]
+        self._ud = {
+            (i, j): torch.zeros(shape, device=device)
+            for i in range(count)
+            for j in range(i + 1, min(i + longest, count - 1) + 1)
+        }
+        self._held = self._gather(batches, advance)
+
+    def map(self, first: int, last: int) -> Tensor:
+        """T, (H, H) or (H,), float32, behind the MLP of block `first` − 1 for the gap `first` … `last`."""
+        if (first, last) not in self._maps:
+            block = first - 1
+            u, d = self._held.mlp[block], self._held.wanted(block, last)
+            maps = [self._solve(block, last, ridge) for ridge in self.ridges]
+            errors = [float((apply_map(u, map) - d).square().sum()) for map in maps]
+            self._maps[first, last] = maps[errors.index(min(errors))]
+        return self._maps[first, last]
+
+    def _solve(self, block: int, last: int, ridge: float) -> Tensor:
+        uu, ud = self._uu[block].double(), self._ud[block, last].double()
+        alpha = ridge * float(uu.diagonal().mean() if self._full else uu.mean())
+        if not self._full:
+            return ((ud + (alpha if self.toward == "identity" else 0)) / (uu + alpha)).float()
+        eye = torch.eye(len(uu), dtype=uu.dtype, device=uu.device)
+        right = ud + alpha * eye if self.toward == "identity" else ud
+        solution, failed = torch.linalg.solve_ex(uu + alpha * eye, right)
+        if failed:
+            raise UserError(
+                f"scoring healed cuts: there is no map for the blocks {block + 1} to {last} with the ridge {ridge:g}; "
+                "give prune.heal.ridge larger values, or raise prune.calibration.tokens"
+            )
+        return solution.float()
+
+    @torch.no_grad()
+    def _gather(self, batches: Sequence[Batch], advance: Advance) -> _States:
+        rows = sum(len(batch.input_ids) for batch in batches)
+        if rows < 2:
+            raise UserError("scoring healed cuts needs two packed calibration rows; raise prune.calibration.tokens")
+        every, row, kept = min(EVERY, rows), 0, []
+        for batch in batches:
+            batch = batch.to(self.decoder.model.device)
+            states = self._states(batch)
+            numbers = torch.arange(row, row + len(batch.input_ids), device=batch.input_ids.device)
+            row += len(numbers)
+            held = (numbers % every == every - 1)[:, None].expand_as(batch.segment_ids)
+            real = batch.segment_ids >= 0
+            self._add(states.select((real & ~held).flatten().nonzero()[:, 0]))
+            room = HELD - sum(len(part.mlp[0]) for part in kept)
+            kept.append(states.select((real & held).flatten().nonzero()[:room, 0]))
+            advance(batch.tokens)
+        parts = ([part.mlp for part in kept], [part.residual for part in kept], [part.after for part in kept])
+        return _States(*([torch.cat(block).float() for block in zip(*part, strict=True)] for part in parts))
+
+    def _states(self, batch: Batch) -> _States:
+        """Of every position of a batch, in one forward pass."""
+        decoder, states = self.decoder, _States([], [], [])
+        hidden = decoder.embed(batch.input_ids)
+        for block in range(decoder.num_blocks):
+            with decoder.mlp_addition(block) as seen:
+                hidden = decoder.run(hidden, [block], batch.position_ids)
+            states.mlp.append(seen["mlp"].flatten(0, 1))
+            states.residual.append((hidden - seen["mlp"]).flatten(0, 1))
+            states.after.append(hidden.flatten(0, 1))
+        return states
+
+    def _add(self, states: _States) -> None:
+        for block, u in enumerate(states.mlp):
+            u = u.double()
+            self._uu[block] += u.T @ u if self._full else u.square().sum(0)
+            for last in range(block + 1, min(block + self.longest, self.decoder.num_blocks - 1) + 1):
+                d = states.wanted(block, last).double()
+                self._ud[block, last] += u.T @ d if self._full else (u * d).sum(0)
+
+
+def apply_map(mlp: Tensor, map: Tensor) -> Tensor:
+    """What an MLP adds (..., H) through a full map (H, H) or a scale per channel (H,)."""
+    return mlp * map if map.ndim == 1 else mlp @ map.to(mlp.dtype)

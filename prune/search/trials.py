@@ -1,0 +1,125 @@
+"""Trying cuts out: rounds of scores that are written down as they are made, so that a killed search goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...stage import Advance
+from ..config import PruneConfig, Scored
+from ..cuts import Cut, cut, describe
+from ..scoring import Measure, Scorer
+from ..study import Study
+from . import lowest, window
+
+
+class Trials:
+    """The scores of one search, on the study's scoring rows and on its held-out rows."""
+
+    def __init__(self, study: Study, config: PruneConfig, count: int, candidates: range):
+        assert isinstance(config.search, Scored)
+        self.study, self.config, self.count, self.candidates = study, config, count, candidates
+        self.measure: Measure = config.search.score
+        self.guard = config.search.guard
+        self._advance: Advance = lambda n=1, note="": None
+
+    @contextmanager
+    def progress(self, trials: int) -> Iterator[None]:
+        """A bar over about so many trials, with the best cut so far."""
+        with self.study.progress.bar("search", trials) as advance:
+            self._advance = advance
+            yield
+
+    def grow(self, width: int) -> list[Cut]:
+        """The best `width` cuts of `count` blocks, best first, each grown from one of the best of the size before."""
+        beam: list[Cut] = [()]
+        for size in range(1, self.count + 1):
+            scores: dict[Cut, float] = {}
+            for parent in beam:
+                children = [cut([*parent, block]) for block in self.candidates if block not in parent]
+                scores |= self._scores([child for child in children if child not in scores], parent, width)
+            beam = sorted(scores, key=lambda c: (scores[c], c))[:width]
+            self._note(size, beam[0], scores[beam[0]])
+        return beam
+
+    def exchange(self, current: Cut, visited: Collection[Cut]) -> Cut | None:
+        """The best cut that differs from the current one in one block and was not visited; None if there is none."""
+        scores: dict[Cut, float] = {}
+        for block in current:
+            parent = cut(set(current) - {block})
+            children = [cut([*parent, other]) for other in self.candidates if other not in current]
+            scores |= self._scores([child for child in children if child not in visited], parent, 1)
+        return min(scores, key=lambda c: (scores[c], c)) if scores else None
+
+    def best(self, cuts: Sequence[Cut]) -> Cut:
+        """The best of some cuts on the held-out rows; the first of equals."""
+        values = {c: self.held_out(c) for c in cuts}
+        return min(values, key=lambda c: values[c])
+
+    def held_out(self, cut: Cut) -> float:
+        """Nats per token on the held-out rows."""
+        key = f"held-out {self.measure} {self._how} {list(cut)}"
+        return self.study.recorded(key, lambda: self._scorer(held_out=True).score([cut])[cut].mean)
+
+    def guarded(self, best: Cut) -> Cut:
+        """The cut, unless held-out rows prefer what a single pass would have chosen."""
+        if not self.guard:
+            return best
+        plain = (
+            self.config.model_copy(update={"importance": "angular"}),
+            self.config.model_copy(update={"importance": "influence"}),
+        )
+        cheap = {
+            "angular window": window.choose(self.study, plain[0], self.count, self.candidates),
+            "lowest influence": lowest.choose(self.study, plain[1], self.count, self.candidates),
+        }
+        chosen = self.best([best, *cheap.values()])
+        found = {self.config.search.kind: best, **cheap}
+        self.study.notes["guard"] = {
+            name: {"dropped": list(value), "held_out": self.held_out(value)} for name, value in found.items()
+        }
+        if chosen != best:
+            name = next(name for name, value in cheap.items() if value == chosen)
+            self.study.progress.note(
+                f"held-out rows prefer the {name} ({describe(chosen)}) to what the search found ({describe(best)})"
+            )
+        return chosen
+
+    def _scores(self, cuts: list[Cut], parent: Cut, keep: int) -> dict[Cut, float]:
+        """Of the cuts that were not given up, the nats per token on the scoring rows."""
+        if not cuts:
+            return {}
+        key = f"{self.measure} {self._how} keep {keep} {[list(c) for c in cuts]}"
+
+        def score() -> Any:
+            scorer = self._scorer()
+            before = scorer.passes
+            found = scorer.score(cuts, parent, keep=keep, advance=self._advance)
+            return {
+                "scores": [[list(c), s.mean] for c, s in found.items() if s.complete],
+                "passes": scorer.passes - before,
+            }
+
+        known = self.study.recorded(key, score)
+        self.study.notes["passes"] = self.study.notes.get("passes", 0.0) + known["passes"]
+        return {tuple(c): value for c, value in known["scores"]}
+
+    def _scorer(self, *, held_out: bool = False) -> Scorer:
+        return self.study.scorer(self.measure, self._moments(), held_out=held_out)
+
+    @property
+    def _how(self) -> str:
+        return "healed" if self.config.scores_healed else "pruned"
+
+    def _moments(self) -> Any:
+        if not self.config.scores_healed:
+            return None
+        longest = min(self.study.longest or self.count, len(self.candidates))
+        heal = self.config.heal
+        ridges = getattr(heal, "ridge", None) or [1e-2, 1e-1, 1.0]
+        return self.study.moments(longest, ridges, getattr(heal, "toward", "identity"))
+
+    def _note(self, size: int, best: Cut, score: float) -> None:
+        self.study.notes.setdefault("rounds", []).append({"dropped": list(best), "score": score})
+        self._advance(0, f"best {size}: {describe(best)} ({self.measure} {score:.4f})")

@@ -1,0 +1,114 @@
+"""The unpruned model and the tokens it is studied on: what metrics and searches share, each thing measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..data.packing import Batch
+from ..modeling.blocks import Decoder
+from ..stage import Progress
+from .cuts import Cut, cut
+from .importance import Distances, scan
+from .moments import Moments
+from .scoring import Measure, Scorer
+
+
+class Study:
+    """What is known of a model's blocks.
+
+    `batches` are all calibration rows (hidden-state metrics, healing statistics), `scoring` those on which cuts are
+    scored, `held_out` some that neither of the two has seen.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Batch],
+        *,
+        scoring: Sequence[Batch] | None = None,
+        held_out: Sequence[Batch] = (),
+        position: str = "all",
+        longest: int | None = None,
+        ledger: Path | None = None,
+        progress: Progress | None = None,
+    ):
+        self.decoder = Decoder(model)
+        self.batches, self.held_out, self.position = list(batches), list(held_out), position
+        self.scoring = self.batches if scoring is None else list(scoring)
+        self.longest = longest  # gap that statistics are gathered for; None: as long as a search needs
+        self.progress = progress or Progress()
+        self.notes: dict[str, Any] = {}  # what a search leaves for the record
+        self._known: dict[Any, Any] = {}
+        self._ledger = ledger
+        self._recorded = read_ledger(ledger) if ledger is not None else {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self.decoder.num_blocks
+
+    @cached_property
+    def distances(self) -> dict[str, Distances]:
+        """Between all block boundaries, over all tokens ("all") and over the last one of each row ("last")."""
+        with self.progress.bar("importance", sum(batch.tokens for batch in self.batches)) as advance:
+            return scan(self.decoder.model, self.batches, advance)
+
+    def moments(self, longest: int, ridges: Sequence[float], toward: str) -> Moments:
+        """Statistics that heal any gap of up to `longest` blocks, from one pass."""
+
+        def gather() -> Moments:
+            with self.progress.bar("healing statistics", sum(batch.tokens for batch in self.batches)) as advance:
+                return Moments(self.decoder, self.batches, longest, ridges, toward, advance)
+
+        return self.remember(("moments", longest, tuple(ridges), toward), gather)
+
+    def scorer(self, measure: Measure, moments: Moments | None = None, *, held_out: bool = False) -> Scorer:
+        """Scores cuts on the scoring rows, or on the held-out ones."""
+        rows = self.held_out if held_out else self.scoring
+        return self.remember(
+            ("scorer", measure, moments, held_out), lambda: Scorer(self.decoder, rows, measure, moments)
+        )
+
+    def removal(self, measure: Measure, length: int) -> list[float]:
+        """The measure without each run of `length` blocks, nothing healed, by the first of them."""
+
+        if length == self.num_blocks:
+            return [float("inf")]
+
+        def score() -> list[float]:
+            windows: list[Cut] = [cut(range(first, first + length)) for first in range(self.num_blocks - length + 1)]
+            with self.progress.bar(f"{measure} of removals", len(windows)) as advance:
+                found = self.scorer(measure).score(windows, advance=advance)
+            return [score.perplexity if measure == "perplexity" else score.mean for score in found.values()]
+
+        return self.recorded(f"{measure} of every {length} blocks", score)
+
+    def remember(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` gave the first time that `key` was asked for."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def recorded(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The same for what JSON can hold, written down at once: a study that was killed does not compute it again."""
+        if key not in self._recorded:
+            value = compute()
+            if self._ledger is not None:
+                self._ledger.parent.mkdir(exist_ok=True)
+                with self._ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, value]) + "\n")
+            self._recorded[key] = value
+        return self._recorded[key]
+
+
+def read_ledger(file: Path) -> dict[str, Any]:
+    """What was written down; a last line that a kill has cut short is taken off the file."""
+    if not file.exists():
+        return {}
+    whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
+    if rest:
+        file.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    return dict(json.loads(line) for line in whole.splitlines())
