@@ -35,6 +35,22 @@ class MagpieConfig(Section):
     max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` prompts")
 
 
+class TextsConfig(Section):
+    """Plain text the unpruned model writes from random first tokens (LLM-QAT, arXiv 2305.17888): for calibration, and
+    for models without a chat template."""
+
+    source: Literal["texts"]
+    rows: int = Field(128, ge=2, description="how many texts to keep")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
+    batch: int = Field(64, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
+    tokens: int = Field(256, ge=8, description="texts that have not ended by then are cut off there")
+    length: int = Field(512, ge=8, description="longer texts are cut into windows of so many tokens")
+    temperature: float = Field(1.0, ge=0, description="1 draws from the model as it is")
+    top_p: float = Field(0.95, gt=0, le=1, description="draw only from the likeliest tokens of this mass")
+    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
+    max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` texts")
+
+
 class DatasetConfig(Section):
     """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
 
@@ -78,4 +94,4 @@ class DatasetConfig(Section):
         return [self.path] if self.local else []
 
 
-DataConfig = Annotated[MagpieConfig | DatasetConfig, Field(discriminator="source")]
+DataConfig = Annotated[MagpieConfig | TextsConfig | DatasetConfig, Field(discriminator="source")]

@@ -6,13 +6,8 @@ distillation with the prompts thrown in.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +15,10 @@ from ..errors import UserError
 from ..stage import Context
 from .chat import encode_row, render, special_tokens
 from .config import MagpieConfig
+from .drafts import KEPT, Draft, Drafts, normalised
 from .rows import Messages, Row
 from .sampling import Sampled, Sampling, row_seed, sample
 
-KEPT = "kept"
 _SENTINEL = "USERCONTENTSTANDSHERE"
 _CLOSING = 12  # tokens looked at for a closing text; such texts ("[/INST]") are a few tokens long
 
@@ -36,19 +31,6 @@ class Query:
     closing: str  # what follows them up to the assistant's header, if no special token does; else empty
     stop: frozenset[int]  # tokens that end a turn
     banned: list[int]  # special tokens that do not
-
-
-@dataclass(frozen=True)
-class Draft:
-    """One drawn row, as a part file holds it."""
-
-    id: int
-    seed: int
-    status: str  # KEPT, or why it was dropped
-    prompt: str = ""
-    answer: str = ""
-    drawn: int = 0  # tokens sampled for it
-    cut: bool = False  # kept although the answer was cut off
 
 
 def query(tokenizer: Any, model: Any = None, topic: str | None = None) -> Query:
@@ -67,58 +49,40 @@ def query(tokenizer: Any, model: Any = None, topic: str | None = None) -> Query:
     end = next((token for token in follows if token in special), None)
     # A template whose user turn ends in plain text (Mistral's [/INST]) is watched for that text.
     closing = "" if end is not None and not after[: after.index(special[end])].strip() else after.strip()
-    stop = set(_eos_ids(tokenizer, model)) | ({end} if end is not None and not closing else set())
+    stop = set(eos_ids(tokenizer, model)) | ({end} if end is not None and not closing else set())
     if not stop and not closing:
         raise UserError("the model has no end-of-turn token, so nothing it writes would end; use a data set")
     # A space before the words is part of the first word's token; given alone it would be followed by another.
     return Query(before.rstrip(" "), closing, frozenset(stop), [token for token in special if token not in stop])
 
 
-def _eos_ids(tokenizer: Any, model: Any) -> list[int]:
+def eos_ids(tokenizer: Any, model: Any) -> list[int]:
     """Tokens that end what the model writes, by its generation configuration and by its tokenizer."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = eos if isinstance(eos, list) else [eos]
     return [token for token in [*listed, tokenizer.eos_token_id] if token is not None]
 
 
-class Magpie:
-    """Draws rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and is written, whole, to a part file of its
-    own, so that a run that was killed goes on with the batch it was in and ends with the same rows."""
+class Magpie(Drafts):
+    """Draws conversations: prompts, then answers to those that can be used."""
+
+    config: MagpieConfig
 
     def __init__(self, config: MagpieConfig, model: Any, tokenizer: Any, context: Context, work: Path):
-        self.config, self.model, self.tokenizer, self.seed = config, model, tokenizer, context.seed
-        self.parts = work / "parts"
-        self.parts.mkdir(parents=True, exist_ok=True)
+        super().__init__(config, model, tokenizer, context, work)
         self.queries = [query(tokenizer, model, topic) for topic in config.topics or [None]]
         # Tokenizers may list special tokens that the model has no logit for.
         self.banned = sorted({t for q in self.queries for t in q.banned if t < model.config.vocab_size})
         self.stop = frozenset(t for q in self.queries for t in q.stop)
-        self.seen: set[str] = set()  # prompts so far, normalised
-        self.seconds = 0.0
-        self.sampled = 0  # tokens drawn in this process
 
-    def batches(self) -> Iterator[list[Draft]]:
-        """All batches up to the cap on attempts; those whose part file is there are read."""
-        size = self.config.batch
-        for number in range(math.ceil(self.config.rows * self.config.max_attempts / size)):
-            path = self.parts / f"{number:05d}.jsonl"
-            if path.exists():
-                drafts = [Draft(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-            else:
-                drafts = self._draw(range(number * size, (number + 1) * size))
-                _write_part(path, drafts)
-            self.seen.update(normalised(draft.prompt) for draft in drafts)
-            yield drafts
-
-    def _draw(self, ids: range) -> list[Draft]:
-        begun = time.perf_counter()
+    def draw(self, ids: range) -> list[Draft]:
         drafts = self._prompts(ids)
         open_drafts = [draft for draft in drafts if draft.status == KEPT]
         answered = {draft.id: draft for draft in self._answers(open_drafts)} if open_drafts else {}
-        drafts = [answered.get(draft.id, draft) for draft in drafts]
-        self.sampled += sum(draft.drawn for draft in drafts)
-        self.seconds += time.perf_counter() - begun
-        return drafts
+        return [answered.get(draft.id, draft) for draft in drafts]
+
+    def identity(self, draft: Draft) -> str:
+        return normalised(draft.prompt)
 
     def _prompts(self, ids: range) -> list[Draft]:
         queries = [self.queries[row % len(self.queries)] for row in ids]
@@ -183,56 +147,12 @@ class Magpie:
         return self.tokenizer.decode(sampled.tokens, clean_up_tokenization_spaces=False).strip()
 
 
-def draw_rows(magpie: Magpie, context: Context) -> tuple[list[Draft], Counter[str]]:
-    """The first `rows` rows kept, and how many were dropped for which reason; both by the drafts up to the last row
-    kept, so that they say the same whatever the batch had in store.
-
-    Raises `UserError` when hardly any row is usable; fewer than asked for are noted.
-    """
-    wanted = magpie.config.rows
-    kept: list[Draft] = []
-    counts: Counter[str] = Counter()
-    with context.progress.bar("self-data", wanted) as advance:
-        for drafts in magpie.batches():
-            before = len(kept)
-            for draft in drafts:
-                if len(kept) < wanted:
-                    counts[draft.status] += 1
-                    kept += [draft] if draft.status == KEPT else []
-            advance(len(kept) - before, f"{sum(counts.values())} drawn")
-            if len(kept) == wanted:
-                break
-    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != KEPT)
-    if len(kept) < max(2, wanted // 10):
-        raise UserError(
-            f"of {sum(counts.values())} rows the model wrote, {len(kept)} are usable ({dropped}); it may not be an "
-            "instruction-tuned model, or data.max_tokens and data.max_prompt_tokens are too small for it"
-        )
-    if len(kept) < wanted:
-        context.progress.note(f"{len(kept)} rows instead of {wanted} after data.max_attempts ({dropped})")
-    return kept, counts
-
-
 def to_row(draft: Draft) -> Row:
     """The row a kept draft is learned as; its split is chosen later."""
     messages = _asked(draft, draft.answer)
     return Row(draft.id, "train", messages=messages, source="magpie", seed=draft.seed, cut=draft.cut)
 
 
-def normalised(prompt: str) -> str:
-    """What two prompts have in common that are the same but for case, spacing and punctuation."""
-    return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split()) or prompt.strip()
-
-
 def _asked(draft: Draft, answer: str | None = None) -> Messages:
     turns = [{"role": "user", "content": draft.prompt}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
-
-
-def _write_part(path: Path, drafts: list[Draft]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(draft), ensure_ascii=True) + "\n" for draft in drafts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

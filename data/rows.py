@@ -24,7 +24,7 @@ class Row:
     split: Split
     messages: Messages | None = None  # [{"role": ..., "content": ...}, ...]
     text: str | None = None
-    source: str = ""  # "magpie", a data set's name, or a file's name
+    source: str = ""  # "magpie", "texts", a data set's name, or a file's name
     seed: int | None = None  # what its sampling was seeded with, where a model wrote it
     tokens: int = 0  # length once encoded
     targets: int = 0  # how many of them are learned

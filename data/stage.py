@@ -15,10 +15,12 @@ from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
 from .chat import encode_row, encode_text, special_tokens
 from .config import FORMAT as FORMAT
-from .config import DataConfig, DatasetConfig, MagpieConfig
-from .magpie import KEPT, Magpie, draw_rows, query, to_row
+from .config import DataConfig, DatasetConfig, MagpieConfig, TextsConfig
+from .drafts import KEPT, draw_rows
+from .magpie import Magpie, query, to_row
 from .readers import Record, local_file, read_records
 from .rows import Row, write_rows
+from .texts import Texts, to_text_row
 
 STATS = "stats.json"
 
@@ -29,7 +31,8 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
         local_file(config, context)
         if config.text is not None:
             return
-    query(load_tokenizer(base))
+    if not isinstance(config, TextsConfig):
+        query(load_tokenizer(base))
 
 
 def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -38,10 +41,10 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     speed: dict[str, Any] = {}
-    if isinstance(config, MagpieConfig):
-        rows, counts, speed = _from_magpie(config, inputs, tokenizer, work, context)
-    else:
+    if isinstance(config, DatasetConfig):
         rows, counts = _from_dataset(config, tokenizer, work, context)
+    else:
+        rows, counts, speed = _from_model(config, inputs, tokenizer, work, context)
     rows = split_rows(rows, config.heldout, context.seed)
     rows = [_measured(row, tokenizer, config.length) for row in rows]
     stats = statistics(rows, counts)
@@ -53,16 +56,20 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     return stats | speed
 
 
-def _from_magpie(
-    config: MagpieConfig, inputs: Inputs, tokenizer: Any, work: Path, context: Context
+def _from_model(
+    config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: Any, work: Path, context: Context
 ) -> tuple[list[Row], Counter[str], dict[str, Any]]:
     model = load_model(inputs.base, context.dtype, context.device)
-    magpie = Magpie(config, model, tokenizer, context, work)
-    drafts, counts = draw_rows(magpie, context)
-    rows = [to_row(draft) for draft in drafts]
+    if isinstance(config, MagpieConfig):
+        drawer, made = Magpie(config, model, tokenizer, context, work), to_row
+        hint = "it may not be an instruction-tuned model, or data.max_tokens and data.max_prompt_tokens are too small"
+    else:
+        drawer, made = Texts(config, model, tokenizer, context, work), to_text_row
+        hint = "raise data.temperature"
+    drafts, counts = draw_rows(drawer, context, hint)
     # Rows taken over from before an interruption were not timed here.
-    speed = {"tokens_per_second": round(magpie.sampled / magpie.seconds, 1)} if magpie.seconds else {}
-    return rows, counts, speed
+    speed = {"tokens_per_second": round(drawer.sampled / drawer.seconds, 1)} if drawer.seconds else {}
+    return [made(draft) for draft in drafts], counts, speed
 
 
 def _from_dataset(

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data.config import MagpieConfig
+from ..data.config import DatasetConfig, MagpieConfig
 from ..distill.config import DistillConfig, Full, Lora
 from ..errors import UserError
 from ..modeling.source import parse_source
@@ -134,9 +134,10 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
     section = loaded.section(name)
     if name == "data":
-        if not isinstance(section, MagpieConfig):
+        if isinstance(section, DatasetConfig):
             return StagePlan(name, 500_000_000, 0, "rows of a data set")
-        tokens = section.batch * (section.max_prompt_tokens + section.max_tokens + 64)
+        chat = isinstance(section, MagpieConfig)
+        tokens = section.batch * (section.max_prompt_tokens + section.max_tokens + 64 if chat else section.tokens)
         cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
         return StagePlan(name, whole * size + cache, 0, f"{section.batch} rows at once")
     if name == "prune":

@@ -154,10 +154,11 @@ def _message(detail: ErrorDetails) -> str:
     if kind == "union_tag_not_found":
         return f"needs the key {context.get('discriminator')}"
     if kind == "union_tag_invalid":
-        return f"{context.get('tag')!r} is not one of {context.get('expected_tags')}"
+        names = str(context.get("expected_tags"))
+        return f"{context.get('tag')!r} is not one of {names}{_meant(context.get('tag'), names)}"
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(given), _expected(detail), n=1)
-        return f"must be {context.get('expected')}" + (f"; did you mean {near[0]!r}?" if near else "")
+        names = str(context.get("expected", ""))
+        return f"must be {names}{_meant(given, names)}"
     message = detail["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 
@@ -170,6 +171,8 @@ def _given(detail: ErrorDetails) -> str:
     return f" (it is {given!r})"
 
 
-def _expected(detail: ErrorDetails) -> list[str]:
-    text = str(detail.get("ctx", {}).get("expected", ""))
-    return [part.strip().strip("'") for part in text.replace(" or ", ",").split(",")]
+def _meant(given: Any, names: str) -> str:
+    """The nearest of the names that pydantic lists, as a question; nothing if none is near."""
+    known = [part.strip().strip("'") for part in names.replace(" or ", ",").split(",")]
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

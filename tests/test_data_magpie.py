@@ -10,7 +10,8 @@ import compress.data.magpie as magpie_module
 import pytest
 import torch
 from compress.data.config import MagpieConfig
-from compress.data.magpie import normalised, query
+from compress.data.drafts import normalised
+from compress.data.magpie import query
 from compress.data.rows import read_rows
 from compress.data.sampling import LOOP, Sampled, Sampling, choose, loops, row_seed, sample
 from compress.data.stage import check, run

@@ -52,7 +52,7 @@ def test_the_schema_accepts_the_shipped_recipes(name):
     assert not accepts(schema, recipe | {"distill": recipe["distill"] | {"objective": "asfd"}}, schema)
 
 
-@pytest.mark.parametrize("key", ["prune.heal", "distill.objective", "distill.tune", "distill.teacher"])
+@pytest.mark.parametrize("key", ["prune.heal", "prune.search", "distill.objective", "distill.tune", "distill.teacher"])
 def test_the_schema_knows_the_shorthands_that_the_recipe_takes(key):
     schema = recipe_schema()
     section, name = key.split(".")
