@@ -35,7 +35,7 @@ class Texts(Drafts):
 
     def draw(self, ids: range) -> list[Draft]:
         seeds = [row_seed(self.seed, row, "text") for row in ids]
-        starts = [self.first[seed % len(self.first)] for seed in seeds]
+        starts = [self._start(seed) for seed in seeds]
         config = self.config
         how = Sampling(config.tokens, config.temperature, config.top_p, config.top_k)
         prompts = [[*self.begin, start] for start in starts]
@@ -46,6 +46,9 @@ class Texts(Drafts):
             drafts.append(self._draft(row, seed, start, sampled, seen))
             seen.add(self.identity(drafts[-1]))
         return drafts
+
+    def _start(self, seed: int) -> int:
+        return self.first[seed % len(self.first)]
 
     def _draft(self, row: int, seed: int, start: int, sampled: Sampled, seen: set[str]) -> Draft:
         text = self.tokenizer.decode([start, *sampled.tokens], clean_up_tokenization_spaces=False)

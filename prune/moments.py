@@ -78,11 +78,13 @@ class Moments:
     def _solve(self, block: int, last: int, ridge: float) -> Tensor:
         uu, ud = self._uu[block].double(), self._ud[block, last].double()
         alpha = ridge * float(uu.diagonal().mean() if self._full else uu.mean())
-        if not self._full:
-            return ((ud + (alpha if self.toward == "identity" else 0)) / (uu + alpha)).float()
-        eye = torch.eye(len(uu), dtype=uu.dtype, device=uu.device)
-        right = ud + alpha * eye if self.toward == "identity" else ud
-        solution, failed = torch.linalg.solve_ex(uu + alpha * eye, right)
+        if self._full:
+            eye = torch.eye(len(uu), dtype=uu.dtype, device=uu.device)
+            right = ud + alpha * eye if self.toward == "identity" else ud
+            solution, failed = torch.linalg.solve_ex(uu + alpha * eye, right)
+        else:
+            right = ud + alpha if self.toward == "identity" else ud
+            solution, failed = right / (uu + alpha), (uu + alpha == 0).any()
         if failed:
             raise UserError(
                 f"scoring healed cuts: there is no map for the blocks {block + 1} to {last} with the ridge {ridge:g}; "

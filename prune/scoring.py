@@ -91,7 +91,7 @@ class Scorer:
         if not self.batches:
             raise UserError("there is nothing to score blocks on: no calibration row has two tokens; raise its tokens")
         self._targets: list[_Target] | None = None
-        self._spent = 0  # rows × blocks
+        self.spent = 0  # rows × blocks
         device = decoder.model.device
         size = max(batch.input_ids.numel() for batch in self.batches)
         self.together = 1 if device.type == "cpu" else max(1, TOKENS_TOGETHER // size)
@@ -102,7 +102,14 @@ class Scorer:
 
     @property
     def passes(self) -> float:
-        return self._spent / (self.rows * self.decoder.num_blocks)
+        return self.spent / (self.rows * self.decoder.num_blocks)
+
+    @torch.no_grad()
+    def prepare(self) -> list[_Target]:
+        """What the batches are scored against, found once: for KL one forward pass."""
+        if self._targets is None:
+            self._targets = [self._target(batch.to(self.decoder.model.device)) for batch in self.batches]
+        return self._targets
 
     @torch.no_grad()
     def score(
@@ -115,7 +122,7 @@ class Scorer:
         """
         seen: dict[Cut, list[Tensor]] = {cut: [] for cut in cuts}  # (rows, 2) sums and tokens of each batch
         finished: dict[Cut, Score] = {}
-        for number, target in enumerate(self._prepared()):
+        for number, target in enumerate(self.prepare()):
             sums = self._batch(list(seen), parent, target)
             for cut, values in sums.items():
                 seen[cut].append(values)
@@ -212,7 +219,7 @@ class Scorer:
                         for run, (r, m) in zip(group, parts, strict=True)
                     ]
                 else:
-                    self._spent += len(stacked)
+                    self.spent += len(stacked)
                     out = self.decoder.run(stacked, [block], positions).chunk(len(group))
                 for run, hidden in zip(group, out, strict=True):
                     run.hidden, run.at = hidden, block + 1
@@ -221,17 +228,12 @@ class Scorer:
         self, hidden: Tensor, block: int, positions: Tensor, map: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A block's output with its MLP's addition mapped, the residual stream before that, and the addition."""
-        self._spent += len(hidden)
+        self.spent += len(hidden)
         with self.decoder.mlp_addition(block) as seen:
             out = self.decoder.run(hidden, [block], positions)
         mlp = seen["mlp"]
         residual = out - mlp
         return (out if map is None else residual + apply_map(mlp, map)), residual, mlp
-
-    def _prepared(self) -> list[_Target]:
-        if self._targets is None:
-            self._targets = [self._target(batch.to(self.decoder.model.device)) for batch in self.batches]
-        return self._targets
 
     def _target(self, batch: Batch) -> _Target:
         rows, columns = next_tokens(batch)
@@ -239,7 +241,7 @@ class Scorer:
         if self.measure == "perplexity":
             return _Target(batch, rows, columns, *self._of_text(batch.input_ids[rows, columns + 1]))
         hidden = self.decoder.hidden(**batch.model_inputs())[rows, columns]
-        self._spent += len(batch.input_ids) * self.decoder.num_blocks
+        self.spent += len(batch.input_ids) * self.decoder.num_blocks
         expected, constant = [], []
         for part in hidden.split(CHUNK):
             logs = self.decoder.head(part).float().log_softmax(-1)

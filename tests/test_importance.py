@@ -15,8 +15,11 @@ from compress.data.packing import Batch, pack
 from compress.errors import UserError
 from compress.modeling.blocks import FAMILIES, Decoder
 from compress.modeling.load import load_model
+from compress.prune.config import PruneConfig
+from compress.prune.cuts import Cut
 from compress.prune.importance import Distances, boundaries, last_tokens, scan
-from compress.prune.cuts import gaps
+from compress.prune.search import choose
+from compress.prune.study import Study
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 OPTIONS: dict[str, dict[str, Any]] = {"gemma3_text": SLIDING, "mistral": {"sliding_window": 8}}
@@ -39,6 +42,7 @@ def reference(model: Any, ids: list[list[int]]) -> dict[str, dict[str, np.ndarra
     layers, kept = model.model.layers, []
     angles: dict[str, list[np.ndarray]] = {"all": [], "last": []}
     cosines: dict[str, list[np.ndarray]] = {"all": [], "last": []}
+    magnitudes: dict[str, list[np.ndarray]] = {"all": [], "last": []}
     hooks = [layers[0].register_forward_pre_hook(lambda _m, a, k: kept.append((*a, *k.values())[0]), with_kwargs=True)]
     hooks += [layer.register_forward_hook(lambda _m, _a, out: kept.append(out)) for layer in layers]
     for row in ids:
@@ -50,14 +54,20 @@ def reference(model: Any, ids: list[list[int]]) -> dict[str, dict[str, np.ndarra
             at = states[:, t]
             norms = np.linalg.norm(at, axis=1)
             cosine = np.clip(at @ at.T / np.outer(norms, norms), -1, 1)
+            magnitude = np.linalg.norm(at[None] - at[:, None], axis=2) / norms  # [a, b]: ‖h_b − h_a‖ / ‖h_b‖
             for position in ("all", "last"):
                 if position == "all" or t == states.shape[1] - 1:
                     cosines[position].append(cosine)
                     angles[position].append(np.arccos(cosine) / np.pi)
+                    magnitudes[position].append(magnitude)
     for hook in hooks:
         hook.remove()
     return {
-        position: {"angular": np.mean(angles[position], 0), "influence": 1 - np.mean(cosines[position], 0)}
+        position: {
+            "angular": np.mean(angles[position], 0),
+            "influence": 1 - np.mean(cosines[position], 0),
+            "magnitude": np.mean(magnitudes[position], 0),
+        }
         for position in angles
     }
 
@@ -79,7 +89,7 @@ def test_every_window_matches_stored_hidden_states(
     found = scan(model, packed(rows()))
     expected = reference(model, rows())
     assert_same(found, expected, 4)
-    spread = [np.ptp(expected["all"][metric].diagonal(1)) for metric in ("angular", "influence")]
+    spread = [np.ptp(expected["all"][metric].diagonal(1)) for metric in ("angular", "influence", "magnitude")]
     assert min(spread) > 1e-3  # blocks differ, so that a shifted table would be seen
     assert found["all"].tokens == sum(min(size, LENGTH) for size in SIZES)
     assert found["last"].tokens == len(SIZES)
@@ -92,9 +102,10 @@ def test_padding_and_packing_change_nothing(tiny: Callable[..., Path]) -> None:
     alone = scan(model, [pack([Encoded(row, [True] * len(row))], LENGTH, 1, 0)[0] for row in ids])
     assert any((batch.segment_ids < 0).any() for batch in packed(ids))
     for position in ("all", "last"):
-        assert torch.equal(one[position].angular, other[position].angular)
-        windows = [found[position].angular.triu(1) for found in (one, alone)]
-        torch.testing.assert_close(*windows, rtol=0, atol=1e-6)
+        for metric in ("angular", "influence", "magnitude"):
+            assert torch.equal(getattr(one[position], metric), getattr(other[position], metric))
+            windows = [getattr(found[position], metric).triu(1) for found in (one, alone)]
+            torch.testing.assert_close(*windows, rtol=0, atol=1e-6)
         assert one[position].tokens == alone[position].tokens
 
 
@@ -104,7 +115,9 @@ def test_more_tokens_than_are_compared_at_once(tiny: Callable[..., Path], monkey
     monkeypatch.setattr("compress.prune.importance.TOKENS_AT_ONCE", 7)
     parts = scan(model, packed(rows()))
     for position in ("all", "last"):
-        torch.testing.assert_close(parts[position].angular, whole[position].angular, rtol=1e-6, atol=1e-9)
+        for metric in ("angular", "influence", "magnitude"):
+            found, wanted = (getattr(distances[position], metric).triu(1) for distances in (parts, whole))
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
         assert parts[position].tokens == whole[position].tokens
 
 
@@ -113,9 +126,10 @@ def test_a_model_of_one_block(tiny: Callable[..., Path]) -> None:
     found = scan(model, packed(rows([9, 4])))
     assert_same(found, reference(model, rows([9, 4])), 1)
     assert found["all"].windows("angular", 1)[0] > 0.05
-    assert best_window(found["all"], "angular", 0, range(0, 0)) == []
+    study = Study(model, packed(rows([9, 4])))
+    assert choose(study, PruneConfig(blocks=0), 0, range(0, 0)) == ()
     with pytest.raises(UserError, match=r"prune\.blocks is 1, but only 0 blocks can go; lower"):
-        best_window(found["all"], "angular", 1, range(0, 0))
+        choose(study, PruneConfig(blocks=1), 1, range(0, 0))
 
 
 def test_progress_counts_real_tokens_and_batches_are_read_once(tiny: Callable[..., Path]) -> None:
@@ -151,38 +165,52 @@ def test_last_tokens() -> None:
 
 
 def distances(values: dict[int, list[float]], blocks: int) -> Distances:
-    """Angular distances from `values[window length][first block]`; influence is their negative."""
+    """Angular distances from `values[window length][first block]`; influence is their negative, magnitude how far
+    they are from 0.35."""
     table = torch.full((blocks + 1, blocks + 1), 99.0, dtype=torch.float64)
     for length, row in values.items():
         for first, value in enumerate(row):
             table[first, first + length] = value
-    return Distances(table, -table, 1)
+    return Distances(table, -table, (table - 0.35).abs(), 1)
 
 
 SINGLE = [0.5, 0.3, 0.2, 0.3, 0.2, 0.1]
 DOUBLE = [0.7, 0.4, 0.6, 0.4, 0.1]
+Chosen = Callable[[str, str, int, range], Cut]
 
 
-def test_the_closest_window_is_chosen_and_the_first_of_equals() -> None:
-    found = distances({1: SINGLE, 2: DOUBLE}, 6)
-    assert best_window(found, "angular", 2, range(0, 6)) == [4, 5]
-    assert best_window(found, "angular", 2, range(0, 5)) == [1, 2]  # 3-4 is as good
-    assert best_window(found, "angular", 2, range(2, 5)) == [3, 4]
-    assert best_window(found, "influence", 2, range(0, 6)) == [0, 1]
-    assert best_window(found, "angular", 1, range(1, 5)) == [2]
+@pytest.fixture
+def chosen(tiny: Callable[..., Path]) -> Chosen:
+    """chosen(search, importance, count, candidates) of a study that has found the distances above."""
+    study = Study(load_model(tiny(blocks=6)), [])
+    vars(study)["distances"] = {"all": distances({1: SINGLE, 2: DOUBLE}, 6)}
+
+    def search(kind: str, importance: str, count: int, candidates: range) -> Cut:
+        config = PruneConfig.model_validate({"blocks": count, "search": kind, "importance": importance})
+        return choose(study, config, count, candidates)
+
+    return search
 
 
-def test_the_lowest_blocks_are_chosen_in_order_and_the_first_of_equals() -> None:
-    found = distances({1: SINGLE}, 6)
-    assert lowest(found, "angular", 3, range(0, 6)) == [2, 4, 5]
-    assert lowest(found, "angular", 3, range(1, 5)) == [1, 2, 4]  # 1 before 3, which is as good
-    assert lowest(found, "influence", 2, range(0, 6)) == [0, 1]
-    assert lowest(found, "angular", 4, range(1, 5)) == [1, 2, 3, 4]
+def test_the_closest_window_is_chosen_and_the_first_of_equals(chosen: Chosen) -> None:
+    assert chosen("window", "angular", 2, range(0, 6)) == (4, 5)
+    assert chosen("window", "angular", 2, range(0, 5)) == (1, 2)  # 3-4 is as good
+    assert chosen("window", "angular", 2, range(2, 5)) == (3, 4)
+    assert chosen("window", "influence", 2, range(0, 6)) == (0, 1)
+    assert chosen("window", "magnitude", 2, range(0, 6)) == (1, 2)
+    assert chosen("window", "angular", 1, range(1, 5)) == (2,)
 
 
-@pytest.mark.parametrize("search", [best_window, lowest])
-def test_none_or_too_many(search: Any) -> None:
-    found = distances({1: SINGLE, 2: DOUBLE}, 6)
-    assert search(found, "angular", 0, range(1, 5)) == []
+def test_the_lowest_blocks_are_chosen_in_order_and_the_first_of_equals(chosen: Chosen) -> None:
+    assert chosen("lowest", "angular", 3, range(0, 6)) == (2, 4, 5)
+    assert chosen("lowest", "angular", 3, range(1, 5)) == (1, 2, 4)  # 1 before 3, which is as good
+    assert chosen("lowest", "influence", 2, range(0, 6)) == (0, 1)
+    assert chosen("lowest", "magnitude", 2, range(0, 6)) == (1, 3)
+    assert chosen("lowest", "angular", 4, range(1, 5)) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("search", ["window", "lowest"])
+def test_none_or_too_many(chosen: Chosen, search: str) -> None:
+    assert chosen(search, "angular", 0, range(1, 5)) == ()
     with pytest.raises(UserError, match=r"prune\.blocks is 5, but only 4 blocks can go \(blocks 1 to 4\)"):
-        search(found, "angular", 5, range(1, 5))
+        chosen(search, "angular", 5, range(1, 5))

@@ -69,7 +69,15 @@ def report() -> Report:
             "search": "window",
             "dropped": [1, 2],
             "blocks": 4,
+            "values": distances[0],
             "distances": {"all": {"angular": distances, "influence": distances}},
+            "trials": {"passes": 12.5, "guard": {"greedy": {"dropped": [1, 2], "held_out": 0.25}}},
+            "curve": [
+                {"dropped": [], "pruned": 4.0, "healed": 4.0},
+                {"dropped": [2], "pruned": 9.0, "healed": 5.0},
+                {"dropped": [1, 2], "pruned": 30.0, "healed": 8.0},
+                {"dropped": [0, 1, 2], "pruned": 90.0, "healed": 20.0},
+            ],
         },
         curves=[
             {"step": 0, "eval_loss": 2.0, "eval_kl": 0.9, "eval_perplexity": 9.0},
@@ -123,7 +131,7 @@ def test_the_page_is_self_contained_and_escapes_what_comes_from_data(report):
     style = html.render(report)
     assert "@import" not in style and not re.search(r"url\((?!#)", style)
     assert page.text.count(EVIL) == 3  # row, recipe and processor, as text
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
 
 
 def test_the_page_shows_every_model_and_its_figures(report):
@@ -132,6 +140,15 @@ def test_the_page_shows_every_model_and_its_figures(report):
         assert model.role in text
     for figure in ("425.0 MB", "80.0 MB", "52.0 %", "± 4.0", "6.2", "1 min 1 s", "resumed", "84 rows", "3 empty"):
         assert figure in text, figure
+
+
+def test_the_page_shows_what_the_search_compared_and_the_curve(report):
+    text = parsed(report).text
+    assert "12.5 forward passes" in text and "0.25" in text
+    assert "blocks removed" in html.render(report)
+    single = report.importance | {"curve": [], "trials": {}, "importance": "taylor", "search": "greedy"}
+    page = parsed(report.model_copy(update={"importance": single}))  # no distance across windows, nothing compared
+    assert page.tags.count("svg") == 4 and "What the search compared" not in page.text
 
 
 def test_the_headline_takes_the_smallest_artifact_that_is_good(report):

@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         longest=max((stage.seconds for stage in report.stages), default=1.0) or 1.0,
         figures={
             "importance": plots.importance_plot(report),
+            "curve": plots.curve_plot(report),
             "quality": plots.quality_plot(report),
             "loss": plots.loss_plot(report),
             "heldout": plots.heldout_plot(report),

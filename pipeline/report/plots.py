@@ -19,18 +19,18 @@ def importance_plot(report: Report) -> str | None:
     record = report.importance
     if not record:
         return None
-    metric, position, dropped = record["importance"], record["position"], record["dropped"]
-    table = record["distances"][position][metric]
+    metric, dropped = record["importance"], record["dropped"]
+    table = record["distances"][record["position"]].get(metric)  # of metrics that are distances across windows
 
     def draw(axes: Any) -> None:
-        values, blocks = table[0], range(record["blocks"])
+        values, blocks = record["values"], range(record["blocks"])
         colours = [RED if block in dropped else BLUE for block in blocks]
         axes.bar(blocks, values, color=colours, width=0.75)
         axes.set_xlabel("block")
-        axes.set_ylabel(f"{metric} distance")
+        axes.set_ylabel(f"{metric} distance" if table else metric)
         axes.set_xlim(-0.7, record["blocks"] - 0.3)
         count = len(dropped)
-        if 1 < count < record["blocks"] and record["search"] == "window":
+        if table and 1 < count < record["blocks"] and record["search"] == "window":
             window = table[count - 1]
             axes.plot(range(len(window)), window, color=ORANGE, marker="o", markersize=3, linewidth=1.2)
             first = dropped[0]
@@ -39,6 +39,35 @@ def importance_plot(report: Report) -> str | None:
         _above(axes, 0.01, "left", f"red: dropped ({count} of {record['blocks']})", RED)
 
     return _svg(draw, "Importance per block")
+
+
+def curve_plot(report: Report) -> str | None:
+    """Held-out perplexity against the number of blocks removed, pruned and healed, where `blocks: auto` tried them."""
+    curve = (report.importance or {}).get("curve") or []
+    if len(curve) < 2:
+        return None
+    chosen = len(report.importance["dropped"]) if report.importance else 0
+
+    def draw(axes: Any) -> None:
+        blocks = [len(point["dropped"]) for point in curve]
+        for name, colour in (("pruned", ORANGE), ("healed", BLUE)):
+            values = [point[name] for point in curve]
+            axes.plot(blocks, values, color=colour, marker="o", markersize=3, linewidth=1.2)
+            axes.plot(
+                [chosen], [values[blocks.index(chosen)]], color=colour, marker="o", markersize=9, fillstyle="none"
+            )
+        axes.set_yscale("log")
+        values = [point[name] for point in curve for name in ("pruned", "healed")]
+        _number_axis(axes.yaxis, values)
+        axes.set_ylim(min(values) * 0.9, max(values) * 1.1)
+        axes.set_xticks(blocks)
+        axes.set_xlabel("blocks removed")
+        axes.set_ylabel("held-out perplexity")
+        _above(axes, 0.01, "left", "pruned", ORANGE)
+        _above(axes, 0.12, "left", "healed", BLUE)
+        _above(axes, 0.99, "right", "ring: chosen", INK)
+
+    return _svg(draw, "Quality against blocks removed")
 
 
 def _above(axes: Any, x: float, align: str, text: str, colour: str) -> None:
@@ -141,16 +170,20 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _number_ticks(axes: Any, xs: list[float], ys: list[float]) -> None:
-    from matplotlib.ticker import NullFormatter
-
-    for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
-        low, high = min(values), max(values)
-        steps = [m * 10**e for e in range(-2, 7) for m in (1, 1.5, 2, 3, 5, 7)]
-        ticks = [s for s in steps if low * 0.85 <= s <= high * 1.2]
-        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_minor_formatter(NullFormatter())
+    _number_axis(axes.xaxis, xs)
+    _number_axis(axes.yaxis, ys)
     axes.set_xlim(min(xs) * 0.85, max(xs) * 1.6)
     axes.set_ylim(min(ys) * 0.9, max(ys) * 1.15)
+
+
+def _number_axis(axis: Any, values: list[float]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    low, high = min(values), max(values)
+    steps = [m * 10**e for e in range(-2, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    ticks = [s for s in steps if low * 0.85 <= s <= high * 1.2]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(draw: Callable[[Any], None], title: str) -> str:

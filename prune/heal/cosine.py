@@ -23,23 +23,23 @@ def fit(gap: Gap, config: CosineHeal) -> tuple[Values, Healing]:
     """The best map, on held-out rows, of a few rounds that each start from the last."""
     decoder = gap.decoder
     same = identity(gap)
-    transform, ridge, tokens_seen = same, 0.0, 0
-    best: tuple[float, Tensor] = (float("inf"), same)
+    trial, transform, ridge = same, same, 0.0  # `trial` is of the rows to fit on alone: held-out rows judge it
+    best = (float("inf"), transform, ridge)
     errors: dict[str, float] = {}
     for number in range(config.iterations + 1):
         sums = empty_sums(gap)
         missed, held = 0.0, 0
         for tokens in gap.rows():
-            cosine, weight, target = problem(tokens, transform)
+            cosine, weight, target = problem(tokens, trial)
             if tokens.held:
                 missed, held = missed + float((1 - cosine).sum()), held + len(cosine)
             sums[tokens.held].add(tokens.mlp, tokens.residual, target, weight)
         errors[str(number)] = missed / max(held, 1)
         if errors[str(number)] < best[0]:
-            best = (errors[str(number)], transform)
+            best = (errors[str(number)], transform, ridge)
         found = choose(sums, config.ridge, same, same)
-        transform, ridge, tokens_seen = found.solution, found.ridge, found.tokens
-    record = Healing(gap.block, (gap.first, gap.last), ridge, errors, errors["0"], tokens_seen)
+        trial, transform, ridge = sums[0].solve(found.ridge, same)[0], found.solution, found.ridge
+    record = Healing(gap.block, (gap.first, gap.last), best[2], errors, errors["0"], sums[0].tokens + sums[1].tokens)
     return decoder.fused(gap.block, best[1]), record
 
 

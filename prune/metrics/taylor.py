@@ -40,10 +40,11 @@ def block_sums(study: Study) -> list[float]:
                     torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
                 hidden.backward(leaf.grad)
                 advance(batch.tokens)
-        return [
-            float(sum((p.grad.float() * p.float()).abs().sum() for p in block.parameters() if p.grad is not None))
-            for block in decoder.blocks
-        ]
+        with torch.no_grad():
+            return [
+                float(sum((p.grad.float() * p.float()).abs().sum() for p in block.parameters() if p.grad is not None))
+                for block in decoder.blocks
+            ]
     finally:
         for parameter, flag in zip(parameters, trained, strict=True):
             parameter.grad = None

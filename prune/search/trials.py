@@ -94,16 +94,21 @@ class Trials:
 
         def score() -> Any:
             scorer = self._scorer()
-            before = scorer.passes
+            scorer.prepare()  # no part of the round: a search that goes on after a kill does it again
+            before = scorer.spent
             found = scorer.score(cuts, parent, keep=keep, advance=self._advance)
             return {
                 "scores": [[list(c), s.mean] for c, s in found.items() if s.complete],
-                "passes": scorer.passes - before,
+                "passes": (scorer.spent - before) / (scorer.rows * self.study.num_blocks),
             }
 
         known = self.study.recorded(key, score)
-        self.study.notes["passes"] = self.study.notes.get("passes", 0.0) + known["passes"]
+        self.study.remember(("counted", key), lambda: self._count(known["passes"]))
         return {tuple(c): value for c, value in known["scores"]}
+
+    def _count(self, passes: float) -> None:
+        """Note what a round cost, once, however often its scores are asked for again."""
+        self.study.notes["passes"] = self.study.notes.get("passes", 0.0) + passes
 
     def _scorer(self, *, held_out: bool = False) -> Scorer:
         return self.study.scorer(self.measure, self._moments(), held_out=held_out)
@@ -121,5 +126,7 @@ class Trials:
         return self.study.moments(longest, ridges, getattr(heal, "toward", "identity"))
 
     def _note(self, size: int, best: Cut, score: float) -> None:
-        self.study.notes.setdefault("rounds", []).append({"dropped": list(best), "score": score})
+        rounds = self.study.notes.setdefault("rounds", [])
+        if (entry := {"dropped": list(best), "score": score}) not in rounds:  # larger cuts grow from the same ones
+            rounds.append(entry)
         self._advance(0, f"best {size}: {describe(best)} ({self.measure} {score:.4f})")

