@@ -309,7 +309,7 @@ def main() -> None:
     for count in options.drop:
         for name, (choice, heal) in methods().items():
             cut = cuts[name, count] = find(bench, choice, count, studies, max(options.drop))
-            for way in dict.fromkeys(("none", heal)):
+            for way in ("none", heal) if heal != "none" else ("none",):
                 bench.measure(cut, way, task=count in asked)
         (bench.out / "table.md").write_text(table(bench, base, cuts, options.drop), encoding="utf-8")
     head = f"base: perplexity {base['perplexity']:.2f}, accuracy {base['accuracy']:.1%}\n\n"

@@ -122,10 +122,15 @@ def test_loops_duplicates_and_empties_are_dropped_and_counted(
     assert stats["dropped"]["duplicate"] >= 1 and stats["dropped"]["repetitive"] == 1 and stats["rows"] == 6
 
 
-def test_too_few_rows_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """At temperature 0 a first token has one text; with tiny windows nearly all loop."""
-    with pytest.raises(UserError, match=r"of \d+ rows the model wrote, \d+ are usable .*raise data\.temperature"):
-        make(tiny(), tmp_path / "out", settings(rows=60, temperature=0, tokens=64, max_attempts=1))
+def test_too_few_rows_are_refused(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.data.texts as module
+    from compress.data.sampling import Sampled
+
+    monkeypatch.setattr(
+        module, "sample", lambda _m, prompts, *_a, **_o: [Sampled([9] * 24, looped=True) for _ in prompts]
+    )
+    with pytest.raises(UserError, match=r"of \d+ rows the model wrote, 0 are usable .*raise data\.temperature"):
+        make(tiny(), tmp_path / "out", settings())
 
 
 def test_more_tokens_than_the_model_has_positions(tiny: Callable[..., Path], tmp_path: Path) -> None:

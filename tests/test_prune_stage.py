@@ -102,8 +102,11 @@ def test_the_recorded_distances_are_the_scan(stage: Stage) -> None:
 def test_the_metric_position_and_search_asked_for_decide(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(21)
     tables = [torch.rand(7, 7, generator=draw, dtype=torch.float64) for _ in range(4)]
-    found = {"last": Distances(tables[0], tables[1], 1), "all": Distances(tables[2], tables[3], 1)}
-    monkeypatch.setattr("compress.prune.stage.scan", lambda *_: found)
+    found = {
+        "last": Distances(tables[0], tables[1], tables[0], 1),
+        "all": Distances(tables[2], tables[3], tables[2], 1),
+    }
+    monkeypatch.setattr("compress.prune.study.scan", lambda *_: found)
     chosen = []
     for position, importance in itertools.product(found, ("angular", "influence")):
         table = getattr(found[position], importance)
@@ -148,16 +151,16 @@ def test_the_same_run_gives_the_same_bytes_and_names_no_path(stage: Stage) -> No
         assert content == (stage.out / name).read_bytes() and str(stage.folder).encode() not in content
 
 
-def test_gemma_is_pruned_without_healing(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_gemma_is_pruned_and_healed(tiny: Callable[..., Path], tmp_path: Path) -> None:
     mixed = ["sliding_attention", "full_attention"] * 3
     stage = Stage(tiny("gemma3_text", blocks=6, sliding_window=8, layer_types=mixed), tmp_path)
     stage(blocks=1, heal="none")
     model: Any = AutoModelForCausalLM.from_pretrained(stage.out / "model")
     assert model.config.layer_types == [mixed[i] for i in stage.record["kept"]]
-    with pytest.raises(
-        UserError, match=r"prune\.heal: linear cannot be fused into a gemma3_text model; use heal: none"
-    ):
-        stage(blocks=1)
+    stage(blocks=1)  # healed by a scale per channel
+    assert stage.record["healing"][0]["errors"]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(stage.out / "model")
+    assert not torch.equal(loaded(IDS).logits, model(IDS).logits)
     stage(blocks=0)  # nothing to fuse
 
 
@@ -207,13 +210,77 @@ def test_configuration() -> None:
     for wrong in (
         {},
         {"blocks": -1},
-        {"blocks": 1, "heal": "cosine"},
+        {"blocks": 1, "heal": "cosin"},
+        {"blocks": 1, "goal": {"perplexity": 1.2}},
+        {"blocks": "auto", "goal": {"perplexity": 1.2, "size": 0.8}},
+        {"blocks": "auto", "goal": {}},
+        {"blocks": "auto", "goal": {"perplexity": 0.9}},
+        {"blocks": "all"},
         {"blocks": 1, "heal": {"kind": "none", "ridge": [1]}},
         {"blocks": 1, "heal": {"kind": "linear", "ridge": []}},
         {"blocks": 1, "heal": {"kind": "linear", "ridge": [-1e-3]}},
         {"blocks": 1, "heal": {"kind": "linear", "held_out": 0.6}},
-        {"blocks": 1, "search": "greedy"},
+        {"blocks": 1, "search": "greedi"},
+        {"blocks": 1, "search": {"kind": "greedy", "width": 2}},
         {"blocks": 1, "calibration": {"tokens": 0}},
     ):
         with pytest.raises(ValidationError):
             PruneConfig.model_validate(wrong)
+
+
+AUTO = {"calibration": {"tokens": 900, "scoring": 192, "held_out": 192}, "heal": "refit"}
+
+
+def test_auto_drops_the_most_blocks_within_the_perplexity_asked_for(stage: Stage) -> None:
+    """Against the curve it records, and the curve's first point against the unpruned model."""
+    stage(blocks="auto", goal={"perplexity": 3.0}, search="greedy", **AUTO)
+    curve = stage.record["curve"]
+    assert [len(point["dropped"]) for point in curve] == list(range(len(curve))) and curve[0]["healed_ratio"] == 1
+    within = [point for point in curve if point["healed_ratio"] <= 3.0]
+    assert stage.record["dropped"] == within[-1]["dropped"]
+    for point in curve:
+        assert point["healed_ratio"] == pytest.approx(point["healed"] / curve[0]["pruned"])
+    stage(blocks="auto", goal={"perplexity": 1.0}, **AUTO)
+    assert all(p["healed_ratio"] > 1 for p in stage.record["curve"][len(stage.record["dropped"]) + 1 :])
+
+
+def test_auto_drops_the_fewest_blocks_that_reach_a_size_or_a_time(stage: Stage) -> None:
+    whole = load_model(stage.base)
+    total = sum(p.numel() for p in whole.parameters())
+    block = sum(p.numel() for p in whole.model.layers[0].parameters())
+    stage(blocks="auto", goal={"size": 1 - 1.5 * block / total}, **AUTO)
+    assert len(stage.record["dropped"]) == 2
+    assert stage.record["curve"][-1]["size"] == pytest.approx(1 - 2 * block / total)
+    with pytest.raises(UserError, match=r"prune\.goal: not even without 1 blocks"):
+        stage(blocks="auto", goal={"size": 0.01, "at_most": 1}, **AUTO)
+
+
+def test_an_interrupted_search_goes_on_where_it_was(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after some rounds and started again in the same folder: the same bytes, and finished rounds stay done."""
+    from compress.prune.scoring import Scorer
+
+    options = {"blocks": 3, "search": "greedy", **AUTO}
+    stage(**options)
+    whole = (stage.out / "importance.json").read_bytes()
+    calls, score = [0], Scorer.score
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scorer, "score", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stage(**options)
+    monkeypatch.setattr(Scorer, "score", score)
+    left = stage.out
+    monkeypatch.setattr(Path, "mkdir", lambda self, *a, _m=Path.mkdir, **k: None if self == left else _m(self, *a, **k))
+    stage.runs -= 1
+    stage(**options)
+    assert stage.out == left and (left / "importance.json").read_bytes() == whole
+
+
+def test_too_few_rows_to_hold_any_out_are_refused(stage: Stage) -> None:
+    with pytest.raises(UserError, match=r"prune\.calibration: \d+ tokens are too few to heal on"):
+        stage(blocks=1, search="greedy", calibration={"tokens": 300})
