@@ -122,6 +122,10 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is broken")
     if "quantization_config" not in options:
         model = model.to(device)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on CPUs with AVX-512 BF16, which fails for rows shorter than a block of 64.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
