@@ -35,6 +35,7 @@ class Naive:
             best = min(scores, key=lambda child: (scores[child], child))
         return best, scores[best]
 
+    @torch.no_grad()
     def score(self, dropped: Cut) -> float:
         """One pass of the model without these blocks over all rows."""
         total, tokens = 0.0, 0

@@ -68,9 +68,9 @@ def backward(model: Any, ids: list[list[int]]) -> list[Any]:
     """Σ |∂L/∂w · w| of every block in float64: every row alone, L its next tokens' summed negative log-likelihood."""
     exact = copy.deepcopy(model).double()
     for row in ids:
-        ids = torch.tensor([row[:LENGTH]])
-        chances = exact(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        (-chances.gather(1, ids[0, 1:, None]).sum()).backward()
+        tokens = torch.tensor([row[:LENGTH]])
+        chances = exact(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
+        (-chances.gather(1, tokens[0, 1:, None]).sum()).backward()
     with torch.no_grad():
         return [float(sum((p.grad * p).abs().sum() for p in block.parameters())) for block in exact.model.layers]
 

@@ -267,15 +267,16 @@ def test_behind_is_a_paired_test_against_the_last_that_is_kept() -> None:
     noise = (noise - noise.mean()) / noise.std()
 
     def seen(shifts: Sequence[float], count: int = 20) -> dict[Cut, list[Tensor]]:
-        """Cut i is worse than cut 0 by `shifts[i]` standard errors."""
+        """Cut i is worse than cut 0 by `shifts[i]` where i is the standard error of their difference."""
         found = {}
         for number, shift in enumerate(shifts):
-            losses = row + ((noise + shift / 20**0.5) if shift else 0)
+            losses = row + number * noise + shift / 20**0.5
             table = torch.stack([losses, torch.full((20,), 7.0, dtype=torch.float64)], dim=1)[:count]
             found[(number,)] = list(table.split(2))
         return found
 
-    assert behind(seen([0, SURE + 0.01, SURE - 0.01, 50]), 1) == [(1,), (3,)]  # from the best to the worst
+    assert behind(seen([0, SURE + 0.01, 2 * SURE - 0.01, 50]), 1) == [(1,), (3,)]  # from the best to the worst
+    assert behind(seen([0, 50, 50 + SURE - 0.01, 50 + 2 * SURE + 0.01]), 2) == [(3,)]  # behind cut 1, not cut 0
     assert behind(seen([0, SURE + 0.01]), 2) == []
     assert behind(seen([0, 0, 0]), 1) == []  # equals
     assert behind(seen([0, 50], ROWS), 1) == [(1,)] and behind(seen([0, 50], ROWS - 1), 1) == []
@@ -348,8 +349,8 @@ def test_maps_are_least_squares_with_the_ridge_that_held_out_rows_choose(
         assert map.dtype == torch.float32 and map.shape == ((SIZE, SIZE) if full else (SIZE,))
         tolerance = 3e-3 if full else 2e-6  # sums are float32, and weak ridges leave a matrix badly conditioned
         torch.testing.assert_close(map.double(), maps[best], rtol=0, atol=tolerance)
-        everything = [torch.cat(parts) for parts in zip(fitted, other, strict=True)]
-        wrong = [least_squares(*everything, best, toward, full), *(maps[ridge] for ridge in ridges if ridge != best)]
+        u, d = (torch.cat(parts) for parts in zip(fitted, other, strict=True))  # of all rows
+        wrong = [least_squares(u, d, best, toward, full), *(maps[ridge] for ridge in ridges if ridge != best)]
         assert min(float((map - maps[best]).abs().max()) for map in wrong) > 0.03  # each of these would be seen
         swapped = least_squares(*fitted, best, "zero" if toward == "identity" else "identity", full)
         turned.append(float((swapped - maps[best]).abs().max()))
