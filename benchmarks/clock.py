@@ -1,4 +1,4 @@
-"""Wall time, and processor time, which other work on the same machine sways less."""
+"""Wall time and processor time; where the two disagree, other work was on the machine."""
 
 from __future__ import annotations
 

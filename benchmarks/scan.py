@@ -15,10 +15,10 @@ The ways, each in a process of its own, all on the same rows of equal length, wi
   then run this with `PYTHONPATH=build/optipfair`.
 
 A way is timed in turn with the forward pass, and the median of the paired ratios is reported, so that a machine that
-slows down midway slows both; the ratio of the forward pass to itself shows the machine's noise. Where others use the
-machine at the same time, read the ratio of processor times. Memory is what a first, untimed run adds at its peak to
-what the process held before. `apart_from_scan` is the largest difference between a way's numbers and ours where both
-have the same.
+slows down midway slows both; the ratio of the forward pass to itself shows the machine's noise. Processor time is given
+too, but waiting threads spin: on a machine that others use, neither is to be trusted. Memory is what a first, untimed
+run adds at its peak to what the process held before. `apart_from_scan` is the largest difference between a way's
+numbers and ours where both have the same.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="how many to drop")
     parser.add_argument("--tokens", type=int, default=2048, help="that candidates are scored on")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--score", choices=["kl", "perplexity"], default="kl")
     parser.add_argument("--healed", action="store_true", help="score gaps as linear healing would leave them")
     parser.add_argument("--text", type=Path, help="a file to score on instead of what the model writes")

@@ -35,7 +35,7 @@ def fit(gap: Gap, config: RefitHeal) -> tuple[Values, Healing]:
     found = choose(sums, config.ridge, prior, prior, scaled=config.scale)
     scale = found.scale
     values: Values = {}
-    for block in gap.downstream:
+    for block in gap.downstream if scale != 1.0 else []:
         values |= decoder.rescaled(block, 1 / scale)
     if full:
         values[down.weight] = found.solution.T / scale
