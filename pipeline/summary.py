@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from jinja2 import UndefinedError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +43,10 @@ def rebuild(folder: Path) -> list[Path]:
         ]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is not the folder of a finished run: {error}") from error
-    return write_report(build_report(last["name"], recipe, stages), folder)
+    try:
+        return write_report(build_report(last["name"], recipe, stages), folder)
+    except (KeyError, ValueError, UndefinedError) as error:  # a figure that this version expects
+        raise UserError(f"{folder} was made by another version of compress ({error}); run its recipe again") from error
 
 
 def show(report: Report, folder: Path, console: Console) -> None:

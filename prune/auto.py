@@ -32,10 +32,12 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
     curve = [_point(study, config, ())]
     study.progress.note(f"held-out perplexity of the unpruned model: {curve[0]['pruned']:.2f}")
     met: list[dict[str, Any]] = curve[:1] if _meets(curve[0], goal) else []
+    compared: dict[int, Any] = {}  # what each size's search was compared with
     for count in range(1, most + 1):
         if met and goal.perplexity is None:
             break
         cut = choose(study, config, count, candidates)
+        compared[count] = study.notes.pop("guard", None)
         point = _point(study, config, cut, curve[0]["pruned"], timed=goal.latency is not None)
         curve.append(point)
         met += [point] if _meets(point, goal) else []
@@ -50,7 +52,10 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
             f"prune.goal: not even without {most} blocks are the weights or the time down to what it asks for; "
             "raise the goal, or goal.at_most"
         )
-    return tuple(met[-1]["dropped"]), curve
+    chosen = tuple(met[-1]["dropped"])
+    if compared.get(len(chosen)):
+        study.notes["guard"] = compared[len(chosen)]
+    return chosen, curve
 
 
 def _meets(point: dict[str, Any], goal: Goal) -> bool:

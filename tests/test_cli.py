@@ -369,3 +369,13 @@ def test_a_damaged_stage_is_named(products, refused, tmp_path):
     again = ["run", tmp_path / "copy" / "r.yaml", "--runs", tmp_path / "copy" / "runs"]
     assert f"{stage} is damaged" in refused(*again)
     assert "manifest.json is not valid JSON" in refused("inspect", stage)
+
+
+def test_the_report_of_another_version_s_run_is_refused(run, refused, recipe, tiny, tmp_path):
+    """A figure that this version shows is not in what a stage left."""
+    assert run(*recipe(tiny()))[0] == 0
+    folder = tmp_path / "runs" / "r"
+    (record,) = folder.glob("prune-*/importance.json")
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in kept.items() if key != "values"}))
+    assert "was made by another version of compress" in refused("report", str(folder))

@@ -18,7 +18,7 @@ from compress.modeling.load import load_model
 from compress.prune.config import CosineHeal, LinearHeal
 from compress.prune.heal import cosine, linear
 from compress.prune.heal.hadamard import hadamard
-from compress.prune.heal.least_squares import Sums, choose
+from compress.prune.heal.least_squares import LEAST_SCALE, Sums, choose
 from compress.prune.heal.patch import patch_matrix
 from compress.prune.heal.stream import Gap, Tokens, Values
 from torch import Tensor
@@ -77,6 +77,33 @@ def test_solve_ends_where_the_objective_has_no_slope(
         assert slope(solution, scale)[1] < 1e-9 * slope(prior, 1.0)[1] and abs(scale - 1) > 0.1
     else:
         assert scale == 1.0
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.7])
+def test_the_scale_stays_above_its_least_value(diagonal: bool, ridge: float) -> None:
+    """A stream that should turn round would be divided by a negative scale. Against a search over scales, each with
+    the best solution for it."""
+    x, r, _, _ = data(60, 5, 5)
+    z, prior = -2.0 * r + 0.1 * drawn(60, 5, seed=4), 0 * (drawn(5) if diagonal else drawn(5, 5))
+    sums = summed(x, r, z, None, diagonal=diagonal)
+    alpha = ridge * x.square().sum(0).mean()
+
+    def best(scale: float) -> float:
+        away = summed(x, 0 * r, z - scale * r, None, diagonal=diagonal).solve(ridge, prior)[0]
+        return float(off(x, r, z, 1.0, away, scale) + alpha * away.square().sum())
+
+    solution, scale = sums.solve(ridge, prior, scaled=True)
+    assert scale == pytest.approx(LEAST_SCALE)
+    assert min((best(s), s) for s in (LEAST_SCALE, 0.5, 1.0, 2.0))[1] == LEAST_SCALE and best(-1.0) < best(LEAST_SCALE)
+    found = float(off(x, r, z, 1.0, solution, scale) + alpha * solution.square().sum())
+    assert found == pytest.approx(best(LEAST_SCALE))
+
+
+def test_a_stream_that_the_features_explain_keeps_its_scale() -> None:
+    x = drawn(30, 4)
+    solution, scale = summed(x, 0 * x, x, None, diagonal=False).solve(0.0, torch.eye(4).double(), scaled=True)
+    assert scale == 1.0 and torch.allclose(solution, torch.eye(4).double())
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

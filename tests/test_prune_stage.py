@@ -244,6 +244,16 @@ def test_auto_drops_the_most_blocks_within_the_perplexity_asked_for(stage: Stage
     assert all(p["healed_ratio"] > 1 for p in stage.record["curve"][len(stage.record["dropped"]) + 1 :])
 
 
+def test_auto_records_what_the_chosen_size_was_compared_with(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.prune.auto._meets", lambda point, goal: len(point["dropped"]) <= 1)
+    stage(blocks="auto", goal={"perplexity": 3.0}, search="greedy", **AUTO)
+    compared = stage.record["trials"]["guard"]
+    assert [len(point["dropped"]) for point in stage.record["curve"]] == [0, 1, 2, 3]  # larger ones were tried too
+    assert len(stage.record["dropped"]) == 1
+    assert stage.record["dropped"] in [entry["dropped"] for entry in compared.values()]
+    assert all(len(entry["dropped"]) == 1 for entry in compared.values())
+
+
 def test_auto_drops_the_fewest_blocks_that_reach_a_size_or_a_time(stage: Stage) -> None:
     whole = load_model(stage.base)
     total = sum(p.numel() for p in whole.parameters())

@@ -37,6 +37,8 @@ def fit(gap: Gap, config: CosineHeal) -> tuple[Values, Healing]:
         errors[str(number)] = missed / max(held, 1)
         if errors[str(number)] < best[0]:
             best = (errors[str(number)], transform, ridge)
+        if number == config.iterations:
+            break
         found = choose(sums, config.ridge, same, same)
         trial, transform, ridge = sums[0].solve(found.ridge, same)[0], found.solution, found.ridge
     record = Healing(gap.block, (gap.first, gap.last), best[2], errors, errors["0"], sums[0].tokens + sums[1].tokens)

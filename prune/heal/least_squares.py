@@ -1,8 +1,9 @@
 """Ridge regression from sums: what an MLP should add, from what it adds or is given.
 
 X and s minimise Σ w²·‖x·X + s·r − z‖² + α‖X − s·X₀‖² over tokens: x are the features, r the residual stream, z where
-the stream should be, w a weight per token, X₀ what X is shrunk towards. s is 1 unless it is asked for. Sums are float64
-and do not grow with the number of tokens. Where only a scale per channel can be fused, X is diagonal.
+the stream should be, w a weight per token, X₀ what X is shrunk towards. s is 1 unless it is asked for, and
+never below LEAST_SCALE. Sums are float64 and do not grow with the number of tokens. Where only a scale per channel can
+be fused, X is diagonal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ...errors import UserError
 
+LEAST_SCALE = 0.1  # the stream is divided by s, so it must stay well above 0
 
 @dataclass
 class Sums:
@@ -73,7 +75,9 @@ class Sums:
         away, drift = fixed - prior, turn + prior
         curve = self.rr - 2 * float((turn * self.xr).sum()) + self._square(turn, turn) + alpha * _dot(drift, drift)
         slope = self.rd - float((turn * self.xd).sum()) - float((fixed * self.xr).sum()) + self._square(fixed, turn)
-        t = (slope + alpha * _dot(away, drift)) / curve
+        slope += alpha * _dot(away, drift)
+        # Above a bound, a parabola is least at its bottom or at the bound. Without a curve any t is as good.
+        t = max(slope / curve, LEAST_SCALE - 1.0) if curve > 0 else 0.0
         return fixed - t * turn, 1.0 + t
 
     def error(self, solution: Tensor, scale: float = 1.0) -> float:
