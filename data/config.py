@@ -44,6 +44,9 @@ class TextsConfig(Section):
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
     batch: int = Field(64, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
     tokens: int = Field(256, ge=8, description="texts that have not ended by then are cut off there")
+    openings: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="what texts begin with, in turn: words of your domain; empty: one random token each"
+    )
     length: int = Field(512, ge=8, description="longer texts are cut into windows of so many tokens")
     temperature: float = Field(1.0, ge=0, description="1 draws from the model as it is")
     top_p: float = Field(0.95, gt=0, le=1, description="draw only from the likeliest tokens of this mass")

@@ -2,7 +2,8 @@
 2305.17888).
 
 No data set and no chat template is needed. Such rows wander over what the model was pretrained on, where conversations
-keep to one register: calibrate on them what is to hold on any text.
+keep to one register: calibrate on them what is to hold on any text. Where one kind of text is wanted, a few openings
+(first words) of that kind take the place of the random token.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ class Texts(Drafts):
         self.stop = frozenset(eos_ids(tokenizer, model))
         self.banned = [token for token in special if token < size and token not in self.stop]
         self.begin = list(tokenizer("")["input_ids"])  # what the tokenizer begins every text with, if anything
+        self.openings = [
+            tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in self.config.openings
+        ]
         self.first = [token for token in range(size) if token not in special and _is_text(tokenizer.decode([token]))]
 
     def draw(self, ids: range) -> list[Draft]:
         seeds = [row_seed(self.seed, row, "text") for row in ids]
-        starts = [self._start(seed) for seed in seeds]
+        starts = [self._start(row, seed) for row, seed in zip(ids, seeds, strict=True)]
         config = self.config
         how = Sampling(config.tokens, config.temperature, config.top_p, config.top_k)
-        prompts = [[*self.begin, start] for start in starts]
+        prompts = [[*self.begin, *start] for start in starts]
         drawn = sample(self.model, prompts, seeds, how, stop=self.stop, banned=self.banned)
         drafts: list[Draft] = []
         seen = set(self.seen)
@@ -47,15 +51,18 @@ class Texts(Drafts):
             seen.add(self.identity(drafts[-1]))
         return drafts
 
-    def _start(self, seed: int) -> int:
-        return self.first[seed % len(self.first)]
+    def _start(self, row: int, seed: int) -> list[int]:
+        """The tokens a text begins with."""
+        if not self.openings:
+            return [self.first[seed % len(self.first)]]
+        return self.openings[row % len(self.openings)]
 
-    def _draft(self, row: int, seed: int, start: int, sampled: Sampled, seen: set[str]) -> Draft:
-        text = self.tokenizer.decode([start, *sampled.tokens], clean_up_tokenization_spaces=False)
+    def _draft(self, row: int, seed: int, start: list[int], sampled: Sampled, seen: set[str]) -> Draft:
+        text = self.tokenizer.decode([*start, *sampled.tokens], clean_up_tokenization_spaces=False)
         draft = Draft(row, seed, KEPT, answer=text, drawn=len(sampled.tokens))
         if sampled.looped:
             status = "repetitive"
-        elif not encode_text(self.tokenizer, text):
+        elif not sampled.tokens or not encode_text(self.tokenizer, text):
             status = "empty"
         else:
             status = "duplicate" if self.identity(draft) in seen else KEPT

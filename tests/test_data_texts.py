@@ -54,6 +54,18 @@ def test_rows_are_plain_text_of_the_model_itself(tiny: Callable[..., Path], tmp_
     assert all(not e.loss_mask[0] and all(e.loss_mask[1:]) for e in encoded)
 
 
+def test_openings_take_turns_and_are_part_of_the_text(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    openings = ["The river ", "def "]
+    make(tiny(), tmp_path / "out", settings(openings=openings))
+    rows = read_rows(tmp_path / "out")
+    assert len({row.text for row in rows}) == len(rows) == 12
+    for row in rows:
+        opening = openings[row.id % 2]
+        assert row.text is not None and row.text.startswith(opening) and len(row.text) > len(opening)
+    with pytest.raises(ValueError, match="openings"):
+        settings(openings=[""])
+
+
 def test_first_tokens_are_text_and_never_special(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, tokenizer = load_model(tiny()), load_tokenizer(tiny())
     first = Texts(settings(), model, tokenizer, Context(), tmp_path).first
@@ -109,7 +121,7 @@ def test_loops_duplicates_and_empties_are_dropped_and_counted(
     import compress.data.texts as module
     from compress.data.sampling import Sampled
 
-    monkeypatch.setattr(Texts, "_start", lambda self, seed: 40, raising=True)
+    monkeypatch.setattr(Texts, "_start", lambda self, row, seed: [40], raising=True)
     scripts = iter([[Sampled([50, 51], ended=True), Sampled([50, 51], ended=True), Sampled([9] * 24, looped=True)]])
     fallback = iter(range(60, 400))
 
