@@ -32,9 +32,7 @@ class Texts(Drafts):
         self.stop = frozenset(eos_ids(tokenizer, model))
         self.banned = [token for token in special if token < size and token not in self.stop]
         self.begin = list(tokenizer("")["input_ids"])  # what the tokenizer begins every text with, if anything
-        self.openings = [
-            tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in self.config.openings
-        ]
+        self.openings = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in self.config.openings]
         self.first = [token for token in range(size) if token not in special and _is_text(tokenizer.decode([token]))]
 
     def draw(self, ids: range) -> list[Draft]:

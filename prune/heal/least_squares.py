@@ -18,6 +18,7 @@ from ...errors import UserError
 
 LEAST_SCALE = 0.1  # the stream is divided by s, so it must stay well above 0
 
+
 @dataclass
 class Sums:
     """Sums over tokens, float64; of a diagonal problem only the diagonals."""
