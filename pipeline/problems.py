@@ -126,6 +126,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     """The model classes within a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if get_origin(annotation) is dict:  # its keys are names of the user's, not of a section
+        return []
     if get_origin(annotation) is not None or isinstance(annotation, types.UnionType):
         return [model for part in get_args(annotation) for model in _models(part)]
     return []
