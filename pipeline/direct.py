@@ -74,7 +74,7 @@ def merge_command(
     if out.exists():
         raise UserError(f"{out} is there already; choose another --out")
     names = [entry.model for entry in config.models or []]
-    wanted = dict.fromkeys([*names, *([config.base_model] if config.base_model else [])])
+    wanted = [*names, config.base_model] if config.base_model else names
     folders = {name: resolve(name, cache, progress=context.progress) for name in wanted}
     with readable_errors(f"merge, writing to {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)

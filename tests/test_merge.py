@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.data.chat import load_encoded
 from compress.errors import UserError
-from compress.merge import bridge, measure, stage
+from compress.merge import bridge, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.stage import WORK, Context
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,14 +29,6 @@ from transformers import AutoModelForCausalLM
 SIZES: dict[str, Any] = {"blocks": 3, "hidden": 32, "heads": 2, "kv_heads": 1, "intermediate": 48}
 WEIGHT = {"weight": 1.0}
 DIVERGED = "model.layers.0.mlp.down_proj.weight"
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def section(method: str, names: list[str] | None = None, **options: Any) -> MergeConfig:
@@ -159,11 +150,11 @@ def test_methods_that_draw_take_the_seed_and_leave_the_generators_alone(
 ) -> None:
     config = section("dare_ties", ["a", "b"], parameters={"weight": 0.5, "density": 0.5})
     torch.manual_seed(1)
-    state, other, third = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    state, other, third = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     found = [content_of_merge(models, tmp_path / str(i), config, seed) for i, seed in enumerate((3, 3, 4))]
     assert found[0] == found[1] != found[2]
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == other
-    assert np.array_equal(np.random.get_state()[1], third)
+    assert repr(np.random.get_state()) == third
     start, m = tensors(models["start"]), tensors(tmp_path / "0")
     changed = [m[name] - start[name] for name in m]
     untouched = sum(int((change == 0).sum()) for change in changed) / sum(change.numel() for change in changed)
@@ -182,9 +173,9 @@ def test_model_stock_lies_between_the_start_and_the_mean(models: dict[str, Path]
     for name, tensor in found.items():
         changes = [(part[name] - start[name]).double().flatten() for part in trained]
         pairs = [(0, 1), (0, 2), (1, 2)]
-        cosine = np.mean([float(changes[i] @ changes[j] / (changes[i].norm() * changes[j].norm())) for i, j in pairs])
+        cosine = sum(float(changes[i] @ changes[j] / (changes[i].norm() * changes[j].norm())) for i, j in pairs) / 3
         t = 3 * cosine / (1 + 2 * cosine)
-        wanted = start[name].double() + t * (sum(changes) / 3).reshape(tensor.shape)
+        wanted = start[name].double() + t * torch.stack(changes).mean(0).reshape(tensor.shape)
         torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=1e-6)
 
 
@@ -392,144 +383,3 @@ def test_what_fails_in_mergekit_is_one_message(models: dict[str, Path], tmp_path
 def test_sections_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         section("slerp", **options)
-
-
-# The stage ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tiny: Callable[..., Path], talks: Path, tmp_path_factory: Any) -> Inputs:
-    """A base model and a distill folder whose two variants lie on either side of the base: their mean is nearly it."""
-    root = tmp_path_factory.mktemp("merge-stage")
-    base, distill = tiny(**SIZES), root / "distill"
-    start = shifted(base, root / "prune" / "model", 1)
-    noise = shifted(base, root / "noise", 9)
-    plain, moved = tensors(base), tensors(noise)
-    for name, sign, extra in (("a", 1.0, 0.0), ("b", -0.9, 0.0)):
-        folder = distill / "variants" / name / "model"
-        shutil.copytree(start, folder)
-        save_file(
-            {n: plain[n] + (sign + extra) * (moved[n] - plain[n]) for n in plain},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
-    variants = [{"name": name} for name in ("a", "b")]
-    (distill / "variants.json").write_text(json.dumps({"length": 64, "batch": 2, "chosen": "b", "variants": variants}))
-    shutil.copytree(distill / "variants" / "b" / "model", distill / "model")
-    return Inputs(base, distill / "model", {"data": talks, "prune": root / "prune", "distill": distill})
-
-
-def run(config: MergeConfig, inputs: Inputs, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    out.mkdir(exist_ok=True)
-    (out / WORK).mkdir(exist_ok=True)
-    return stage.run(config, inputs, out, Context(seed=7, progress=progress or Progress()))
-
-
-@torch.no_grad()
-def figures(folder: Path, inputs: Inputs) -> dict[str, float]:
-    """KL to the base and perplexity over held-out response tokens, row by row, without packing or chunks."""
-    model, base = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, inputs.base))
-    kl, nll, count = 0.0, 0.0, 0
-    for row in load_encoded(inputs.stages["data"], load_tokenizer(inputs.base), "heldout", 64):
-        ids = torch.tensor([row.input_ids])
-        at = [t for t in range(1, len(row.input_ids)) if row.loss_mask[t]]
-        log_m, log_b = (m(ids).logits[0].double().log_softmax(-1)[[t - 1 for t in at]] for m in (model, base))
-        kl += float((log_b.exp() * (log_b - log_m)).sum())
-        nll -= float(log_m[range(len(at)), ids[0, at]].sum())
-        count += len(at)
-    return {"eval_kl": kl / count, "eval_perplexity": math.exp(nll / count)}
-
-
-GOOD = {"parameters": WEIGHT}  # halfway, nearly the base
-BAD = {
-    "models": [{"model": "a", "parameters": {"weight": 3.0}}, {"model": "b", "parameters": {"weight": -2.0}}]
-}  # far out
-
-
-@pytest.mark.parametrize(
-    ("options", "chosen"),
-    [
-        (GOOD, "merge"),
-        (BAD, "b"),
-        (BAD | {"by": "perplexity"}, None),
-        (BAD | {"select": "merge"}, "merge"),
-        (GOOD | {"models": [{"model": "b"}, {"model": "start"}]}, None),
-    ],
-)
-def test_the_better_of_the_merge_and_its_parents_goes_on(
-    world: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], chosen: str | None
-) -> None:
-    passes: list[Path] = []
-    plain = measure.unpruned
-    monkeypatch.setattr(stage, "unpruned", lambda folder, *args: passes.append(folder) or plain(folder, *args))
-    progress = Notes()
-    metrics = run(section("linear", **options), world, tmp_path / "out", progress)
-    distill = world.stages["distill"]
-    folders = {"merge": tmp_path / "out" / WORK / "merged", "start": world.stages["prune"] / "model"}
-    folders |= {name: distill / "variants" / name / "model" for name in ("a", "b")}
-    names = ["merge", "a", "b"] + (["start"] if "start" in json.dumps(options) else [])
-    found = {entry["name"]: entry for entry in metrics["models"]}
-    assert list(found) == names and passes == [world.base]
-    for name in names:
-        wanted = figures(folders[name], world)
-        assert {key: found[name][key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
-    key = f"eval_{options.get('by', 'kl')}"
-    best = min(names, key=lambda name: found[name][key])
-    assert metrics["chosen"] == ("merge" if options.get("select") == "merge" else best)
-    assert chosen is None or metrics["chosen"] == chosen
-    kept = folders[metrics["chosen"]]
-    assert content(tmp_path / "out" / "model") == content(kept)
-    assert (tmp_path / "out" / "model" / "model.safetensors").samefile(kept / "model.safetensors")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "merge.json", WORK}
-    record = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert (record["chosen"], record["models"]) == (metrics["chosen"], metrics["models"])
-    asked = [entry["model"] for entry in record["config"]["models"]]
-    assert [entry["name"] for entry in record["models"] if entry["merged"]] == sorted(asked)
-    verdict = "the merge by linear" if metrics["chosen"] == "merge" else f"{metrics['chosen']}, which is better than"
-    assert f"kept: {verdict}" in progress.notes[-1]
-
-
-def test_a_killed_stage_goes_on_and_two_places_have_the_same_bytes(
-    world: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = section("dare_ties", parameters={"weight": 0.5, "density": 0.7})
-    elsewhere = tmp_path / "elsewhere"
-    moved = {name: shutil.copytree(folder, elsewhere / name) for name, folder in world.stages.items()}
-    base = shutil.copytree(world.base, elsewhere / "base")
-    whole = run(config, Inputs(base, moved["distill"] / "model", moved), tmp_path / "whole")
-    merged: list[str] = []
-    plain = {
-        name: getattr(stage, name) for name in ("merge_weights", "copy_companions", "heldout_figures", "link_files")
-    }
-
-    class Stop(KeyboardInterrupt):
-        pass
-
-    def stop(*_: Any) -> None:
-        raise Stop
-
-    def stop_at_b(folder: Path, *args: Any) -> Any:
-        return stop() if "b" in folder.parts else plain["heldout_figures"](folder, *args)
-
-    monkeypatch.setattr(stage, "merge_weights", lambda *args: merged.append("") or plain["merge_weights"](*args))
-    for name, replacement in (("copy_companions", stop), ("heldout_figures", stop_at_b), ("link_files", stop)):
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(stage, name, replacement)
-            run(config, world, tmp_path / "out")
-    assert len(merged) == 2  # made once more, because it was not whole
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "unpruned", stop)  # everything has been measured
-        again = run(config, world, tmp_path / "out")
-    assert again == whole and content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_a_stage_without_variants_is_refused(world: Inputs, tmp_path: Path) -> None:
-    inputs = Inputs(world.base, world.model, world.stages | {"distill": world.stages["prune"]})
-    with pytest.raises(UserError, match="the stage distill has no variants"):
-        run(section("linear", parameters=WEIGHT), inputs, tmp_path / "out")
-
-
-def test_a_merge_that_is_not_finite_is_an_error(world: Inputs, tmp_path: Path) -> None:
-    config = section("linear", parameters={"weight": 3e38, "normalize": False})
-    with pytest.raises(UserError, match=r"the held-out figures of merge are not finite; change merge\.parameters"):
-        run(config, world, tmp_path / "out")

@@ -146,7 +146,11 @@ def test_all_problems_are_reported_at_once(write):
         ("data: {source: magpie}\ndistill: {}\nmerge: {method: slerp}", 5, "merge: it needs distill.variants: two or"),
         (VARIANTS + "merge: {method: slerp, base_model: b1}", 8, "no variant is named 'b1'; did you mean 'b'"),
         (VARIANTS + "merge:\n  method: ties\n  models:\n  - model: a\n  - model: sta", 12, "did you mean 'start'"),
-        (VARIANTS + "merge: {method: slerp, parameters: {t: {value: 1, fitler: mlp}}}", 8, "merge.parameters.t"),
+        (
+            VARIANTS + "merge: {method: slerp, parameters: {t: {value: 1, fitler: mlp}}}",
+            8,
+            "unknown key 'fitler'; did you mean 'filter'?",
+        ),
         (VARIANTS + "merge: {metod: slerp}", 8, "merge.metod: unknown key 'metod'; did you mean 'method'?"),
         (VARIANTS.replace("rows", "row"), 7, "distill.variants.1.row: unknown key 'row'; did you mean 'rows'?"),
         (VARIANTS.replace("name: b", "name: a"), 5, "distill.variants: two variants are named 'a'"),
