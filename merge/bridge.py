@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from ..modeling.checkpoint import quiet
+from ..stage import Context
 from .config import SHARD, START, MergeConfig, nearest
 
 
@@ -70,24 +71,36 @@ def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
                 hint = nearest(name, sorted(known)) if known else "; it has none"
                 raise UserError(f"{where}: {config.method} has no parameter {name!r}{hint}")
             scope = known[name].scope.value
-            if owner is not None and (scope == "shared" or (scope == "non_base" and owner == base)):
-                reason = "is not one model's own" if scope == "shared" else "is not the base model's"
-                raise UserError(f"{where}: {config.method}'s parameter {name} {reason}; put it under merge.parameters")
-            for value in _scalars(setting):
-                try:
-                    known[name].validate(value)
-                except ValueError as error:
-                    kind = getattr(known[name].value_type, "__name__", known[name].value_type)
-                    raise UserError(f"{where}.{name}: {value!r} is not of type {kind}") from error
-    for parameter in known.values():
-        if parameter.required and parameter.name not in config.parameters:
-            shared, own = parameter.scope.value == "shared", {m.model: m.parameters for m in config.models or []}
-            lacking = [name for name in names if name != base and parameter.name not in own.get(name, {})]
-            if shared or lacking:
-                of = "" if shared else f" for {', '.join(lacking)}"
-                example = f"parameters: {{{parameter.name}: {0.5 if parameter.name == 't' else 1.0}}}"
-                raise UserError(f"merge.parameters: {config.method} needs {parameter.name}{of}, such as {example}")
+            if owner is not None and scope == "shared":
+                raise UserError(f"{where}: {name} is not one model's own; put it under merge.parameters")
+            if owner is not None and owner == base and scope == "non_base":
+                raise UserError(f"{where}: {config.method} has no {name} of the base model; leave it out")
+            _check_type(f"{where}.{name}", known[name], setting)
+    _check_present(config, method, names, base)
     return base
+
+
+def _check_type(where: str, parameter: Any, setting: Any) -> None:
+    for value in _scalars(setting):
+        try:
+            parameter.validate(value)
+        except ValueError as error:
+            kind = getattr(parameter.value_type, "__name__", parameter.value_type)
+            raise UserError(f"{where}: {value!r} is not of type {kind}") from error
+
+
+def _check_present(config: MergeConfig, method: Any, names: Sequence[str], base: str | None) -> None:
+    """Refuse a required parameter that is given neither for all nor for each model."""
+    own = {entry.model: entry.parameters for entry in config.models or []}
+    for parameter in method.spec.parameters:
+        if not parameter.required or parameter.name in config.parameters:
+            continue
+        shared = parameter.scope.value == "shared"
+        lacking = [name for name in names if name != base and parameter.name not in own.get(name, {})]
+        if shared or lacking:
+            of = "" if shared else f" for {', '.join(lacking)}"
+            example = f"parameters: {{{parameter.name}: {0.5 if parameter.name == 't' else 1.0}}}"
+            raise UserError(f"merge.parameters: {config.method} needs {parameter.name}{of}, such as {example}")
 
 
 def _settings(config: MergeConfig) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
@@ -143,14 +156,13 @@ def merge_weights(
     base: str | None,
     tensors: Collection[str],
     out: Path,
-    seed: int,
-    device: str,
+    context: Context,
 ) -> None:
     """Write the merged weights into `out` as safetensors, and nothing else.
 
     `folders` are the checkpoints by name, the base model's among them, each of which has all of `tensors`. Random
-    methods draw from `seed`. One tensor after another is read, merged and written. Raises `UserError` for what
-    mergekit refuses.
+    methods draw from the context's seed. One tensor after another is read, merged and written. Raises `UserError` for
+    what mergekit refuses.
     """
     with silenced():
         from mergekit.common import ModelPath, ModelReference
@@ -164,7 +176,7 @@ def merge_weights(
             # Not from text: mergekit takes an @ or a + in it for a revision or an adapter.
             return ModelReference(model=ModelPath(path=str(folders[name].resolve())))
 
-        options = MergeOptions(device=device, trust_remote_code=False, out_shard_size=SHARD, quiet=True)
+        options = MergeOptions(device=context.device, trust_remote_code=False, out_shard_size=SHARD, quiet=True)
         try:
             settings = MergeConfiguration(
                 merge_method=config.method,
@@ -181,9 +193,11 @@ def merge_weights(
             shape = reference(config.models[0].model).config() if config.models else None
             plan = MergePlanner(settings, _architecture(tensors), options, shape).plan_to_disk(str(out))
             with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(seed)
-                for _ in Executor(plan, torch.device(device), torch.device("cpu")).run(quiet=True):
-                    pass
+                torch.manual_seed(context.seed)
+                executor = Executor(plan, torch.device(context.device), torch.device("cpu"))
+                with context.progress.bar("merging", len(plan)) as advance:
+                    for _ in executor.run(quiet=True):
+                        advance()
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or os.strerror(errno.ENOSPC) in str(error):
                 raise

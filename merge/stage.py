@@ -94,7 +94,7 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
     config = config.model_copy(update={"out_dtype": config.out_dtype or DTYPES[own]})
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merge_weights(config, used, base, shapes, partial, context.seed, context.device)
+    merge_weights(config, used, base, shapes, partial, context)
     copy_companions(used[names[0]], partial, str(config.out_dtype))
     partial.replace(out)
 

@@ -339,7 +339,7 @@ def test_types_may_differ_where_the_recipe_says_what_to_save(models: dict[str, P
                 "parameters": WEIGHT,
                 "models": [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b"}],
             },
-            r"models\.0\.parameters: ties's parameter density is not the base model's",
+            r"models\.0\.parameters: ties has no density of the base model; leave it out",
         ),
         (
             {"method": "model_stock", "models": [{"model": "a"}]},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from compress.merge import measure, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.load import load_tokenizer
 from compress.pipeline import cli
+from compress.pipeline.inspection import inspect_path
 from compress.pipeline.plan import StagePlan, make_plan
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
@@ -194,7 +197,7 @@ RECIPE = """
 name: chain
 model: MODEL
 seed: 7
-data: {source: texts, rows: 16, tokens: 24, heldout: 0.25}
+data: {source: texts, rows: 12, tokens: 24, heldout: 0.25}
 prune: {blocks: 1, calibration: {tokens: 512, length: 64}}
 distill:
   objective: kd
@@ -251,6 +254,9 @@ def test_the_merge_is_exported_measured_and_reported(chain: tuple[Path, Path]) -
         (saved,) = (entry for entry in report["merge"]["models"] if entry["name"] == variant["name"])
         assert saved["eval_kl"] == pytest.approx(variant["best"]["eval_kl"], rel=1e-3)
         assert saved["eval_perplexity"] == pytest.approx(variant["best"]["eval_perplexity"], rel=1e-3)
+    console = Console(record=True, width=200, file=io.StringIO())
+    inspect_path(merge, console)
+    assert re.search(r"went on\W+merge", console.export_text())
     for path in merge.rglob("*"):
         assert path.is_dir() or path.name == "manifest.json" or str(folder).encode() not in path.read_bytes()
 
