@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..stage import Section
 
 FORMAT = 1
+RESERVED = ("start", "merge")  # in a merge these are the model that all variants start from, and the result
 
 
 def _named(value: Any) -> Any:
@@ -78,6 +79,35 @@ class Copy(Section):
 Objective = Annotated[Sft | Dft | Asft | Kd, Field(discriminator="kind"), BeforeValidator(_named)]
 Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(_named)]
 Teacher = Annotated[Copy, BeforeValidator(_named)]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class Variant(Section):
+    """One of several students: its name, and what differs from the rest of the section."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names its folder, and the model in `merge`")
+    seed: int | None = Field(default=None, ge=0, description="of the order of its rows and its adapters")
+    rows: tuple[float, float] = Field(
+        default=(0.0, 1.0),
+        description="which training rows it learns from: [from, to], as shares of them in the data stage's order",
+    )
+    objective: Objective | None = Field(default=None, description="as in the section")
+    tune: Tune | None = Field(default=None, description="as in the section")
+    epochs: float | None = Field(default=None, gt=0, description="comes before the section's max_steps")
+    max_steps: int | None = Field(default=None, ge=1, description="as in the section")
+    lr: float | None = Field(default=None, gt=0, description="as in the section")
+    schedule: Schedule | None = Field(default=None, description="as in the section")
+    warmup: float | None = Field(default=None, ge=0, lt=1, description="as in the section")
+
+    @field_validator("rows")
+    @classmethod
+    def _some_rows(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("write the rows as [from, to] with 0 <= from < to <= 1, such as [0, 0.5]")
+        return value
+
+
+OVERRIDES = tuple(name for name in Variant.model_fields if name not in ("name", "seed", "rows"))
 
 
 class DistillConfig(Section):
@@ -89,7 +119,7 @@ class DistillConfig(Section):
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
     batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
     accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
@@ -104,3 +134,33 @@ class DistillConfig(Section):
     select: Literal["kl", "perplexity", "loss", "last"] = Field(
         default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
     )
+    variants: list[Variant] | None = Field(
+        default=None,
+        description="several students, trained one after another; `select` chooses the one that goes on",
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _several_different(cls, value: list[Variant] | None) -> list[Variant] | None:
+        if value is None:
+            return None
+        if len(value) < 2:
+            raise ValueError("variants are two or more; for one student leave the key out")
+        names = [variant.name for variant in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two variants are named {name!r}")
+            if name in RESERVED:
+                raise ValueError(f"no variant can be named {name!r}: in a merge that name means something else")
+        for i, one in enumerate(value):
+            for other in value[:i]:
+                if one.model_dump(exclude={"name"}) == other.model_dump(exclude={"name"}):
+                    raise ValueError(f"{other.name} and {one.name} would be the same student; give one another seed")
+        return value
+
+    def of(self, variant: Variant) -> DistillConfig:
+        """The section as it is for one variant."""
+        own = {name: value for name in OVERRIDES if (value := getattr(variant, name)) is not None}
+        if "epochs" in own and "max_steps" not in own:
+            own["max_steps"] = None
+        return self.model_copy(update=own | {"variants": None})

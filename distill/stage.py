@@ -1,7 +1,8 @@
-"""The distill stage: the pruned model learns from the unpruned one; the best checkpoint is kept."""
+"""The distill stage: the pruned model learns from the unpruned one; the best checkpoint of the best student is kept."""
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -12,18 +13,20 @@ from typing import Any
 import torch
 
 from ..data.calibration import pad_id
-from ..data.chat import load_encoded
+from ..data.chat import Encoded, load_encoded
 from ..data.packing import Batch, pack
+from ..data.rows import Split
 from ..errors import UserError
 from ..modeling.blocks import Decoder
-from ..modeling.checkpoint import quiet, save_checkpoint
+from ..modeling.checkpoint import link_files, quiet, save_checkpoint
 from ..modeling.load import load_model, load_tokenizer
-from ..stage import WORK, Context, Inputs
+from ..stage import Context, Inputs
 from .config import DistillConfig, Lora
 from .losses import needs_teacher
 from .teacher import CopyTeacher, quantization
 from .train import (
     DistillTrainer,
+    HeldOut,
     Student,
     hold_out,
     latest_checkpoint,
@@ -32,11 +35,17 @@ from .train import (
     read_lines,
     total_steps,
 )
+from .variants import Job, choose, plan_jobs, share, write_record
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def check(config: DistillConfig, base: Path, context: Context) -> None:
     """Refuse bits without bitsandbytes before any work is done."""
-    bits = config.teacher.quantize or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
+    tunes = [job.config.tune for job in plan_jobs(config, base, context)]
+    bits = config.teacher.quantize or next(
+        (t.quantize_base for t in tunes if isinstance(t, Lora) and t.quantize_base), None
+    )
     if bits or config.optimizer == "adamw_8bit":
         try:
             import bitsandbytes  # noqa: F401
@@ -45,24 +54,60 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
 
 
 def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement)."""
-    work = out_dir / WORK
-    work.mkdir(exist_ok=True)
+    """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement).
+
+    With variants each one has these two in `variants/NAME/`, the best one's are here as well, and `variants.json`
+    has the figures of all. A variant that is finished is not trained again.
+    """
+    jobs = plan_jobs(config, out_dir, context)
+    pending = [job for job in jobs if job.figures is None]
+    if pending:
+        _recover_all(config, pending, inputs, context)
+    figures = {job.name: job.figures or {} for job in jobs}
+    if config.variants is None:
+        return figures[""]
+    chosen = choose(config, figures)
+    link_files(out_dir / "variants" / chosen / "model", out_dir / "model")
+    shutil.copyfile(out_dir / "variants" / chosen / "curves.jsonl", out_dir / "curves.jsonl")
+    write_record(config, jobs, figures, chosen, out_dir)
+    context.progress.note(f"of {len(jobs)} variants {chosen} goes on")
+    seconds = round(sum(entry["seconds_training"] for entry in figures.values()), 1)
+    return figures[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": figures}
+
+
+def _recover_all(config: DistillConfig, jobs: list[Job], inputs: Inputs, context: Context) -> None:
+    """Train students one after another; the teacher's states on the held-out rows are computed once for all."""
     tokenizer = load_tokenizer(inputs.model)
-    train, held = load_batches(config, inputs, tokenizer, context.seed)
+    train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
+    with quiet(bars=True):
+        teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
+        held_out = hold_out(pack_rows(config, held, tokenizer), teacher, context.device)
+    for number, job in enumerate(jobs):
+        if not any(needs_teacher(later.config.objective) for later in jobs[number:]):
+            teacher = None  # it was only needed to say how far the students are from it
+        batches = load_batches(job, train, tokenizer)
+        job.finish(_recover(job, inputs, tokenizer, batches, teacher, held_out))
+        gc.collect()  # a trainer and its model refer to each other
+
+
+def _recover(
+    job: Job, inputs: Inputs, tokenizer: Any, train: list[Batch], teacher: CopyTeacher | None, held_out: HeldOut
+) -> dict[str, Any]:
+    """Train one student and save it with its curves; its figures."""
+    job.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with quiet(bars=True):
-        figures = _train(config, inputs, work, context, train, held)
+        figures = _train(job, inputs, train, teacher, held_out)
     seconds = time.monotonic() - started
-    context.progress.note(
-        f"held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → {figures['best']['eval_kl']:.3f} "
-        f"(step {figures['best']['step']} of {figures['steps']})"
+    job.context.progress.note(
+        f"{job.label}held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → "
+        f"{figures['best']['eval_kl']:.3f} (step {figures['best']['step']} of {figures['steps']})"
     )
     with quiet():
-        model = best_model(config, inputs, work, context)
-    save_checkpoint(model, tokenizer, out_dir / "model")
-    shutil.copyfile(work / "curves.jsonl", out_dir / "curves.jsonl")
-    lines = [line for line in read_lines(out_dir / "curves.jsonl") if "tokens" in line]
+        model = best_model(job.config, inputs, job.work, job.context)
+    save_checkpoint(model, tokenizer, job.folder / "model")
+    shutil.copyfile(job.work / "curves.jsonl", job.folder / "curves.jsonl")
+    lines = [line for line in read_lines(job.folder / "curves.jsonl") if "tokens" in line]
     return figures | {
         "target_tokens": sum(line["tokens"] for line in lines),
         "train_tokens": sum(batch.tokens for batch in train),
@@ -70,27 +115,27 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     }
 
 
-def load_batches(config: DistillConfig, inputs: Inputs, tokenizer: Any, seed: int) -> tuple[list[Batch], list[Batch]]:
-    """Packed training rows, in an order drawn from the seed, and packed held-out rows."""
-    data, pad = inputs.stages["data"], pad_id(tokenizer)
-    rows = load_encoded(data, tokenizer, "train", config.length)
-    random.Random(seed).shuffle(rows)
-    held = load_encoded(data, tokenizer, "heldout", config.length)
-    return pack(rows, config.length, config.batch, pad), pack(held, config.length, config.batch, pad)
+def load_batches(job: Job, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
+    """A job's share of the training rows, packed in an order drawn from its seed."""
+    own = share(rows, job)
+    random.Random(job.context.seed).shuffle(own)
+    return pack_rows(job.config, own, tokenizer)
+
+
+def pack_rows(config: DistillConfig, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
+    """Rows as they are run: in packed sequences of the section's length, in their order."""
+    return pack(rows, config.length, config.batch, pad_id(tokenizer))
 
 
 def _train(
-    config: DistillConfig, inputs: Inputs, work: Path, context: Context, train: list[Batch], held: list[Batch]
+    job: Job, inputs: Inputs, train: list[Batch], teacher: CopyTeacher | None, held_out: HeldOut
 ) -> dict[str, Any]:
-    teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
-    assert teacher is not None
-    held_out = hold_out(held, teacher, context.device)
-    if not needs_teacher(config.objective):
-        teacher = None  # it was only needed to say how far the student is from it
+    config, work, context = job.config, job.work, job.context
     student = build_student(config, inputs, context)
     steps = total_steps(config, len(train))
-    with context.progress.bar("training", steps) as advance:
-        trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
+    own = teacher if needs_teacher(config.objective) else None
+    with context.progress.bar(f"{job.label}training", steps) as advance:
+        trainer = DistillTrainer(student, config, own, held_out, work, context, train, advance)
         resume = latest_checkpoint(work / "trainer")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     lines = [line for line in read_lines(work / "curves.jsonl") if "eval_kl" in line]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..data.packing import Batch
+from ..modeling.agreement import Head
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from ..stage import Context
 from .config import Copy
-from .losses import Head
 
 
 def quantization(kind: str | None, dtype: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.packing import Batch
 from ..errors import UserError
+from ..modeling.agreement import Head, response_positions
 from ..modeling.blocks import Decoder
 from ..stage import Advance, Context
 from .config import DistillConfig, Lora
-from .losses import Head, LossSums, objective_loss, response_positions
+from .losses import LossSums, objective_loss
 from .teacher import CopyTeacher
 
 WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from

@@ -61,7 +61,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
-    """base, pruned, healed and recovered, as far as there are."""
+    """base, pruned, healed, recovered and merged, as far as there are."""
 
     def loader(folder: Path) -> Callable[[], Any]:
         return lambda: load_model(folder, context.dtype, context.device)
@@ -84,7 +84,17 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
     if "distill" in inputs.stages:
         folder = inputs.stages["distill"] / "model"
         found.append(Subject("recovered", loader(folder), folder, load_config(folder).num_hidden_layers))
+    if "merge" in inputs.stages and _chosen(inputs.stages["merge"] / "merge.json") != _chosen(
+        inputs.stages["distill"] / "variants.json"
+    ):
+        folder = inputs.stages["merge"] / "model"
+        found.append(Subject("merged", loader(folder), folder, load_config(folder).num_hidden_layers))
     return found
+
+
+def _chosen(record: Path) -> str:
+    """Which model a stage with several chose. A merge that kept the recovered model is not measured again."""
+    return json.loads(record.read_text(encoding="utf-8"))["chosen"]
 
 
 def artifacts(inputs: Inputs) -> list[Subject]:

@@ -6,12 +6,18 @@ import contextlib
 import io
 import json
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .source import checkpoint_files
+
+# Keys in which libraries note where they read a model from.
+PLACES = ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 @contextlib.contextmanager
@@ -50,7 +56,30 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     except OSError as error:
         raise UserError(f"could not write the checkpoint to {folder}: {error.strerror or error}") from error
     for name in ("config.json", "tokenizer_config.json"):
-        _strip(folder / name, ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only"))
+        _strip(folder / name, PLACES)
+
+
+def copy_companions(source: Path, folder: Path, dtype: str) -> None:
+    """Copy all of a checkpoint but its weights: configuration (naming `dtype`), generation defaults and tokenizer."""
+    for file in checkpoint_files(source):
+        if file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json"):
+            shutil.copyfile(file, folder / file.name)
+    _strip(folder / "tokenizer_config.json", PLACES)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    changed = {key: value for key, value in values.items() if key not in PLACES}
+    changed["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
+    _rewrite(folder / "config.json", values, changed)
+
+
+def link_files(source: Path, folder: Path) -> None:
+    """Make `folder` hold the same files as `source`, by hard links where the file system has them, else by copies."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        try:
+            os.link(file, folder / file.name)
+        except OSError:  # links are not to be had here, or not between these two places
+            shutil.copyfile(file, folder / file.name)
 
 
 def count_parameters(checkpoint: Path) -> int:
@@ -69,9 +98,11 @@ def count_parameters(checkpoint: Path) -> int:
 
 
 def _strip(path: Path, keys: tuple[str, ...]) -> None:
-    if not path.exists():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if key not in keys}
-    if kept != values:
-        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path.exists():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        _rewrite(path, values, {key: value for key, value in values.items() if key not in keys})
+
+
+def _rewrite(path: Path, before: dict[str, Any], values: dict[str, Any]) -> None:
+    if values != before:
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

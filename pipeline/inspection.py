@@ -173,7 +173,9 @@ def _bundle(path: Path) -> tuple[str, Rows]:
 
 def _stage(path: Path) -> tuple[str, Rows]:
     manifest = _json(path / "manifest.json")
+    chosen = manifest["metrics"].get("chosen")
     return f"stage {manifest['stage']} {path}", [
+        *([("went on", chosen)] if chosen else []),
         ("fingerprint", manifest["fingerprint"]),
         ("time", duration(manifest["seconds"])),
         ("peak memory", megabytes(manifest["peak_memory_bytes"])),

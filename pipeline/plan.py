@@ -18,12 +18,13 @@ from rich.table import Table
 from ..data.config import DatasetConfig, MagpieConfig
 from ..distill.config import DistillConfig, Full, Lora
 from ..errors import UserError
+from ..merge.config import SHARD, MergeConfig
 from ..modeling.source import parse_source
 from ..prune.config import PruneConfig
 from .recipe import LoadedRecipe, ModelSpec
 from .report.html import megabytes
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BITS = {"nf4": 0.56, "int8": 1.06}  # bytes per weight, block scales included
 EXPORT_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.6, "Q4_K_M": 4.9, "Q4_0": 4.6, "int4": 5.7, "int8": 9, "fp32": 32}
 
@@ -144,6 +145,8 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
         return _prune(section, shape, kept, size)
     if name == "distill":
         return _distill(section, shape, kept, size)
+    if name == "merge":
+        return _merge(section, shape, kept, size)
     if name == "export":
         kinds = [*section.gguf, *section.onnx]
         disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
@@ -155,6 +158,26 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
 
 
 def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+    if config.variants is None:
+        return _student(config, shape, kept, size)
+    # One after another: the largest one's memory, everyone's disk.
+    plans = [_student(config.of(variant), shape, kept, size) for variant in config.variants]
+    most = max(plans, key=lambda plan: plan.memory)
+    return StagePlan(
+        "distill", most.memory, sum(plan.disk for plan in plans), f"{len(plans)} variants; the largest: {most.note}"
+    )
+
+
+def _merge(config: MergeConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+    whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
+    saved = BYTES.get(config.out_dtype or "", size)
+    head = shape.vocab * shape.hidden * size  # of the unpruned model, kept while each model is measured
+    merging = min(small * saved, SHARD) + 4 * shape.vocab * shape.hidden * BYTES[config.dtype]
+    measuring = max(whole * size, small * size + head)
+    return StagePlan("merge", max(merging, measuring), small * saved, f"{config.method}, then measured")
+
+
+def _student(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
     tokens = config.batch * config.length
     student, teacher = shape.parameters(kept), shape.parameters(shape.blocks)
     teacher_bytes = int(teacher * BITS.get(config.teacher.quantize or "", size))

@@ -89,13 +89,13 @@ def unknown_keys(
     known = {name: info for model in candidates for name, info in model.model_fields.items()}
     for key, child in value.items():
         if key in known:
-            below = [
-                m
-                for model in candidates
-                if key in model.model_fields
-                for m in _models(model.model_fields[key].annotation)
-            ]
-            yield from unknown_keys(child, below, (*path, key))
+            kinds = [model.model_fields[key].annotation for model in candidates if key in model.model_fields]
+            below = [model for kind in kinds for model in _models(kind)]
+            named = isinstance(child, dict) and any(
+                get_origin(kind) is dict for kind in kinds
+            )  # keys of the user's own
+            for name, item in child.items() if named else [(None, child)]:
+                yield from unknown_keys(item, below, (*path, key, name) if named else (*path, key))
             continue
         # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.
         near = _nearest(key, known, value)

@@ -19,6 +19,7 @@ from ..distill.config import DistillConfig
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
+from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
 from ..stage import Section
 from .problems import Problem, describe_problems
@@ -44,6 +45,7 @@ class Recipe(Section):
     data: DataConfig | None = Field(None, description="rows to calibrate on, learn from and measure with")
     prune: PruneConfig | None = Field(None, description="which blocks go and how the gap is healed")
     distill: DistillConfig | None = Field(None, description="recovery by learning from the unpruned model")
+    merge: MergeConfig | None = Field(None, description="the recovered variants become one model")
     export: ExportConfig | None = Field(None, description="GGUF and ONNX artifacts in one bundle")
     evaluate: EvaluateConfig | None = Field(None, description="measurements for the report")
 
@@ -68,6 +70,9 @@ def recipe_schema() -> dict[str, Any]:
 
 def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     """The names of the kinds that a schema node chooses from; none if it chooses from nothing."""
+    for option in node.get("anyOf", []):  # of a key that may be left out
+        if "$ref" not in option and (kinds := _kinds(option, definitions)):
+            return kinds
     if node.get("discriminator", {}).get("propertyName") == "kind":
         return sorted(node["discriminator"]["mapping"])
     kind = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
@@ -124,7 +129,7 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     tree = _parse(path, content)
     origins: dict[tuple[Any, ...], str] = {}
     for override in overrides:
-        _apply(tree, override, origins)
+        apply_override(tree, override, origins)
     plain = _plain(tree)
     problems: list[Problem] = []
     recipe: Recipe | None = None
@@ -135,6 +140,10 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         problems = describe_problems(error, plain, Recipe)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
     problems += _order_problems(order)
+    if recipe is not None and recipe.merge is not None:
+        names = [variant.name for variant in (recipe.distill and recipe.distill.variants) or []]
+        problems += _merge_problems(recipe.merge, names, "distill" in order)
+        recipe = recipe.model_copy(update={"merge": recipe.merge.among(names)})
     if problems or recipe is None:
         lines = [problem.render(str(path), tree, origins) for problem in problems]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
@@ -165,7 +174,8 @@ def _parse(path: Path, content: str) -> CommentedMap:
     return tree
 
 
-def _apply(tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str]) -> None:
+def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str]) -> None:
+    """Put KEY=VALUE into a recipe's tree in place, and note in `origins` which keys came from it."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -241,3 +251,9 @@ def _order_problems(order: tuple[str, ...]) -> list[Problem]:
                     Problem((name,), f"the stage {name} reads what {other} makes, so {other} must come before it")
                 )
     return problems
+
+
+def _merge_problems(merge: MergeConfig, variants: list[str], recovers: bool) -> list[Problem]:
+    if not variants:
+        return [Problem(("merge",), "it needs distill.variants: two or more students to merge")] if recovers else []
+    return [Problem(("merge", *path), message) for path, message in merge.unknown_names(variants)]

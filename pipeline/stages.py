@@ -31,7 +31,8 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("data", "data", ()),
         StageSpec("prune", "prune", ("data",)),
         StageSpec("distill", "distill", ("data", "prune"), needs=("data",)),
-        StageSpec("export", "export", ("data", "prune", "distill")),
-        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "export")),
+        StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill")),
+        StageSpec("export", "export", ("data", "prune", "distill", "merge")),
+        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "export")),
     )
 }

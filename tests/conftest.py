@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from compress.data.rows import Row, write_rows
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
@@ -55,6 +57,20 @@ def shaken(tiny: Callable[..., Path]) -> Callable[..., Path]:
 def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct as a checkpoint folder; converted once per machine."""
     return resolve(SMOLLM2, BUILD / "sources")
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a data stage with 18 short conversations to learn from and 6 held out, for tiny models."""
+    draw, words = random.Random(3), "the way of many people is which model time and look so é 42".split()
+
+    def talk() -> list[dict[str, str]]:
+        turns = [" ".join(draw.choices(words, k=draw.randrange(*span))) for span in ((2, 6), (4, 22))]
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
+
+    folder = tmp_path_factory.mktemp("talks")
+    write_rows(folder, [Row(i, "heldout" if i % 4 == 0 else "train", talk()) for i in range(24)])
+    return folder
 
 
 @pytest.fixture

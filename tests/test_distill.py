@@ -288,7 +288,7 @@ def test_a_teacher_in_fewer_bits_is_nearly_the_teacher(
 ) -> None:
     folder = tiny(blocks=2, tied=tied)
     exact, coarse = (CopyTeacher(folder, Copy(quantize=kind), Context()) for kind in (None, bits))
-    batch = stage.load_batches(world.config(), world.inputs, load_tokenizer(folder), SEED)[1][0]
+    batch = stage.pack_rows(world.config(), world.rows("heldout"), load_tokenizer(folder))[0]
     wanted, found = exact.hidden(batch), coarse.hidden(batch)
     assert 1e-4 < float((found - wanted).norm() / wanted.norm()) < most
     assert torch.equal(coarse.head.weight, exact.head.weight)  # the head keeps its bits

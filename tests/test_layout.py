@@ -80,7 +80,7 @@ def breaches(file: Path) -> list[str]:
 
 def test_there_is_something_to_read():
     areas = {area(file) for file in sources()}
-    assert {"pipeline", "modeling", "data", "prune", "distill", "export", "runtime", "evaluation"} <= areas
+    assert {"pipeline", "modeling", "data", "prune", "distill", "merge", "export", "runtime", "evaluation"} <= areas
 
 
 def test_imports_run_one_way():

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from compress.distill.config import Asft, Dft, Kd, Sft
-from compress.distill.losses import Head, needs_teacher, objective_loss, response_positions
+from compress.distill.losses import needs_teacher, objective_loss
+from compress.modeling.agreement import Head, response_positions
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from torch import Tensor

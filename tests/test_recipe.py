@@ -17,6 +17,12 @@ from ruamel.yaml.comments import CommentedMap
 
 SHIPPED = shipped()
 SMALL = "name: x\nmodel: random:llama\n"
+VARIANTS = """data: {source: magpie}
+distill:
+  variants:
+  - {name: a, seed: 1}
+  - {name: b, rows: [0, 0.5]}
+"""
 
 
 @pytest.fixture
@@ -134,8 +140,20 @@ def test_all_problems_are_reported_at_once(write):
         ("distill: {}", 3, "distill: the stage distill needs a stage data before it"),
         ("prune: {blocks: 1}\ndata: {source: magpie}", 3, "reads what data makes, so data must come before it"),
         ("seed: null", 3, "seed: input should be a valid integer (it is None)"),
-        ("merge: {method: slerp}", 3, "merge: unknown key 'merge'"),
+        ("polish: {method: slerp}", 3, "polish: unknown key 'polish'"),
         ("7: seven", 3, "7: unknown key '7'"),
+        ("data: {source: magpie}\nmerge: {method: slerp}", 4, "merge: the stage merge needs a stage distill before it"),
+        ("data: {source: magpie}\ndistill: {}\nmerge: {method: slerp}", 5, "merge: it needs distill.variants: two or"),
+        (VARIANTS + "merge: {method: slerp, base_model: b1}", 8, "no variant is named 'b1'; did you mean 'b'"),
+        (VARIANTS + "merge:\n  method: ties\n  models:\n  - model: a\n  - model: sta", 12, "did you mean 'start'"),
+        (
+            VARIANTS + "merge: {method: slerp, parameters: {t: {value: 1, fitler: mlp}}}",
+            8,
+            "unknown key 'fitler'; did you mean 'filter'?",
+        ),
+        (VARIANTS + "merge: {metod: slerp}", 8, "merge.metod: unknown key 'metod'; did you mean 'method'?"),
+        (VARIANTS.replace("rows", "row"), 7, "distill.variants.1.row: unknown key 'row'; did you mean 'rows'?"),
+        (VARIANTS.replace("name: b", "name: a"), 5, "distill.variants: two variants are named 'a'"),
     ],
 )
 def test_wrong_types_and_values(write, text, line, message):

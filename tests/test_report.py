@@ -151,6 +151,49 @@ def test_the_page_shows_what_the_search_compared_and_the_curve(report):
     assert page.tags.count("svg") == 4 and "What the search compared" not in page.text
 
 
+VARIANTS = {
+    "length": 64,
+    "batch": 1,
+    "chosen": "b",
+    "variants": [
+        {"name": name, "seed": 3, "rows": rows, "objective": "kd", "steps": 40, "best": best}
+        for name, rows, best in (
+            ("a", [0, 0.5], {"eval_kl": 0.51, "eval_perplexity": 6.1}),
+            ("b", [0.5, 1], {"eval_kl": 0.52, "eval_perplexity": 5.9}),
+        )
+    ],
+}
+MERGE = {
+    "config": {"method": "slerp", "select": "best", "by": "kl", "models": [{"model": "a"}, {"model": "b"}]},
+    "chosen": "merge",
+    "models": [
+        {"name": "merge", "merged": False, "eval_kl": 0.47, "eval_perplexity": 5.7},
+        {"name": "a", "merged": True, "eval_kl": 0.513, "eval_perplexity": 6.12},
+        {"name": "b", "merged": True, "eval_kl": 0.523, "eval_perplexity": 5.92},
+    ],
+}
+
+
+def test_the_page_shows_variants_beside_their_merge(report):
+    assert "Variants" not in parsed(report).text and html.students(report) == []
+    rows = html.students(report.model_copy(update={"variants": VARIANTS}))
+    assert [(row["name"], row["kl"], row["perplexity"], row["kept"]) for row in rows] == [
+        ("a", 0.51, 6.1, False),
+        ("b", 0.52, 5.9, True),
+    ]
+    both = report.model_copy(update={"variants": VARIANTS, "merge": MERGE})
+    rows = html.students(both)
+    assert [(row["name"], row["kl"], row["kept"]) for row in rows] == [
+        ("merge", 0.47, True),
+        ("a", 0.513, False),
+        ("b", 0.523, False),
+    ]
+    text = parsed(both).text
+    for part in ("Variants and their merge", "slerp of a, b", "kd, rows 50.0 % to 100.0 %, seed 3, 40 steps", "5.92"):
+        assert part in text, part
+    assert text.count("went on") == 2  # in the sentence, and beside the merge
+
+
 def test_the_headline_takes_the_smallest_artifact_that_is_good(report):
     small = html.smallest_artifact(report)
     assert small is not None and small.role == "gguf-Q4_K_M"  # the int4 is smaller, but far worse than its checkpoint

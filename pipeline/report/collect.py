@@ -34,6 +34,8 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         stages=[_entry(stage) for stage in stages],
         importance=_json(folders, "prune", "importance.json"),
         curves=_lines(folders, "distill", "curves.jsonl"),
+        variants=_json(folders, "distill", "variants.json"),
+        merge=_json(folders, "merge", "merge.json"),
         data=metrics.get("data"),
         samples=_samples(folders.get("data")),
         artifacts=metrics.get("export", {}).get("artifacts", []),

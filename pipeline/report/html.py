@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from . import plots
 from .schema import ModelEntry, Report
@@ -38,6 +39,7 @@ def render(report: Report) -> str:
     return template.render(
         report=report,
         headline=headline(report),
+        students=students(report),
         tasks=sorted({name for model in report.models for name in model.tasks}),
         total_seconds=sum(stage.seconds for stage in report.stages),
         longest=max((stage.seconds for stage in report.stages), default=1.0) or 1.0,
@@ -107,6 +109,38 @@ def headline(report: Report) -> list[dict[str, str]]:
             }
         )
     return cards
+
+
+def students(report: Report) -> list[dict[str, Any]]:
+    """Variants and their merge side by side: what each is, its held-out figures, and whether it went on.
+
+    With a merge the figures are those of the saved checkpoints, else those that training ended with.
+    """
+    if report.variants is None:
+        return []
+    entries = report.variants["variants"]
+    chosen = (report.merge or report.variants)["chosen"]
+    trained = {
+        entry["name"]: f"{entry['objective']}, rows {' to '.join(percent(part) for part in entry['rows'])}, "
+        f"seed {entry['seed']}, {entry['steps']} steps"
+        for entry in entries
+    }
+    if report.merge is None:
+        figures = {entry["name"]: entry["best"] for entry in entries}
+    else:
+        figures = {entry["name"]: entry for entry in report.merge["models"]}
+        method, models = report.merge["config"]["method"], report.merge["config"]["models"]
+        trained["merge"] = f"{method} of {', '.join(entry['model'] for entry in models)}"
+    return [
+        {
+            "name": name,
+            "what": trained.get(name, "what they were trained from"),
+            "kl": entry["eval_kl"],
+            "perplexity": entry["eval_perplexity"],
+            "kept": name == chosen,
+        }
+        for name, entry in figures.items()
+    ]
 
 
 def megabytes(value: float | None) -> str:

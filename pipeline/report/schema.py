@@ -62,6 +62,8 @@ class Report(_Entry):
     stages: list[StageEntry]
     importance: dict[str, Any] | None  # the prune stage's importance.json
     curves: list[dict[str, Any]]  # the distill stage's curves.jsonl
+    variants: dict[str, Any] | None = None  # the distill stage's variants.json
+    merge: dict[str, Any] | None = None  # the merge stage's merge.json
     data: dict[str, Any] | None  # the data stage's counts
     samples: list[list[dict[str, str]]]  # a few conversations of the data stage
     artifacts: list[dict[str, Any]]  # the bundle's, with their verification

@@ -1,0 +1,1 @@
+"""Merging recovered variants: the bridge to mergekit."""

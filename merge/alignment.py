@@ -1,0 +1,142 @@
+"""Whether checkpoints can be merged: told from their headers and files, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..modeling.blocks import kept_blocks
+from ..modeling.load import load_config
+
+# Configuration values that change nothing about what the weights mean.
+NEUTRAL = (
+    "_name_or_path architectures transformers_version dtype torch_dtype use_cache return_dict output_attentions "
+    "output_hidden_states initializer_range attention_dropout bos_token_id eos_token_id pad_token_id "
+    "max_position_embeddings chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder"
+).split()
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A tensor as its file's header has it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it, such as BF16
+
+
+def tensor_shapes(folder: Path) -> dict[str, TensorShape]:
+    """Every tensor of a checkpoint folder by name; `UserError` where there is none, or a file is broken."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, TensorShape] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as weights:
+                for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                    part = weights.get_slice(name)
+                    found[name] = TensorShape(tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+    if not found:
+        raise UserError(f"{folder} has no safetensors weights, so it cannot be merged")
+    return found
+
+
+def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
+    """Raise `UserError` naming the first thing in which a checkpoint differs from the first one.
+
+    Compared are kept blocks, configuration, names, shapes and (unless `any_dtype`) types of all tensors, and the
+    tokenizers. Without `any_dtype` the tensors of one checkpoint must also be all of one type.
+    """
+    names = list(folders)
+    first = folders[names[0]]
+    shapes = tensor_shapes(first)
+    kinds = sorted({tensor.dtype for tensor in shapes.values()})
+    if len(kinds) > 1 and not any_dtype:
+        raise UserError(
+            f"{names[0]} has tensors of several types ({', '.join(kinds)}); say in merge.out_dtype which to save"
+        )
+    for name in names[1:]:
+        folder = folders[name]
+        found = next(
+            (
+                difference
+                for differences in (
+                    _configurations(first, folder),
+                    _tensors(shapes, tensor_shapes(folder), any_dtype),
+                    _tokenizers(first, folder),
+                )
+                for difference in differences
+            ),
+            None,
+        )
+        if found is not None:
+            what, one, other = found
+            raise UserError(
+                f"{names[0]} and {name} cannot be merged: {what} is {one} in the one and {other} in the other"
+            )
+
+
+Difference = tuple[str, object, object]  # what differs, and what it is in each
+
+
+def _configurations(one: Path, other: Path) -> Iterator[Difference]:
+    a, b = load_config(one), load_config(other)
+    if kept_blocks(a) != kept_blocks(b):
+        yield "the list of kept blocks", kept_blocks(a), kept_blocks(b)
+    values, others = a.to_dict(), b.to_dict()
+    for key in sorted({*values, *others} - set(NEUTRAL)):
+        if values.get(key) != others.get(key):
+            yield f"{key} in config.json", _shown(values.get(key)), _shown(others.get(key))
+
+
+def _tensors(one: dict[str, TensorShape], other: dict[str, TensorShape], any_dtype: bool) -> Iterator[Difference]:
+    for name in sorted({*one, *other}):
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None:
+            yield f"the tensor {name}", "missing" if a is None else "there", "missing" if b is None else "there"
+        elif a.shape != b.shape:
+            yield f"the shape of {name}", list(a.shape), list(b.shape)
+        elif a.dtype != b.dtype and not any_dtype:
+            yield f"the type of {name} (merge.out_dtype makes them one)", a.dtype, b.dtype
+
+
+def _tokenizers(one: Path, other: Path) -> Iterator[Difference]:
+    a, b = (folder / "tokenizer.json" for folder in (one, other))
+    if a.exists() != b.exists():
+        yield "tokenizer.json", "there" if a.exists() else "missing", "there" if b.exists() else "missing"
+    if not (a.exists() and b.exists()):
+        return
+    if a.read_bytes() == b.read_bytes():
+        return
+    first, second = _parse(a), _parse(b)
+    words, others = _vocabulary(first), _vocabulary(second)
+    for token in sorted({*words, *others}, key=lambda token: words.get(token, others.get(token, 0))):
+        if words.get(token) != others.get(token):
+            yield f"the id of token {token!r}", words.get(token, "missing"), others.get(token, "missing")
+    for key in sorted({*first, *second} - {"truncation", "padding", "version"}):
+        if first.get(key) != second.get(key):
+            yield f"{key!r} in tokenizer.json", _shown(first.get(key)), _shown(second.get(key))
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(vocab, list):  # unigram models: [token, score] in the order of the ids
+        vocab = {entry[0]: number for number, entry in enumerate(vocab)}
+    return dict(vocab) | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"

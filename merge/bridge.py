@@ -1,0 +1,223 @@
+"""mergekit through its Python API: our section as its configuration, its errors as ours, its noise kept away."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..modeling.checkpoint import quiet
+from ..stage import Context
+from .config import SHARD, START, MergeConfig, nearest
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Nothing is logged or drawn inside. mergekit would otherwise set up logging for the whole process."""
+    root, mute = logging.getLogger(), logging.NullHandler()
+    root.addHandler(mute)
+    try:
+        with quiet():
+            yield
+    finally:
+        root.removeHandler(mute)
+
+
+def find_method(name: str) -> Any:
+    """A method of mergekit's registry; `UserError` with the nearest name where it has none of that name."""
+    with silenced():
+        from mergekit.merge_methods import registered_methods
+
+    methods = {method.spec.name: method for method in registered_methods()}
+    if name not in methods:
+        raise UserError(f"merge.method: mergekit has no method {name!r}{nearest(name, sorted(methods))}")
+    return methods[name]
+
+
+def base_of(config: MergeConfig, names: Sequence[str]) -> str | None:
+    """The name of the base model: the recipe's; else the first of two where the method takes just two; else, where the
+    method needs one, the model that the variants were trained from."""
+    contract = find_method(config.method).spec.contract
+    if config.base_model is not None or contract.base.value != "required":
+        return config.base_model
+    return names[0] if contract.max_inputs == 2 and len(names) == 2 else START
+
+
+def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
+    """The name of the base model; `UserError` for a method, parameters or a number of models that mergekit refuses.
+
+    mergekit itself reads only the keys it knows, and passes over all others.
+    """
+    method, base = find_method(config.method), base_of(config, names)
+    if base is not None and method.spec.contract.base.value == "ignored":
+        raise UserError(f"merge.base_model: {config.method} has no base model; one more to be merged goes under models")
+    inputs = [*names] if base is None or base in names else [*names, base]
+    try:
+        method.validate_inputs(inputs, base)
+    except ValueError as error:
+        given = f"{', '.join(names)}, and {base} as base_model" if base else ", ".join(names)
+        raise UserError(f"merge: {config.method} cannot merge {given}: {error}") from error
+    known = {parameter.name: parameter for parameter in method.spec.parameters}
+    for where, owner, parameters in _settings(config):
+        for name, setting in parameters.items():
+            if name not in known:
+                hint = nearest(name, sorted(known)) if known else "; it has none"
+                raise UserError(f"{where}: {config.method} has no parameter {name!r}{hint}")
+            scope = known[name].scope.value
+            if owner is not None and scope == "shared":
+                raise UserError(f"{where}: {name} is not one model's own; put it under merge.parameters")
+            if owner is not None and owner == base and scope == "non_base":
+                raise UserError(f"{where}: {config.method} has no {name} of the base model; leave it out")
+            _check_type(f"{where}.{name}", known[name], setting)
+    _check_present(config, method, names, base)
+    return base
+
+
+def _check_type(where: str, parameter: Any, setting: Any) -> None:
+    for value in _scalars(setting):
+        try:
+            parameter.validate(value)
+        except ValueError as error:
+            kind = getattr(parameter.value_type, "__name__", parameter.value_type)
+            raise UserError(f"{where}: {value!r} is not of type {kind}") from error
+
+
+def _check_present(config: MergeConfig, method: Any, names: Sequence[str], base: str | None) -> None:
+    """Refuse a required parameter that is given neither for all nor for each model."""
+    own = {entry.model: entry.parameters for entry in config.models or []}
+    for parameter in method.spec.parameters:
+        if not parameter.required or parameter.name in config.parameters:
+            continue
+        shared = parameter.scope.value == "shared"
+        lacking = [name for name in names if name != base and parameter.name not in own.get(name, {})]
+        if shared or lacking:
+            of = "" if shared else f" for {', '.join(lacking)}"
+            example = f"parameters: {{{parameter.name}: {0.5 if parameter.name == 't' else 1.0}}}"
+            raise UserError(f"merge.parameters: {config.method} needs {parameter.name}{of}, such as {example}")
+
+
+def _settings(config: MergeConfig) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    yield "merge.parameters", None, config.parameters
+    for number, entry in enumerate(config.models or []):
+        yield f"merge.models.{number}.parameters", entry.model, entry.parameters
+
+
+def _scalars(setting: Any) -> Iterator[Any]:
+    if isinstance(setting, list):
+        for item in setting:
+            yield from _scalars(item)
+    elif hasattr(setting, "value"):
+        yield from _scalars(setting.value)
+    else:
+        yield setting
+
+
+def _architecture(tensors: Collection[str]) -> Any:
+    """The tensors that checkpoints have, as mergekit describes an architecture.
+
+    Its own descriptions leave out what they do not know of, such as biases, and want heads that are tied.
+    """
+    from mergekit.architecture.auto import RE_LAYER_INDEX
+    from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+
+    blocks: dict[int, list[Any]] = {}
+    for name in sorted(tensors):
+        number = RE_LAYER_INDEX.search(name)
+        blocks.setdefault(int(number.group(1)) if number else -1, []).append(WeightInfo(name=name))
+
+    class Stored(ModuleArchitecture):
+        def pre_weights(self, config: Any) -> list[Any]:
+            return blocks.get(-1, [])
+
+        def layer_weights(self, index: int, config: Any) -> list[Any]:
+            return blocks.get(index, [])
+
+        def post_weights(self, config: Any) -> list[Any]:
+            return []
+
+        def num_layers(self, config: Any) -> int:
+            return max(blocks) + 1
+
+    return ModelArchitecture(
+        modules={"default": ModuleDefinition(architecture=Stored())}, architectures=[], model_type=""
+    )
+
+
+def merge_weights(
+    config: MergeConfig,
+    folders: Mapping[str, Path],
+    base: str | None,
+    tensors: Collection[str],
+    out: Path,
+    context: Context,
+) -> None:
+    """Write the merged weights into `out` as safetensors, and nothing else.
+
+    `folders` are the checkpoints by name, the base model's among them, each of which has all of `tensors`. Random
+    methods draw from the context's seed. One tensor after another is read, merged and written. Raises `UserError` for
+    what mergekit refuses.
+    """
+    with silenced():
+        from mergekit.common import ModelPath, ModelReference
+        from mergekit.config import InputModelDefinition, MergeConfiguration
+        from mergekit.graph import Executor
+        from mergekit.io.tasks import LoaderCache
+        from mergekit.options import MergeOptions
+        from mergekit.plan import MergePlanner
+
+        def reference(name: str) -> Any:
+            # Not from text: mergekit takes an @ or a + in it for a revision or an adapter.
+            return ModelReference(model=ModelPath(path=str(folders[name].resolve())))
+
+        options = MergeOptions(device=context.device, trust_remote_code=False, out_shard_size=SHARD, quiet=True)
+        try:
+            settings = MergeConfiguration(
+                merge_method=config.method,
+                base_model=reference(base) if base else None,
+                models=[
+                    InputModelDefinition(model=reference(entry.model), parameters=_dumped(entry.parameters))
+                    for entry in config.models or []
+                ],
+                parameters=_dumped(config.parameters),
+                dtype=config.dtype,
+                out_dtype=config.out_dtype,
+            )
+            LoaderCache().setup(options=options)
+            shape = reference(config.models[0].model).config() if config.models else None
+            plan = MergePlanner(settings, _architecture(tensors), options, shape).plan_to_disk(str(out))
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(context.seed)
+                executor = Executor(plan, torch.device(context.device), torch.device("cpu"))
+                with context.progress.bar("merging", len(plan)) as advance:
+                    for _ in executor.run(quiet=True):
+                        advance()
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or os.strerror(errno.ENOSPC) in str(error):
+                raise
+            raise UserError(f"merge: mergekit's {config.method} refused: {_first_line(error)}") from error
+        finally:
+            LoaderCache.loaders.clear()  # it would go on holding the files open, by path
+
+
+def _dumped(parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """Parameters as mergekit takes them: plain values."""
+    plain = {
+        name: [item.model_dump() if hasattr(item, "model_dump") else item for item in setting]
+        if isinstance(setting, list)
+        else setting.model_dump()
+        if hasattr(setting, "model_dump")
+        else setting
+        for name, setting in parameters.items()
+    }
+    return plain or None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

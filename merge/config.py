@@ -1,0 +1,88 @@
+"""The recipe's `merge` section: mergekit's own vocabulary, with the variants' names for models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ..stage import Section
+
+FORMAT = 1
+START = "start"  # the model that all variants were trained from
+SHARD = 5_000_000_000  # bytes of merged weights per file, all of which are held at once
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Scalar = bool | int | float | str
+
+
+class Conditional(Section):
+    """A value for the tensors whose names contain `filter`; for all where it has none."""
+
+    value: Scalar | list[Scalar] = Field(description="one value, or values from the first block to the last")
+    filter: str | None = Field(default=None, description="part of a tensor's name, such as self_attn; * is all")
+
+
+Setting = Scalar | list[Scalar] | Conditional | list[Conditional]
+Parameters = dict[str, Setting]
+
+
+class Model(Section):
+    """A model to be merged, with what is its own."""
+
+    model: str = Field(description="a variant's name, or `start`, the model they were trained from")
+    parameters: Parameters = Field(default_factory=dict, description="its own, such as weight and density")
+
+
+class MergeConfig(Section):
+    """Merging of the variants by mergekit; the result is measured beside them."""
+
+    method: str = Field(
+        description="a merge_method of mergekit: slerp, linear, ties, dare_ties, model_stock, karcher …"
+    )
+    models: Annotated[list[Model], Field(min_length=1)] | None = Field(
+        default=None, description="which variants, in this order, each with its own parameters; all if not given"
+    )
+    base_model: str | None = Field(
+        default=None,
+        description="a variant, or `start`, the model they were trained from; if not given, the method decides",
+    )
+    parameters: Parameters = Field(default_factory=dict, description="of the method, and of every model, such as t")
+    dtype: Dtype = Field(default="float32", description="what is computed in")
+    out_dtype: Dtype | None = Field(default=None, description="what is saved; the variants' own type if not given")
+    select: Literal["best", "merge"] = Field(
+        default="best", description="best keeps the better of the merge and its parents, merge always the merge"
+    )
+    by: Literal["kl", "perplexity"] = Field(default="kl", description="the held-out figure that `best` goes by")
+
+    @field_validator("models")
+    @classmethod
+    def _different(cls, value: list[Model] | None) -> list[Model] | None:
+        names = [entry.model for entry in value or []]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is named twice")
+        return value
+
+    def among(self, names: Sequence[str]) -> MergeConfig:
+        """The section with its models named: all of `names` where it names none."""
+        return self if self.models else self.model_copy(update={"models": [Model(model=name) for name in names]})
+
+    def unknown_names(self, names: Sequence[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(path of keys, what is wrong) for every model that is none of `names`."""
+        asked: list[tuple[tuple[str | int, ...], str]] = [
+            (("models", i, "model"), entry.model) for i, entry in enumerate(self.models or [])
+        ]
+        if self.base_model is not None:
+            asked.append((("base_model",), self.base_model))
+        known = [*names, START]
+        for path, name in asked:
+            if name not in known:
+                yield path, f"no variant is named {name!r}{nearest(name, known)}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that is most like a wrong one, as a question, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"

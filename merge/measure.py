@@ -1,0 +1,58 @@
+"""Held-out figures of whole checkpoints against the unpruned model, as recovery measures them while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.packing import Batch
+from ..modeling.agreement import Head, response_positions, token_terms
+from ..modeling.blocks import Decoder
+from ..modeling.load import load_model
+from ..stage import Context
+
+CHUNK = 256  # positions whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unpruned model on the held-out rows: its hidden states at response positions, (N, H) per batch, and head."""
+
+    hidden: list[Tensor]
+    head: Head
+
+
+@torch.no_grad()
+def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> Reference:
+    """Run the unpruned model over the batches once; all that stays of it is the reference."""
+    decoder = Decoder(load_model(folder, context.dtype, context.device))
+    hidden = [_response_states(decoder, batch.to(context.device))[0] for batch in batches]
+    return Reference(hidden, Head(decoder.head_weight.detach().clone(), decoder.softcap))
+
+
+@torch.no_grad()
+def heldout_figures(folder: Path, batches: Sequence[Batch], reference: Reference, context: Context) -> dict[str, float]:
+    """KL(unpruned ‖ model) in nats per response token, and perplexity on response tokens, of a checkpoint folder."""
+    decoder = Decoder(load_model(folder, context.dtype, context.device))
+    head, sums = Head(decoder.head_weight, decoder.softcap), torch.zeros(2, dtype=torch.float64)
+    count = 0
+    for batch, expected in zip(batches, reference.hidden, strict=True):
+        hidden, targets = _response_states(decoder, batch.to(context.device))
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            terms = token_terms(head.logits(hidden[part]), targets[part], reference.head.logits(expected[part]))
+            sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
+        count += len(targets)
+    nll, kl = (sums / max(count, 1)).tolist()
+    return {"eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700.0)) if math.isfinite(nll) else math.inf}
+
+
+def _response_states(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(N, H) states after the final norm where response tokens are predicted, and these tokens (N,)."""
+    positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+    return decoder.hidden(**batch.model_inputs()).flatten(0, 1)[positions].clone(), targets

@@ -1,0 +1,136 @@
+"""The merge stage: variants become one model, which is measured beside them; the better goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.calibration import pad_id
+from ..data.chat import load_encoded
+from ..data.packing import pack
+from ..errors import UserError
+from ..modeling.checkpoint import copy_companions, link_files
+from ..modeling.load import load_tokenizer
+from ..stage import WORK, Context, Inputs
+from .alignment import check_alike, tensor_shapes
+from .bridge import check_method, merge_weights
+from .config import START, MergeConfig
+from .measure import Reference, heldout_figures, unpruned
+
+MERGE = "merge"  # the result's name beside those of the variants
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def check(config: MergeConfig, base: Path, context: Context) -> None:
+    """Refuse what mergekit would not do, before any variant is trained. The recipe has named the models."""
+    check_method(config, [entry.model for entry in config.models or []])
+
+
+def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
+    """Write `model/`, the merge or the parent that is better than it, and `merge.json`, with the figures of all."""
+    variants = read_variants(inputs.stages["distill"])
+    trained = {
+        entry["name"]: inputs.stages["distill"] / "variants" / entry["name"] / "model" for entry in variants["variants"]
+    }
+    config = config.among(list(trained))
+    folders = {**trained, START: started_from(inputs)}
+    merged = out_dir / WORK / "merged"
+    if not merged.exists():
+        merge_checkpoints(config, folders, merged, context)
+    asked = [entry.model for entry in config.models or []]
+    parents = [*trained, *(name for name in asked if name not in trained)]
+    figures = _measure({MERGE: merged, **{name: folders[name] for name in parents}}, variants, inputs, out_dir, context)
+    chosen = choose(config, figures)
+    link_files(merged if chosen == MERGE else folders[chosen], out_dir / "model")
+    record = {
+        "config": config.model_dump(mode="json"),
+        "chosen": chosen,
+        "models": [{"name": name, "merged": name in asked, **figures[name]} for name in figures],
+    }
+    (out_dir / "merge.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    context.progress.note(describe(config, figures, chosen))
+    return {"method": config.method, "chosen": chosen, "models": record["models"]}
+
+
+def read_variants(folder: Path) -> dict[str, Any]:
+    """What the distill stage wrote of its variants; `UserError` where it had none."""
+    file = folder / "variants.json"
+    if not file.is_file():
+        raise UserError("merge: the stage distill has no variants; give it two or more under distill.variants")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def started_from(inputs: Inputs) -> Path:
+    """The checkpoint that all variants were trained from: the last one that was made before them."""
+    found = inputs.base
+    for name, folder in inputs.stages.items():
+        if name == "distill":
+            break
+        if (folder / "model" / "config.json").exists():
+            found = folder / "model"
+    return found
+
+
+def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Path, context: Context) -> None:
+    """Merge the checkpoints that the section names into a new checkpoint folder `out`, which appears when it is whole.
+
+    All are compared first: `UserError` names what mergekit refuses, or the first thing in which two of them differ.
+    Configuration, generation defaults and tokenizer are the first model's.
+    """
+    names = [entry.model for entry in config.models or []]
+    base = check_method(config, names)
+    if base is not None and base not in folders:
+        raise UserError(f"merge: {config.method} needs a base model; name the one that all were trained from")
+    used = {name: folders[name] for name in [*names, *([base] if base and base not in names else [])]}
+    check_alike(used, any_dtype=config.out_dtype is not None)
+    shapes = tensor_shapes(used[names[0]])
+    own = next(iter(shapes.values())).dtype
+    if config.out_dtype is None and own not in DTYPES:
+        raise UserError(f"merge: {names[0]} is saved as {own}, which is not merged; it takes {', '.join(DTYPES)}")
+    config = config.model_copy(update={"out_dtype": config.out_dtype or DTYPES[own]})
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merge_weights(config, used, base, shapes, partial, context)
+    copy_companions(used[names[0]], partial, str(config.out_dtype))
+    partial.replace(out)
+
+
+def choose(config: MergeConfig, figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The model that goes on. A parent does only where it is better than the merge."""
+    return MERGE if config.select == "merge" else min(figures, key=lambda name: figures[name][f"eval_{config.by}"])
+
+
+def describe(config: MergeConfig, figures: Mapping[str, Mapping[str, float]], chosen: str) -> str:
+    """One line: the figures, and what goes on."""
+    name = {"kl": "KL to the unpruned model", "perplexity": "perplexity"}[config.by]
+    values = ", ".join(f"{model} {entry[f'eval_{config.by}']:.4g}" for model, entry in figures.items())
+    kept = f"the merge by {config.method}" if chosen == MERGE else f"{chosen}, which is better than the merge"
+    return f"held-out {name}: {values}; kept: {kept}"
+
+
+def _measure(
+    models: Mapping[str, Path], variants: dict[str, Any], inputs: Inputs, out_dir: Path, context: Context
+) -> dict[str, dict[str, float]]:
+    """Held-out figures by name, in order; those that a killed run had are not measured again."""
+    records = {name: out_dir / WORK / f"{name}.json" for name in models}
+    pending = [name for name, file in records.items() if not file.exists()]
+    if pending:
+        tokenizer = load_tokenizer(inputs.model)
+        rows = load_encoded(inputs.stages["data"], tokenizer, "heldout", variants["length"])
+        batches = pack(rows, variants["length"], variants["batch"], pad_id(tokenizer))
+        with context.progress.bar("measuring", len(pending) + 1) as advance:
+            reference: Reference = unpruned(inputs.base, batches, context)
+            advance(note="unpruned")
+            for name in pending:
+                found = heldout_figures(models[name], batches, reference, context)
+                if not all(math.isfinite(value) for value in found.values()):
+                    raise UserError(f"merge: the held-out figures of {name} are not finite; change merge.parameters")
+                temporary = records[name].with_suffix(".tmp")
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+                temporary.replace(records[name])
+                advance(note=name)
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in records.items()}
