@@ -72,19 +72,29 @@ def run(
     start: Annotated[str | None, typer.Option("--from", help="Make this stage and all after it again.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
-    """Run a recipe. Finished stages are skipped; a killed run goes on where it was."""
+    """Run a recipe. Finished stages are skipped; a killed run goes on where it was.
+
+    Under torchrun or accelerate launch (-m compress run …) several processes share the work.
+    """
+    from ..stage import Progress
+    from .group import in_turn, processes
     from .recipe import load_recipe
     from .runner import Options, execute, plan_run
     from .summary import finish
 
-    _check_dtype(dtype)
-    planned = plan_run(load_recipe(recipe, overrides or []), Options(runs, device, dtype, until, start))
-    if dry_run:
-        _show_stages(planned)
-        return
-    made = len(planned.pending)
-    execute(planned, _progress())
-    finish(planned, console, made)
+    with processes(device) as (group, own_device):
+        _check_dtype(dtype)
+        options = Options(runs, own_device, dtype, until, start)
+        planned = in_turn(group, lambda: plan_run(load_recipe(recipe, overrides or []), options))
+        first = group.rank == 0
+        if dry_run:
+            if first:
+                _show_stages(planned)
+            return
+        made = len(planned.pending)
+        execute(planned, _progress() if first else Progress(), group)
+        if first:
+            finish(planned, console, made)
 
 
 def _show_stages(planned) -> None:
