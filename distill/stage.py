@@ -35,7 +35,12 @@ from .train import (
 
 
 def check(config: DistillConfig, base: Path, context: Context) -> None:
-    """Refuse bits without bitsandbytes before any work is done."""
+    """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
+    if config.accumulate % context.world:
+        raise UserError(
+            f"distill.accumulate is {config.accumulate}, the forward passes of all processes per step, and {context.world} "
+            "processes cannot share it evenly; make it a multiple of that, or start fewer processes"
+        )
     bits = config.teacher.quantize or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
     if bits or config.optimizer == "adamw_8bit":
         try:
@@ -45,7 +50,10 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
 
 
 def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement)."""
+    """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement).
+
+    Several processes train together; the first one writes.
+    """
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     tokenizer = load_tokenizer(inputs.model)
@@ -53,6 +61,8 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     started = time.monotonic()
     with quiet(bars=True):
         figures = _train(config, inputs, work, context, train, held)
+    if context.rank:
+        return {}
     seconds = time.monotonic() - started
     context.progress.note(
         f"held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → {figures['best']['eval_kl']:.3f} "
@@ -84,15 +94,17 @@ def _train(
 ) -> dict[str, Any]:
     teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
     assert teacher is not None
-    held_out = hold_out(held, teacher, context.device)
+    held_out = hold_out(held, teacher, context.device, context.group)
     if not needs_teacher(config.objective):
         teacher = None  # it was only needed to say how far the student is from it
     student = build_student(config, inputs, context)
     steps = total_steps(config, len(train))
     with context.progress.bar("training", steps) as advance:
         trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
-        resume = latest_checkpoint(work / "trainer")
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
+        trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
+    if context.rank:
+        return {}
     lines = [line for line in read_lines(work / "curves.jsonl") if "eval_kl" in line]
     return {
         "objective": config.objective.kind,

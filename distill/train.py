@@ -6,19 +6,21 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.blocks import Decoder
-from ..stage import Advance, Context
+from ..stage import Advance, Context, Group
 from .config import DistillConfig, Lora
 from .losses import Head, LossSums, objective_loss, response_positions
 from .teacher import CopyTeacher
@@ -43,7 +45,7 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out batches, with the teacher's hidden states at their response positions."""
+    """This process's share of the held-out batches, with the teacher's hidden states at their response positions."""
 
     batches: list[Batch]
     teacher_hidden: list[Tensor]
@@ -51,8 +53,10 @@ class HeldOut:
 
 
 @torch.no_grad()
-def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str) -> HeldOut:
-    """Run the teacher over the held-out batches once; only response positions are kept."""
+def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str, group: Group | None = None) -> HeldOut:
+    """Run the teacher over the held-out batches once, every `world`-th in this process; only response positions are
+    kept."""
+    batches = batches[group.rank :: group.world] if group else batches
     states = []
     for batch in batches:
         batch = batch.to(device)
@@ -128,12 +132,14 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=student,
             args=_arguments(config, work, context, len(batches)),
-            train_dataset=batches,  # type: ignore[arg-type]
+            # The last is blank: where batches do not divide evenly, processes without one take it and learn nothing.
+            train_dataset=[*batches, _blank(batches)],  # type: ignore[arg-type]
             data_collator=lambda items: vars(items[0]),
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
-        self.config, self.teacher, self.held_out = config, teacher, held_out
+        self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
+        self.order = BatchOrder(len(batches), context.world, context.seed)
         self.student, self.decoder = student, student.decoder
         self.running = torch.zeros(4, dtype=torch.float64)  # sums of loss, nll, kl and tokens since the last step
         self.add_callback(_Recorder(self, work, advance))
@@ -168,9 +174,9 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Loss, KL to the teacher and perplexity on the held-out rows."""
+        """Loss, KL to the teacher and perplexity on the held-out rows of all processes."""
         self.student.eval()
-        total = torch.zeros(4, dtype=torch.float64)
+        own: list[list[float]] = []
         head = Head(self.decoder.head_weight, self.decoder.softcap)
         for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
             batch = batch.to(self.args.device)
@@ -179,7 +185,11 @@ class DistillTrainer(Trainer):
             sums = objective_loss(
                 self.config.objective, hidden, head, targets, states, self.held_out.teacher_head, self.config.chunk
             )
-            total += torch.tensor([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+            own.append([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+        shares = self.group.gather(own)
+        total = torch.zeros(4, dtype=torch.float64)
+        for number in range(sum(map(len, shares))):  # in the batches' order, however many processes there are
+            total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
         loss, nll, kl = (total[:3] / total[3].clamp(min=1)).tolist()
         return {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
 
@@ -189,6 +199,9 @@ class DistillTrainer(Trainer):
             return count
         gathered: Any = self.accelerator.gather(count)
         return gathered.sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        return self.order
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -200,38 +213,78 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+        self.group.barrier()  # every process has written its part
+        if self.group.rank == 0:
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+
+
+class BatchOrder(Sampler[int]):
+    """Batch numbers of an epoch, in an order drawn from seed and epoch. Accelerate deals them out to the processes in
+    turn, so that each step learns from the same batches whatever their number; it would fill up with batches of the
+    epoch's beginning, and learn from those twice, so this ends with enough of `count`, the blank batch."""
+
+    def __init__(self, count: int, world: int, seed: int):
+        self.count, self.blanks, self.seed, self.epoch = count, -count % world, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.count, generator=random).tolist()
+        yield from [self.count] * self.blanks
+
+    def __len__(self) -> int:
+        return self.count + self.blanks
+
+
+def _blank(batches: list[Batch]) -> Batch:
+    """The smallest batch with nothing to learn in it: its loss and its gradients are zero."""
+    smallest = min(batches, key=lambda batch: batch.input_ids.numel())
+    return replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
 
 
 class _Recorder(TrainerCallback):
-    """Writes the curves, measures and keeps the best weights; asks for checkpoints."""
+    """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
+    one writes."""
 
     def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
-        self.trainer, self.advance = trainer, advance
+        self.trainer, self.advance, self.group = trainer, advance, trainer.group
         self.curves, self.best = work / "curves.jsonl", work / "best.json"
         self.best_weights = work / "best.safetensors"
         self.note, self.lr = "", 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step]
-        if state.global_step == 0:
-            keep = []
-        _write_lines(self.curves, keep)
+        if self.group.rank:
+            torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
+        begun = False
+        if self.group.rank == 0:
+            keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
+            _write_lines(self.curves, keep)
+            begun = bool(keep)
         self.advance(state.global_step)
-        if not keep:
+        if not self.group.share(begun):
             self._measure(0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
+        self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
+
+    def _epoch_steps(self) -> int:
+        return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        loss, nll, kl, tokens = self.trainer.running.tolist()
+        loss, nll, kl, tokens = map(sum, zip(*self.group.gather(self.trainer.running.tolist()), strict=True))
         self.trainer.running.zero_()
         count = max(tokens, 1.0)
-        step = state.global_step
+        config, step = self.trainer.config, state.global_step
+        epochs, steps = divmod(step, self._epoch_steps())
         line = {
             "step": step,
-            "epoch": round(state.epoch or 0.0, 4),
+            "epoch": round(epochs + steps * config.accumulate / self.trainer.order.count, 4),
             "loss": loss / count,
             "nll": nll / count,
             "lr": self.lr,
@@ -239,8 +292,9 @@ class _Recorder(TrainerCallback):
         }
         if self.trainer.teacher is not None:
             line["kl"] = kl / count
-        _append_line(self.curves, line)
-        config, last = self.trainer.config, step >= state.max_steps
+        if self.group.rank == 0:
+            _append_line(self.curves, line)
+        last = step >= state.max_steps
         if step % config.eval_every == 0 or last:
             self._measure(step)
         if step % config.save_every == 0 and not last:
@@ -252,6 +306,10 @@ class _Recorder(TrainerCallback):
         for name in ("loss", "kl"):
             if not math.isfinite(found[f"eval_{name}"]):
                 raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
+        if self.group.rank == 0:
+            self._keep(step, found)
+
+    def _keep(self, step: int, found: dict[str, float]) -> None:
         _append_line(self.curves, {"step": step, **found})
         self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
         select = self.trainer.config.select
@@ -288,11 +346,11 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
     on_cpu = context.device == "cpu"
     # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights.
     mixed = not on_cpu and context.dtype != "float32"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=1,  # a data set item is a whole batch of packed sequences
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=config.accumulate // context.world,
         learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # its first step has a rate of 0
@@ -312,7 +370,11 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,  # the head is used, but outside what DDP sees
+        ddp_broadcast_buffers=False,  # they are constants
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU, however many there are
+    return arguments
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
