@@ -38,8 +38,8 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
     """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
     if config.accumulate % context.world:
         raise UserError(
-            f"distill.accumulate is {config.accumulate}, the forward passes of all processes per step, and {context.world} "
-            "processes cannot share it evenly; make it a multiple of that, or start fewer processes"
+            f"distill.accumulate is {config.accumulate}: so many forward passes per step cannot be shared evenly by "
+            f"{context.world} processes; make it a multiple of that, or start fewer processes"
         )
     bits = config.teacher.quantize or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
     if bits or config.optimizer == "adamw_8bit":
