@@ -91,6 +91,7 @@ class Context:
     recipe_dir: Path = field(default_factory=Path.cwd)
     progress: Progress = field(default_factory=Progress)
     group: Group = field(default_factory=Group)
+    shard: bool = False  # spread the weights that are trained over the group
 
     @property
     def rank(self) -> int:

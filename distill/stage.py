@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
 from .config import DistillConfig, Lora
 from .losses import needs_teacher
+from .sharding import shard
 from .teacher import CopyTeacher, quantization
 from .train import (
     DistillTrainer,
@@ -41,12 +43,27 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
             f"distill.accumulate is {config.accumulate}: so many forward passes per step cannot be shared evenly by "
             f"{context.world} processes; make it a multiple of that, or start fewer processes"
         )
+    _check_shard(config, context)
     bits = config.teacher.quantize or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
     if bits or config.optimizer == "adamw_8bit":
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise UserError(f"distill: {bits or config.optimizer} needs bitsandbytes, which failed: {error}") from error
+
+
+def _check_shard(config: DistillConfig, context: Context) -> None:
+    for wrong, why in (
+        (context.world == 1, "needs several processes: start them with torchrun or accelerate launch"),
+        (
+            isinstance(config.tune, Lora),
+            "spreads what is trained, which distill.tune: lora has little of; leave it out",
+        ),
+        (config.optimizer != "adamw", "cannot spread the states of distill.optimizer: adamw_8bit; use adamw"),
+        (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
+    ):
+        if context.shard and wrong:
+            raise UserError(f"--shard {why}")
 
 
 def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -127,15 +144,21 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
         model = load_model(inputs.model, context.dtype, context.device, **options)
         adapted = lora_model(model, tune, context.seed)
     else:
-        model = load_model(inputs.model, "float32", context.device)
+        # What is going to be sharded need not fit the device.
+        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
         adapted = model.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Student(adapted, Decoder(model))
+    student = Student(adapted, Decoder(model))
+    if context.shard:
+        shard(student, student.decoder.blocks, context)
+    return student
 
 
 def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
     """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
+    if context.shard:  # one process makes it
+        context = replace(context, shard=False, device="cpu")
     student = build_student(config, inputs, context, quantize=False)
     load_trainable(student, work / "best.safetensors")
     model = student.model

@@ -6,15 +6,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.distributed import get_rank
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.packing import Batch
@@ -23,24 +24,29 @@ from ..modeling.blocks import Decoder
 from ..stage import Advance, Context, Group
 from .config import DistillConfig, Lora
 from .losses import Head, LossSums, objective_loss, response_positions
+from .order import BatchOrder, blank
+from .sharding import copy_whole, is_sharded, load_optimizer, save_optimizer, whole
 from .teacher import CopyTeacher
 
 WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
 WEIGHTS = "trainable.safetensors"
+OPTIMIZER = "optimizer.pt"  # the Trainer's name for it
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
 
 
 class Student(nn.Module):
-    """The model being trained, called for hidden states; one module, so that DDP and FSDP can wrap it."""
+    """The model being trained, called for hidden states, or for what `finish` makes of them while all weights of a
+    sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, model: nn.Module, decoder: Decoder):
         super().__init__()
         self.model = model
         self.decoder = decoder
 
-    def forward(self, **inputs: Any) -> Tensor:
-        return self.decoder.hidden(**inputs)
+    def forward(self, finish: Callable[[Tensor], Any] | None = None, **inputs: Any) -> Any:
+        hidden = self.decoder.hidden(**inputs)
+        return hidden if finish is None else finish(hidden)
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,10 @@ class HeldOut:
 @torch.no_grad()
 def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str, group: Group | None = None) -> HeldOut:
     """Run the teacher over the held-out batches once, every `world`-th in this process; only response positions are
-    kept."""
-    batches = batches[group.rank :: group.world] if group else batches
+    kept. All processes have equally many: blank ones come on top."""
+    if group is not None and group.world > 1:
+        blanks = [blank(batches)] * (-len(batches) % group.world)
+        batches = [*batches, *blanks][group.rank :: group.world]
     states = []
     for batch in batches:
         batch = batch.to(device)
@@ -93,8 +101,17 @@ def _check_targets(model: Any, targets: list[str] | str) -> None:
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, on the CPU."""
-    return {n: p.detach().cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+    """The parameters that are trained, by name, on the CPU. Of a sharded module they are gathered, for which all
+    processes must call this; the first one has them."""
+    state = {}
+    if isinstance(module, FSDPModule):
+        module.reshard()  # after a forward pass alone, the root's weights still are whole
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            value = whole(parameter)
+            if not (is_sharded(module) and get_rank()):
+                state[name] = value.cpu().contiguous()
+    return state
 
 
 def load_trainable(module: nn.Module, file: Path) -> None:
@@ -103,9 +120,8 @@ def load_trainable(module: nn.Module, file: Path) -> None:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if state.keys() != parameters.keys():
         raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
+    for name, value in state.items():
+        copy_whole(parameters[name], value)
 
 
 def save_whole(state: dict[str, Tensor], file: Path) -> None:
@@ -133,14 +149,14 @@ class DistillTrainer(Trainer):
             model=student,
             args=_arguments(config, work, context, len(batches)),
             # The last is blank: where batches do not divide evenly, processes without one take it and learn nothing.
-            train_dataset=[*batches, _blank(batches)],  # type: ignore[arg-type]
+            train_dataset=[*batches, blank(batches)],  # type: ignore[arg-type]
             data_collator=lambda items: vars(items[0]),
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
         self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
         self.order = BatchOrder(len(batches), context.world, context.seed)
-        self.student, self.decoder = student, student.decoder
+        self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
         self.running = torch.zeros(4, dtype=torch.float64)  # sums of loss, nll, kl and tokens since the last step
         self.add_callback(_Recorder(self, work, advance))
 
@@ -163,28 +179,34 @@ class DistillTrainer(Trainer):
     def sums(self, model: Any, batch: Batch) -> LossSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-        hidden = model(**batch.model_inputs()).flatten(0, 1)[positions]
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
-        head = Head(self.decoder.head_weight, self.decoder.softcap)
-        return objective_loss(
-            self.config.objective, hidden, head, targets, teacher_hidden, teacher_head, self.config.chunk
-        )
+        return self._objective(model, batch, positions, targets, teacher_hidden, teacher_head)
+
+    def _objective(self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, *teacher: Any) -> LossSums:
+        """The objective at some positions, computed where the head's weights are whole."""
+        config = self.config
+
+        def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            head = Head(self.decoder.head_weight, self.decoder.softcap)
+            states = hidden.flatten(0, 1)[positions]
+            sums = objective_loss(config.objective, states, head, targets, *teacher, config.chunk)
+            return sums.loss.clone(), sums.nll, sums.kl  # FSDP2 wants no view of the loss
+
+        inputs = batch.model_inputs()
+        loss, nll, kl = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
+        return LossSums(loss, nll, kl, len(targets))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Loss, KL to the teacher and perplexity on the held-out rows of all processes."""
         self.student.eval()
         own: list[list[float]] = []
-        head = Head(self.decoder.head_weight, self.decoder.softcap)
         for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
             batch = batch.to(self.args.device)
             positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-            hidden = self.student(**batch.model_inputs()).flatten(0, 1)[positions]
-            sums = objective_loss(
-                self.config.objective, hidden, head, targets, states, self.held_out.teacher_head, self.config.chunk
-            )
+            sums = self._objective(self.student, batch, positions, targets, states, self.held_out.teacher_head)
             own.append([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
         shares = self.group.gather(own)
         total = torch.zeros(4, dtype=torch.float64)
@@ -205,43 +227,35 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_whole(trainable_state(self.student), folder / WEIGHTS)
+        state = trainable_state(self.student)
+        if self.group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_whole(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded:
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), self.group)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.sharded:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.group)
+        elif not (Path(checkpoint) / OPTIMIZER).exists():
+            raise UserError(f"{checkpoint} is of a training begun with --shard; go on with it, or delete that folder")
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.group.barrier()  # every process has written its part
         if self.group.rank == 0:
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
-
-
-class BatchOrder(Sampler[int]):
-    """Batch numbers of an epoch, in an order drawn from seed and epoch. Accelerate deals them out to the processes in
-    turn, so that each step learns from the same batches whatever their number; it would fill up with batches of the
-    epoch's beginning, and learn from those twice, so this ends with enough of `count`, the blank batch."""
-
-    def __init__(self, count: int, world: int, seed: int):
-        self.count, self.blanks, self.seed, self.epoch = count, -count % world, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.count, generator=random).tolist()
-        yield from [self.count] * self.blanks
-
-    def __len__(self) -> int:
-        return self.count + self.blanks
-
-
-def _blank(batches: list[Batch]) -> Batch:
-    """The smallest batch with nothing to learn in it: its loss and its gradients are zero."""
-    smallest = min(batches, key=lambda batch: batch.input_ids.numel())
-    return replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
 
 
 class _Recorder(TrainerCallback):
@@ -307,20 +321,22 @@ class _Recorder(TrainerCallback):
             if not math.isfinite(found[f"eval_{name}"]):
                 raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
         if self.group.rank == 0:
-            self._keep(step, found)
-
-    def _keep(self, step: int, found: dict[str, float]) -> None:
-        _append_line(self.curves, {"step": step, **found})
+            _append_line(self.curves, {"step": step, **found})
         self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
         select = self.trainer.config.select
         value = -float(step) if select == "last" else found[f"eval_{select}"]
-        best = json.loads(self.best.read_text()) if self.best.exists() else {"value": math.inf, "step": -1}
         # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
-        if value < best["value"] or not self.best_weights.exists():
-            save_whole(trainable_state(self.trainer.student), self.best_weights)
-            temporary = self.best.with_name("best.json.tmp")
-            temporary.write_text(json.dumps({"value": value, "step": step, **found}))
-            os.replace(temporary, self.best)
+        if self.group.share(self.group.rank == 0 and self._is_best(value)):
+            weights = trainable_state(self.trainer.student)
+            if self.group.rank == 0:
+                save_whole(weights, self.best_weights)
+                temporary = self.best.with_name("best.json.tmp")
+                temporary.write_text(json.dumps({"value": value, "step": step, **found}))
+                os.replace(temporary, self.best)
+
+    def _is_best(self, value: float) -> bool:
+        best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
+        return value < best or not self.best_weights.exists()
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

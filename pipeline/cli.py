@@ -71,6 +71,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     start: Annotated[str | None, typer.Option("--from", help="Make this stage and all after it again.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Spread full tuning over the processes (FSDP2).")] = False,
 ) -> None:
     """Run a recipe. Finished stages are skipped; a killed run goes on where it was.
 
@@ -84,7 +85,7 @@ def run(
 
     with processes(device) as (group, own_device):
         _check_dtype(dtype)
-        options = Options(runs, own_device, dtype, until, start)
+        options = Options(runs, own_device, dtype, until, start, shard)
         planned = in_turn(group, lambda: plan_run(load_recipe(recipe, overrides or []), options))
         first = group.rank == 0
         if dry_run:

@@ -40,6 +40,7 @@ class Options:
     dtype: str = "float32"
     until: str | None = None
     start: str | None = None  # make this stage and what follows it again, complete or not
+    shard: bool = False  # spread full tuning over the run's processes
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
         if not run.pending:
             return
         options = run.options
-        context = Context(run.loaded.recipe.seed, options.device, options.dtype, run.loaded.folder, progress, group)
+        seed, folder = run.loaded.recipe.seed, run.loaded.folder
+        context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
         _check_device(context)
         base = in_turn(group, lambda: _prepare(run, context))
         done: dict[str, Path] = {}
