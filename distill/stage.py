@@ -157,7 +157,7 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
 
 def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
     """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
-    if context.shard:  # one process makes it
+    if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
         context = replace(context, shard=False, device="cpu")
     student = build_student(config, inputs, context, quantize=False)
     load_trainable(student, work / "best.safetensors")

@@ -142,13 +142,14 @@ def plan(
     overrides: SetOption = None,
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
+    shards: Annotated[int, typer.Option(min=1, help="Full tuning spread over so many processes (run --shard).")] = 1,
 ) -> None:
     """Parameters, disk and memory of a recipe, from configuration files alone."""
     from .plan import make_plan, show_plan
     from .recipe import load_recipe
 
     _check_dtype(dtype)
-    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources"), console)
+    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources", shards), console)
 
 
 @app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")

@@ -19,8 +19,17 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from ..stage import Group
 
+JOINING = timedelta(minutes=10)
 TIMEOUT = timedelta(days=7)  # stages that are not shared may take long; a process that died is noticed at once
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What accelerate launch may be told to do that here the recipe or an option decides: where it says no, what to use.
+FOREIGN = {
+    "ACCELERATE_USE_FSDP": ("false", "--shard"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "--shard"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "--dtype"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "none of that"),
+    "ACCELERATE_USE_CPU": ("false", "--device cpu"),
+}
 Made = TypeVar("Made")
 
 
@@ -58,10 +67,13 @@ def processes(device: str) -> Iterator[tuple[Group, str]]:
     Raises `UserError` for a device that several processes cannot use.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) <= 1:
+        _check_launcher(device)
         yield Group(), device
         return
     group = _join(device)
     try:
+        group.barrier()  # all are here, before any of them can refuse
+        _check_launcher(device)
         yield group, _own_device(device)
         group.barrier()
     except BaseException as error:
@@ -70,7 +82,7 @@ def processes(device: str) -> Iterator[tuple[Group, str]]:
         if _is_lost(error):
             raise UserError(
                 "another process of this run has ended; what is finished is kept, and the same command goes on from "
-                f"here ({str(error).splitlines()[0]})"
+                f"here ({_first_line(error)})"
             ) from error
         raise
     import torch.distributed as dist
@@ -131,15 +143,29 @@ def _join(device: str) -> Processes:
     import torch.distributed as dist
 
     gpu = device.startswith("cuda") and torch.cuda.is_available()
-    store, rank, world = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=dist.PrefixStore("compress", store),
-        rank=rank,
-        world_size=world,
-        timeout=TIMEOUT,
-    )
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=JOINING)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=dist.PrefixStore("compress", store),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the run's other processes cannot be reached by {place}: {_first_line(error)}") from error
     return Processes(rank, world, store)
+
+
+def _check_launcher(device: str) -> None:
+    for name, (no, own) in FOREIGN.items():
+        asked = os.environ.get(name, no)
+        if asked.lower() != no and not (name == "ACCELERATE_USE_CPU" and device == "cpu"):
+            raise UserError(
+                f"accelerate launch asks for {name}={asked}, which is decided here: use {own}, and launch with "
+                "--mixed_precision no --dynamo_backend no and nothing else but how many processes run where"
+            )
 
 
 def _own_device(device: str) -> str:
@@ -164,3 +190,7 @@ def _is_lost(error: BaseException) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -506,6 +506,27 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "device", "use"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "cpu", "--shard"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "cpu", "--dtype"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "cpu", "none of that"),
+        ("ACCELERATE_USE_CPU", "true", "cuda", "--device cpu"),
+    ],
+)
+def test_what_accelerate_would_do_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, device: str, use: str
+) -> None:
+    for other, no in (("ACCELERATE_USE_FSDP", "false"), ("ACCELERATE_DYNAMO_BACKEND", "NO")):
+        monkeypatch.setenv(other, no)
+    with processes(device):
+        pass
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"asks for {name}={value}, .* use {use}"), processes(device):
+        pass
+
+
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
