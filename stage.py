@@ -12,6 +12,10 @@ over again with what had been written, so long stages resume from it. `out_dir/.
 deleted on completion; all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an
 interrupted run ends with the same bytes as an uninterrupted one. A stage that makes a model leaves it, as a
 checkpoint folder, in `out_dir/model`.
+
+A run may be several processes (`Context.group`). A stage that can share its work is called in all of them, with the
+same folder: each does its part, the first one alone writes the artifact and returns the metrics. Any other stage is
+called in the first process only.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,6 +61,26 @@ class Progress:
         """One line worth reading: a count, a choice made, a figure."""
 
 
+class Group:
+    """The processes that run a recipe together. This one is alone; `pipeline/group.py` has the one of several."""
+
+    rank: int = 0
+    world: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it, and none
+        goes on before all have."""
+        return [value]
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, for all. All of them must call it."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.gather(None)
+
+
 @dataclass(frozen=True)
 class Context:
     """Where and how a stage runs, as opposed to what it does."""
@@ -66,6 +90,18 @@ class Context:
     dtype: str = "float32"  # of weights and activations: float32, bfloat16 or float16
     recipe_dir: Path = field(default_factory=Path.cwd)
     progress: Progress = field(default_factory=Progress)
+    group: Group = field(default_factory=Group)
+    shard: bool = False  # spread the weights that are trained over the group
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those of the run; 0 writes the artifact."""
+        return self.group.rank
+
+    @property
+    def world(self) -> int:
+        """How many processes the run has."""
+        return self.group.world
 
     def resolve(self, path: str) -> Path:
         """A path written in the recipe, taken relative to the recipe's folder."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..stage import Section
 
-FORMAT = 1
+FORMAT = 2
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 

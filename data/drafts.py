@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..stage import Context
 from .config import MagpieConfig, TextsConfig
+from .parts import in_rounds
 
 KEPT = "kept"
 
@@ -33,19 +32,17 @@ class Draft:
 
 
 class Drafts:
-    """Draws rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and is written, whole, to a part file of its
-    own, so that a run that was killed goes on with the batch it was in and ends with the same rows."""
+    """Draws rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and depends on no other batch, so that several
+    processes draw side by side and a run that was killed goes on with the batches it was in."""
 
     def __init__(self, config: MagpieConfig | TextsConfig, model: Any, tokenizer: Any, context: Context, work: Path):
         self.config, self.model, self.tokenizer, self.seed = config, model, tokenizer, context.seed
-        self.parts = work / "parts"
-        self.parts.mkdir(parents=True, exist_ok=True)
-        self.seen: set[str] = set()  # what `identity` said of the rows so far
+        self.parts, self.group = work / "parts", context.group
         self.seconds = 0.0
         self.sampled = 0  # tokens drawn in this process
 
     def draw(self, ids: range) -> list[Draft]:
-        """The rows of these numbers."""
+        """The rows of these numbers. Of rows alike the later ones are marked as duplicates, where that saves work."""
         raise NotImplementedError
 
     def identity(self, draft: Draft) -> str:
@@ -53,20 +50,30 @@ class Drafts:
         raise NotImplementedError
 
     def batches(self) -> Iterator[list[Draft]]:
-        """All batches up to the cap on attempts; those whose part file is there are read."""
-        size = self.config.batch
-        for number in range(math.ceil(self.config.rows * self.config.max_attempts / size)):
-            path = self.parts / f"{number:05d}.jsonl"
-            if path.exists():
-                drafts = [Draft(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-            else:
-                begun = time.perf_counter()
-                drafts = self.draw(range(number * size, (number + 1) * size))
-                self.sampled += sum(draft.drawn for draft in drafts)
-                self.seconds += time.perf_counter() - begun
-                _write_part(path, drafts)
-            self.seen.update(self.identity(draft) for draft in drafts)
+        """All batches up to the cap on attempts, whichever process drew them; those whose part file is there are
+        read. Rows that are like an earlier one are marked as duplicates."""
+        count = math.ceil(self.config.rows * self.config.max_attempts / self.config.batch)
+        seen: set[str] = set()
+        for records in in_rounds(self.parts, count, self.group, self._batch):
+            drafts = []
+            for draft in (Draft(**record) for record in records):
+                known = self.identity(draft) in seen
+                drafts.append(replace(draft, status="duplicate") if known and draft.status == KEPT else draft)
+                seen.add(self.identity(draft))
             yield drafts
+
+    def _batch(self, number: int) -> list[dict[str, Any]]:
+        begun = time.perf_counter()
+        drafts = self.draw(range(number * self.config.batch, (number + 1) * self.config.batch))
+        self.sampled += sum(draft.drawn for draft in drafts)
+        self.seconds += time.perf_counter() - begun
+        return [asdict(draft) for draft in drafts]
+
+    def speed(self) -> float | None:
+        """Tokens per second of all processes together; None if nothing was drawn. All of them must call it."""
+        drawn = self.group.gather([self.sampled, self.seconds])
+        seconds = max(seconds for _, seconds in drawn)
+        return sum(sampled for sampled, _ in drawn) / seconds if seconds else None
 
 
 def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft], Counter[str]]:
@@ -99,12 +106,3 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
 def normalised(prompt: str) -> str:
     """What two prompts have in common that are the same but for case, spacing and punctuation."""
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split()) or prompt.strip()
-
-
-def _write_part(path: Path, drafts: list[Draft]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(draft), ensure_ascii=True) + "\n" for draft in drafts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -89,16 +89,16 @@ class Magpie(Drafts):
         seeds = [row_seed(self.seed, row, "prompt") for row in ids]
         how = Sampling(self.config.max_prompt_tokens, self.config.temperature, self.config.top_p, self.config.top_k)
         drawn = self._sample([q.before for q in queries], seeds, how, self._watch(queries[0].closing))
-        drafts, seen = [], set(self.seen)
+        drafts, seen = [], set()
         for row, seed, sampled, asked in zip(ids, seeds, drawn, queries, strict=True):
             text = self._text(sampled).removesuffix(asked.closing).strip() if asked.closing else self._text(sampled)
             status = KEPT
-            if normalised(text) in seen:
-                status = "duplicate" if text else "empty"
-            elif not text:
+            if not text:
                 status = "empty"
             elif not sampled.ended:
                 status = "repetitive" if sampled.looped else "long_prompt"
+            elif normalised(text) in seen:
+                status = "duplicate"  # and is not answered
             seen.add(normalised(text))
             drafts.append(Draft(row, seed, status, text, drawn=len(sampled.tokens)))
         return drafts

@@ -36,7 +36,12 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
 
 
 def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `rows.parquet` and `stats.json` (counts by reason, shares, tokens); return them with the speed."""
+    """Write `rows.parquet` and `stats.json` (counts by reason, shares, tokens); return them with the speed.
+
+    Several processes draw self-data side by side; the first one writes it down.
+    """
+    if context.rank and isinstance(config, DatasetConfig):
+        return {}
     tokenizer = load_tokenizer(inputs.base)
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
@@ -45,6 +50,8 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
         rows, counts = _from_dataset(config, tokenizer, work, context)
     else:
         rows, counts, speed = _from_model(config, inputs, tokenizer, work, context)
+        if context.rank:
+            return {}
     rows = split_rows(rows, config.heldout, context.seed)
     rows = [_measured(row, tokenizer, config.length) for row in rows]
     stats = statistics(rows, counts)
@@ -67,9 +74,8 @@ def _from_model(
         drawer, made = Texts(config, model, tokenizer, context, work), to_text_row
         hint = "raise data.temperature"
     drafts, counts = draw_rows(drawer, context, hint)
-    # Rows taken over from before an interruption were not timed here.
-    speed = {"tokens_per_second": round(drawer.sampled / drawer.seconds, 1)} if drawer.seconds else {}
-    return [made(draft) for draft in drafts], counts, speed
+    speed = drawer.speed()  # rows taken over from before an interruption were not timed here
+    return [made(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
 def _from_dataset(

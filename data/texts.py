@@ -42,12 +42,7 @@ class Texts(Drafts):
         how = Sampling(config.tokens, config.temperature, config.top_p, config.top_k)
         prompts = [[*self.begin, *start] for start in starts]
         drawn = sample(self.model, prompts, seeds, how, stop=self.stop, banned=self.banned)
-        drafts: list[Draft] = []
-        seen = set(self.seen)
-        for row, seed, start, sampled in zip(ids, seeds, starts, drawn, strict=True):
-            drafts.append(self._draft(row, seed, start, sampled, seen))
-            seen.add(self.identity(drafts[-1]))
-        return drafts
+        return [self._draft(*drafted) for drafted in zip(ids, seeds, starts, drawn, strict=True)]
 
     def _start(self, row: int, seed: int) -> list[int]:
         """The tokens a text begins with."""
@@ -55,15 +50,13 @@ class Texts(Drafts):
             return [self.first[seed % len(self.first)]]
         return self.openings[row % len(self.openings)]
 
-    def _draft(self, row: int, seed: int, start: list[int], sampled: Sampled, seen: set[str]) -> Draft:
+    def _draft(self, row: int, seed: int, start: list[int], sampled: Sampled) -> Draft:
         text = self.tokenizer.decode([*start, *sampled.tokens], clean_up_tokenization_spaces=False)
-        draft = Draft(row, seed, KEPT, answer=text, drawn=len(sampled.tokens))
+        status = KEPT
         if sampled.looped:
             status = "repetitive"
         elif not sampled.tokens or not encode_text(self.tokenizer, text):
             status = "empty"
-        else:
-            status = "duplicate" if self.identity(draft) in seen else KEPT
         return Draft(row, seed, status, answer=text, drawn=len(sampled.tokens))
 
     def identity(self, draft: Draft) -> str:

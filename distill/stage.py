@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..modeling.load import load_model, load_tokenizer
 from ..stage import Context, Inputs
 from .config import DistillConfig, Lora
 from .losses import needs_teacher
+from .sharding import shard
 from .teacher import CopyTeacher, quantization
 from .train import (
     DistillTrainer,
@@ -41,10 +43,17 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def check(config: DistillConfig, base: Path, context: Context) -> None:
-    """Refuse bits without bitsandbytes before any work is done."""
-    tunes = [job.config.tune for job in plan_jobs(config, base, context)]
+    """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
+    if config.accumulate % context.world:
+        raise UserError(
+            f"distill.accumulate is {config.accumulate}: so many forward passes per step cannot be shared evenly by "
+            f"{context.world} processes; make it a multiple of that, or start fewer processes"
+        )
+    configs = [job.config for job in plan_jobs(config, base, context)]
+    for own in configs:
+        _check_shard(own, context)
     bits = config.teacher.quantize or next(
-        (t.quantize_base for t in tunes if isinstance(t, Lora) and t.quantize_base), None
+        (own.tune.quantize_base for own in configs if isinstance(own.tune, Lora) and own.tune.quantize_base), None
     )
     if bits or config.optimizer == "adamw_8bit":
         try:
@@ -53,16 +62,33 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
             raise UserError(f"distill: {bits or config.optimizer} needs bitsandbytes, which failed: {error}") from error
 
 
+def _check_shard(config: DistillConfig, context: Context) -> None:
+    for wrong, why in (
+        (context.world == 1, "needs several processes: start them with torchrun or accelerate launch"),
+        (
+            isinstance(config.tune, Lora),
+            "spreads what is trained, which distill.tune: lora has little of; leave it out",
+        ),
+        (config.optimizer != "adamw", "cannot spread the states of distill.optimizer: adamw_8bit; use adamw"),
+        (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
+    ):
+        if context.shard and wrong:
+            raise UserError(f"--shard {why}")
+
+
 def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement).
 
     With variants each one has these two in `variants/NAME/`, the best one's are here as well, and `variants.json`
-    has the figures of all. A variant that is finished is not trained again.
+    has the figures of all. A variant that is finished is not trained again. Several processes train together; the
+    first one writes.
     """
     jobs = plan_jobs(config, out_dir, context)
-    pending = [job for job in jobs if job.figures is None]
+    pending = context.group.share([job.name for job in jobs if job.figures is None])
     if pending:
-        _recover_all(config, pending, inputs, context)
+        _recover_all(config, [job for job in jobs if job.name in pending], inputs, context)
+    if context.rank:
+        return {}
     figures = {job.name: job.figures or {} for job in jobs}
     if config.variants is None:
         return figures[""]
@@ -81,12 +107,14 @@ def _recover_all(config: DistillConfig, jobs: list[Job], inputs: Inputs, context
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
     with quiet(bars=True):
         teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
-        held_out = hold_out(pack_rows(config, held, tokenizer), teacher, context.device)
+        held_out = hold_out(pack_rows(config, held, tokenizer), teacher, context.device, context.group)
     for number, job in enumerate(jobs):
         if not any(needs_teacher(later.config.objective) for later in jobs[number:]):
             teacher = None  # it was only needed to say how far the students are from it
         batches = load_batches(job, train, tokenizer)
-        job.finish(_recover(job, inputs, tokenizer, batches, teacher, held_out))
+        figures = _recover(job, inputs, tokenizer, batches, teacher, held_out)
+        if context.rank == 0:
+            job.finish(figures)
         gc.collect()  # a trainer and its model refer to each other
 
 
@@ -98,6 +126,8 @@ def _recover(
     started = time.monotonic()
     with quiet(bars=True):
         figures = _train(job, inputs, train, teacher, held_out)
+    if job.context.rank:
+        return {}
     seconds = time.monotonic() - started
     job.context.progress.note(
         f"{job.label}held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → "
@@ -136,8 +166,10 @@ def _train(
     own = teacher if needs_teacher(config.objective) else None
     with context.progress.bar(f"{job.label}training", steps) as advance:
         trainer = DistillTrainer(student, config, own, held_out, work, context, train, advance)
-        resume = latest_checkpoint(work / "trainer")
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
+        trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
+    if context.rank:
+        return {}
     lines = [line for line in read_lines(work / "curves.jsonl") if "eval_kl" in line]
     return {
         "objective": config.objective.kind,
@@ -160,15 +192,21 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
         model = load_model(inputs.model, context.dtype, context.device, **options)
         adapted = lora_model(model, tune, context.seed)
     else:
-        model = load_model(inputs.model, "float32", context.device)
+        # What is going to be sharded need not fit the device.
+        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
         adapted = model.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Student(adapted, Decoder(model))
+    student = Student(adapted, Decoder(model))
+    if context.shard:
+        shard(student, student.decoder.blocks, context)
+    return student
 
 
 def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
     """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
+    if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
+        context = replace(context, shard=False, device="cpu")
     student = build_student(config, inputs, context, quantize=False)
     load_trainable(student, work / "best.safetensors")
     model = student.model

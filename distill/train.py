@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,45 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import get_rank
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.agreement import Head, response_positions
 from ..modeling.blocks import Decoder
-from ..stage import Advance, Context
+from ..stage import Advance, Context, Group
 from .config import DistillConfig, Lora
 from .losses import LossSums, objective_loss
+from .order import BatchOrder, blank
+from .sharding import copy_whole, is_sharded, load_optimizer, save_optimizer, whole
 from .teacher import CopyTeacher
 
 WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
 WEIGHTS = "trainable.safetensors"
+OPTIMIZER = "optimizer.pt"  # the Trainer's name for it
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
 
 
 class Student(nn.Module):
-    """The model being trained, called for hidden states; one module, so that DDP and FSDP can wrap it."""
+    """The model being trained, called for hidden states, or for what `finish` makes of them while all weights of a
+    sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
 
     def __init__(self, model: nn.Module, decoder: Decoder):
         super().__init__()
         self.model = model
         self.decoder = decoder
 
-    def forward(self, **inputs: Any) -> Tensor:
-        return self.decoder.hidden(**inputs)
+    def forward(self, finish: Callable[[Tensor], Any] | None = None, **inputs: Any) -> Any:
+        hidden = self.decoder.hidden(**inputs)
+        return hidden if finish is None else finish(hidden)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out batches, with the teacher's hidden states at their response positions."""
+    """This process's share of the held-out batches, with the teacher's hidden states at their response positions."""
 
     batches: list[Batch]
     teacher_hidden: list[Tensor]
@@ -52,8 +60,12 @@ class HeldOut:
 
 
 @torch.no_grad()
-def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str) -> HeldOut:
-    """Run the teacher over the held-out batches once; only response positions are kept."""
+def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str, group: Group | None = None) -> HeldOut:
+    """Run the teacher over the held-out batches once, every `world`-th in this process; only response positions are
+    kept. All processes have equally many: blank ones come on top."""
+    if group is not None and group.world > 1:
+        blanks = [blank(batches)] * (-len(batches) % group.world)
+        batches = [*batches, *blanks][group.rank :: group.world]
     states = []
     for batch in batches:
         batch = batch.to(device)
@@ -90,8 +102,17 @@ def _check_targets(model: Any, targets: list[str] | str) -> None:
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, on the CPU."""
-    return {n: p.detach().cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+    """The parameters that are trained, by name, on the CPU. Of a sharded module they are gathered, for which all
+    processes must call this; the first one has them."""
+    state = {}
+    if isinstance(module, FSDPModule):
+        module.reshard()  # after a forward pass alone, the root's weights still are whole
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            value = whole(parameter)
+            if not (is_sharded(module) and get_rank()):
+                state[name] = value.cpu().contiguous()
+    return state
 
 
 def load_trainable(module: nn.Module, file: Path) -> None:
@@ -100,9 +121,8 @@ def load_trainable(module: nn.Module, file: Path) -> None:
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if state.keys() != parameters.keys():
         raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
+    for name, value in state.items():
+        copy_whole(parameters[name], value)
 
 
 def save_whole(state: dict[str, Tensor], file: Path) -> None:
@@ -129,13 +149,15 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=student,
             args=_arguments(config, work, context, len(batches)),
-            train_dataset=batches,  # type: ignore[arg-type]
+            # The last is blank: where batches do not divide evenly, processes without one take it and learn nothing.
+            train_dataset=[*batches, blank(batches)],  # type: ignore[arg-type]
             data_collator=lambda items: vars(items[0]),
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
-        self.config, self.teacher, self.held_out = config, teacher, held_out
-        self.student, self.decoder = student, student.decoder
+        self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
+        self.order = BatchOrder(len(batches), context.world, context.seed)
+        self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
         self.running = torch.zeros(4, dtype=torch.float64)  # sums of loss, nll, kl and tokens since the last step
         self.add_callback(_Recorder(self, work, advance))
 
@@ -158,29 +180,39 @@ class DistillTrainer(Trainer):
     def sums(self, model: Any, batch: Batch) -> LossSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-        hidden = model(**batch.model_inputs()).flatten(0, 1)[positions]
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
-        head = Head(self.decoder.head_weight, self.decoder.softcap)
-        return objective_loss(
-            self.config.objective, hidden, head, targets, teacher_hidden, teacher_head, self.config.chunk
-        )
+        return self._objective(model, batch, positions, targets, teacher_hidden, teacher_head)
+
+    def _objective(self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, *teacher: Any) -> LossSums:
+        """The objective at some positions, computed where the head's weights are whole."""
+        config = self.config
+
+        def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            head = Head(self.decoder.head_weight, self.decoder.softcap)
+            states = hidden.flatten(0, 1)[positions]
+            sums = objective_loss(config.objective, states, head, targets, *teacher, config.chunk)
+            return sums.loss.clone(), sums.nll, sums.kl  # FSDP2 wants no view of the loss
+
+        inputs = batch.model_inputs()
+        loss, nll, kl = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
+        return LossSums(loss, nll, kl, len(targets))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Loss, KL to the teacher and perplexity on the held-out rows."""
+        """Loss, KL to the teacher and perplexity on the held-out rows of all processes."""
         self.student.eval()
-        total = torch.zeros(4, dtype=torch.float64)
-        head = Head(self.decoder.head_weight, self.decoder.softcap)
+        own: list[list[float]] = []
         for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
             batch = batch.to(self.args.device)
             positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-            hidden = self.student(**batch.model_inputs()).flatten(0, 1)[positions]
-            sums = objective_loss(
-                self.config.objective, hidden, head, targets, states, self.held_out.teacher_head, self.config.chunk
-            )
-            total += torch.tensor([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+            sums = self._objective(self.student, batch, positions, targets, states, self.held_out.teacher_head)
+            own.append([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+        shares = self.group.gather(own)
+        total = torch.zeros(4, dtype=torch.float64)
+        for number in range(sum(map(len, shares))):  # in the batches' order, however many processes there are
+            total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
         loss, nll, kl = (total[:3] / total[3].clamp(min=1)).tolist()
         return {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
 
@@ -191,48 +223,83 @@ class DistillTrainer(Trainer):
         gathered: Any = self.accelerator.gather(count)
         return gathered.sum()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        return self.order
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_whole(trainable_state(self.student), folder / WEIGHTS)
+        state = trainable_state(self.student)
+        if self.group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_whole(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded:
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), self.group)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.sharded:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.group)
+        elif not (Path(checkpoint) / OPTIMIZER).exists():
+            raise UserError(f"{checkpoint} is of a training begun with --shard; go on with it, or delete that folder")
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+        self.group.barrier()  # every process has written its part
+        if self.group.rank == 0:
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
 
 
 class _Recorder(TrainerCallback):
-    """Writes the curves, measures and keeps the best weights; asks for checkpoints."""
+    """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
+    one writes."""
 
     def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
-        self.trainer, self.advance = trainer, advance
+        self.trainer, self.advance, self.group = trainer, advance, trainer.group
         self.curves, self.best = work / "curves.jsonl", work / "best.json"
         self.best_weights = work / "best.safetensors"
         self.note, self.lr = "", 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step]
-        if state.global_step == 0:
-            keep = []
-        _write_lines(self.curves, keep)
+        if self.group.rank:
+            torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
+        begun = False
+        if self.group.rank == 0:
+            keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
+            _write_lines(self.curves, keep)
+            begun = bool(keep)
         self.advance(state.global_step)
-        if not keep:
+        if not self.group.share(begun):
             self._measure(0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
+        self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
+
+    def _epoch_steps(self) -> int:
+        return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        loss, nll, kl, tokens = self.trainer.running.tolist()
+        loss, nll, kl, tokens = map(sum, zip(*self.group.gather(self.trainer.running.tolist()), strict=True))
         self.trainer.running.zero_()
         count = max(tokens, 1.0)
-        step = state.global_step
+        config, step = self.trainer.config, state.global_step
+        epochs, steps = divmod(step, self._epoch_steps())
         line = {
             "step": step,
-            "epoch": round(state.epoch or 0.0, 4),
+            "epoch": round(epochs + steps * config.accumulate / self.trainer.order.count, 4),
             "loss": loss / count,
             "nll": nll / count,
             "lr": self.lr,
@@ -240,8 +307,9 @@ class _Recorder(TrainerCallback):
         }
         if self.trainer.teacher is not None:
             line["kl"] = kl / count
-        _append_line(self.curves, line)
-        config, last = self.trainer.config, step >= state.max_steps
+        if self.group.rank == 0:
+            _append_line(self.curves, line)
+        last = step >= state.max_steps
         if step % config.eval_every == 0 or last:
             self._measure(step)
         if step % config.save_every == 0 and not last:
@@ -253,17 +321,23 @@ class _Recorder(TrainerCallback):
         for name in ("loss", "kl"):
             if not math.isfinite(found[f"eval_{name}"]):
                 raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
-        _append_line(self.curves, {"step": step, **found})
+        if self.group.rank == 0:
+            _append_line(self.curves, {"step": step, **found})
         self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
         select = self.trainer.config.select
         value = -float(step) if select == "last" else found[f"eval_{select}"]
-        best = json.loads(self.best.read_text()) if self.best.exists() else {"value": math.inf, "step": -1}
         # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
-        if value < best["value"] or not self.best_weights.exists():
-            save_whole(trainable_state(self.trainer.student), self.best_weights)
-            temporary = self.best.with_name("best.json.tmp")
-            temporary.write_text(json.dumps({"value": value, "step": step, **found}))
-            os.replace(temporary, self.best)
+        if self.group.share(self.group.rank == 0 and self._is_best(value)):
+            weights = trainable_state(self.trainer.student)
+            if self.group.rank == 0:
+                save_whole(weights, self.best_weights)
+                temporary = self.best.with_name("best.json.tmp")
+                temporary.write_text(json.dumps({"value": value, "step": step, **found}))
+                os.replace(temporary, self.best)
+
+    def _is_best(self, value: float) -> bool:
+        best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
+        return value < best or not self.best_weights.exists()
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -289,11 +363,11 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
     on_cpu = context.device == "cpu"
     # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights.
     mixed = not on_cpu and context.dtype != "float32"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=1,  # a data set item is a whole batch of packed sequences
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=config.accumulate // context.world,
         learning_rate=config.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # its first step has a rate of 0
@@ -313,7 +387,11 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,  # the head is used, but outside what DDP sees
+        ddp_broadcast_buffers=False,  # they are constants
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU, however many there are
+    return arguments
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -71,20 +71,31 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     start: Annotated[str | None, typer.Option("--from", help="Make this stage and all after it again.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Spread full tuning over the processes (FSDP2).")] = False,
 ) -> None:
-    """Run a recipe. Finished stages are skipped; a killed run goes on where it was."""
+    """Run a recipe. Finished stages are skipped; a killed run goes on where it was.
+
+    Under torchrun or accelerate launch (-m compress run …) several processes share the work.
+    """
+    from ..stage import Progress
+    from .group import in_turn, processes
     from .recipe import load_recipe
     from .runner import Options, execute, plan_run
     from .summary import finish
 
-    _check_dtype(dtype)
-    planned = plan_run(load_recipe(recipe, overrides or []), Options(runs, device, dtype, until, start))
-    if dry_run:
-        _show_stages(planned)
-        return
-    made = len(planned.pending)
-    execute(planned, _progress())
-    finish(planned, console, made)
+    with processes(device) as (group, own_device):
+        _check_dtype(dtype)
+        options = Options(runs, own_device, dtype, until, start, shard)
+        planned = in_turn(group, lambda: plan_run(load_recipe(recipe, overrides or []), options))
+        first = group.rank == 0
+        if dry_run:
+            if first:
+                _show_stages(planned)
+            return
+        made = len(planned.pending)
+        execute(planned, _progress() if first else Progress(), group)
+        if first:
+            finish(planned, console, made)
 
 
 def _show_stages(planned) -> None:
@@ -131,13 +142,14 @@ def plan(
     overrides: SetOption = None,
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
+    shards: Annotated[int, typer.Option(min=1, help="Full tuning spread over so many processes (run --shard).")] = 1,
 ) -> None:
     """Parameters, disk and memory of a recipe, from configuration files alone."""
     from .plan import make_plan, show_plan
     from .recipe import load_recipe
 
     _check_dtype(dtype)
-    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources"), console)
+    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources", shards), console)
 
 
 @app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")

@@ -89,15 +89,18 @@ class Plan:
     stages: list[StagePlan]
 
 
-def make_plan(loaded: LoadedRecipe, dtype: str, cache: Path) -> Plan:
-    """Estimates for a recipe. Raises `UserError` where the model's configuration cannot be had."""
+def make_plan(loaded: LoadedRecipe, dtype: str, cache: Path, shards: int = 1) -> Plan:
+    """Estimates for a recipe; memory is per process where full tuning is spread over `shards`.
+
+    Raises `UserError` where the model's configuration cannot be had.
+    """
     shape = Geometry.of(_read_config(loaded, cache))
     size, recipe = BYTES[dtype], loaded.recipe
     dropped = _dropped(recipe.prune, shape) if recipe.prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
     kept = shape.blocks - dropped
-    stages = [_stage(name, loaded, shape, kept, size) for name in loaded.order]
+    stages = [_stage(name, loaded, shape, kept, size, shards) for name in loaded.order]
     return Plan(
         recipe.name, loaded.source, shape.parameters(shape.blocks), shape.parameters(kept), (shape.blocks, kept), stages
     )
@@ -131,7 +134,7 @@ def _prune(config: PruneConfig, shape: Geometry, kept: int, size: int) -> StageP
     return StagePlan("prune", whole * size + states + work, small * size, note)
 
 
-def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: int) -> StagePlan:
+def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:
     whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
     section = loaded.section(name)
     if name == "data":
@@ -144,7 +147,7 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     if name == "prune":
         return _prune(section, shape, kept, size)
     if name == "distill":
-        return _distill(section, shape, kept, size)
+        return _distill(section, shape, kept, size, shards)
     if name == "merge":
         return _merge(section, shape, kept, size)
     if name == "export":
@@ -157,11 +160,11 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     return StagePlan(name, whole * size + 128 * shape.vocab * 12, 0, f"{megabytes(logs)} of scratch disk")
 
 
-def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:
     if config.variants is None:
-        return _student(config, shape, kept, size)
+        return _student(config, shape, kept, size, shards)
     # One after another: the largest one's memory, everyone's disk.
-    plans = [_student(config.of(variant), shape, kept, size) for variant in config.variants]
+    plans = [_student(config.of(variant), shape, kept, size, shards) for variant in config.variants]
     most = max(plans, key=lambda plan: plan.memory)
     return StagePlan(
         "distill", most.memory, sum(plan.disk for plan in plans), f"{len(plans)} variants; the largest: {most.note}"
@@ -177,7 +180,7 @@ def _merge(config: MergeConfig, shape: Geometry, kept: int, size: int) -> StageP
     return StagePlan("merge", max(merging, measuring), small * saved, f"{config.method}, then measured")
 
 
-def _student(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:
+def _student(config: DistillConfig, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:
     tokens = config.batch * config.length
     student, teacher = shape.parameters(kept), shape.parameters(shape.blocks)
     teacher_bytes = int(teacher * BITS.get(config.teacher.quantize or "", size))
@@ -189,6 +192,13 @@ def _student(config: DistillConfig, shape: Geometry, kept: int, size: int) -> St
         trained = lora_parameters(config.tune, shape, kept)
         note = f"LoRA, {trained / 1e6:.1f} M trained"
     optimizer = trained * (4 + 4 + (2 if config.optimizer == "adamw_8bit" else 8))
+    if shards > 1:
+        if not isinstance(config.tune, Full):
+            raise UserError("--shards: only full tuning is spread (distill.tune: full)")
+        # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
+        whole = (2 * shape.block_parameters + shape.parameters(0)) * size
+        weights, optimizer = weights // shards + whole, optimizer // shards
+        note += f", per process of {shards}"
     per_block = shape.hidden if config.gradient_checkpointing else 14 * shape.hidden + 5 * shape.intermediate
     activations = tokens * kept * per_block * size
     logits = config.chunk * shape.vocab * 4 * 6 + tokens * shape.hidden * 8

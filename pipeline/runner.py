@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..modeling.source import fingerprint_source, hash_file, parse_source
-from ..stage import Context, Inputs, Progress
+from ..stage import Context, Group, Inputs, Progress
+from .group import check_same, check_shared, in_turn
 from .inspection import check_weights
 from .measure import Meter
 from .recipe import LoadedRecipe
@@ -39,6 +40,7 @@ class Options:
     dtype: str = "float32"
     until: str | None = None
     start: str | None = None  # make this stage and what follows it again, complete or not
+    shard: bool = False  # spread full tuning over the run's processes
 
 
 @dataclass(frozen=True)
@@ -119,25 +121,27 @@ def _existing(stage: str, path: Path) -> Path:
     return path
 
 
-def execute(run: Run, progress: Progress) -> None:
-    """Make the pending stages. Safe to kill at any moment and to call again."""
-    with readable_errors(f"writing to {run.folder}"), lock(run.folder):
-        _save_recipe(run)
-        for stage in run.stages:
-            if not stage.pending:
-                stage.folder.manifest()  # damage is found before anything is built on it
+def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
+    """Make the pending stages. Safe to kill at any moment and to call again.
+
+    With several processes all of them call this; the first one holds the lock and writes what is not a stage's own.
+    """
+    group = group or Group()
+    with readable_errors(f"writing to {run.folder}"), lock(run.folder) if group.rank == 0 else nullcontext():
+        check_shared(run.folder, group)
+        check_same("what is to be done", [[stage.folder.path.name, stage.pending] for stage in run.stages], group)
+        if group.rank == 0:
+            _save_recipe(run)
+            for stage in run.stages:
+                if not stage.pending:
+                    stage.folder.manifest()  # damage is found before anything is built on it
         if not run.pending:
             return
-        context = Context(run.loaded.recipe.seed, run.options.device, run.options.dtype, run.loaded.folder, progress)
+        options = run.options
+        seed, folder = run.loaded.recipe.seed, run.loaded.folder
+        context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
         _check_device(context)
-        from ..modeling.load import resolve
-
-        base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=progress)
-        check_weights(base)
-        for stage in run.pending:
-            check = getattr(stage.spec.module(), "check", None)
-            if check is not None:
-                check(stage.config, base, context)
+        base = in_turn(group, lambda: _prepare(run, context))
         done: dict[str, Path] = {}
         for number, stage in enumerate(run.stages, start=1):
             if stage.pending:
@@ -146,19 +150,57 @@ def execute(run: Run, progress: Progress) -> None:
             done[stage.spec.name] = stage.folder.path
 
 
+def _prepare(run: Run, context: Context) -> Path:
+    """The unpruned model's checkpoint folder, once the pending stages' checks have passed."""
+    from ..modeling.load import resolve
+
+    base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
+    check_weights(base)
+    for stage in run.pending:
+        check = getattr(stage.spec.module(), "check", None)
+        if check is not None:
+            check(stage.config, base, context)
+    return base
+
+
 def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context) -> None:
-    folder, name = stage.folder, stage.spec.name
+    folder, name, group = stage.folder, stage.spec.name, context.group
+    begun = group.share(_begin(run, stage) if group.rank == 0 else None)
+    if begun == SEALED:
+        return
+    source = parse_source(run.loaded.source, run.loaded.folder)
+    inputs = Inputs(base, _current_model(base, done), dict(done), source.title)
+    metrics: dict[str, Any] = {}
+    with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
+        if group.rank == 0 or stage.spec.parallel:
+            metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
+        group.barrier()  # no process still writes
+    if group.rank == 0:
+        _finish(run, stage, context, meter, metrics, begun == RESUMED)
+    group.barrier()
+    gc.collect()
+
+
+NEW, RESUMED, SEALED = "new", "resumed", "sealed"
+
+
+def _begin(run: Run, stage: PlannedStage) -> str:
+    """Get the stage's folder ready to work in; how it was found."""
+    folder = stage.folder
     if run.options.start is not None and folder.complete:
         shutil.rmtree(folder.partial, ignore_errors=True)  # --from: from scratch
     elif folder.sealed:
         folder.seal()
-        return
-    resumed = folder.partial.exists()
+        return SEALED
+    state = RESUMED if folder.partial.exists() else NEW
     folder.partial.mkdir(parents=True, exist_ok=True)
-    source = parse_source(run.loaded.source, run.loaded.folder)
-    inputs = Inputs(base, _current_model(base, done), dict(done), source.title)
-    with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
-        metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
+    return state
+
+
+def _finish(
+    run: Run, stage: PlannedStage, context: Context, meter: Meter, metrics: dict[str, Any], resumed: bool
+) -> None:
+    folder, name = stage.folder, stage.spec.name
     prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
     with readable_errors(f"stage {name}, writing to {folder.partial}"):
         folder.finish(
@@ -172,6 +214,7 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
                 "seed": context.seed,
                 "device": context.device,
                 "dtype": context.dtype,
+                "processes": context.world,
                 "versions": versions(),
                 "machine": machine(),
                 "seconds": round(meter.seconds, 3),
@@ -182,7 +225,6 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
             }
         )
     context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
-    gc.collect()
 
 
 def _current_model(base: Path, done: dict[str, Path]) -> Path:

@@ -15,6 +15,7 @@ class StageSpec:
     package: str  # below compress; its modules `config` and `stage` are used
     reads: tuple[str, ...]  # earlier stages whose output it depends on, where the recipe has them
     needs: tuple[str, ...] = ()  # of those, the ones it cannot do without
+    parallel: bool = False  # several processes share its work; else the first does it and the others wait
 
     @property
     def format(self) -> int:
@@ -28,9 +29,9 @@ class StageSpec:
 STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("data", "data", ()),
+        StageSpec("data", "data", (), parallel=True),
         StageSpec("prune", "prune", ("data",)),
-        StageSpec("distill", "distill", ("data", "prune"), needs=("data",)),
+        StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True),
         StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill")),
         StageSpec("export", "export", ("data", "prune", "distill", "merge")),
         StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "export")),

@@ -224,7 +224,7 @@ def test_rows_are_dropped_and_counted_by_reason(
     prompts = [says("One?"), says("  "), says("one"), says("Long one", ended=False), says("Loop", False, True)]
     prompts += [says("Two"), says("Three"), says("Four"), says("Five"), says("Six"), says("two!"), says("Seven")]
     answers = {"One?": good, "Two": says("and", ended=False), "Three": says(" \n"), "Four": says("x", False, True)}
-    answers |= {"Five": says("word " * 60), "Six": good, "Seven": good}
+    answers |= {"Five": says("word " * 60), "Six": good, "two!": good, "Seven": good}
     scripted(monkeypatch, tokenizer, prompts, answers)
     config = MagpieConfig(source="magpie", rows=3, batch=4, length=60, max_attempts=4)
     metrics = run(config, Inputs(tiny(), tiny()), tmp_path, Context())

@@ -1,0 +1,534 @@
+"""Several processes end with what one process makes: the same rows to the byte, the same weights but for rounding."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from compress.data.parts import in_rounds
+from compress.data.rows import Row, write_rows
+from compress.distill import stage
+from compress.distill.config import DistillConfig
+from compress.distill.order import BatchOrder
+from compress.errors import UserError
+from compress.modeling.blocks import drop_blocks
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer
+from compress.pipeline.group import processes
+from compress.stage import Context, Group
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+
+PRELOAD = "data distill prune".split()
+PRELOAD = [f"compress.{name}.stage" for name in PRELOAD] + ["compress.pipeline.summary", "accelerate", "peft"]
+PRELOAD += ["compress.pipeline.report.plots", "matplotlib.backends.backend_svg", "torch.distributed.tensor"]
+PRELOAD += ["transformers.models.llama.modeling_llama", "torch.nn.parallel.distributed", "torch.distributed.fsdp"]
+SHORT = (
+    "data.rows=18 data.batch=4 data.max_prompt_tokens=16 data.max_tokens=16 prune.calibration.tokens=256 "
+    "distill.objective=kd distill.lr=0.01 distill.select=last distill.max_steps=6 distill.save_every=2"
+).split()
+# One process of several, in a session of its own, with its output in a file.
+CHILD = """
+import gc, os, sys
+gc.freeze()
+rank, world, port, log, body, given = {!r}
+os.setsid()
+for number in (1, 2):
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+if world > 1:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+import torch
+torch.set_num_threads(1)
+exec(body)
+"""
+# The command line, with something done to it first.
+COMMAND = """
+arguments, hurt = given
+exec(hurt)
+sys.argv = ["compress", *arguments]
+from compress.pipeline.cli import main
+main()
+"""
+# The distill stage alone; the gradients of its steps are saved.
+TRAIN = """
+from pathlib import Path
+from safetensors.torch import save_file
+from compress.distill import stage, train
+from compress.distill.config import DistillConfig
+from compress.pipeline.group import processes
+from compress.stage import Context, Inputs
+from compress.distill.sharding import whole
+options, base, model, data, out, hurt, shard = given
+keep, found = train._Recorder.on_pre_optimizer_step, {}
+def note(recorder, args, state, control, **rest):
+    keep(recorder, args, state, control, **rest)
+    for name, parameter in recorder.trainer.student.named_parameters():
+        if parameter.requires_grad:
+            found[f"{state.global_step}/{name}"] = whole(parameter.grad).clone()
+train._Recorder.on_pre_optimizer_step = note
+exec(hurt)
+with processes("cpu") as (group, device):
+    config, out = DistillConfig.model_validate(options), Path(out)
+    out.mkdir(exist_ok=True)
+    context = Context(seed=7, group=group, shard=shard)
+    stage.check(config, Path(base), context)
+    stage.run(config, Inputs(Path(base), Path(model), {"data": Path(data)}), out, context)
+    if group.rank == 0:
+        save_file(found, out / "gradients.safetensors")
+"""
+
+
+def launch(folder: Path, world: int, body: str, given: Callable[[int], Any] | Any) -> list[tuple[int, str]]:
+    """Run `body` in `world` processes; the exit code and the output of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(world):
+        log = folder / f"log{rank}.txt"
+        log.unlink(missing_ok=True)
+        own = given(rank) if callable(given) else given
+        code = CHILD.format((rank, world, port, str(log), body, own))
+        process = multiprocessing.get_context("forkserver").Process(target=exec, args=(code, {}))
+        process.start()
+        started.append((process, log))
+    for process, _ in started:
+        process.join(120)
+        process.kill()
+    return [(process.exitcode or 0, log.read_text()) for process, log in started]
+
+
+def arguments(runs: Path, until: str = "distill") -> list[str]:
+    options = [part for override in SHORT for part in ("--set", override)]
+    return ["run", "tiny_random", "--runs", str(runs), "--until", until, *options]
+
+
+def command(runs: Path, world: int) -> None:
+    """`compress run`, to its end."""
+    found = launch(runs, world, COMMAND, (arguments(runs), ""))
+    assert [code for code, _ in found] == [0] * world, found
+
+
+KILLS = """
+from compress.data import drafts
+from transformers import Trainer
+where, name = {!r}
+owner = Trainer if where == "Trainer" else drafts.Drafts
+plain, calls = getattr(owner, name), []
+def die(*given):
+    calls.append(given)
+    if len(calls) == 2:
+        os.kill(os.getpid(), 9)
+    return plain(*given)
+setattr(owner, name, die)
+"""
+
+
+def kill(runs: Path, where: str, name: str) -> None:
+    """`compress run` in two processes, the second of which is killed when it calls a method for the second time."""
+    hurt = KILLS.format((where, name))
+    found = launch(runs, 2, COMMAND, lambda rank: (arguments(runs), hurt if rank == 1 else ""))
+    assert [code for code, _ in found] == [2, -signal.SIGKILL]
+    assert found[0][1].count("error: another process of this run has ended; what is finished is kept") == 1
+    assert "Traceback" not in found[0][1]
+
+
+def made(runs: Path) -> dict[str, bytes]:
+    """What the stages made, by stage and name; manifests, which have times, and the trained model are left out."""
+    found = {}
+    for folder in (runs / "tiny-random").glob("[a-z]*-*/"):
+        for file in folder.rglob("*"):
+            if file.is_file() and file.name != "manifest.json":
+                found[f"{folder.name.partition('-')[0]}/{file.relative_to(folder)}"] = file.read_bytes()
+    return found
+
+
+MODEL = "distill/model/model.safetensors"
+CURVES = "distill/curves.jsonl"
+
+
+def learned(artifacts: dict[str, bytes]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    from safetensors.torch import load
+
+    return load(artifacts[MODEL]), [json.loads(line) for line in artifacts[CURVES].decode().splitlines()]
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """The same files, byte for byte but for what was trained: its weights and curves differ by rounding."""
+    assert found.keys() == expected.keys()
+    assert [n for n in found if n not in (MODEL, CURVES) and found[n] != expected[n]] == []
+    (weights, curves), (wanted, lines) = learned(found), learned(expected)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert [line.keys() for line in curves] == [line.keys() for line in lines]
+    for line, other in zip(curves, lines, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def forkserver() -> None:
+    """Processes are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    warm = context.Process(target=exec, args=("pass", {}))
+    warm.start()
+    warm.join()
+
+
+@pytest.fixture(scope="module")
+def alone(forkserver: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process makes."""
+    runs = tmp_path_factory.mktemp("alone")
+    command(runs, 1)
+    return made(runs)
+
+
+@pytest.fixture(scope="module")
+def pair(forkserver: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What two processes make, started by torchrun itself."""
+    runs = tmp_path_factory.mktemp("pair")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "-m", "compress", *arguments(runs)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[3/3] distill") == 1  # one process speaks
+    return made(runs)
+
+
+def test_two_processes_make_what_one_makes(alone: dict[str, bytes], pair: dict[str, bytes]) -> None:
+    assert {"data/rows.parquet", "data/stats.json", "prune/model/model.safetensors", MODEL, CURVES} <= alone.keys()
+    assert_same(pair, alone)
+    weights, _ = learned(alone)
+    from safetensors.torch import load
+
+    before = load(alone["prune/model/model.safetensors"])
+    assert max(float((weights[name] - before[name]).abs().max()) for name in before) > 1e-2  # it did learn
+
+
+def test_a_process_is_killed_and_the_run_goes_on_with_as_many_others(
+    alone: dict[str, bytes], pair: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Killed while self-data is drawn, then in training: the other leaves; what is made again is what was made."""
+    kill(tmp_path, "Drafts", "_batch")
+    (parts,) = tmp_path.glob("tiny-random/.data-*/.work/parts")
+    written = {file.name for file in parts.glob("*.jsonl")}
+    assert {"00000.jsonl", "00001.jsonl"} <= written and "00003.jsonl" not in written
+    kill(tmp_path, "Trainer", "_save_rng_state")  # within its second checkpoint
+    (trainer,) = tmp_path.glob("tiny-random/.distill-*/.work/trainer")
+    assert [path.parent.name for path in trainer.glob("*/WHOLE")] == ["checkpoint-2"]
+    command(tmp_path, 2)
+    assert made(tmp_path) == pair
+
+
+def test_what_two_processes_began_one_finishes(alone: dict[str, bytes], tmp_path: Path) -> None:
+    kill(tmp_path, "Trainer", "_save_rng_state")
+    command(tmp_path, 1)
+    assert_same(made(tmp_path), alone)
+
+
+FAILS = """
+from compress.data import drafts
+from compress.errors import UserError
+def fail(*_): raise UserError("no more of this")
+drafts.Drafts._batch = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rank, base: base | ({"hurt": FAILS} if rank == 1 else {}), "error: no more of this"),
+        (lambda rank, base: base | {"hurt": FAILS}, "error: no more of this"),
+        (lambda rank, base: base | {"more": ["--set", "distill.accumulate=3"]}, "error: distill.accumulate is 3: so"),
+        (lambda rank, base: base | {"more": ["--set", f"seed={rank}"]}, "error: processes 0 and 1 differ in what is"),
+        (
+            lambda rank, base: base | {"runs": base["runs"] / str(rank)},
+            "error: process 1 on .*: does not see the folder",
+        ),
+        (lambda rank, base: base | {"more": ["--device", "mps"]}, "error: --device mps: several processes run on cpu"),
+    ],
+    ids=["one-fails", "all-fail", "uneven", "other-recipe", "other-folder", "device"],
+)
+def test_an_error_is_told_once_and_ends_all(
+    forkserver: None, tmp_path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]], message: str
+) -> None:
+    import re
+
+    def given(rank: int) -> Any:
+        use = change(rank, {"runs": tmp_path / "runs", "hurt": "", "more": []})
+        return [*arguments(use["runs"]), *use["more"]], use["hurt"]
+
+    found = launch(tmp_path, 2, COMMAND, given)
+    assert [code for code, _ in found] == [2, 2]
+    text = "".join(output for _, output in found)
+    assert len(re.findall(message, text)) == 1 and text.count("error:") == 1 and "Traceback" not in text
+    assert not list(tmp_path.glob("**/.seen-*"))
+
+
+class World:
+    """A base model, the same without a block, and rows that make five batches: two processes share them unevenly."""
+
+    def __init__(self, base: Path, folder: Path):
+        self.base, self.folder = base, folder
+        self.tied = '"tie_word_embeddings": true' in (base / "config.json").read_text()
+        model = load_model(base)
+        drop_blocks(model, [1])
+        save_checkpoint(model, load_tokenizer(base), folder / "pruned")
+        draw, words = random.Random(3), "the way of many people is which model time and look so".split()
+        (folder / "data").mkdir()
+        rows = []
+        for number in range(14):
+            turns = [" ".join(draw.choices(words, k=draw.randrange(4, 20))) for _ in range(2)]
+            talk = [{"role": r, "content": text} for r, text in zip(("user", "assistant"), turns, strict=True)]
+            rows.append(Row(number, "heldout" if number % 4 == 0 else "train", talk))
+        write_rows(folder / "data", rows)
+
+    def train(self, name: str, world: int, hurt: str, shard: bool, options: Any) -> list[tuple[int, str]]:
+        """The distill stage; exit codes and outputs."""
+        plain = {"objective": "kd", "tune": "full", "lr": 1e-3, "length": 64, "epochs": 2, "accumulate": 2}
+        plain |= {"batch": 2, "eval_every": 3, "save_every": 2, "clip": 1e9, "schedule": "constant", "warmup": 0}
+        paths = [str(path) for path in (self.base, self.folder / "pruned", self.folder / "data", self.folder / name)]
+        return launch(self.folder, world, TRAIN, (plain | options, *paths, hurt, shard))
+
+    def __call__(
+        self, name: str, world: int, hurt: str = "", shard: bool = False, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of each step, by "step/parameter"."""
+        found = self.train(name, world, hurt, shard, options)
+        assert [code for code, _ in found] == [0] * world, found
+        return load_file(self.folder / name / "gradients.safetensors")
+
+    def model(self, name: str) -> Path:
+        return self.folder / name / "model" / "model.safetensors"
+
+    def curves(self, name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / name / "curves.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def world(
+    request: pytest.FixtureRequest,
+    forkserver: None,
+    tiny: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
+    base = tiny(blocks=3, hidden=32, heads=2, kv_heads=1, intermediate=48, tied=request.param)
+    return World(base, tmp_path_factory.mktemp("scale"))
+
+
+def differences(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], step: int) -> float:
+    """The largest relative difference between the gradients of one step, parameter by parameter."""
+    assert found.keys() == wanted.keys()
+    names = [name for name in wanted if name.startswith(f"{step}/")]
+    return max(float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-12)) for n in names)
+
+
+DROPPED = """
+plain = train.DistillTrainer.compute_loss
+def nothing(self, *arguments, **options):
+    loss = plain(self, *arguments, **options)
+    return loss * 0 if self.group.rank == 1 else loss
+train.DistillTrainer.compute_loss = nothing
+"""
+
+
+def test_a_step_of_two_processes_is_a_step_of_one(world: World) -> None:
+    """Gradients, before any optimizer makes much of little, at all steps: the last of each epoch has one batch left."""
+    one, two = world("one", 1, gradient_checkpointing=True), world("two", 2, gradient_checkpointing=True)
+    compare(world, two, one, "two", "one")
+    if world.tied:
+        return
+    dropped = world("dropped", 2, DROPPED)
+    assert differences(dropped, one, 0) > 0.1  # this is what it would look like
+    options = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
+    compare(world, world("lora2", 2, **options), world("lora1", 1, **options), "lora2", "lora1")
+
+
+def compare(
+    world: World, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], name: str, reference: str
+) -> None:
+    """The same gradients, curves and model, but for rounding."""
+    assert max(differences(found, wanted, step) for step in range(6)) < 1e-4
+    lines, others = world.curves(name), world.curves(reference)
+    assert [line["epoch"] for line in lines if "epoch" in line] == [0.4, 0.8, 1, 1.4, 1.8, 2]  # five batches
+    assert [line.keys() for line in lines] == [line.keys() for line in others]
+    for line, other in zip(lines, others, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    weights, kept = load_file(world.model(name)), load_file(world.model(reference))
+    for key, weight in kept.items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+
+
+def test_sharded_weights_learn_the_same(world: World) -> None:
+    """FSDP2 on two processes; killed within its second checkpoint, it goes on and ends with the same bytes."""
+    options = {"gradient_checkpointing": True}
+    compare(world, world("shards", 2, shard=True, **options), world("whole", 1, **options), "shards", "whole")
+    if world.tied:
+        return
+    found = world.train("killed", 2, KILLS.format(("Trainer", "_save_rng_state")), True, options)
+    assert [code for code, _ in found] == [-signal.SIGKILL] * 2
+    found = world.train("killed", 1, "", False, options)
+    assert found[0][0] == 1 and "checkpoint-2 is of a training begun with --shard; go on with it" in found[0][1]
+    world("killed", 2, shard=True, **options)
+    assert world.model("killed").read_bytes() == world.model("shards").read_bytes()
+    assert world.curves("killed") == world.curves("shards")
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "dtype", "message"),
+    [
+        ({"tune": "full"}, 1, "float32", "needs several processes"),
+        ({}, 2, "float32", r"which distill\.tune: lora has little of"),
+        ({"tune": "full", "optimizer": "adamw_8bit"}, 2, "float32", "use adamw"),
+        ({"tune": "full"}, 2, "float16", "use --dtype bfloat16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(options: Any, world: int, dtype: str, message: str) -> None:
+    group = Threads(0, world, threading.Barrier(1), [])
+    with pytest.raises(UserError, match=f"--shard .*{message}"):
+        stage.check(DistillConfig(**options), Path(), Context(dtype=dtype, group=group, shard=True))
+
+
+class Threads(Group):
+    """A group whose processes are threads."""
+
+    def __init__(self, rank: int, world: int, barrier: threading.Barrier, values: list[Any]):
+        self.rank, self.world, self.meet, self.values = rank, world, barrier, values
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.meet.wait(10)
+        found = list(self.values)
+        self.meet.wait(10)
+        return found
+
+
+def together(world: int, work: Callable[[Group], Any]) -> list[Any]:
+    """What `work` gives in each thread of a group."""
+    barrier, values, found = threading.Barrier(world), [None] * world, [None] * world
+
+    def run(rank: int) -> None:
+        found[rank] = work(Threads(rank, world, barrier, values))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_batch_is_drawn_once_and_read_in_order_by_all(tmp_path: Path, world: int) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def rounds(count: int) -> list[Any]:
+        def work(group: Group) -> list[Any]:
+            def draw(number: int) -> list[dict[str, Any]]:
+                drawn.append((number, group.rank))
+                return [{"id": 10 * number + i, "text": "ä"} for i in range(2)]
+
+            return list(in_rounds(tmp_path, count, group, draw))
+
+        return together(world, work)
+
+    expected = [[{"id": 10 * n, "text": "ä"}, {"id": 10 * n + 1, "text": "ä"}] for n in range(7)]
+    assert rounds(7) == [expected] * world
+    assert sorted(drawn) == [(n, n % world) for n in range(7)]
+    names = [f"{n:05d}.jsonl" for n in range(7)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    drawn.clear()
+    (tmp_path / names[4]).unlink()  # as after a kill
+    (tmp_path / names[5]).unlink()
+    world = 2 if world == 1 else world - 1  # and with another number of processes
+    assert rounds(7) == [expected] * world
+    assert sorted(number for number, _ in drawn) == [4, 5]
+
+
+def dealt(count: int, world: int, rank: int, epoch: int) -> list[int]:
+    """The batches one process gets, as Accelerate deals them out."""
+    order = BatchOrder(count, world, seed=5)
+    order.set_epoch(epoch)
+    batches = BatchSampler(order, batch_size=1, drop_last=False)
+    return [number for (number,) in BatchSamplerShard(batches, world, rank)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
+def test_steps_have_the_same_batches_with_any_number_of_processes(count: int, world: int) -> None:
+    accumulate = 2 * world
+    for epoch in (0, 3):
+        reference = SeedableRandomSampler(range(count), data_seed=5)
+        reference.set_epoch(epoch)
+        whole = list(reference)
+        assert dealt(count, 1, 0, epoch) == whole
+        shares = [dealt(count, world, rank, epoch) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1  # none waits for another
+        for step in range(-(-count // accumulate)):
+            own = slice(step * accumulate // world, (step + 1) * accumulate // world)
+            numbers = sorted(n for share in shares for n in share[own] if n != count)  # `count` is the blank one
+            assert numbers == sorted(whole[step * accumulate : (step + 1) * accumulate])
+
+
+def test_steps_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    config = DistillConfig(accumulate=6)
+    for world in (1, 2, 3, 6):
+        stage.check(config, tmp_path, Context(group=Threads(0, world, threading.Barrier(1), [])))
+    with pytest.raises(UserError, match=r"distill\.accumulate is 6: .* by 4 processes; make it a multiple"):
+        stage.check(config, tmp_path, Context(group=Threads(0, 4, threading.Barrier(1), [])))
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with processes("meteor") as (group, device):
+        assert (group.rank, group.world, group.gather(3), group.share("x"), device) == (0, 1, [3], "x", "meteor")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set: start"), processes("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "device", "use"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "cpu", "--shard"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "cpu", "--dtype"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "cpu", "none of that"),
+        ("ACCELERATE_USE_CPU", "true", "cuda", "--device cpu"),
+    ],
+)
+def test_what_accelerate_would_do_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, device: str, use: str
+) -> None:
+    for other, no in (("ACCELERATE_USE_FSDP", "false"), ("ACCELERATE_DYNAMO_BACKEND", "NO")):
+        monkeypatch.setenv(other, no)
+    with processes(device):
+        pass
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"asks for {name}={value}, .* use {use}"), processes(device):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
