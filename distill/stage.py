@@ -19,11 +19,13 @@ from ..modeling.blocks import Decoder
 from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
-from .config import DistillConfig, Lora
-from .losses import needs_teacher
-from .teacher import CopyTeacher, quantization
+from .cached import CachedTeacher
+from .config import Cached, Copy, DistillConfig, Lora, Shared, needs_teacher
+from .shared import SharedTeacher
+from .teacher import CopyTeacher, Teacher, quantization
 from .train import (
     DistillTrainer,
+    HeldOut,
     Student,
     hold_out,
     latest_checkpoint,
@@ -36,7 +38,8 @@ from .train import (
 
 def check(config: DistillConfig, base: Path, context: Context) -> None:
     """Refuse bits without bitsandbytes before any work is done."""
-    bits = config.teacher.quantize or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
+    copied = config.teacher.quantize if isinstance(config.teacher, Copy) else None
+    bits = copied or (config.tune.quantize_base if isinstance(config.tune, Lora) else None)
     if bits or config.optimizer == "adamw_8bit":
         try:
             import bitsandbytes  # noqa: F401
@@ -76,18 +79,13 @@ def load_batches(config: DistillConfig, inputs: Inputs, tokenizer: Any, seed: in
     rows = load_encoded(data, tokenizer, "train", config.length)
     random.Random(seed).shuffle(rows)
     held = load_encoded(data, tokenizer, "heldout", config.length)
-    return pack(rows, config.length, config.batch, pad), pack(held, config.length, config.batch, pad)
+    return pack(rows, config.length, config.batch, pad, grouped=True), pack(held, config.length, config.batch, pad)
 
 
 def _train(
     config: DistillConfig, inputs: Inputs, work: Path, context: Context, train: list[Batch], held: list[Batch]
 ) -> dict[str, Any]:
-    teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
-    assert teacher is not None
-    held_out = hold_out(held, teacher, context.device)
-    if not needs_teacher(config.objective):
-        teacher = None  # it was only needed to say how far the student is from it
-    student = build_student(config, inputs, context)
+    student, teacher, held_out = prepare(config, inputs, context, train, held)
     steps = total_steps(config, len(train))
     with context.progress.bar("training", steps) as advance:
         trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
@@ -104,6 +102,26 @@ def _train(
     }
 
 
+def prepare(
+    config: DistillConfig, inputs: Inputs, context: Context, train: list[Batch], held: list[Batch]
+) -> tuple[Student, Teacher | None, HeldOut]:
+    """The student, its teacher while it trains (none where the objective asks nothing of one), and the held-out rows
+    with what the unpruned model makes of them: however the teacher is held, the student is measured against the model
+    itself, or its quantized self where that is the teacher."""
+    way, tune, anchored = config.teacher, config.tune, needs_teacher(config.objective)
+    if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
+        shared = SharedTeacher(inputs.base, inputs.model, tune, context)
+        context.progress.note(f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters are held twice")
+        return _student(shared.model, shared.decoder, config), shared, hold_out(held, shared, context.device)
+    teacher: Teacher | None = CachedTeacher(inputs.stages["data"], train) if isinstance(way, Cached) else None
+    quantize = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
+    copy = CopyTeacher(inputs.base, way if isinstance(way, Copy) else Copy(quantize=quantize), context)
+    held_out = hold_out(held, copy, context.device)
+    teacher = (teacher or copy) if anchored else None
+    del copy  # unless it is the teacher, it was only needed to say how far the student is from it
+    return build_student(config, inputs, context), teacher, held_out
+
+
 def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
     """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
     tune = config.tune
@@ -117,9 +135,13 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
     else:
         model = load_model(inputs.model, "float32", context.device)
         adapted = model.requires_grad_(True)
+    return _student(adapted, Decoder(model), config)
+
+
+def _student(adapted: Any, decoder: Decoder, config: DistillConfig) -> Student:
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Student(adapted, Decoder(model))
+        decoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Student(adapted, decoder)
 
 
 def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:

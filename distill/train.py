@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..stage import Advance, Context
 from .config import DistillConfig, Lora
-from .losses import Head, LossSums, objective_loss, response_positions
-from .teacher import CopyTeacher
+from .losses import Head, LossSums, States, objective_loss, response_positions
+from .teacher import Teacher
 
 WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
 WEIGHTS = "trainable.safetensors"
@@ -43,23 +43,20 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out batches, with the teacher's hidden states at their response positions."""
+    """The held-out batches, with the unpruned model's hidden states at their response positions."""
 
     batches: list[Batch]
-    teacher_hidden: list[Tensor]
-    teacher_head: Head
+    anchors: list[States]
 
 
 @torch.no_grad()
-def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str) -> HeldOut:
-    """Run the teacher over the held-out batches once; only response positions are kept."""
-    states = []
+def hold_out(batches: list[Batch], teacher: Any, device: str) -> HeldOut:
+    """Run a teacher that has the unpruned model over the held-out batches once; only response positions are kept."""
+    anchors = []
     for batch in batches:
-        batch = batch.to(device)
-        positions, _ = response_positions(batch.input_ids, batch.loss_mask)
-        states.append(teacher.hidden(batch).flatten(0, 1)[positions].clone())
-    head = teacher.head
-    return HeldOut(batches, states, Head(head.weight.clone(), head.softcap))
+        moved = batch.to(device)
+        anchors.append(teacher.anchor(moved, response_positions(moved.input_ids, moved.loss_mask)[0]))
+    return HeldOut(batches, anchors)
 
 
 def lora_model(model: Any, tune: Lora, seed: int) -> Any:
@@ -118,7 +115,7 @@ class DistillTrainer(Trainer):
         self,
         student: Student,
         config: DistillConfig,
-        teacher: CopyTeacher | None,
+        teacher: Teacher | None,
         held_out: HeldOut,
         work: Path,
         context: Context,
@@ -157,14 +154,11 @@ class DistillTrainer(Trainer):
     def sums(self, model: Any, batch: Batch) -> LossSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+        # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
+        anchor = self.teacher.anchor(batch, positions) if self.teacher is not None else None
         hidden = model(**batch.model_inputs()).flatten(0, 1)[positions]
-        teacher_hidden = teacher_head = None
-        if self.teacher is not None:
-            teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
         head = Head(self.decoder.head_weight, self.decoder.softcap)
-        return objective_loss(
-            self.config.objective, hidden, head, targets, teacher_hidden, teacher_head, self.config.chunk
-        )
+        return objective_loss(self.config.objective, hidden, head, targets, anchor, self.config.chunk)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -172,13 +166,11 @@ class DistillTrainer(Trainer):
         self.student.eval()
         total = torch.zeros(4, dtype=torch.float64)
         head = Head(self.decoder.head_weight, self.decoder.softcap)
-        for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
+        for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
             batch = batch.to(self.args.device)
             positions, targets = response_positions(batch.input_ids, batch.loss_mask)
             hidden = self.student(**batch.model_inputs()).flatten(0, 1)[positions]
-            sums = objective_loss(
-                self.config.objective, hidden, head, targets, states, self.held_out.teacher_head, self.config.chunk
-            )
+            sums = objective_loss(self.config.objective, hidden, head, targets, anchor, self.config.chunk)
             total += torch.tensor([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
         loss, nll, kl = (total[:3] / total[3].clamp(min=1)).tolist()
         return {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
