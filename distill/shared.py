@@ -116,16 +116,11 @@ def _restore(modes: Mapping[nn.Module, bool], trained: Mapping[nn.Parameter, boo
 
 def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     """A frozen parameter of that value, held as the other one is: on its device, in its type or its 4 bits."""
-    kind = type(old)
-    if kind is nn.Parameter:
+    if type(old) is nn.Parameter:
         return nn.Parameter(value.to(old), requires_grad=False)
     packed: Any = old  # bitsandbytes' Params4bit, which quantizes on its way to a device
-    fresh = kind(
-        value,
-        requires_grad=False,
-        blocksize=packed.blocksize,
-        compress_statistics=packed.compress_statistics,
-        quant_type=packed.quant_type,
-        quant_storage=packed.quant_storage,
-    )
+    options = {
+        name: getattr(packed, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    fresh: Any = type(packed)(value, requires_grad=False, **options)
     return fresh.to(old.device)

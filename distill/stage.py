@@ -113,7 +113,9 @@ def prepare(
         shared = SharedTeacher(inputs.base, inputs.model, tune, context)
         context.progress.note(f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters are held twice")
         return _student(shared.model, shared.decoder, config), shared, hold_out(held, shared, context.device)
-    teacher: Teacher | None = CachedTeacher(inputs.stages["data"], train) if isinstance(way, Cached) else None
+    teacher: Teacher | None = None
+    if anchored and isinstance(way, Cached):
+        teacher = CachedTeacher(inputs.stages["data"], train)
     quantize = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
     copy = CopyTeacher(inputs.base, way if isinstance(way, Copy) else Copy(quantize=quantize), context)
     held_out = hold_out(held, copy, context.device)

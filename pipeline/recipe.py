@@ -15,7 +15,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..data.config import DataConfig
-from ..distill.config import DistillConfig
+from ..distill.config import DistillConfig, needs_teacher
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -134,7 +134,7 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         problems = describe_problems(error, plain, Recipe)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
-    problems += _order_problems(order)
+    problems += _order_problems(order) + _teacher_problems(recipe)
     if problems or recipe is None:
         lines = [problem.render(str(path), tree, origins) for problem in problems]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
@@ -241,3 +241,12 @@ def _order_problems(order: tuple[str, ...]) -> list[Problem]:
                     Problem((name,), f"the stage {name} reads what {other} makes, so {other} must come before it")
                 )
     return problems
+
+
+def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
+    if recipe is None or recipe.distill is None or recipe.data is None or recipe.distill.teacher.kind != "cached":
+        return []
+    if recipe.data.teacher is not None or not needs_teacher(recipe.distill.objective):
+        return []
+    message = "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher"
+    return [Problem(("distill", "teacher"), message)]
