@@ -278,8 +278,9 @@ def total_steps(config: DistillConfig, batches: int) -> int:
 def _arguments(config: DistillConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
     steps = total_steps(config, batches)
     on_cpu = context.device == "cpu"
-    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights.
-    mixed = not on_cpu and context.dtype != "float32"
+    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights. float16
+    # needs its losses scaled, which there is no scaler for on CPUs.
+    mixed = context.dtype == "bfloat16" or (context.dtype == "float16" and not on_cpu)
     return TrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,
