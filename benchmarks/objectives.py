@@ -18,7 +18,8 @@ import time
 
 import torch
 from compress.distill.config import Asft, Dft, Kd, Sft
-from compress.distill.losses import Head, combine, needs_teacher, objective_loss, token_terms
+from compress.distill.losses import combine, needs_teacher, objective_loss
+from compress.modeling.agreement import Head, States, token_terms
 
 OBJECTIVES = {"sft": Sft, "dft": Dft, "asft": Asft, "kd": Kd}
 
@@ -39,10 +40,10 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
         hidden.grad = None
         started = time.perf_counter()
         if variant == "chunked":
-            loss = objective_loss(objective, hidden, head, targets, teacher, head, options.chunk).loss
+            loss = objective_loss(objective, hidden, head, targets, States(teacher, head), options.chunk).loss
         else:
-            teacher_logits = head.logits(teacher) if needs_teacher(objective) else None
-            nll, kl = token_terms(head.logits(hidden), targets, teacher_logits)
+            anchor = States(teacher, head) if needs_teacher(objective) else None
+            nll, kl = token_terms(head.logits(hidden), targets, anchor)
             loss = combine(objective, nll, kl).sum()
         loss.backward()
         seconds.append(time.perf_counter() - started)

@@ -53,6 +53,6 @@ def _first(rows: list[Encoded], tokens: int) -> list[Encoded]:
     for row in rows:
         if tokens <= 0:
             break
-        found.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens]))
+        found.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens], row.row, row.start))
         tokens -= len(row.input_ids)
     return found

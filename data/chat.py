@@ -6,8 +6,8 @@ the conversation before it, rendered with `add_generation_prompt`, ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Encoded:
 
     input_ids: list[int]
     loss_mask: list[bool]
+    row: int = -1  # id of the row they are of, where known
+    start: int = 0  # the number of the first token in the row: a plain text may be several windows
 
 
 def render(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
@@ -69,7 +71,7 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
     """
     if row.messages is None:
         windows = encode_text(tokenizer, row.text or "", max_length)
-        return windows[0] if windows else Encoded([], [])
+        return replace(windows[0], row=row.id) if windows else Encoded([], [], row.id)
     text = render(tokenizer, row.messages)
     # The template has written the beginning-of-text token where the model wants one.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -92,7 +94,7 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
         ids, mask = ids[: last + 1], mask[: last + 1]
     if mask:
         mask[0] = False  # nothing comes before it
-    return Encoded(ids[:max_length], mask[:max_length])
+    return Encoded(ids[:max_length], mask[:max_length], row.id)
 
 
 def _answer_span(tokenizer: Any, messages: Messages, number: int, text: str) -> tuple[int, int, int]:
@@ -150,8 +152,8 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None) -> lis
     """
     ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
     step = max_length or max(len(ids), 1)
-    windows = [ids[i : i + step] for i in range(0, len(ids), step)]
-    return [Encoded(window, [False] + [True] * (len(window) - 1)) for window in windows if len(window) > 1]
+    windows = [(i, ids[i : i + step]) for i in range(0, len(ids), step)]
+    return [Encoded(w, [False] + [True] * (len(w) - 1), start=i) for i, w in windows if len(w) > 1]
 
 
 def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) -> list[Encoded]:
@@ -159,13 +161,18 @@ def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) ->
 
     Rows with nothing to learn within `max_length` tokens are left out; if none is left, that is a `UserError`.
     """
-    found: list[Encoded] = []
-    for row in read_rows(folder, split):
-        if row.messages is None:
-            found += encode_text(tokenizer, row.text or "", max_length)
-        else:
-            found.append(encode_row(tokenizer, row, max_length))
-    found = [encoded for encoded in found if any(encoded.loss_mask)]
+    found = encode_rows(tokenizer, read_rows(folder, split), max_length)
     if not found:
         raise UserError(f"no {split} row of {folder.name} has anything to learn in its first {max_length} tokens")
     return found
+
+
+def encode_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[Encoded]:
+    """Rows encoded in order, plain texts as many windows; without those that have nothing to learn."""
+    found: list[Encoded] = []
+    for row in rows:
+        if row.messages is None:
+            found += [replace(window, row=row.id) for window in encode_text(tokenizer, row.text or "", max_length)]
+        else:
+            found.append(encode_row(tokenizer, row, max_length))
+    return [encoded for encoded in found if any(encoded.loss_mask)]

@@ -13,7 +13,20 @@ FORMAT = 2
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-class MagpieConfig(Section):
+class TeacherConfig(Section):
+    """The unpruned model's likeliest next tokens at every token that is learned, for `distill.teacher: cached`."""
+
+    top_k: int = Field(64, ge=1, description="tokens kept with their log-probabilities; all others are one bucket")
+    batch: int = Field(1, ge=1, description="packed sequences of `length` tokens per forward pass")
+
+
+class _Source(Section):
+    """What every source has."""
+
+    teacher: TeacherConfig | None = Field(None, description="write the unpruned model's likeliest tokens down too")
+
+
+class MagpieConfig(_Source):
     """Self-data without any data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
 
     source: Literal["magpie"]
@@ -35,7 +48,7 @@ class MagpieConfig(Section):
     max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` prompts")
 
 
-class TextsConfig(Section):
+class TextsConfig(_Source):
     """Plain text the unpruned model writes from random first tokens (LLM-QAT, arXiv 2305.17888): for calibration, and
     for models without a chat template."""
 
@@ -54,7 +67,7 @@ class TextsConfig(Section):
     max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` texts")
 
 
-class DatasetConfig(Section):
+class DatasetConfig(_Source):
     """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
 
     source: Literal["dataset"]

@@ -26,6 +26,7 @@ class Batch:
     position_ids: Tensor  # long, from 0 in every segment
     segment_ids: Tensor  # long, 0, 1, ... within a sequence; -1 is padding
     loss_mask: Tensor  # bool; [b, t]: token t is learned, predicted from token t - 1
+    origin: Tensor  # long, (B, T, 2): id of the token's row (-1: unknown, or padding), and its number in that row
 
     def model_inputs(self) -> dict[str, Any]:
         """What a causal language model is called with. No attention mask and no cache: either would switch the
@@ -39,6 +40,7 @@ class Batch:
             self.position_ids.to(device),
             self.segment_ids.to(device),
             self.loss_mask.to(device),
+            self.origin.to(device),
         )
 
     @property
@@ -52,15 +54,18 @@ class Batch:
         return int(self.loss_mask.sum())
 
 
-def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int) -> list[Batch]:
+def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int, *, grouped: bool = False) -> list[Batch]:
     """Batches of `batch_size` sequences (the last may have fewer) of up to `length` tokens.
 
     Each row, in order, goes into the fullest sequence that still has room; rows longer than `length` are cut.
-    A batch is as long as its longest sequence. Raises `UserError` when there is nothing to pack.
+    A batch is as long as its longest sequence; `grouped` puts sequences of like lengths together, so that less of a
+    batch is padding. Raises `UserError` when there is nothing to pack.
     """
     bins = [[rows[i] for i in members] for members in _assign([min(len(r.input_ids), length) for r in rows], length)]
     if not bins:
         raise UserError("there are no rows to work on: the data is empty")
+    if grouped and batch_size > 1:
+        bins.sort(key=lambda rows: -sum(min(len(row.input_ids), length) for row in rows))
     return [_batch(bins[i : i + batch_size], length, pad_id) for i in range(0, len(bins), batch_size)]
 
 
@@ -90,6 +95,7 @@ def _batch(bins: Sequence[Sequence[Encoded]], length: int, pad_id: int) -> Batch
     positions = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, -1, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.bool)
+    origin = torch.full((*shape, 2), -1, dtype=torch.long)
     for b, rows in enumerate(bins):
         start = 0
         for segment, row in enumerate(rows):
@@ -98,7 +104,9 @@ def _batch(bins: Sequence[Sequence[Encoded]], length: int, pad_id: int) -> Batch
             positions[b, start:end] = torch.arange(end - start)
             segments[b, start:end] = segment
             mask[b, start:end] = torch.tensor(row.loss_mask[:length])
+            origin[b, start:end, 0] = row.row
+            origin[b, start:end, 1] = row.start + torch.arange(end - start)
             mask[b, start] = False  # predicted from another row's last token, or from nothing
             start = end
         positions[b, start:] = torch.arange(width - start)
-    return Batch(ids, positions, segments, mask)
+    return Batch(ids, positions, segments, mask, origin)

@@ -20,6 +20,7 @@ from .drafts import KEPT, draw_rows
 from .magpie import Magpie, query, to_row
 from .readers import Record, local_file, read_records
 from .rows import Row, write_rows
+from .teacher_cache import write_teacher
 from .texts import Texts, to_text_row
 
 STATS = "stats.json"
@@ -56,6 +57,8 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     rows = [_measured(row, tokenizer, config.length) for row in rows]
     stats = statistics(rows, counts)
     write_rows(out_dir, rows)
+    if config.teacher is not None:
+        stats |= write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
     (out_dir / STATS).write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     context.progress.note(
         f"{stats['rows']} rows ({stats['heldout']} held out), {stats['tokens']} tokens, {stats['targets']} to learn"

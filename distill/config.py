@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..stage import Section
 
@@ -76,10 +76,27 @@ class Copy(Section):
     )
 
 
+class Shared(Section):
+    """Teacher and student are one set of weights: it runs all blocks with the adapters off (LoRA only)."""
+
+    kind: Literal["shared"] = "shared"
+
+
+class Cached(Section):
+    """The teacher's likeliest tokens, which the data stage wrote down; see `data.teacher`."""
+
+    kind: Literal["cached"] = "cached"
+
+
 Objective = Annotated[Sft | Dft | Asft | Kd, Field(discriminator="kind"), BeforeValidator(_named)]
 Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(_named)]
-Teacher = Annotated[Copy, BeforeValidator(_named)]
+Teacher = Annotated[Copy | Shared | Cached, Field(discriminator="kind"), BeforeValidator(_named)]
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
+    """Whether the objective has a KL term."""
+    return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
 
 
 class Variant(Section):
@@ -115,7 +132,9 @@ class DistillConfig(Section):
 
     objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
     tune: Tune = Field(default_factory=Lora, description="lora or full")
-    teacher: Teacher = Field(default_factory=Copy, description="how the unpruned model is held")
+    teacher: Teacher = Field(
+        default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"
+    )
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
@@ -157,6 +176,20 @@ class DistillConfig(Section):
                 if one.model_dump(exclude={"name"}) == other.model_dump(exclude={"name"}):
                     raise ValueError(f"{other.name} and {one.name} would be the same student; give one another seed")
         return value
+
+    @model_validator(mode="after")
+    def _shared_needs_lora(self) -> DistillConfig:
+        if isinstance(self.teacher, Shared) and any(isinstance(student.tune, Full) for student in self.students):
+            raise ValueError(
+                "teacher: shared is for LoRA, which leaves the weights as they are; with tune: full they are trained, "
+                "and nothing would be left of the teacher: take teacher: copy or cached"
+            )
+        return self
+
+    @property
+    def students(self) -> list[DistillConfig]:
+        """The section as it is for each student: for each variant, or for the one there is."""
+        return [self] if self.variants is None else [self.of(variant) for variant in self.variants]
 
     def of(self, variant: Variant) -> DistillConfig:
         """The section as it is for one variant."""

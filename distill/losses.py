@@ -1,8 +1,9 @@
 """Objectives on response tokens, computed from hidden states a chunk of positions at a time.
 
 Every objective is a function of two numbers per response token: the student's negative log-likelihood of the token,
-and KL(teacher ‖ student) over the full vocabulary at its position. The logits of a whole batch never exist: a chunk's
-gradient with respect to its hidden states is taken while its logits are there, and kept in their place.
+and KL(teacher ‖ student) at its position, over the full vocabulary or over buckets of it. The logits of a whole batch
+never exist: a chunk's gradient with respect to its hidden states is taken while its logits are there, and kept in
+their place.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.agreement import Head, token_terms
-from .config import Asft, Dft, Kd, Sft
+from ..modeling.agreement import Anchor, Head, token_terms
+from .config import Asft, Dft, Kd, Sft, needs_teacher
 
 
 def combine(objective: Sft | Dft | Asft | Kd, nll: Tensor, kl: Tensor) -> Tensor:
@@ -31,9 +32,29 @@ def combine(objective: Sft | Dft | Asft | Kd, nll: Tensor, kl: Tensor) -> Tensor
     return dft if isinstance(objective, Dft) else dft + objective.kl_weight * kl
 
 
-def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
-    """Whether the objective has a KL term."""
-    return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's k likeliest tokens, and all others as one bucket.
+
+    The divergence of distributions of which only the buckets are known is never more than the whole one:
+    Σ_topk p·(log p − log q) + p_rest·(log p_rest − log q_rest).
+    """
+
+    tokens: Tensor  # (N, k) long, no token twice
+    log_probs: Tensor  # (N, k + 1); the last is the rest's; what they sum to is divided out
+
+    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
+        tokens = self.tokens[part]
+        teacher = self.log_probs[part].to(log_probs.dtype).log_softmax(-1)
+        student = log_probs.gather(-1, tokens)
+        if tokens.shape[-1] < log_probs.shape[-1]:
+            # Not as 1 − Σ q: nothing would be left of a small rest, nor of its gradient.
+            others = log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+            student = torch.cat([student, others[:, None]], -1)
+        else:
+            teacher = teacher[:, :-1]  # there are no others
+        probs = teacher.exp()
+        return (probs * (teacher.where(probs > 0, 0.0) - student)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -51,21 +72,21 @@ def objective_loss(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    anchor: Anchor | None = None,
     chunk: int = 256,
 ) -> LossSums:
     """Sums of an objective over N response tokens.
 
-    hidden: (N, H) student states after the final norm; targets: (N,); teacher_hidden: (N, H') or None. The gradient
-    flows to `hidden` and to `head.weight` where they require it. Raises `ValueError` when a KL term lacks its teacher.
+    hidden: (N, H) student states after the final norm; targets: (N,); anchor: the teacher at the same N positions. The
+    gradient flows to `hidden` and to `head.weight` where they require it. Raises `ValueError` when a KL term lacks its
+    anchor.
     """
-    if needs_teacher(objective) and (teacher_hidden is None or teacher_head is None):
+    if needs_teacher(objective) and anchor is None:
         raise ValueError(f"the objective {objective.kind} needs a teacher")
     weight = head.weight
     if not torch.is_grad_enabled():  # the function below cannot see that no gradient is wanted
         hidden, weight = hidden.detach(), weight.detach()
-    loss, nll, kl = _Chunked.apply(hidden, weight, objective, head, targets, teacher_hidden, teacher_head, chunk)
+    loss, nll, kl = _Chunked.apply(hidden, weight, objective, head, targets, anchor, chunk)
     return LossSums(loss, nll, kl, len(targets))
 
 
@@ -80,8 +101,7 @@ class _Chunked(torch.autograd.Function):
         objective: Sft | Dft | Asft | Kd,
         head: Head,
         targets: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        anchor: Anchor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -90,13 +110,10 @@ class _Chunked(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            teacher_logits = None
-            if teacher_hidden is not None and teacher_head is not None:
-                teacher_logits = teacher_head.logits(teacher_hidden[part])
             with torch.set_grad_enabled(wants_hidden or wants_weight):
                 h = hidden[part].detach().requires_grad_(wants_hidden)
                 w = weight.detach().requires_grad_(wants_weight)
-                nll, kl = token_terms(head.logits(h, w), targets[part], teacher_logits)
+                nll, kl = token_terms(head.logits(h, w), targets[part], anchor, part)
                 loss = combine(objective, nll, kl).sum()
             if wants_hidden or wants_weight:
                 wanted = [tensor for tensor in (h, w) if tensor.requires_grad]
@@ -118,5 +135,5 @@ class _Chunked(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            *([None] * 6),
+            *([None] * 5),
         )

@@ -7,36 +7,20 @@ import json
 import random
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..data.calibration import pad_id
 from ..data.chat import Encoded, load_encoded
 from ..data.packing import Batch, pack
 from ..data.rows import Split
 from ..errors import UserError
-from ..modeling.blocks import Decoder
 from ..modeling.checkpoint import link_files, quiet, save_checkpoint
-from ..modeling.load import load_model, load_tokenizer
+from ..modeling.load import load_tokenizer
 from ..stage import Context, Inputs
-from .config import DistillConfig, Lora
-from .losses import needs_teacher
-from .sharding import shard
-from .teacher import CopyTeacher, quantization
-from .train import (
-    DistillTrainer,
-    HeldOut,
-    Student,
-    hold_out,
-    latest_checkpoint,
-    load_trainable,
-    lora_model,
-    read_lines,
-    total_steps,
-)
+from .config import Copy, DistillConfig, Lora
+from .students import Preparation, best_model
+from .train import DistillTrainer, latest_checkpoint, read_lines, total_steps
 from .variants import Job, choose, plan_jobs, share, write_record
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -49,12 +33,11 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
             f"distill.accumulate is {config.accumulate}: so many forward passes per step cannot be shared evenly by "
             f"{context.world} processes; make it a multiple of that, or start fewer processes"
         )
-    configs = [job.config for job in plan_jobs(config, base, context)]
-    for own in configs:
+    for own in config.students:
         _check_shard(own, context)
-    bits = config.teacher.quantize or next(
-        (own.tune.quantize_base for own in configs if isinstance(own.tune, Lora) and own.tune.quantize_base), None
-    )
+    tunes = [own.tune for own in config.students]
+    copied = config.teacher.quantize if isinstance(config.teacher, Copy) else None
+    bits = copied or next((t.quantize_base for t in tunes if isinstance(t, Lora) and t.quantize_base), None)
     if bits or config.optimizer == "adamw_8bit":
         try:
             import bitsandbytes  # noqa: F401
@@ -102,30 +85,26 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
 
 
 def _recover_all(config: DistillConfig, jobs: list[Job], inputs: Inputs, context: Context) -> None:
-    """Train students one after another; the teacher's states on the held-out rows are computed once for all."""
+    """Train students one after another."""
     tokenizer = load_tokenizer(inputs.model)
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
-    with quiet(bars=True):
-        teacher: CopyTeacher | None = CopyTeacher(inputs.base, config.teacher, context)
-        held_out = hold_out(pack_rows(config, held, tokenizer), teacher, context.device, context.group)
-    for number, job in enumerate(jobs):
-        if not any(needs_teacher(later.config.objective) for later in jobs[number:]):
-            teacher = None  # it was only needed to say how far the students are from it
+    preparation = Preparation(config, inputs, pack_rows(config, held, tokenizer), context)
+    for number, job in enumerate(jobs, start=1):
         batches = load_batches(job, train, tokenizer)
-        figures = _recover(job, inputs, tokenizer, batches, teacher, held_out)
+        figures = _recover(job, inputs, tokenizer, preparation, batches, jobs[number:])
         if context.rank == 0:
             job.finish(figures)
-        gc.collect()  # a trainer and its model refer to each other
 
 
 def _recover(
-    job: Job, inputs: Inputs, tokenizer: Any, train: list[Batch], teacher: CopyTeacher | None, held_out: HeldOut
+    job: Job, inputs: Inputs, tokenizer: Any, preparation: Preparation, train: list[Batch], later: list[Job]
 ) -> dict[str, Any]:
     """Train one student and save it with its curves; its figures."""
     job.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with quiet(bars=True):
-        figures = _train(job, inputs, train, teacher, held_out)
+        figures = _train(job, preparation, train, later)
+    gc.collect()  # the trainer's objects refer to each other: what was trained would be held beside what comes next
     if job.context.rank:
         return {}
     seconds = time.monotonic() - started
@@ -146,26 +125,23 @@ def _recover(
 
 
 def load_batches(job: Job, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
-    """A job's share of the training rows, packed in an order drawn from its seed."""
+    """A job's share of the training rows, packed in an order drawn from its seed; batches are of like lengths."""
     own = share(rows, job)
     random.Random(job.context.seed).shuffle(own)
-    return pack_rows(job.config, own, tokenizer)
+    return pack_rows(job.config, own, tokenizer, grouped=True)
 
 
-def pack_rows(config: DistillConfig, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
+def pack_rows(config: DistillConfig, rows: list[Encoded], tokenizer: Any, *, grouped: bool = False) -> list[Batch]:
     """Rows as they are run: in packed sequences of the section's length, in their order."""
-    return pack(rows, config.length, config.batch, pad_id(tokenizer))
+    return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
 
 
-def _train(
-    job: Job, inputs: Inputs, train: list[Batch], teacher: CopyTeacher | None, held_out: HeldOut
-) -> dict[str, Any]:
+def _train(job: Job, preparation: Preparation, train: list[Batch], later: list[Job]) -> dict[str, Any]:
     config, work, context = job.config, job.work, job.context
-    student = build_student(config, inputs, context)
+    student, teacher, held_out = preparation.student(job, train, later)
     steps = total_steps(config, len(train))
-    own = teacher if needs_teacher(config.objective) else None
     with context.progress.bar(f"{job.label}training", steps) as advance:
-        trainer = DistillTrainer(student, config, own, held_out, work, context, train, advance)
+        trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
         found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
         trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
     if context.rank:
@@ -179,37 +155,3 @@ def _train(
         "last": lines[-1],
         "best": {k: v for k, v in json.loads((work / "best.json").read_text()).items() if k != "value"},
     }
-
-
-def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
-    """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
-    tune = config.tune
-    if isinstance(tune, Lora):
-        bits = tune.quantize_base if quantize else None
-        options = quantization(bits, context.dtype)
-        if options:
-            options["device_map"] = {"": context.device}
-        model = load_model(inputs.model, context.dtype, context.device, **options)
-        adapted = lora_model(model, tune, context.seed)
-    else:
-        # What is going to be sharded need not fit the device.
-        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
-        adapted = model.requires_grad_(True)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = Student(adapted, Decoder(model))
-    if context.shard:
-        shard(student, student.decoder.blocks, context)
-    return student
-
-
-def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
-    """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
-    if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
-        context = replace(context, shard=False, device="cpu")
-    student = build_student(config, inputs, context, quantize=False)
-    load_trainable(student, work / "best.safetensors")
-    model = student.model
-    if isinstance(config.tune, Lora):
-        model = model.merge_and_unload()  # type: ignore[operator]
-    return model.to(getattr(torch, context.dtype))

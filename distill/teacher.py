@@ -1,16 +1,16 @@
-"""The teacher: the unpruned model's hidden states and head."""
+"""The teacher: what the unpruned model says at the tokens that are learned; one way to have it per file."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.packing import Batch
-from ..modeling.agreement import Head
+from ..modeling.agreement import Anchor, Head, States
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from ..stage import Context
@@ -35,6 +35,15 @@ def quantization(kind: str | None, dtype: str) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+class Teacher(Protocol):
+    """Where a student's anchor is from."""
+
+    def anchor(self, batch: Batch, positions: Tensor) -> Anchor:
+        """What the teacher says at the N positions, flat indices into the batch's (B·T), where targets are
+        predicted."""
+        ...
+
+
 class CopyTeacher:
     """A frozen copy of the unpruned model beside the student."""
 
@@ -52,3 +61,6 @@ class CopyTeacher:
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, H) after the final norm."""
         return self.decoder.hidden(**batch.model_inputs())
+
+    def anchor(self, batch: Batch, positions: Tensor) -> States:
+        return States(self.hidden(batch).flatten(0, 1)[positions], self.head)

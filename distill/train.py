@@ -20,14 +20,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.packing import Batch
 from ..errors import UserError
-from ..modeling.agreement import Head, response_positions
+from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
 from ..stage import Advance, Context, Group
 from .config import DistillConfig, Lora
 from .losses import LossSums, objective_loss
 from .order import BatchOrder, blank
 from .sharding import copy_whole, is_sharded, load_optimizer, save_optimizer, whole
-from .teacher import CopyTeacher
+from .teacher import Teacher
 
 WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
 WEIGHTS = "trainable.safetensors"
@@ -52,27 +52,25 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This process's share of the held-out batches, with the teacher's hidden states at their response positions."""
+    """This process's share of the held-out batches, with the unpruned model's hidden states at their response
+    positions."""
 
     batches: list[Batch]
-    teacher_hidden: list[Tensor]
-    teacher_head: Head
+    anchors: list[States]
 
 
 @torch.no_grad()
-def hold_out(batches: list[Batch], teacher: CopyTeacher, device: str, group: Group | None = None) -> HeldOut:
-    """Run the teacher over the held-out batches once, every `world`-th in this process; only response positions are
-    kept. All processes have equally many: blank ones come on top."""
+def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | None = None) -> HeldOut:
+    """Run a teacher that has the unpruned model over the held-out batches once, every `world`-th in this process; only
+    response positions are kept. All processes have equally many: blank ones come on top."""
     if group is not None and group.world > 1:
         blanks = [blank(batches)] * (-len(batches) % group.world)
         batches = [*batches, *blanks][group.rank :: group.world]
-    states = []
+    anchors = []
     for batch in batches:
-        batch = batch.to(device)
-        positions, _ = response_positions(batch.input_ids, batch.loss_mask)
-        states.append(teacher.hidden(batch).flatten(0, 1)[positions].clone())
-    head = teacher.head
-    return HeldOut(batches, states, Head(head.weight.clone(), head.softcap))
+        moved = batch.to(device)
+        anchors.append(teacher.anchor(moved, response_positions(moved.input_ids, moved.loss_mask)[0]))
+    return HeldOut(batches, anchors)
 
 
 def lora_model(model: Any, tune: Lora, seed: int) -> Any:
@@ -139,7 +137,7 @@ class DistillTrainer(Trainer):
         self,
         student: Student,
         config: DistillConfig,
-        teacher: CopyTeacher | None,
+        teacher: Teacher | None,
         held_out: HeldOut,
         work: Path,
         context: Context,
@@ -180,19 +178,20 @@ class DistillTrainer(Trainer):
     def sums(self, model: Any, batch: Batch) -> LossSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-        teacher_hidden = teacher_head = None
-        if self.teacher is not None:
-            teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
-        return self._objective(model, batch, positions, targets, teacher_hidden, teacher_head)
+        # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
+        anchor = self.teacher.anchor(batch, positions) if self.teacher is not None else None
+        return self._objective(model, batch, positions, targets, anchor)
 
-    def _objective(self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, *teacher: Any) -> LossSums:
+    def _objective(
+        self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None
+    ) -> LossSums:
         """The objective at some positions, computed where the head's weights are whole."""
         config = self.config
 
         def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             head = Head(self.decoder.head_weight, self.decoder.softcap)
             states = hidden.flatten(0, 1)[positions]
-            sums = objective_loss(config.objective, states, head, targets, *teacher, config.chunk)
+            sums = objective_loss(config.objective, states, head, targets, anchor, config.chunk)
             return sums.loss.clone(), sums.nll, sums.kl  # FSDP2 wants no view of the loss
 
         inputs = batch.model_inputs()
@@ -204,10 +203,10 @@ class DistillTrainer(Trainer):
         """Loss, KL to the teacher and perplexity on the held-out rows of all processes."""
         self.student.eval()
         own: list[list[float]] = []
-        for batch, states in zip(self.held_out.batches, self.held_out.teacher_hidden, strict=True):
+        for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
             batch = batch.to(self.args.device)
             positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-            sums = self._objective(self.student, batch, positions, targets, states, self.held_out.teacher_head)
+            sums = self._objective(self.student, batch, positions, targets, anchor)
             own.append([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
         shares = self.group.gather(own)
         total = torch.zeros(4, dtype=torch.float64)
@@ -361,8 +360,9 @@ def total_steps(config: DistillConfig, batches: int) -> int:
 def _arguments(config: DistillConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
     steps = total_steps(config, batches)
     on_cpu = context.device == "cpu"
-    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights.
-    mixed = not on_cpu and context.dtype != "float32"
+    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights. float16
+    # needs its losses scaled, which there is no scaler for on CPUs.
+    mixed = context.dtype == "bfloat16" or (context.dtype == "float16" and not on_cpu)
     arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
         max_steps=steps,

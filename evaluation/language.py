@@ -43,7 +43,7 @@ def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: i
     for row in rows:
         if sum(len(r.input_ids) for r in kept) + len(row.input_ids) > tokens and kept:
             break
-        kept.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens]))
+        kept.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens], row.row, row.start))
     if not any(any(row.loss_mask) for row in kept):
         raise UserError(f"there is nothing to measure: {text or 'the held-out slice'} is too short")
     return kept

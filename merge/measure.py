@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.packing import Batch
-from ..modeling.agreement import Head, response_positions, token_terms
+from ..modeling.agreement import Head, States, response_positions, token_terms
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from ..stage import Context
@@ -19,33 +18,28 @@ from ..stage import Context
 CHUNK = 256  # positions whose logits exist at once
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The unpruned model on the held-out rows: its hidden states at response positions, (N, H) per batch, and head."""
-
-    hidden: list[Tensor]
-    head: Head
-
-
 @torch.no_grad()
-def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> Reference:
-    """Run the unpruned model over the batches once; all that stays of it is the reference."""
+def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> list[States]:
+    """What the unpruned model says at the response positions of each batch; it is run once, and nothing else of it
+    stays."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
-    hidden = [_response_states(decoder, batch.to(context.device))[0] for batch in batches]
-    return Reference(hidden, Head(decoder.head_weight.detach().clone(), decoder.softcap))
+    head = Head(decoder.head_weight.detach().clone(), decoder.softcap)
+    return [States(_response_states(decoder, batch.to(context.device))[0], head) for batch in batches]
 
 
 @torch.no_grad()
-def heldout_figures(folder: Path, batches: Sequence[Batch], reference: Reference, context: Context) -> dict[str, float]:
+def heldout_figures(
+    folder: Path, batches: Sequence[Batch], reference: Sequence[States], context: Context
+) -> dict[str, float]:
     """KL(unpruned ‖ model) in nats per response token, and perplexity on response tokens, of a checkpoint folder."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
     head, sums = Head(decoder.head_weight, decoder.softcap), torch.zeros(2, dtype=torch.float64)
     count = 0
-    for batch, expected in zip(batches, reference.hidden, strict=True):
+    for batch, expected in zip(batches, reference, strict=True):
         hidden, targets = _response_states(decoder, batch.to(context.device))
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            terms = token_terms(head.logits(hidden[part]), targets[part], reference.head.logits(expected[part]))
+            terms = token_terms(head.logits(hidden[part]), targets[part], expected, part)
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
         count += len(targets)
     nll, kl = (sums / max(count, 1)).tolist()

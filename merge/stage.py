@@ -19,7 +19,7 @@ from ..stage import WORK, Context, Inputs
 from .alignment import check_alike, tensor_shapes
 from .bridge import check_method, merge_weights
 from .config import START, MergeConfig
-from .measure import Reference, heldout_figures, unpruned
+from .measure import heldout_figures, unpruned
 
 MERGE = "merge"  # the result's name beside those of the variants
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -123,7 +123,7 @@ def _measure(
         rows = load_encoded(inputs.stages["data"], tokenizer, "heldout", variants["length"])
         batches = pack(rows, variants["length"], variants["batch"], pad_id(tokenizer))
         with context.progress.bar("measuring", len(pending) + 1) as advance:
-            reference: Reference = unpruned(inputs.base, batches, context)
+            reference = unpruned(inputs.base, batches, context)
             advance(note="unpruned")
             for name in pending:
                 found = heldout_figures(models[name], batches, reference, context)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,33 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def token_terms(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(nll, kl) per token, (N,) each, from logits (N, V) and targets (N,); kl is zero without a teacher."""
+class Anchor(Protocol):
+    """What the teacher says at N positions."""
+
+    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
+        """KL(teacher ‖ student), (n,), at n of the positions, from the student's log-probabilities there, (n, V)."""
+        ...
+
+
+@dataclass(frozen=True)
+class States:
+    """The teacher's whole distributions, as its hidden states after the final norm and its head."""
+
+    hidden: Tensor  # (N, H')
+    head: Head
+
+    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            teacher = self.head.logits(self.hidden[part]).to(log_probs.dtype).log_softmax(-1)
+        return (teacher.exp() * (teacher - log_probs)).sum(-1)
+
+
+def token_terms(logits: Tensor, targets: Tensor, anchor: Anchor | None, part: slice = _ALL) -> tuple[Tensor, Tensor]:
+    """(nll, kl) per token, (n,) each, from logits (n, V) and targets (n,) of a part of the anchor's positions; kl is
+    zero without an anchor."""
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
-    if teacher_logits is None:
-        return nll, torch.zeros_like(nll)
-    teacher = teacher_logits.to(log_probs.dtype).log_softmax(-1)
-    return nll, (teacher.exp() * (teacher - log_probs)).sum(-1)
+    return nll, torch.zeros_like(nll) if anchor is None else anchor.kl(log_probs, part)
 
 
 def response_positions(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -211,24 +212,67 @@ def without_blocks(model: Any, dropped: Collection[int]) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """The blocks a model has, and every configuration value that goes with them."""
+
+    blocks: nn.ModuleList
+    values: dict[str, Any]
+    kept: list[int] | None  # what the configuration records of an earlier drop
+
+
+def arrangement(model: Any) -> Arrangement:
+    """How a model is arranged now."""
+    values = {name: getattr(model.config, name) for name in _per_block_names(model.config)}
+    return Arrangement(model.model.layers, values, getattr(model.config, KEPT_BLOCKS, None))
+
+
+@contextmanager
+def arranged(model: Any, other: Arrangement) -> Iterator[None]:
+    """The model with the blocks of another arrangement of it inside the context; restored exactly afterwards."""
+    before = arrangement(model)
+    _arrange(model, other)
+    try:
+        yield
+    finally:
+        _arrange(model, before)
+
+
+def _arrange(model: Any, wanted: Arrangement) -> None:
+    config = model.config
+    model.model.layers = wanted.blocks
+    for name, value in wanted.values.items():
+        setattr(config, name, value)
+    if wanted.kept is not None:
+        setattr(config, KEPT_BLOCKS, wanted.kept)
+    elif hasattr(config, KEPT_BLOCKS):
+        delattr(config, KEPT_BLOCKS)
+    _reindex(wanted.blocks)
+
+
 @contextmanager
 def _only(model: Any, kept: list[int]) -> Iterator[None]:
-    config = model.config
-    before = model.model.layers
-    values = {name: getattr(config, name) for name in _per_block_names(config)}
-    recorded = getattr(config, KEPT_BLOCKS, None)
+    before = arrangement(model)
     _apply(model, kept)
     try:
         yield
     finally:
-        model.model.layers = before
-        for name, value in values.items():
-            setattr(config, name, value)
-        if recorded is not None:
-            setattr(config, KEPT_BLOCKS, recorded)
-        elif hasattr(config, KEPT_BLOCKS):
-            delattr(config, KEPT_BLOCKS)
-        _reindex(before)
+        _arrange(model, before)
+
+
+def dropped_since(config: Any, base: Any) -> list[int]:
+    """Which blocks of the model `base` is the configuration of are no longer in the one `config` is of."""
+    kept = set(kept_blocks(config))
+    return [number for number, block in enumerate(kept_blocks(base)) if block not in kept]
+
+
+def name_before(name: str, kept: Sequence[int]) -> str:
+    """A weight's name in the model that all blocks but `kept` were dropped from, by its name in what is left."""
+    prefix = "model.layers."
+    if not name.startswith(prefix):
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{kept[int(number)]}.{rest}"
 
 
 def _per_block_names(config: Any) -> list[str]:

@@ -82,6 +82,27 @@ def link_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+class Tensors:
+    """A checkpoint folder's tensors by name, read one at a time; nothing is held.
+
+    Raises `KeyError` for a name that is not there.
+    """
+
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        self.files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                self.files |= dict.fromkeys(weights.keys(), file)
+
+    def __getitem__(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], framework="pt") as weights:
+            return weights.get_tensor(name)
+
+
 def count_parameters(checkpoint: Path) -> int:
     """Parameters of a checkpoint folder, tied weights once, from the safetensors headers."""
     from safetensors import safe_open

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data.config import DatasetConfig, MagpieConfig
-from ..distill.config import DistillConfig, Full, Lora
+from ..data.config import DatasetConfig, MagpieConfig, TextsConfig
+from ..distill.config import Cached, Copy, DistillConfig, Full, Lora, Shared, needs_teacher
 from ..errors import UserError
 from ..merge.config import SHARD, MergeConfig
 from ..modeling.source import parse_source
@@ -138,12 +138,7 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
     section = loaded.section(name)
     if name == "data":
-        if isinstance(section, DatasetConfig):
-            return StagePlan(name, 500_000_000, 0, "rows of a data set")
-        chat = isinstance(section, MagpieConfig)
-        tokens = section.batch * (section.max_prompt_tokens + section.max_tokens + 64 if chat else section.tokens)
-        cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
-        return StagePlan(name, whole * size + cache, 0, f"{section.batch} rows at once")
+        return _data(section, shape, size)
     if name == "prune":
         return _prune(section, shape, kept, size)
     if name == "distill":
@@ -158,6 +153,25 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
         )
     logs = section.tokens * shape.vocab * 4
     return StagePlan(name, whole * size + 128 * shape.vocab * 12, 0, f"{megabytes(logs)} of scratch disk")
+
+
+def _data(config: MagpieConfig | TextsConfig | DatasetConfig, shape: Geometry, size: int) -> StagePlan:
+    whole = shape.parameters(shape.blocks) * size
+    if isinstance(config, DatasetConfig):
+        memory, note, targets = 500_000_000, "rows of a data set", config.length  # at most
+    else:
+        targets = config.max_tokens if isinstance(config, MagpieConfig) else config.tokens
+        tokens = config.batch * (targets + (config.max_prompt_tokens + 64 if isinstance(config, MagpieConfig) else 0))
+        memory = whole + shape.kv_bytes(tokens, size) + config.batch * shape.vocab * 4 * 3
+        note = f"{config.batch} rows at once"
+    if config.teacher is None:
+        return StagePlan("data", memory, 0, note)
+    k = min(config.teacher.top_k, shape.vocab)
+    per_target = k * (2 if shape.vocab <= 1 << 16 else 4) + (k + 1) * 2 + 8  # data/teacher_cache.py
+    running = config.teacher.batch * config.length * (4 * shape.hidden + 3 * shape.intermediate) * size
+    memory = max(memory, whole + running + 256 * shape.vocab * 4 * 3)
+    note += f"; teacher: {per_target} bytes per learned token"
+    return StagePlan("data", memory, (config.rows or 0) * targets * per_target, note)
 
 
 def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:
@@ -182,13 +196,14 @@ def _merge(config: MergeConfig, shape: Geometry, kept: int, size: int) -> StageP
 
 def _student(config: DistillConfig, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:
     tokens = config.batch * config.length
-    student, teacher = shape.parameters(kept), shape.parameters(shape.blocks)
-    teacher_bytes = int(teacher * BITS.get(config.teacher.quantize or "", size))
+    student = shape.parameters(kept)
+    teacher, beforehand, how = _teacher(config, shape, size)
     if isinstance(config.tune, Full):
         weights, trained = student * 4, student
         note = "full tuning"
     else:
-        weights = int(student * BITS.get(config.tune.quantize_base or "", size))
+        bits = BITS.get(config.tune.quantize_base or "", size)
+        weights = 0 if how == "shared" else int(student * bits)
         trained = lora_parameters(config.tune, shape, kept)
         note = f"LoRA, {trained / 1e6:.1f} M trained"
     optimizer = trained * (4 + 4 + (2 if config.optimizer == "adamw_8bit" else 8))
@@ -202,7 +217,22 @@ def _student(config: DistillConfig, shape: Geometry, kept: int, size: int, shard
     per_block = shape.hidden if config.gradient_checkpointing else 14 * shape.hidden + 5 * shape.intermediate
     activations = tokens * kept * per_block * size
     logits = config.chunk * shape.vocab * 4 * 6 + tokens * shape.hidden * 8
-    return StagePlan("distill", weights + teacher_bytes + optimizer + activations + logits, student * size, note)
+    memory = max(beforehand, weights + teacher + optimizer + activations + logits)
+    return StagePlan("distill", memory, student * size, f"{note}; teacher: {how}")
+
+
+def _teacher(config: DistillConfig, shape: Geometry, size: int) -> tuple[int, int, str]:
+    """Bytes of the teacher while training, bytes of the unpruned model that looks at the held-out rows before it, and
+    how it is held."""
+    whole, way = shape.parameters(shape.blocks), config.teacher
+    if needs_teacher(config.objective) and isinstance(way, Shared) and isinstance(config.tune, Lora):
+        healed = shape.hidden * shape.intermediate  # of one gap, beside the original
+        held = int((whole + healed) * BITS.get(config.tune.quantize_base or "", size))  # the student is in it
+        return held, 0, "shared"
+    held = int(whole * BITS.get((way.quantize if isinstance(way, Copy) else None) or "", size))
+    if not needs_teacher(config.objective):
+        return 0, held, "none"
+    return (0, held, "cached") if isinstance(way, Cached) else (held, 0, "copy")
 
 
 def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:

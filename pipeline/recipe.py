@@ -15,7 +15,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..data.config import DataConfig
-from ..distill.config import DistillConfig
+from ..distill.config import DistillConfig, needs_teacher
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -139,7 +139,7 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         problems = describe_problems(error, plain, Recipe)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
-    problems += _order_problems(order)
+    problems += _order_problems(order) + _teacher_problems(recipe)
     if recipe is not None and recipe.merge is not None:
         names = [variant.name for variant in (recipe.distill and recipe.distill.variants) or []]
         problems += _merge_problems(recipe.merge, names, "distill" in order)
@@ -257,3 +257,13 @@ def _merge_problems(merge: MergeConfig, variants: list[str], recovers: bool) -> 
     if not variants:
         return [Problem(("merge",), "it needs distill.variants: two or more students to merge")] if recovers else []
     return [Problem(("merge", *path), message) for path, message in merge.unknown_names(variants)]
+
+
+def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
+    if recipe is None or recipe.distill is None or recipe.data is None or recipe.distill.teacher.kind != "cached":
+        return []
+    anchored = any(needs_teacher(student.objective) for student in recipe.distill.students)
+    if recipe.data.teacher is not None or not anchored:
+        return []
+    message = "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher"
+    return [Problem(("distill", "teacher"), message)]

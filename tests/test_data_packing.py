@@ -55,6 +55,29 @@ def test_packing_is_tight_and_deterministic() -> None:
     assert sequences <= 1.1 * sum(batch.tokens for batch in first) / 64 + 1
 
 
+def test_grouped_by_length_less_is_padding_and_no_row_is_lost() -> None:
+    draw = random.Random(5)
+    rows = random_rows([draw.randrange(20, 64) for _ in range(60)])
+    plain, grouped = (pack(rows, 64, 4, 9, grouped=on) for on in (False, True))
+    assert sorted(unpack(plain)) == sorted(unpack(grouped))
+    padding = [sum(int((batch.segment_ids < 0).sum()) for batch in batches) for batches in (plain, grouped)]
+    assert padding[1] < 0.4 * padding[0]
+    alone = [[batch.input_ids.tolist() for batch in pack(rows, 64, 1, 9, grouped=on)] for on in (False, True)]
+    assert alone[0] == alone[1]  # a sequence alone has no padding, and keeps its place
+
+
+def test_tokens_know_where_they_are_from() -> None:
+    rows = [Encoded(ids, [True] * len(ids), row, start) for ids, row, start in (([5, 6, 7], 4, 0), ([8, 9], 4, 3))]
+    (batch,) = pack([*rows, Encoded([3] * 9, [True] * 9)], 8, 2, 0)
+    found = [
+        list(zip(ids, origin, strict=True))
+        for ids, origin in zip(batch.input_ids.tolist(), batch.origin.tolist(), strict=True)
+    ]
+    assert found[0][:5] == [(5, [4, 0]), (6, [4, 1]), (7, [4, 2]), (8, [4, 3]), (9, [4, 4])]
+    assert found[0][5:] == [(0, [-1, -1])] * 3 and all(origin[0] == -1 for _, origin in found[1])
+    assert torch.equal(batch.to("cpu").origin, batch.origin)
+
+
 def test_nothing_to_pack_is_refused() -> None:
     for rows in ([], [Encoded([], [])]):
         with pytest.raises(UserError, match="data is empty"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from compress.data.chat import Encoded, load_encoded
 from compress.data.rows import Row, write_rows
-from compress.distill import stage, train
+from compress.distill import stage, students, train
 from compress.distill.config import Copy, DistillConfig
 from compress.distill.teacher import CopyTeacher, quantization
 from compress.errors import UserError
@@ -94,7 +94,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> World:
-    base = tiny(blocks=4, hidden=32, heads=2, kv_heads=1, intermediate=48, seed=2)
+    base = tiny(blocks=4, hidden=32, heads=2, kv_heads=1, intermediate=128, seed=2)
     return World(base, tmp_path_factory.mktemp("distill"))
 
 
@@ -201,7 +201,7 @@ def test_an_epoch_sees_every_row_once(world: World) -> None:
 RESUMED = {
     "lora": {"tune": LORA | {"dropout": 0.2}},
     "full": {"tune": "full", "objective": "asft"},
-    "8bit": {"optimizer": "adamw_8bit", "objective": "dft"},
+    "8bit": {"optimizer": "adamw_8bit", "objective": "dft", "tune": "full"},  # so small adapters keep 32 bits
 }
 
 
@@ -273,7 +273,7 @@ def test_the_merge_is_the_full_weights_plus_the_adapters(world: World, bits: str
             assert change.abs().max() > 1e-3
         torch.testing.assert_close(new[name], weight + change, rtol=0, atol=1e-6)
     assert len(adapters) == 2 * 2 * 3 and metrics["trainable_parameters"] == sum(a.numel() for a in adapters.values())
-    student = stage.build_student(world.config(**options), world.inputs, Context(seed=SEED), quantize=False)
+    student = students.build_student(world.config(**options), world.inputs, Context(seed=SEED), quantize=False)
     train.load_trainable(student, world.out / WORK / "best.safetensors")
     ids = torch.arange(3, 43).reshape(2, 20)
     with torch.no_grad():
@@ -345,6 +345,51 @@ def test_gradient_checkpointing_learns_the_same(world: World) -> None:
         world(gradient_checkpointing=on, tune="full", max_steps=3)
         lines.append([line["loss"] for line in world.curves()])
     assert lines[0] == pytest.approx(lines[1], rel=1e-5)
+
+
+def test_adamw_in_8_bits_holds_its_moments_in_8_bits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    plain = train._Recorder.on_step_end
+
+    def keep(recorder: Any, *args: Any, **options: Any) -> None:
+        kept.append(recorder.trainer.optimizer)
+        plain(recorder, *args, **options)
+
+    monkeypatch.setattr(train._Recorder, "on_step_end", keep)
+    losses = []
+    for optimizer in ("adamw", "adamw_8bit"):
+        world(optimizer=optimizer, tune="full")
+        losses.append([line["loss"] for line in world.curves()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0][-1] < 0.5 * losses[0][0]
+    # bitsandbytes leaves small tensors alone, transformers embeddings.
+    big = [state for p, state in kept[-1].state.items() if p.shape in ((128, 32), (32, 128))]
+    assert big and all(state[name].dtype == torch.uint8 for state in big for name in ("state1", "state2"))
+
+
+@pytest.mark.parametrize("tune", [LORA, "full"], ids=["lora", "full"])
+def test_mixed_precision_learns_nearly_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tune: Any
+) -> None:
+    """What is trained stays float32; products are bfloat16, which has 8 bits."""
+    seen: dict[str, set[torch.dtype]] = {"trained": set(), "products": set()}
+    plain = train.Student.forward
+
+    def keep(student: Any, **inputs: Any) -> Any:
+        seen["trained"] |= {p.dtype for p in student.parameters() if p.requires_grad}
+        seen["products"].add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return plain(student, **inputs)
+
+    monkeypatch.setattr(train.Student, "forward", keep)
+    world(tune=tune)
+    wanted = [line["loss"] for line in world.curves()]
+    assert seen["products"] == {torch.float32}
+    seen["products"].clear()
+    (tmp_path / WORK).mkdir()
+    stage.run(world.config(tune=tune), world.inputs, tmp_path, Context(seed=SEED, dtype="bfloat16"))
+    lines = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=0.1)
+    assert seen == {"trained": {torch.float32}, "products": {torch.bfloat16}}
+    assert {value.dtype for value in tensors(tmp_path / "model").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from compress.distill.config import Asft, Dft, Kd, Sft
-from compress.distill.losses import needs_teacher, objective_loss
-from compress.modeling.agreement import Head, response_positions
+from compress.distill.losses import TopK, needs_teacher, objective_loss
+from compress.modeling.agreement import Head, States, response_positions
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from torch import Tensor
@@ -74,7 +75,12 @@ def test_value_and_gradients_match_plain_losses(objective: Any, chunk: int, cap:
     s = sample(7, cap)
     loss, grad_hidden, grad_weight = expected(objective.kind, s, cap)
     found = objective_loss(
-        objective, s["hidden"], Head(s["weight"], cap), s["targets"], s["teacher_hidden"], s["teacher_head"], chunk
+        objective,
+        s["hidden"],
+        Head(s["weight"], cap),
+        s["targets"],
+        States(s["teacher_hidden"], s["teacher_head"]),
+        chunk,
     )
     (1.7 * found.loss).backward()
     torch.testing.assert_close(found.loss.detach(), loss, rtol=1e-11, atol=1e-11)
@@ -94,7 +100,7 @@ def test_no_token_and_one_token(objective: Any) -> None:
         s = sample(tokens)
         loss, grad_hidden, grad_weight = expected(objective.kind, s, None)
         found = objective_loss(
-            objective, s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"]
+            objective, s["hidden"], Head(s["weight"]), s["targets"], States(s["teacher_hidden"], s["teacher_head"])
         )
         (1.7 * found.loss).backward()
         torch.testing.assert_close(found.loss.detach(), loss, rtol=1e-11, atol=0)
@@ -110,7 +116,7 @@ def test_gradients_flow_only_where_they_are_wanted(frozen: str) -> None:
     for name in ("hidden", "weight"):
         s[name].requires_grad_(frozen not in (name, "both"))
     found = objective_loss(
-        OBJECTIVES[2], s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], 2
+        OBJECTIVES[2], s["hidden"], Head(s["weight"]), s["targets"], States(s["teacher_hidden"], s["teacher_head"]), 2
     )
     if frozen == "both":
         assert not found.loss.requires_grad
@@ -140,15 +146,13 @@ def test_lower_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_a_missing_teacher_is_an_error_where_one_is_needed(objective: Any) -> None:
     s = sample(3)
-    lone = [(None, None), (s["teacher_hidden"], None), (None, s["teacher_head"])]
-    for states, head in lone:
-        if objective.kind in ("asft", "kd"):
-            with pytest.raises(ValueError, match=f"objective {objective.kind} needs a teacher"):
-                objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"], states, head)
-        else:
-            found = objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"], states, head)
-            torch.testing.assert_close(found.loss.detach(), expected(objective.kind, s, None)[0])
-            assert found.kl == 0
+    if objective.kind in ("asft", "kd"):
+        with pytest.raises(ValueError, match=f"objective {objective.kind} needs a teacher"):
+            objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"])
+    else:
+        found = objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"])
+        torch.testing.assert_close(found.loss.detach(), expected(objective.kind, s, None)[0])
+        assert found.kl == 0
     assert needs_teacher(objective) is (objective.kind in ("asft", "kd"))
 
 
@@ -190,7 +194,12 @@ def test_the_logits_of_all_tokens_never_exist(objective: Any) -> None:
     s = sample(tokens)
     with Largest() as seen:
         found = objective_loss(
-            objective, s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], chunk
+            objective,
+            s["hidden"],
+            Head(s["weight"]),
+            s["targets"],
+            States(s["teacher_hidden"], s["teacher_head"]),
+            chunk,
         )
         found.loss.backward()
     assert seen.elements == tokens * WIDTH < tokens * VOCABULARY  # the gradient to the hidden states
@@ -200,7 +209,7 @@ def test_nothing_is_differentiated_while_measuring() -> None:
     s = sample(8)
     with torch.no_grad(), Largest() as seen:
         found = objective_loss(
-            Kd(), s["hidden"], Head(s["weight"]), s["targets"], s["teacher_hidden"], s["teacher_head"], 4
+            Kd(), s["hidden"], Head(s["weight"]), s["targets"], States(s["teacher_hidden"], s["teacher_head"]), 4
         )
     assert seen.products == 4  # student and teacher logits of two chunks
     torch.testing.assert_close(found.loss, expected("kd", s, None)[0], rtol=1e-11, atol=0)
@@ -229,7 +238,105 @@ def test_gradients_of_a_whole_model(tiny: Callable[..., Path], objective: Any, t
     hidden = decoder.hidden(input_ids=ids).flatten(0, 1)[positions]
     head = Head(decoder.head_weight)
     objective_loss(
-        objective, hidden, head, targets, teacher_hidden, Head(Decoder(teacher).head_weight.detach()), 3
+        objective, hidden, head, targets, States(teacher_hidden, Head(Decoder(teacher).head_weight.detach())), 3
     ).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
+
+
+# A teacher of which only the likeliest tokens are known
+
+
+def buckets(logits: Tensor, k: int) -> TopK:
+    """The k likeliest tokens of each position, in some order, and the rest."""
+    probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    tokens = torch.stack([row.argsort(descending=True)[:k].flip(0) for row in probs])
+    top = probs.gather(-1, tokens)
+    rest = torch.stack([sum((p for v, p in enumerate(row) if v not in seen), row.sum() * 0) for row, seen in
+                        zip(probs, tokens.tolist(), strict=True)])  # fmt: skip
+    return TopK(tokens, torch.cat([top, rest[:, None]], -1).log())
+
+
+def plain_bucketed(logits: Tensor, anchor: TopK) -> Tensor:
+    """The sum over tokens of Σ p log(p/q), the rest as one token of what remains; one token after another."""
+    total = logits.sum() * 0
+    for row, tokens, log_p in zip(logits, anchor.tokens.tolist(), anchor.log_probs, strict=True):
+        q = row.exp() / row.exp().sum()
+        student = [q[v] for v in tokens] + [sum(q[v] for v in range(len(q)) if v not in tokens)]
+        for p, s in zip(log_p.exp(), student, strict=True):
+            if p > 0:
+                total = total + p * (p.log() - s.log())
+    return total
+
+
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+@pytest.mark.parametrize("k", [1, 5, VOCABULARY - 1, VOCABULARY])
+def test_buckets_match_the_plain_sum(k: int, chunk: int, cap: float | None) -> None:
+    s = sample(7)
+    anchor = buckets(s["teacher_hidden"] @ s["teacher_head"].weight.T, k)
+    assert bool(torch.isneginf(anchor.log_probs[:, -1]).all()) is (k == VOCABULARY)
+    hidden, weight = (s[name].detach().requires_grad_() for name in ("hidden", "weight"))
+    wanted = plain_bucketed(capped(hidden @ weight.T, cap), anchor)
+    (1.7 * wanted).backward()
+    found = objective_loss(Kd(), s["hidden"], Head(s["weight"], cap), s["targets"], anchor, chunk)
+    (1.7 * found.loss).backward()
+    torch.testing.assert_close(found.loss.detach(), wanted.detach(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(s["hidden"].grad, hidden.grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(s["weight"].grad, weight.grad, rtol=1e-9, atol=1e-11)
+    anchored = objective_loss(OBJECTIVES[2], s["hidden"], Head(s["weight"], cap), s["targets"], anchor, chunk)
+    dft = objective_loss(Dft(), s["hidden"], Head(s["weight"], cap), s["targets"]).loss
+    torch.testing.assert_close(anchored.loss, dft + 0.3 * wanted.detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_all_tokens_as_buckets_are_the_whole_divergence_and_fewer_say_less() -> None:
+    s = sample(40)
+    logits = s["teacher_hidden"] @ s["teacher_head"].weight.T
+    head = Head(s["weight"])
+    states = States(s["teacher_hidden"], s["teacher_head"])
+    whole = objective_loss(Kd(), s["hidden"], head, s["targets"], states).kl
+    found = [objective_loss(Kd(), s["hidden"], head, s["targets"], buckets(logits, k)).kl for k in (1, 2, 9, 36, 37)]
+    assert 0 < found[0] < found[1] < found[2] < found[3] < whole * (1 + 1e-12)
+    torch.testing.assert_close(found[-1], whole, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rest_too_small_to_be_subtracted_still_counts(dtype: torch.dtype) -> None:
+    """The student is all but sure of the likeliest token; 1 − q is zero in float32."""
+    logits = torch.tensor([[60.0, 1.0, 0.0, -1.0]], dtype=dtype, requires_grad=True)
+    anchor = TopK(torch.tensor([[0]]), torch.tensor([[0.9, 0.1]], dtype=dtype).log())
+    kl = anchor.kl(logits.log_softmax(-1), slice(None)).sum()
+    others = float(torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).logsumexp(0)) - 60
+    wanted = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - others)
+    assert float(kl.detach()) == pytest.approx(wanted, rel=1e-6)
+    kl.backward()
+    share = torch.tensor([1.0, 0.0, -1.0], dtype=dtype).softmax(0)
+    torch.testing.assert_close(logits.grad, torch.cat([torch.tensor([0.1], dtype=dtype), -0.1 * share])[None])
+
+
+def test_a_teacher_that_knows_nothing_of_some_token_asks_nothing_of_it() -> None:
+    anchor = TopK(torch.tensor([[2, 0]]), torch.tensor([[0.0, -300.0, -400.0]]))
+    logits = torch.zeros(1, 4, requires_grad=True)
+    kl = anchor.kl(logits.log_softmax(-1), slice(None)).sum()
+    assert float(kl.detach()) == pytest.approx(math.log(4), rel=1e-6)
+    kl.backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.25, 0.25, -0.75, 0.25]]))
+
+
+def test_what_was_written_in_few_bits_is_a_distribution_again() -> None:
+    """Rounded log-probabilities sum to a little more or less than one; a student that agrees is at no distance."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(50, VOCABULARY, dtype=torch.float64)
+    exact = buckets(logits, 5)
+    rounded = TopK(exact.tokens, exact.log_probs.half().float())
+    kl = rounded.kl(logits.log_softmax(-1), slice(None))
+    assert (kl > -1e-7).all() and kl.max() < 1e-5
+
+
+def test_buckets_too_never_need_the_logits_of_all_tokens() -> None:
+    tokens, chunk = 400, 16
+    s = sample(tokens)
+    anchor = buckets(s["teacher_hidden"] @ s["teacher_head"].weight.T, 3)
+    with Largest() as seen:
+        objective_loss(Kd(), s["hidden"], Head(s["weight"]), s["targets"], anchor, chunk).loss.backward()
+    assert seen.elements == tokens * WIDTH < tokens * VOCABULARY

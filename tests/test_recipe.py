@@ -139,6 +139,8 @@ def test_all_problems_are_reported_at_once(write):
         ("export:\n  gguf:\n  - F16\n  - q8_0", 6, "export.gguf.1: must be 'F16', 'Q8_0'"),
         ("distill: {}", 3, "distill: the stage distill needs a stage data before it"),
         ("prune: {blocks: 1}\ndata: {source: magpie}", 3, "reads what data makes, so data must come before it"),
+        ("data: {source: texts}\ndistill: {teacher: cached}", 4, "distill.teacher: cached reads what the data stage"),
+        ("data: {source: texts}\ndistill: {teacher: shared, tune: full}", 4, "teacher: shared is for LoRA"),
         ("seed: null", 3, "seed: input should be a valid integer (it is None)"),
         ("polish: {method: slerp}", 3, "polish: unknown key 'polish'"),
         ("7: seven", 3, "7: unknown key '7'"),

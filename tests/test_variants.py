@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from compress.data.chat import load_encoded
-from compress.distill import stage
+from compress.distill import stage, students
 from compress.distill.config import DistillConfig
 from compress.distill.variants import choose, plan_jobs, share
 from compress.errors import UserError
@@ -102,8 +102,8 @@ def test_each_variant_is_what_it_is_alone_and_the_best_goes_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    plain = stage.CopyTeacher
-    monkeypatch.setattr(stage, "CopyTeacher", lambda *args: loaded.append(args) or plain(*args))
+    plain = students.CopyTeacher
+    monkeypatch.setattr(students, "CopyTeacher", lambda *args: loaded.append(args) or plain(*args))
     progress = Notes()
     metrics = run(
         section(variants=[A | {"rows": [0, 1]}, B | {"rows": [0, 1]}]), inputs, tmp_path / "v", progress=progress
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_with_the_variant_it_was_at(
     assert started == [None, "a/trainer/checkpoint-2", None, None, "b/trainer/checkpoint-2"]
     assert not list(out.glob(f"{WORK}/*/trainer"))  # optimizer states make room for the next variant
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "CopyTeacher", stop)  # with all of them finished no model is loaded
+        patch.setattr(students, "CopyTeacher", stop)  # with all of them finished no model is loaded
         again = run(config, inputs, out)
     assert len(started) == 5
     assert content(out) == content(tmp_path / "whole")

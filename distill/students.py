@@ -1,0 +1,108 @@
+"""The student that is trained, its teacher, and the model that is saved in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.packing import Batch
+from ..modeling.blocks import Decoder
+from ..modeling.load import load_model
+from ..stage import Context, Inputs
+from .cached import CachedTeacher
+from .config import Cached, Copy, DistillConfig, Lora, Shared, needs_teacher
+from .sharding import shard
+from .shared import SharedTeacher
+from .teacher import CopyTeacher, Teacher, quantization
+from .train import HeldOut, Student, hold_out, load_trainable, lora_model
+from .variants import Job
+
+
+class Preparation:
+    """Students, one after another, with their teachers and the held-out rows.
+
+    The unpruned model looks at the held-out rows once, for all students. However the teacher is held, students are
+    measured against the unpruned model itself, or its quantized self where that is the teacher.
+    """
+
+    def __init__(self, config: DistillConfig, inputs: Inputs, held: Sequence[Batch], context: Context):
+        self.config, self.inputs, self.held, self.context = config, inputs, list(held), context
+        self._held_out: HeldOut | None = None
+        self._copy: CopyTeacher | None = None
+
+    def student(
+        self, job: Job, train: Sequence[Batch], later: Sequence[Job]
+    ) -> tuple[Student, Teacher | None, HeldOut]:
+        """A job's student, its teacher (none where the objective asks nothing of one), and the held-out rows; `later`
+        are the jobs to come."""
+        config, way, tune = job.config, job.config.teacher, job.config.tune
+        anchored = needs_teacher(config.objective)
+        if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
+            shared = SharedTeacher(self.inputs.base, self.inputs.model, tune, job.context)
+            job.context.progress.note(f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters held twice")
+            return as_student(shared.model, shared.decoder, config), shared, self._look(shared)
+        teacher: Teacher | None = None
+        if anchored and isinstance(way, Cached):
+            teacher = CachedTeacher(self.inputs.stages["data"], train)
+        elif anchored:
+            teacher = self._copied(config)
+        held_out = self._look(self._copied(config)) if self._held_out is None else self._held_out
+        if not (isinstance(way, Copy) and any(needs_teacher(other.config.objective) for other in later)):
+            self._copy = None  # unless it is the teacher, it was only needed to say how far the students are from it
+        return build_student(config, self.inputs, job.context), teacher, held_out
+
+    def _copied(self, config: DistillConfig) -> CopyTeacher:
+        if self._copy is None:
+            way, tune = config.teacher, config.tune
+            bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
+            how = way if isinstance(way, Copy) else Copy(quantize=bits)
+            self._copy = CopyTeacher(self.inputs.base, how, self.context)
+        return self._copy
+
+    def _look(self, teacher: CopyTeacher | SharedTeacher) -> HeldOut:
+        if self._held_out is None:
+            self._held_out = hold_out(self.held, teacher, self.context.device, self.context.group)
+        return self._held_out
+
+
+def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
+    """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
+    tune = config.tune
+    if isinstance(tune, Lora):
+        bits = tune.quantize_base if quantize else None
+        options = quantization(bits, context.dtype)
+        if options:
+            options["device_map"] = {"": context.device}
+        model = load_model(inputs.model, context.dtype, context.device, **options)
+        adapted = lora_model(model, tune, context.seed)
+    else:
+        # What is going to be sharded need not fit the device.
+        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
+        adapted = model.requires_grad_(True)
+    student = as_student(adapted, Decoder(model), config)
+    if context.shard:
+        shard(student, student.decoder.blocks, context)
+    return student
+
+
+def as_student(adapted: Any, decoder: Decoder, config: DistillConfig) -> Student:
+    """A model with what is trained in it, to be called for hidden states."""
+    if config.gradient_checkpointing:
+        decoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Student(adapted, decoder)
+
+
+def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
+    """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
+    if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
+        context = replace(context, shard=False, device="cpu")
+    student = build_student(config, inputs, context, quantize=False)
+    load_trainable(student, work / "best.safetensors")
+    model = student.model
+    if isinstance(config.tune, Lora):
+        model = model.merge_and_unload()  # type: ignore[operator]
+    return model.to(getattr(torch, context.dtype))

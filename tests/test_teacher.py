@@ -1,0 +1,512 @@
+"""The three teachers: what each one says, that they teach the same, and what the cache holds."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compress.data import stage as data_stage
+from compress.data import teacher_cache
+from compress.data.chat import Encoded, encode_rows
+from compress.data.config import DatasetConfig, TeacherConfig
+from compress.data.packing import Batch, pack
+from compress.data.rows import Row, read_rows, write_rows
+from compress.data.teacher_cache import TeacherCache, read_top_k, top_k, write_teacher
+from compress.distill import stage, students
+from compress.distill.config import Copy, DistillConfig, Lora
+from compress.distill.shared import SharedTeacher
+from compress.distill.teacher import CopyTeacher
+from compress.errors import UserError
+from compress.modeling.agreement import response_positions
+from compress.modeling.blocks import Decoder, drop_blocks, kept_blocks
+from compress.modeling.changes import find_changes
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer
+from compress.pipeline.plan import make_plan
+from compress.pipeline.recipe import load_recipe
+from compress.stage import WORK, Advance, Context, Inputs, Progress
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+LENGTH, SEED = 64, 7
+LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 12.0}
+WORDS = "the way of many people is which model time and look so é 42".split()
+MIXED = ["sliding_attention", "full_attention"] * 3
+WINDOWED = {"sliding_window": 8, "layer_types": MIXED}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": WINDOWED | {"use_sliding_window": True, "max_window_layers": 0},
+    "phi3": {},
+    "gemma3_text": WINDOWED,
+}
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+class Killer(Progress):
+    """Raises on the n-th call of a bar's `advance`, in place of a kill there."""
+
+    def __init__(self, calls: int = 0):
+        self.calls = calls
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        def advance(n: int = 1, note: str = "") -> None:
+            self.calls -= 1
+            if self.calls == 0:
+                raise Stop
+
+        yield advance
+
+
+def prune(base: Path, folder: Path, dropped: list[int], scale: float | None = 0.8, dtype: str = "float32") -> Path:
+    """The base without some blocks, healed as heal/refit.py does: a new map before the first gap, all that is added
+    behind it times one number."""
+    model = load_model(base, dtype)
+    decoder = Decoder(model)
+    shape = (decoder.hidden_size,) if not decoder.can_fuse_after_mlp else (decoder.hidden_size,) * 2
+    noise = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    values = decoder.fused(min(dropped) - 1, noise + (torch.eye(shape[0]) if len(shape) == 2 else 1))
+    for block in range(max(dropped) + 1, decoder.num_blocks) if scale else []:
+        values |= decoder.rescaled(block, scale or 1)
+    for parameter, value in values.items():
+        parameter.data = value.to(parameter)
+    drop_blocks(model, dropped)
+    save_checkpoint(model, load_tokenizer(base), folder)
+    return folder
+
+
+def talk(draw: random.Random) -> list[dict[str, str]]:
+    turns = [" ".join(draw.choices(WORDS, k=draw.randrange(*span))) for span in ((2, 6), (4, 22))]
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
+
+
+def batches(seed: int = 0, count: int = 5) -> list[Batch]:
+    draw = random.Random(seed)
+    rows = [[draw.randrange(3, 300) for _ in range(draw.randrange(12, 40))] for _ in range(count)]
+    return pack([Encoded(row, [i % 3 != 0 for i in range(len(row))]) for row in rows], 48, 2, 9)
+
+
+def restless(shared: SharedTeacher) -> None:
+    """As if it had been trained: adapters that do something, in training mode."""
+    random = torch.Generator().manual_seed(3)
+    for parameter in shared.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+    shared.model.train()
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """All that a teacher's pass could leave changed."""
+    inner: Any = model
+    config = {key: value for key, value in inner.config.to_dict().items()}
+    parts: list[Any] = [config, [id(block) for block in inner.base_model.model.model.layers]]
+    for name, module in model.named_modules():
+        parts.append((name, id(module), module.training, getattr(module, "layer_idx", None)))
+        parts.append(getattr(module, "disable_adapters", None))
+    for name, parameter in model.named_parameters():
+        parts.append((name, id(parameter), parameter.data_ptr(), parameter.requires_grad, parameter.dtype))
+    return parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_weights_are_the_base_and_the_student(shaken: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    base = shaken(family, blocks=6, **FAMILIES[family])
+    pruned = prune(base, tmp_path / "pruned", [2, 3])
+    shared = SharedTeacher(base, pruned, Lora(rank=4), Context(seed=SEED))
+    model, student = load_model(base), load_model(pruned)
+    with torch.no_grad():
+        for batch in batches():
+            found = shared.decoder.hidden(**batch.model_inputs())
+            torch.testing.assert_close(found, Decoder(student).hidden(**batch.model_inputs()), rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(found, shared.hidden(batch), atol=1e-2)
+    assert kept_blocks(shared.decoder.config) == [0, 1, 4, 5]
+    restless(shared)
+    before = snapshot(shared.model)
+    for batch in batches(1):
+        with torch.no_grad():
+            wanted = Decoder(model).hidden(**batch.model_inputs())
+        found = shared.hidden(batch)
+        assert torch.equal(found, wanted) and not found.requires_grad
+    with pytest.raises(Stop), shared.on():
+        assert shared.decoder.num_blocks == 6 and not torch.is_grad_enabled()
+        raise Stop
+    assert snapshot(shared.model) == before and torch.is_grad_enabled()
+    assert torch.equal(shared.head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_only_what_healing_made_anew_is_held_twice(shaken: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    base = shaken(family, blocks=6, **FAMILIES[family])
+    changes = find_changes(base, prune(base, tmp_path / "pruned", [2, 3]))
+    layers = [f"model.layers.{i}." for i in (4, 5)]
+    if family == "llama":
+        down = "model.layers.1.mlp.down_proj."
+        assert changes.replaced.keys() == {down + "weight", down + "bias"}
+        assert changes.scaled.keys() == {
+            f"{layer}{name}" for layer in layers for name in ("self_attn.o_proj", "mlp.down_proj")
+        }
+        assert list(changes.scaled.values()) == pytest.approx([0.8] * 4, rel=1e-6)
+    else:  # norms, which are small
+        names = {f"{x}{y}_layernorm.weight" for x in layers for y in ("post_attention", "post_feedforward")}
+        assert changes.replaced.keys() == names | {"model.layers.1.post_feedforward_layernorm.weight"}
+        assert not changes.scaled
+    shared = SharedTeacher(base, tmp_path / "pruned", Lora(rank=4), Context())
+    assert shared.held_twice == sum(value.numel() for value in changes.replaced.values())
+    with shared.on():
+        everything = {id(p): p.numel() for p in shared.decoder.model.parameters()}
+    everything |= {id(p): p.numel() for p in shared.model.parameters()}
+    adapters = sum(p.numel() for p in shared.model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in load_model(base).parameters())
+    assert sum(everything.values()) == whole + adapters + shared.held_twice
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_no_multiple_is_held_twice(tiny: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    base = tiny(blocks=4)
+    pruned = prune(base, tmp_path / "pruned", [2], dtype=dtype)
+    assert len(find_changes(base, pruned, dtype).scaled) == 2
+    model = load_model(pruned, dtype)
+    model.model.layers[2].self_attn.o_proj.weight.data[3, 5] *= 1.05
+    save_checkpoint(model, load_tokenizer(base), pruned)
+    changes = find_changes(base, pruned, dtype)
+    assert changes.scaled.keys() == {"model.layers.3.mlp.down_proj"} and changes.dropped == [2]
+    assert changes.replaced.keys() == {"model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.o_proj.weight"}
+    nothing = find_changes(base, base, dtype)
+    assert (nothing.dropped, nothing.replaced, nothing.scaled) == ([], {}, {})
+
+
+def test_a_model_that_was_pruned_before_is_shared_too(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    first = prune(tiny(blocks=6), tmp_path / "first", [1, 2])
+    second = prune(first, tmp_path / "second", [2])  # block 4 of the six
+    changes = find_changes(first, second)
+    assert changes.dropped == [2]
+    shared = SharedTeacher(first, second, Lora(rank=4), Context())
+    batch = batches()[0]
+    with torch.no_grad():
+        assert torch.equal(shared.hidden(batch), Decoder(load_model(first)).hidden(**batch.model_inputs()))
+        found = shared.decoder.hidden(**batch.model_inputs())
+        wanted = Decoder(load_model(second)).hidden(**batch.model_inputs())
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_healed_weights_are_quantized_with_the_others(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny(blocks=4)
+    pruned = prune(base, tmp_path / "pruned", [2], scale=None)
+    shared = SharedTeacher(base, pruned, Lora(rank=4, quantize_base="nf4"), Context(seed=SEED))
+    config = DistillConfig.model_validate({"tune": LORA | {"quantize_base": "nf4"}})
+    student = students.build_student(config, Inputs(base, pruned), Context(seed=SEED))
+    teacher = CopyTeacher(base, Copy(quantize="nf4"), Context())
+    batch = batches()[0]
+    with torch.no_grad():
+        assert torch.equal(shared.hidden(batch), teacher.hidden(batch))
+        assert torch.equal(shared.decoder.hidden(**batch.model_inputs()), student(**batch.model_inputs()))
+    restless(shared)
+    before = snapshot(shared.model)
+    assert torch.equal(shared.hidden(batch), teacher.hidden(batch)) and snapshot(shared.model) == before
+
+
+class World:
+    """A base model, the same without two blocks, and a data stage's folder; runs the stage into fresh folders."""
+
+    def __init__(self, base: Path, folder: Path):
+        self.folder, self.base, self.runs = folder, base, 0
+        draw = random.Random(3)
+        (folder / "data" / WORK).mkdir(parents=True)
+        write_rows(folder / "data", [Row(i, "heldout" if i % 4 == 0 else "train", talk(draw)) for i in range(24)])
+        self.inputs = Inputs(base, prune(base, folder / "pruned", [2, 3]), {"data": folder / "data"})
+        self.vocabulary = load_model(base).config.vocab_size
+
+    def data(self, k: int) -> Path:
+        """The data stage's folder with a teacher of k tokens."""
+        folder = self.folder / f"data{k}"
+        if not folder.exists():
+            shutil.copytree(self.folder / "data", folder)
+            tokenizer, rows = load_tokenizer(self.base), read_rows(folder)
+            write_teacher(TeacherConfig(top_k=k), self.base, rows, tokenizer, LENGTH, folder, Context())
+        return folder
+
+    def __call__(self, k: int = 0, *, out: Path | None = None, calls: int = 0, **options: Any) -> list[dict[str, Any]]:
+        """The curves."""
+        self.runs += 1
+        self.out = out or self.folder / f"out{self.runs}"
+        self.out.mkdir(exist_ok=True)
+        plain = {"objective": {"kind": "asft", "kl_weight": 0.7}, "tune": LORA, "lr": 1e-2, "length": LENGTH}
+        plain |= {"max_steps": 6, "accumulate": 2, "eval_every": 3, "save_every": 2, "select": "last"}
+        inputs = Inputs(self.base, self.inputs.model, {"data": self.data(k) if k else self.folder / "data"})
+        config = DistillConfig.model_validate(plain | options)
+        stage.run(config, inputs, self.out, Context(seed=SEED, progress=Killer(calls)))
+        return [json.loads(line) for line in (self.out / "curves.jsonl").read_text().splitlines()]
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = tiny(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=48, seed=2)
+    return World(base, tmp_path_factory.mktemp("teacher"))
+
+
+def column(curves: list[dict[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in curves if name in line]
+
+
+def same(world: World, one: dict[str, Any], other: dict[str, Any], rel: float) -> None:
+    """Both ways learn the same, step by step, to a relative tolerance; weights to ten times that of their change."""
+    old = load_file(world.inputs.model / "model.safetensors")
+    curves, weights = [], []
+    for options in (one, other):
+        curves.append(world(**options))
+        weights.append(world.weights())
+    for name in ("loss", "nll", "kl", "eval_loss", "eval_kl", "eval_perplexity"):
+        assert column(curves[0], name) == pytest.approx(column(curves[1], name), rel=rel)
+    assert len(column(curves[0], "loss")) == 6 and len(column(curves[0], "eval_kl")) == 3
+    assert column(curves[0], "eval_kl")[-1] < 0.9 * column(curves[0], "eval_kl")[0]
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).norm() <= 10 * rel * (weights[1][name] - old[name]).norm()
+
+
+@pytest.mark.parametrize("tune", [{}, {"dropout": 0.2}, {"quantize_base": "nf4"}], ids=["plain", "dropout", "nf4"])
+def test_shared_teaches_what_a_copy_teaches(world: World, tune: dict[str, Any]) -> None:
+    copy = {"kind": "copy", "quantize": tune.get("quantize_base")}
+    same(world, {"teacher": "shared", "tune": LORA | tune}, {"teacher": copy, "tune": LORA | tune}, 1e-5)
+
+
+def test_the_whole_vocabulary_from_the_cache_teaches_what_a_copy_teaches(world: World) -> None:
+    same(world, {"teacher": "cached", "k": world.vocabulary}, {"teacher": "copy"}, 1e-3)  # float16
+
+
+def test_few_tokens_from_the_cache_never_say_more_than_a_copy(world: World) -> None:
+    options: dict[str, Any] = {"objective": "kd", "max_steps": 1}
+    whole = world(**options)
+    found = [world(k, teacher="cached", **options) for k in (1, 4, 64, world.vocabulary)]
+    first = [column(curves, "kl")[0] for curves in found]
+    assert 0 < first[0] < first[1] < first[2] < first[3] * (1 + 1e-4)
+    assert first[3] == pytest.approx(column(whole, "kl")[0], rel=1e-3)
+    for curves in found:  # measured by the unpruned model itself, whatever the cache holds
+        assert column(curves, "eval_kl")[0] == column(whole, "eval_kl")[0]
+    learned = world(16, teacher="cached", objective="kd", max_steps=16)
+    assert column(learned, "eval_kl")[-1] < 0.8 * column(learned, "eval_kl")[0]
+
+
+@pytest.mark.parametrize("bits", [None, "nf4"])
+@pytest.mark.parametrize("teacher", ["shared", "copy"])
+def test_recomputed_activations_are_the_students(world: World, teacher: str, bits: str | None) -> None:
+    """Blocks run again in the backward pass, when the teacher's pass is over."""
+    tune = LORA | {"quantize_base": bits}
+    lines = [world(teacher=teacher, tune=tune, gradient_checkpointing=on, max_steps=3) for on in (False, True)]
+    for name in ("loss", "kl", "eval_kl"):
+        assert column(lines[0], name) == pytest.approx(column(lines[1], name), rel=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "k"), [("shared", 0), ("cached", 8)])
+def test_a_killed_run_ends_with_the_same_bytes(world: World, teacher: str, k: int) -> None:
+    options: dict[str, Any] = {"teacher": teacher, "tune": LORA | {"dropout": 0.2}}
+    world(k, **options)
+    whole, out = world.out, world.folder / f"killed-{teacher}"
+    for calls in (4, 3):
+        with pytest.raises(Stop):
+            world(k, out=out, calls=calls, **options)
+    world(k, out=out, **options)
+    for name in ("curves.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("teacher", ["shared", "cached"])
+def test_an_objective_without_a_teacher_has_none(world: World, teacher: str) -> None:
+    """The data stage need not have written one."""
+    curves, plain = world(teacher=teacher, objective="dft", max_steps=2), world(objective="dft", max_steps=2)
+    assert curves == plain and not column(curves, "kl") and column(curves, "eval_kl")
+
+
+def test_what_cannot_be_had_is_refused(world: World) -> None:
+    with pytest.raises(ValidationError, match=r"shared is for LoRA.*take teacher: copy or cached"):
+        DistillConfig.model_validate({"teacher": "shared", "tune": "full"})
+    with pytest.raises(UserError, match=r"distill.teacher: cached reads what the data stage writes.*data.teacher"):
+        world(teacher="cached")
+    folder = world.data(2)
+    broken = world.folder / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "teacher" / "tokens.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=r"teacher is broken .*run the data stage again"):
+        TeacherCache(broken)
+    np.save(broken / "teacher" / "tokens.npy", np.array([object()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="teacher is broken"):
+        TeacherCache(broken)
+
+
+def test_the_plan_knows_what_each_teacher_takes(tmp_path: Path) -> None:
+    def plan(*overrides: str) -> dict[str, Any]:
+        loaded = load_recipe("llama8b_26L", ["data.teacher.top_k=64", *overrides])
+        return {planned.name: planned for planned in make_plan(loaded, "bfloat16", tmp_path).stages}
+
+    adapters = "distill.tune={kind: lora, rank: 8}"
+    found = {way: plan(f"distill.teacher={way}", adapters)["distill"] for way in ("copy", "shared", "cached")}
+    assert [stage.note.rpartition(": ")[2] for stage in found.values()] == list(found)
+    student, healed, whole = 6.72e9 * 2, 4096 * 14336 * 2, 8.03e9 * 2
+    assert found["copy"].memory - found["shared"].memory == pytest.approx(student - healed, rel=0.01)
+    alone = found["copy"].memory - whole
+    assert found["cached"].memory == pytest.approx(max(alone, whole), rel=0.01)  # whole: the look at held-out rows
+    small = plan("distill.teacher=cached", "distill.batch=1", "distill.tune.quantize_base=nf4")["distill"]
+    assert small.memory == pytest.approx(whole, rel=0.01)
+    assert plan("distill.objective=sft", "distill.teacher=copy")["distill"].note.endswith("teacher: none")
+    data = plan()["data"]
+    assert data.disk == 7473 * 1024 * (64 * 4 + 65 * 2 + 8) and data.memory > whole
+    assert plan("data.teacher=null")["data"].disk == 0
+
+
+# What the cache holds
+
+
+def texts(world: World, *, split: str = "train") -> list[Row]:
+    draw = random.Random(9)
+    rows: list[Any] = [Row(7 * i, "train", text=" ".join(draw.choices(WORDS, k=n))) for i, n in enumerate((30, 90, 4))]
+    return [*rows, Row(30, "heldout", text="the people is"), Row(40, "train", talk(draw)), Row(41, "train", talk(draw))]
+
+
+def reference(base: Path, window: Encoded, k: int) -> list[tuple[list[int], list[float]]]:
+    """Per target the k likeliest tokens, and their log-probabilities with the rest's; the window runs alone."""
+    with torch.no_grad():
+        log_probs = load_model(base)(torch.tensor([window.input_ids])).logits[0].double().log_softmax(-1)
+    found = []
+    for t, learned in enumerate(window.loss_mask):
+        if learned:
+            order = sorted(range(log_probs.shape[1]), key=lambda v, t=t: -float(log_probs[t - 1, v]))
+            rest = sum(float(log_probs[t - 1, v].exp()) for v in order[k:])
+            found.append((order[:k], [float(log_probs[t - 1, v]) for v in order[:k]] + [float(np.log(rest))]))
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cache_holds_the_likeliest_tokens_of_every_target(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(teacher_cache, "PART", 2)
+    (tmp_path / WORK).mkdir()
+    rows, tokenizer = texts(world), load_tokenizer(world.base)
+    config = TeacherConfig(top_k=3, batch=batch)
+    figures = write_teacher(config, world.base, rows[::-1], tokenizer, LENGTH, tmp_path, Context())
+    windows = encode_rows(tokenizer, [row for row in rows if row.split == "train"], LENGTH)
+    assert len({window.row for window in windows}) == 5 < len(windows)  # a text is several windows
+    wanted = [target for window in windows for target in reference(world.base, window, 3)]
+    assert figures["teacher_targets"] == len(wanted)
+    cache = TeacherCache(tmp_path)
+    assert isinstance(cache.tokens, np.memmap) and cache.tokens.dtype == np.uint16
+    assert cache.tokens.tolist() == [tokens for tokens, _ in wanted]
+    np.testing.assert_allclose(cache.log_probs, [values for _, values in wanted], rtol=6e-4, atol=1e-5)
+    names = ("windows", "positions", "targets", "tokens", "log_probs")
+    assert {file.name for file in (tmp_path / "teacher").iterdir()} == {f"{name}.npy" for name in names}
+
+
+def test_packed_rows_find_what_was_said_of_them(world: World, tmp_path: Path) -> None:
+    """However they are ordered, packed and cut."""
+    (tmp_path / WORK).mkdir()
+    rows, tokenizer = texts(world), load_tokenizer(world.base)
+    write_teacher(TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, tmp_path, Context())
+    cache = TeacherCache(tmp_path)
+    windows = encode_rows(tokenizer, [row for row in rows if row.split == "train"], LENGTH)
+    said = {}
+    for window in windows:
+        learned = [t for t, marked in enumerate(window.loss_mask) if marked]
+        for t, target in zip(learned, reference(world.base, window, 3), strict=True):
+            said[window.row, window.start, t] = target
+    random.Random(1).shuffle(windows)
+    for length, size in ((LENGTH, 2), (LENGTH - 25, 3)):  # the second cuts rows
+        for batch in pack(windows, length, size, 9):
+            tokens, log_probs = read_top_k(cache, batch)
+            assert (tokens.dtype, log_probs.dtype) == (torch.long, torch.float32)
+            positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+            assert len(positions) == len(tokens) == len(targets)
+            places, within = batch.origin.flatten(0, 1)[positions + 1], batch.position_ids.flatten()[positions + 1]
+            for n, (row, number) in enumerate(places.tolist()):
+                t = int(within[n])
+                wanted = said[row, number - t, t]
+                assert tokens[n].tolist() == wanted[0]
+                assert log_probs[n].tolist() == pytest.approx(wanted[1], rel=6e-4, abs=1e-5)
+
+
+def test_other_windows_of_a_text_are_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / WORK).mkdir()
+    rows, tokenizer = texts(world), load_tokenizer(world.base)
+    write_teacher(TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, tmp_path, Context())
+    cache = TeacherCache(tmp_path)
+    train = [row for row in rows if row.split == "train"]
+    for length in (LENGTH // 2, LENGTH * 2):
+        with pytest.raises(UserError, match=r"no teacher for row 7 from its token \d+ on.*distill.length must"):
+            for batch in pack(encode_rows(tokenizer, train[1:2], length), length, 1, 9):
+                cache.find(batch)
+    encoded = encode_rows(tokenizer, train[-1:], LENGTH)[0]
+    other = [*encoded.input_ids[:-3], 5, *encoded.input_ids[-2:]]
+    with pytest.raises(UserError, match="no teacher for row 41 from its token 0 on"):  # other words
+        cache.find(pack([Encoded(other, encoded.loss_mask, encoded.row)], LENGTH, 1, 9)[0])
+    cache.find(pack([encoded], LENGTH, 1, 9)[0])
+
+
+def test_a_killed_cache_ends_with_the_same_bytes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "PART", 2)
+    runs: list[int] = []
+    plain = teacher_cache._fill
+
+    def count(*args: Any) -> None:
+        runs.append(1)
+        plain(*args)
+
+    monkeypatch.setattr(teacher_cache, "_fill", count)
+    rows, tokenizer = texts(world), load_tokenizer(world.base)
+
+    def write(folder: Path, calls: int = 0) -> dict[str, bytes]:
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        write_teacher(
+            TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, folder, Context(progress=Killer(calls))
+        )
+        return {file.name: file.read_bytes() for file in sorted((folder / "teacher").iterdir())}
+
+    whole, parts = write(tmp_path / "whole"), len(runs)
+    for calls in (1, 2):
+        with pytest.raises(Stop):
+            write(tmp_path / "killed", calls)
+    assert not (tmp_path / "killed" / "teacher").exists()
+    assert write(tmp_path / "killed") == whole
+    assert len(runs) == 2 * parts  # no part twice
+    assert write(tmp_path / "killed") == whole and len(runs) == 2 * parts  # killed after it was whole
+
+
+def test_the_data_stage_writes_it(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    draw = random.Random(2)
+    file.write_text("".join(json.dumps({"messages": talk(draw)}) + "\n" for _ in range(9)))
+    plain = {"source": "dataset", "path": str(file), "messages": "messages"}
+    for name, teacher in (("with", {"top_k": 100_000}), ("without", None)):
+        (tmp_path / name).mkdir()
+        config = DatasetConfig.model_validate(plain | {"teacher": teacher})
+        found = data_stage.run(config, Inputs(world.base, world.base), tmp_path / name, Context(seed=SEED))
+        assert ("teacher_targets" in found) is (tmp_path / name / "teacher").exists() is bool(teacher)
+    assert (tmp_path / "with" / "rows.parquet").read_bytes() == (tmp_path / "without" / "rows.parquet").read_bytes()
+    cache = TeacherCache(tmp_path / "with")
+    assert cache.tokens.shape[1] == world.vocabulary  # there are no more
+    assert np.isneginf(cache.log_probs[:, -1]).all()
+    np.testing.assert_allclose(np.exp(cache.log_probs.astype(np.float64)).sum(1), 1, rtol=2e-3)
+
+
+def test_the_rest_is_what_the_others_have_together() -> None:
+    logits = torch.tensor([[1.0, 30.0, -60.0, 2.0], [0.0, 0.0, 1.0, 5.0]])
+    tokens, log_probs = top_k(logits.clone(), 2)
+    exact = logits.double().log_softmax(-1)
+    assert tokens.tolist() == [[1, 3], [3, 2]]
+    wanted = [
+        [exact[0, 1], exact[0, 3], exact[0, [0, 2]].logsumexp(0)],
+        [exact[1, 3], exact[1, 2], exact[1, :2].logsumexp(0)],
+    ]
+    torch.testing.assert_close(log_probs.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-7)
