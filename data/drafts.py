@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Drafts:
                 drafts = self.draw(range(number * size, (number + 1) * size))
                 self.sampled += sum(draft.drawn for draft in drafts)
                 self.seconds += time.perf_counter() - begun
-                _write_part(path, drafts)
+                write_part(path, map(asdict, drafts))
             self.seen.update(self.identity(draft) for draft in drafts)
             yield drafts
 
@@ -101,10 +101,11 @@ def normalised(prompt: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split()) or prompt.strip()
 
 
-def _write_part(path: Path, drafts: list[Draft]) -> None:
+def write_part(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(draft), ensure_ascii=True) + "\n" for draft in drafts)
+        file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
