@@ -165,14 +165,14 @@ def main() -> None:
         model = load_model(base, options.dtype, options.device)
         reference = plain(model, tokenizer, golds, config.rewrite, options.batch, rewriter.stop)
         del model
-        print(f"plain generate: {reference}")
+        print(f"plain generate: {reference}", flush=True)
         engines: dict[str, Any] = {"transformers": TransformersEngine()}
         if options.gguf:
             engines["llama.cpp"] = LlamaCppEngine(gguf=str(options.gguf.resolve()), threads=torch.get_num_threads())
         for title, engine in engines.items():
             figure = ours(lambda length, e=engine: open_engine(e, base, context, length, config.batch))
             ratio = figure.tokens / figure.wall / (reference.tokens / reference.wall)
-            print(f"{title}: {figure}: {ratio:.2f}x")
+            print(f"{title}: {figure}: {ratio:.2f}x", flush=True)
 
 
 if __name__ == "__main__":

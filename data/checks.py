@@ -14,7 +14,7 @@ _ANSWER = r"\banswer\s*(?:is|:)"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?|\.\d+"
 # A sign after a letter, digit or bracket, or before a space, is a minus or a dash. Fractions may be mixed: 1 1/2.
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.)\]}}])[-+−])?[$€£]?\s?"
+    rf"(?P<sign>(?<![\w.)\]}}])[-+−])?(?:[$€£]\s?)?"
     rf"(?:(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])|(?P<plain>{_DIGITS}))"
 )
 _LATEX = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data.config import DatasetConfig, MagpieConfig
+from ..data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
 from ..distill.config import DistillConfig, Full, Lora
 from ..errors import UserError
 from ..modeling.source import parse_source
@@ -134,8 +134,8 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     whole, small = shape.parameters(shape.blocks), shape.parameters(kept)
     section = loaded.section(name)
     if name == "data":
-        if isinstance(section, DatasetConfig):
-            return StagePlan(name, 500_000_000, 0, "rows of a data set")
+        if isinstance(section, (DatasetConfig, DatasetsConfig)):
+            return _rewriting(section, shape, whole * size, size)
         chat = isinstance(section, MagpieConfig)
         tokens = section.batch * (section.max_prompt_tokens + section.max_tokens + 64 if chat else section.tokens)
         cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
@@ -152,6 +152,20 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
         )
     logs = section.tokens * shape.vocab * 4
     return StagePlan(name, whole * size + 128 * shape.vocab * 12, 0, f"{megabytes(logs)} of scratch disk")
+
+
+def _rewriting(section: DatasetConfig | DatasetsConfig, shape: Geometry, weights: int, size: int) -> StagePlan:
+    several = "" if len(section.parts) == 1 else f"{len(section.parts)} "
+    note = f"rows of {several}data sets" if several else "rows of a data set"
+    kinds = [part.rewrite for part in section.parts if part.rewrite is not None]
+    if not kinds:
+        return StagePlan("data", 500_000_000, 0, note)
+    if isinstance(section.engine, LlamaCppEngine):
+        weights, size = weights // size, 2  # at most 8 bits per weight, and a cache in float16
+    # The prompt has the row in it, and what is asked.
+    tokens = section.batch * (section.length + 128 + max(kind.max_tokens for kind in kinds))
+    cache = shape.kv_bytes(tokens, size) + section.batch * shape.vocab * 4 * 3
+    return StagePlan("data", weights + cache, 0, f"{note}, {section.batch} rewritten at once by {section.engine.kind}")
 
 
 def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int) -> StagePlan:

@@ -68,6 +68,9 @@ def recipe_schema() -> dict[str, Any]:
 
 def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     """The names of the kinds that a schema node chooses from; none if it chooses from nothing."""
+    for member in node.get("anyOf", []):  # a choice that may also be null
+        if kinds := _kinds(member, definitions):
+            return kinds
     if node.get("discriminator", {}).get("propertyName") == "kind":
         return sorted(node["discriminator"]["mapping"])
     kind = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})

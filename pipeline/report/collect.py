@@ -36,6 +36,7 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         curves=_lines(folders, "distill", "curves.jsonl"),
         data=metrics.get("data"),
         samples=_samples(folders.get("data")),
+        rewrites=_json(folders, "data", "examples.json") or [],
         artifacts=metrics.get("export", {}).get("artifacts", []),
         recipe=recipe,
         versions=last.get("versions", {}),

@@ -64,6 +64,7 @@ class Report(_Entry):
     curves: list[dict[str, Any]]  # the distill stage's curves.jsonl
     data: dict[str, Any] | None  # the data stage's counts
     samples: list[list[dict[str, str]]]  # a few conversations of the data stage
+    rewrites: list[dict[str, str]] = Field(default_factory=list)  # prompt, gold, written, origin, why
     artifacts: list[dict[str, Any]]  # the bundle's, with their verification
     recipe: str
     versions: dict[str, str]
