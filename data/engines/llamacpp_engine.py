@@ -48,19 +48,18 @@ class LlamaCpp:
         stop: Collection[int],
         banned: Sequence[int] = (),
     ) -> list[Sampled]:
+        likeliest = how.temperature == 0
         shared = {
             "n_predict": how.max_tokens,
-            "temperature": how.temperature,
+            "temperature": how.temperature or 1.0,
             "top_p": how.top_p,
-            "top_k": how.top_k,
+            "top_k": 1 if likeliest else how.top_k,
             # As in `choose`: the nucleus is of what top_k and the temperature leave.
-            "samplers": ["top_k", "temperature", "top_p"] if how.temperature > 0 else [],
+            "samplers": ["top_k"] if likeliest else ["top_k", "temperature", "top_p"],
             "logit_bias": [[token, False] for token in banned],
             "cache_prompt": True,
             "return_tokens": True,
         }
-        if how.temperature == 0:
-            shared["temperature"] = -1.0  # the likeliest
 
         def draw(prompt: list[int], seed: int) -> Sampled:
             answer = self._ask({"prompt": list(prompt), "seed": seed % _SEEDS, **shared})
