@@ -75,29 +75,35 @@ class Rewriter:
         """What becomes of each row that is to be rewritten; `engine(length)` opens the engine, for texts of so many
         tokens, if anything is left to draw."""
         batches = list(self._batches(golds))
-        longest = max((self._room(gold.rewrite) + size for batch in batches for gold, size in batch), default=0)
-        opened: Engine | None = None
+        longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
+        opened: list[Engine] = []
+
+        def ready() -> Engine:
+            if not opened:
+                opened.append(engine(min(longest, self._context())))
+            return opened[0]
+
         found: list[Outcome] = []
         try:
             with self.progress.bar("rewriting", sum(map(len, batches))) as advance:
                 for number, batch in enumerate(batches):
-                    path = self.parts / f"{number:05d}.jsonl"
-                    if path.exists():
-                        done = [Outcome(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-                    else:
-                        opened = opened or engine(min(longest, self._context()))
-                        begun = time.perf_counter()
-                        done = self._draw([gold for gold, _ in batch], opened)
-                        self.seconds += time.perf_counter() - begun
-                        self.sampled += sum(outcome.drawn for outcome in done)
-                        write_part(path, map(asdict, done))
-                    found += done
+                    found += self._batch(number, [gold for gold, _ in batch], ready)
                     taken = sum(outcome.origin != "gold" for outcome in found)
-                    advance(len(done), f"{taken} of {len(found)} taken")
+                    advance(len(batch), f"{taken} of {len(found)} taken")
         finally:
-            if opened is not None:
-                opened.close()
+            for each in opened:
+                each.close()
         return found
+
+    def _batch(self, number: int, golds: list[Gold], engine: Callable[[], Engine]) -> list[Outcome]:
+        """Batch `number`: read from its part file, or drawn and written."""
+        path = self.parts / f"{number:05d}.jsonl"
+        if path.exists():
+            return [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        outcomes = self._draw(golds, engine)
+        self.sampled += sum(outcome.drawn for outcome in outcomes)
+        write_part(path, map(asdict, outcomes))
+        return outcomes
 
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
         """Rows and their prompts' lengths: those with the same instructions together, sorted by length within a
@@ -120,7 +126,7 @@ class Rewriter:
         except UserError:
             return 0
 
-    def _draw(self, golds: list[Gold], engine: Engine) -> list[Outcome]:
+    def _draw(self, golds: list[Gold], engine: Callable[[], Engine]) -> list[Outcome]:
         found: dict[int, Outcome] = {}
         open_golds = []
         for gold in golds:
@@ -139,7 +145,7 @@ class Rewriter:
             found[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
         return [found[gold.row.id] for gold in golds]
 
-    def _round(self, golds: list[Gold], engine: Engine, origin: Origin) -> list[Outcome]:
+    def _round(self, golds: list[Gold], engine: Callable[[], Engine], origin: Origin) -> list[Outcome]:
         """One answer of the model to each row: alone, or with gold before it."""
         if not golds:
             return []
@@ -148,7 +154,10 @@ class Rewriter:
         prompts = [self._tokens(make(self.tokenizer, last_answer(_turns(gold)), how)) for gold in golds]
         seeds = [row_seed(self.seed, gold.row.id, origin) for gold in golds]
         sampling = Sampling(how.max_tokens, how.temperature, how.top_p, how.top_k)
-        drawn = engine.sample(prompts, seeds, sampling, stop=self.stop, banned=self.banned)
+        ready = engine()
+        begun = time.perf_counter()  # opening the engine is not drawing
+        drawn = ready.sample(prompts, seeds, sampling, stop=self.stop, banned=self.banned)
+        self.seconds += time.perf_counter() - begun
         return [
             self._judged(gold, sampled, seed, origin) for gold, sampled, seed in zip(golds, drawn, seeds, strict=True)
         ]
@@ -203,9 +212,6 @@ class Rewriter:
         if how.check != "none" and agrees(how.check, "", asked.gold, how.marker, gold.answer) is None:
             return "uncheckable"
         return ""
-
-    def _room(self, how: General | None) -> int:
-        return how.max_tokens if how is not None else 0
 
     def _context(self) -> int:
         """Tokens the model was made for."""

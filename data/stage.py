@@ -106,6 +106,10 @@ def _from_data(
         json.dumps(examples(golds, outcomes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     figures["rewritten"] = shares(rows)
+    kept = ", ".join(f"{count} {reason}" for reason, count in figures["rewritten"]["gold_kept"].items())
+    context.progress.note(
+        f"{figures['rewritten']['taken_share']:.0%} of {len(outcomes)} gold answers replaced (kept: {kept or 'none'})"
+    )
     speed = {"tokens_per_second": round(rewriter.sampled / rewriter.seconds, 1)} if rewriter.seconds else {}
     return rows, collected.counts, figures, speed
 

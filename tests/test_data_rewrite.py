@@ -324,6 +324,50 @@ def test_rows_too_long_for_the_model_keep_gold(stage: Stage) -> None:
     assert len(stage.fake.calls[0]) == 1 and stage.opened == [2048]
 
 
+def test_sets_with_instructions_of_their_own_are_drawn_apart(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, gold in (("sums", "#### 4"), ("talk", "hello"), ("plain", "as it is")):
+        lines = [json.dumps({"prompt": f"{name} {i}", "response": gold}) + "\n" for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    config = TypeAdapter(DataConfig).validate_python(
+        {
+            "source": "datasets",
+            "rows": 12,
+            "sets": [
+                {"path": "sums.jsonl", "rewrite": {"kind": "maths", "max_tokens": 9}},
+                {"path": "talk.jsonl", "rewrite": "general"},
+                {"path": "plain.jsonl"},
+            ],
+        }
+    )
+    asked: list[tuple[int, int]] = []
+
+    def reply(prompt: str, how: Sampling) -> str:
+        asked.append((how.max_tokens, "expert in mathematics" in prompt))
+        return "that is 4"
+
+    fake = Fake(load_tokenizer(base), reply)
+    monkeypatch.setattr(stage_module, "open_engine", lambda *_: fake)
+    metrics = run(config, Inputs(base, base), tmp_path, Context(recipe_dir=tmp_path))
+    assert sorted(asked) == [(9, True)] * 4 + [(256, False)] * 4 and len(fake.calls) == 2
+    assert metrics["rewritten"]["asked"] == 8 and metrics["sets"] == {
+        f"{n}.jsonl": 4 for n in ("sums", "talk", "plain")
+    }
+    whys = {(row.source, row.origin, row.why) for row in read_rows(tmp_path)}
+    assert whys == {
+        ("sums.jsonl", "rewritten", "number agrees"),
+        ("talk.jsonl", "rewritten", "unchecked"),
+        ("plain.jsonl", "gold", ""),
+    }
+
+
+def test_where_nothing_can_be_taken_no_engine_is_opened(stage: Stage) -> None:
+    metrics = stage([{"prompt": f"q{i}", "response": "no number"} for i in range(3)], lambda *_: "", "maths")
+    assert metrics["rewritten"]["gold_kept"] == {"uncheckable": 3} and stage.opened == []
+    assert "tokens_per_second" not in metrics
+
+
 class Interrupted(Exception):
     pass
 
