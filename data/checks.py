@@ -18,6 +18,10 @@ _NUMBER = re.compile(
     rf"(?:(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])|(?P<plain>{_DIGITS}))"
 )
 _LATEX = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")
+# What may stand beside a number without being part of a formula: words, but no single letters; cm^2, degrees, percent.
+_UNIT = re.compile(
+    r"(?:[\s%.,:;*$€£°'\"]|\\%|\^?\{?\\circ\}?|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[^\W\d_]{2,}+(?:\^\{?\d\}?)?)*+"
+)
 _LETTER = r"[A-J]"
 _CHOICE_FIRST = re.compile(rf"\s*(?:\\text)?[\s:*({{\[]*(?:option|choice)?\s*\(?({_LETTER})(?![\w'’])", re.IGNORECASE)
 _CHOICE_ANYWHERE = re.compile(rf"\(({_LETTER})\)|\b(?:option|choice)\s+\(?({_LETTER})\b")
@@ -29,20 +33,42 @@ def agrees(check: str, text: str, gold: str, marker: str | None = None, answer: 
     None where gold itself has no final answer of this kind, so that nothing can be compared.
     """
     find = FINDERS[check]
-    expected = find(answer, None) if answer else find(gold, marker)
+    if not answer:
+        expected = find(gold, marker)
+    elif check == "number":
+        expected = stated_number(answer)
+    else:
+        expected = find(answer, None)
     return None if expected is None else find(text, marker) == expected
 
 
 def final_number(text: str, marker: str | None = None) -> Fraction | None:
     """The final number of a text, exactly: signs, thousands separators, decimals, fractions, currencies."""
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("\\,", "")
-    text = _LATEX.sub(lambda m: f" {m[1]}{m[2] or m[4]}/{m[3] or m[5]} ", text)
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return stated_number(boxed)
+    text = _without_latex(text)
     place = located(text, marker)
     if place is not None:
         match = _NUMBER.search(place)
         return _value(match) if match else None
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
+
+
+def stated_number(text: str) -> Fraction | None:
+    """The number that a short text is, its unit and currency aside; None for formulas, pairs and all else, which one
+    of the numbers in them would not tell from others."""
+    text = _without_latex(text)
+    match = _NUMBER.search(text)
+    if match is None or not _UNIT.fullmatch(text[: match.start()] + " " + text[match.end() :]):
+        return None
+    return _value(match)
+
+
+def _without_latex(text: str) -> str:
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("\\,", "")
+    return _LATEX.sub(lambda m: f" {m[1]}{m[2] or m[4]}/{m[3] or m[5]} ", text)
 
 
 def final_choice(text: str, marker: str | None = None) -> str | None:

@@ -44,10 +44,27 @@ from compress.data.sandbox import code_in, passes
         ("The answer is unknown, after 3 tries", 3),
         ("The answer is unknown.\nAfter 3 tries", None),
         ("1/0", None),
+        ("\\boxed{2x + 3}", None),
+        ("\\boxed{(1, 2)}", None),
+        ("\\boxed{\\sqrt{5}}", None),
+        ("\\boxed{5^2}", None),
+        ("\\boxed{5x}", None),
+        ("\\boxed{\\$1,200}", 1200),
+        ("\\boxed{25\\%}", 25),
+        ("\\boxed{30^\\circ}", 30),
+        ("\\boxed{12 cm^2}", 12),
+        ("\\boxed{12\\text{ cm}^2}", None),
     ],
 )
 def test_final_number(text: str, value: object) -> None:
     assert final_number(text) == value
+
+
+def test_long_answers_take_no_time() -> None:
+    begun = time.monotonic()
+    for text in ("\\boxed{5 " + "a" * 4000 + " x}", "1" * 4000 + " x", "\\boxed{" * 500 + "5", "### " * 2000):
+        final_number(text), final_choice(text), final_text(text)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -89,6 +106,8 @@ def test_agrees() -> None:
     assert agrees("number", "0.75", "#### 3/4") is True
     assert agrees("number", "so 72", "it is so") is None  # gold has none to compare with
     assert agrees("number", "so 72", "it is so", answer="72") is True
+    assert agrees("number", "so 3", "it is so", answer="2x + 3") is None  # its last number says nothing
+    assert agrees("number", "so 3/4", "it is so", answer="\\frac{3}{4}") is True
     assert agrees("choice", "I would say (B)", "B") is True
     assert agrees("exact", "Result >> food.", "Result >> Food", marker="Result >>") is True
     assert agrees("exact", "It is food.", "Food") is False
