@@ -52,8 +52,9 @@ _LEAKS = [
         rf"\b(?:rewritten|rephrased|paraphrased|reworded)\s+(?:{_ANSWER}|solution|text|version)\b",
         rf"\bhere(?:'s|’s|\s+is)\s+(?:my|your|the|a)\s+(?:\w+\s+)?(?:{_ANSWER}|rewrite)\b",
         rf"\b(?:{_ANSWER}|solution)\s+as\s+(?:a|my|your)\s+guide\b",
-        r"\bthe\s+request\s+(?:above|asks?|says?)\b",
-        r"^\s*#{2,}\s*(?:request|reference|problem|now)\b",
+        rf"\b{_ANSWER}\s+to\s+(?:the|this|that|your)\s+(?:given\s+)?(?:request|problem\s+above)\b",
+        r"\b(?:the|this)\s+request\s+(?:above|asks?|says?)\b",
+        r"^\s*#{2,}\s*(?:request|reference|problem|question|now)\b",
     )
 ]
 

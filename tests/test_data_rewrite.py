@@ -272,6 +272,8 @@ def test_leaks_are_phrases_that_neither_request_nor_gold_has() -> None:
         "### Now answer the request\nyes",
         "The answer you gave is yes",
         "Based on the reference, yes.",
+        "The answer to the request is: yes",
+        "yes\n\n### Question\nWhat else?",
     ):
         assert leaks(text, asked), text
     for text in (
