@@ -101,7 +101,7 @@ class TransformersEngine(Section):
 
 
 class LlamaCppEngine(Section):
-    """llama.cpp on a quantized GGUF file of the unpruned model: an eighth of the memory, for large models on CPUs."""
+    """llama.cpp on a quantized GGUF file of the unpruned model: a fraction of the memory, for large models on CPUs."""
 
     kind: Literal["llama.cpp"] = "llama.cpp"
     gguf: str = Field(min_length=1, description="a GGUF file of the unpruned model, of any type of weights")
