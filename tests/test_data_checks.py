@@ -63,7 +63,8 @@ def test_final_number(text: str, value: object) -> None:
 def test_long_answers_take_no_time() -> None:
     begun = time.monotonic()
     for text in ("\\boxed{5 " + "a" * 4000 + " x}", "1" * 4000 + " x", "\\boxed{" * 500 + "5", "### " * 2000):
-        final_number(text), final_choice(text), final_text(text)
+        for find in (final_number, final_choice, final_text):
+            find(text)
     assert time.monotonic() - begun < 5
 
 
