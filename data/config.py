@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..stage import Section
 
 FORMAT = 2
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+Check = Literal["none", "number", "choice", "exact", "python"]
+
+
+def _named(value: Any) -> Any:
+    """`rewrite: maths` is short for `rewrite: {kind: maths}`."""
+    return {"kind": value} if isinstance(value, str) else value
 
 
 class TeacherConfig(Section):
@@ -67,29 +74,102 @@ class TextsConfig(_Source):
     max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` texts")
 
 
-class DatasetConfig(_Source):
-    """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
+class General(Section):
+    """The unpruned model answers in its own words, the gold answer as its guide (arXiv 2402.13669, 2410.09982)."""
 
-    source: Literal["dataset"]
+    kind: Literal["general"] = "general"
+    check: Check = Field(
+        "none", description="what a rewrite has to agree with gold in: its final number, choice letter, text, or tests"
+    )
+    marker: str | None = Field(
+        None,
+        min_length=1,
+        description="the final answer follows these words, such as 'Answer:' (default: docs/data.md)",
+    )
+    own_answer_first: bool = Field(
+        False, description="before gold is shown, let the model answer; taken where the check agrees (arXiv 2502.08130)"
+    )
+    max_tokens: int = Field(256, ge=1, description="rewrites that have not ended by then are not taken")
+    temperature: float = Field(0.6, ge=0, description="0 takes the likeliest token every time")
+    top_p: float = Field(0.95, gt=0, le=1, description="draw only from the likeliest tokens of this mass")
+    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
+    timeout: float = Field(5.0, gt=0, le=600, description="seconds that the tests of one row may take (check: python)")
+    memory: int = Field(512, ge=64, description="megabytes of memory that they may take")
+
+    @model_validator(mode="after")
+    def _own_answers_need_a_check(self) -> Self:
+        if self.own_answer_first and self.check == "none":
+            raise ValueError("own_answer_first needs a check: without one nothing says that the answer is right")
+        return self
+
+
+class Maths(General):
+    """As general, but the model is asked as an expert in mathematics, step by step, and its turn is opened for it."""
+
+    kind: Literal["maths"] = "maths"  # type: ignore[assignment]
+    check: Check = Field("number", description="what a rewrite has to agree with gold in, as in general")
+
+
+class TransformersEngine(Section):
+    """PyTorch; the only engine whose rows are the same bytes again on the same machine."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+class LlamaCppEngine(Section):
+    """llama.cpp on a quantized GGUF file of the unpruned model: a fraction of the memory, for large models on CPUs."""
+
+    kind: Literal["llama.cpp"] = "llama.cpp"
+    gguf: str = Field(min_length=1, description="a GGUF file of the unpruned model, of any type of weights")
+    threads: int = Field(0, ge=0, description="0: one per core")
+
+
+class VllmEngine(Section):
+    """vLLM on a GPU; the package is installed apart from this one."""
+
+    kind: Literal["vllm"] = "vllm"
+    memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM may take")
+
+
+Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(_named)]
+Engine = Annotated[
+    TransformersEngine | LlamaCppEngine | VllmEngine, Field(discriminator="kind"), BeforeValidator(_named)
+]
+
+
+class Decontaminate(Section):
+    """Drop rows that share words with evaluation files."""
+
+    files: list[str] = Field(min_length=1, description="evaluation files, .jsonl or .txt; all texts in them count")
+    ngram: int = Field(13, ge=2, description="so many words in a row; shorter texts are compared as a whole")
+
+
+class Columns(Section):
+    """Where rows come from, and which columns they are read from."""
+
     path: str = Field(min_length=1, description="a .jsonl, .json, .parquet or .csv file, or a data set's Hub name")
     subset: str | None = Field(None, description="the Hub data set's configuration, if it has several")
     split: str = Field("train", description="the Hub data set's split")
     prompt: str | None = Field(None, description="column of the user's words (default: prompt)")
+    context: str | None = Field(None, description="column of a text that follows the prompt, where there is one")
     response: str | None = Field(None, description="column of the answer to learn (default: response)")
     messages: str | None = Field(None, description="column of whole conversations: lists of {role, content}")
     text: str | None = Field(None, description="column of plain text, used without a chat template")
-    rows: int | None = Field(None, ge=2, description="how many rows to keep; null: all")
-    shuffle: bool = Field(False, description="take the rows in a random order, seeded by the recipe's seed")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    length: int = Field(
-        512, ge=8, description="conversations longer than this, in tokens, are dropped; text is cut into windows"
+    answer: str | None = Field(None, description="column of the final answer, where a check is not to read it off gold")
+    tests: str | None = Field(None, description="column of Python tests, for check: python")
+    rewrite: Rewrite | None = Field(
+        None, description="general or maths: the unpruned model rewrites the last answer; null: gold as it is"
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> DatasetConfig:
-        pair = self.prompt is not None or self.response is not None
+    def _one_kind(self) -> Self:
+        pair = (self.prompt, self.context, self.response) != (None, None, None)
         if pair + (self.messages is not None) + (self.text is not None) > 1:
             raise ValueError("give either prompt and response, or messages, or text: a row is one of them")
+        if self.rewrite is not None and self.text is not None:
+            raise ValueError("plain text has no answer that could be rewritten: give prompt and response, or messages")
+        if self.rewrite is not None and self.rewrite.check == "python" and self.tests is None:
+            raise ValueError("check: python needs the column of the tests under tests")
         return self
 
     @property
@@ -98,16 +178,76 @@ class DatasetConfig(_Source):
         return PurePath(self.path).suffix.lower() in SUFFIXES
 
     @property
+    def title(self) -> str:
+        """A file's name, or the data set's."""
+        return PurePath(self.path).name if self.local else self.path
+
+    @property
     def columns(self) -> dict[str, str]:
-        """What is read from which column: prompt and response, or messages, or text."""
+        """What is read from which column: prompt and response, or messages, or text, and what goes with them."""
         if self.messages is not None:
-            return {"messages": self.messages}
-        if self.text is not None:
-            return {"text": self.text}
-        return {"prompt": self.prompt or "prompt", "response": self.response or "response"}
+            found: dict[str, str | None] = {"messages": self.messages}
+        elif self.text is not None:
+            found = {"text": self.text}
+        else:
+            found = {"prompt": self.prompt or "prompt", "response": self.response or "response"}
+        found |= {"context": self.context, "answer": self.answer, "tests": self.tests}
+        return {key: column for key, column in found.items() if column is not None}
+
+
+class WeightedSet(Columns):
+    """One data set of several."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the rows, as a share of all weights")
+
+
+class RowsFromData(_Source):
+    """What holds for rows of one data set and of several."""
+
+    shuffle: bool = Field(False, description="take the rows in a random order, seeded by the recipe's seed")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
+    length: int = Field(
+        512, ge=8, description="conversations longer than this, in tokens, are dropped; text is cut into windows"
+    )
+    decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
+    batch: int = Field(32, ge=1, description="rows rewritten together; part of what the rows are, see docs/data.md")
+    engine: Engine = Field(
+        default_factory=TransformersEngine, description="what rewrites: transformers, llama.cpp or vllm"
+    )
+
+    @property
+    def parts(self) -> Sequence[Columns]:
+        """The data sets."""
+        raise NotImplementedError
 
     def input_files(self) -> list[str]:
-        return [self.path] if self.local else []
+        files = [part.path for part in self.parts if part.local]
+        files += self.decontaminate.files if self.decontaminate else []
+        return [*files, self.engine.gguf] if isinstance(self.engine, LlamaCppEngine) else files
 
 
-DataConfig = Annotated[MagpieConfig | TextsConfig | DatasetConfig, Field(discriminator="source")]
+class DatasetConfig(RowsFromData, Columns):
+    """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
+
+    source: Literal["dataset"]
+    rows: int | None = Field(None, ge=2, description="how many rows to keep; null: all")
+
+    @property
+    def parts(self) -> Sequence[Columns]:
+        return [self]
+
+
+class DatasetsConfig(RowsFromData):
+    """Rows from several data sets, each with its weight."""
+
+    source: Literal["datasets"]
+    sets: list[WeightedSet] = Field(min_length=1, description="the data sets, each with its columns and weight")
+    rows: int = Field(ge=2, description="how many rows to keep of all sets together")
+    shuffle: bool = Field(True, description="take each set's rows in a random order, seeded by the recipe's seed")
+
+    @property
+    def parts(self) -> Sequence[Columns]:
+        return self.sets
+
+
+DataConfig = Annotated[MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig, Field(discriminator="source")]

@@ -150,7 +150,7 @@ class Magpie(Drafts):
 def to_row(draft: Draft) -> Row:
     """The row a kept draft is learned as; its split is chosen later."""
     messages = _asked(draft, draft.answer)
-    return Row(draft.id, "train", messages=messages, source="magpie", seed=draft.seed, cut=draft.cut)
+    return Row(draft.id, "train", messages=messages, source="magpie", seed=draft.seed, cut=draft.cut, origin="own")
 
 
 def _asked(draft: Draft, answer: str | None = None) -> Messages:

@@ -7,13 +7,13 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..stage import Context
-from .config import SUFFIXES, DatasetConfig
+from .config import SUFFIXES, Columns
 from .rows import Messages
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,65 +27,85 @@ class Record:
     messages: Messages | None = None
     text: str | None = None
     dropped: str = ""  # empty: usable
+    answer: str = ""  # the final answer, where a column has it
+    tests: str = ""  # Python tests, where a column has them
 
 
-def local_file(config: DatasetConfig, context: Context) -> Path | None:
+@dataclass(frozen=True)
+class Source:
+    """One data set, and where the recipe names it."""
+
+    config: Columns
+    context: Context
+    where: str = "data"  # or data.sets.0
+
+    @property
+    def path(self) -> Path:
+        return self.context.resolve(self.config.path)
+
+
+def local_file(source: Source) -> Path | None:
     """The file a local data set is in, or None for one on the Hub; `UserError` if it is not there or empty."""
-    path = context.resolve(config.path)
-    if not config.local:
+    path, where = source.path, source.where
+    if not source.config.local:
         if path.exists():
-            raise UserError(f"data.path: {config.path} is not one of {', '.join(SUFFIXES)}; convert it to one of them")
+            raise UserError(f"{where}.path: {source.config.path} is not one of {', '.join(SUFFIXES)}; convert it")
         return None
     if not path.is_file():
-        raise UserError(f"data.path: there is no file {path}")
+        raise UserError(f"{where}.path: there is no file {path}")
     if path.stat().st_size == 0:
-        raise UserError(f"data.path: {path} is empty")
+        raise UserError(f"{where}.path: {path} is empty")
     return path
 
 
-def read_records(config: DatasetConfig, context: Context, cache: Path) -> Iterator[Record]:
-    """The records of a data set, in its order or, with `shuffle`, in one drawn from the recipe's seed.
+def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Iterator[Record]:
+    """The records of a data set, in its order or in one drawn from the seed `shuffle`.
 
     Raises `UserError` for what is missing, gated, broken (with the line, for JSON) or lacks a column.
     """
-    data = _load(config, context, cache)
-    columns = config.columns
+    data = _load(source, cache)
+    columns = source.config.columns
     names = list(data.column_names or [])
     missing = [f"{key}: {column}" for key, column in columns.items() if column not in names]
     if missing:
         raise UserError(
-            f"data.{', data.'.join(missing)}: {config.path} has no such column; it has: {', '.join(names) or 'none'}"
+            f"{', '.join(f'{source.where}.{name}' for name in missing)}: {source.config.path} has no such column; "
+            f"it has: {', '.join(names) or 'none'}"
         )
     order = list(range(len(data)))
-    if config.shuffle:
-        random.Random(f"{context.seed}/data").shuffle(order)
-    data = data.select_columns(list(columns.values()))
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(order)
+    data = data.select_columns(sorted(set(columns.values())))
     for number in order:
         try:
             values = data[number]
         except UnicodeDecodeError as error:  # `datasets` takes bytes as they come
-            raise UserError(f"data.path: {config.path} could not be read: {_why(config, context, error)}") from error
-        yield _record(number, {key: values[column] for key, column in columns.items()}, config)
+            raise UserError(
+                f"{source.where}.path: {source.config.path} could not be read: {_why(source, error)}"
+            ) from error
+        yield _record(number, {key: values[column] for key, column in columns.items()}, source)
 
 
-def _load(config: DatasetConfig, context: Context, cache: Path) -> Any:
+def _load(source: Source, cache: Path) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    path = local_file(config, context)
+    path, config, where = local_file(source), source.config, source.where
     with _quiet(datasets):
         if path is not None:
             try:
                 kind = SUFFIXES[path.suffix.lower()]
                 return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache))
             except (DatasetGenerationError, OSError, ValueError, TypeError) as error:
-                raise UserError(f"data.path: {path} could not be read: {_why(config, context, error)}") from error
+                raise UserError(f"{where}.path: {path} could not be read: {_why(source, error)}") from error
         try:
             return datasets.load_dataset(config.path, config.subset, split=config.split, cache_dir=str(cache))
         except (DatasetNotFoundError, DatasetGenerationError) as error:
-            raise UserError(f"data.path: {config.path!r} is no file and cannot be had from the Hub: {error}") from error
+            raise UserError(
+                f"{where}.path: {config.path!r} is no file and cannot be had from the Hub: {error}"
+            ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no network; no such split or subset; a script
-            raise UserError(f"data.path: the data set {config.path!r} could not be loaded: {error}") from error
+            raise UserError(f"{where}.path: the data set {config.path!r} could not be loaded: {error}") from error
 
 
 @contextmanager
@@ -103,10 +123,10 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _why(config: DatasetConfig, context: Context, error: BaseException) -> str:
+def _why(source: Source, error: BaseException) -> str:
     """What is wrong with a data set, with the line if it is a file of JSON lines."""
-    path = context.resolve(config.path)
-    if config.local and path.suffix.lower() == ".jsonl":
+    path = source.path
+    if source.config.local and path.suffix.lower() == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -122,46 +142,44 @@ def _why(config: DatasetConfig, context: Context, error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _record(number: int, values: dict[str, Any], config: DatasetConfig) -> Record:
+def _record(number: int, values: dict[str, Any], source: Source) -> Record:
+    words = {key: _words(value, key, number, source) for key, value in values.items() if key != "messages"}
+    extra = {"answer": words.get("answer", "").strip(), "tests": words.get("tests", "")}
     if "text" in values:
-        text = _words(values["text"], "text", number, config)
-        return Record(number, text=text) if text.strip() else Record(number, dropped="empty")
+        return Record(number, text=words["text"]) if words["text"].strip() else Record(number, dropped="empty")
     if "messages" in values:
-        return _conversation(number, values["messages"], config)
-    prompt, response = (_words(values[key], key, number, config) for key in ("prompt", "response"))
+        return replace(_conversation(number, values["messages"], source), **extra)
+    prompt, response, more = words["prompt"], words["response"], words.get("context", "").strip()
     if not prompt.strip() or not response.strip():
         return Record(number, dropped="empty")
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return Record(number, messages=turns)
+    asked = {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}
+    return Record(number, messages=[asked, {"role": "assistant", "content": response}], **extra)
 
 
-def _words(value: Any, key: str, number: int, config: DatasetConfig) -> str:
+def _words(value: Any, key: str, number: int, source: Source) -> str:
     if value is None:
         return ""
     if isinstance(value, (str, int, float)):  # a CSV column of numbers is read as numbers
         return str(value)
-    column = config.columns[key]
+    if key == "tests" and isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)  # one assertion each
+    column = source.config.columns[key]
     raise UserError(
-        f"data.{key}: row {number + 1} of {PurePath(config.path).name} has a {type(value).__name__} in column "
+        f"{source.where}.{key}: row {number + 1} of {source.config.title} has a {type(value).__name__} in column "
         f"{column!r}, which has to hold text"
     )
 
 
-def _conversation(number: int, value: Any, config: DatasetConfig) -> Record:
+def _conversation(number: int, value: Any, source: Source) -> Record:
+    where = f"{source.where}.messages: row {number + 1} of {source.config.title}"
     if not value:
         return Record(number, dropped="empty")
     if not isinstance(value, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
-        raise UserError(
-            f"data.messages: row {number + 1} of {PurePath(config.path).name} has to hold a list of "
-            "{role, content} in column " + repr(config.messages)
-        )
+        raise UserError(f"{where} has to hold a list of {{role, content}} in column {source.config.messages!r}")
     turns = [{"role": str(m["role"]), "content": m["content"]} for m in value]
     unknown = sorted({turn["role"] for turn in turns} - set(ROLES))
     if unknown:
-        raise UserError(
-            f"data.messages: row {number + 1} of {PurePath(config.path).name} has the role {unknown[0]!r}; "
-            f"roles are {', '.join(ROLES)}"
-        )
+        raise UserError(f"{where} has the role {unknown[0]!r}; roles are {', '.join(ROLES)}")
     if not all(isinstance(turn["content"], str) and turn["content"].strip() for turn in turns):
         return Record(number, dropped="empty")
     while turns and turns[-1]["role"] != "assistant":  # nothing of these would be learned

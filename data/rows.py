@@ -13,6 +13,7 @@ from ..errors import UserError
 FILE = "rows.parquet"
 ROW_GROUP = 4096
 Split = Literal["train", "heldout"]
+Origin = Literal["gold", "rewritten", "own"]
 Messages = list[dict[str, str]]
 
 
@@ -29,6 +30,8 @@ class Row:
     tokens: int = 0  # length once encoded
     targets: int = 0  # how many of them are learned
     cut: bool = False  # the last answer stops in the middle, so its end is not learned
+    origin: Origin = "gold"  # the last answer is the data set's, the model's rewrite of it, or the model's alone
+    why: str = ""  # why gold was kept or not; empty where no rewrite was asked for
 
 
 def _schema() -> Any:
@@ -46,6 +49,8 @@ def _schema() -> Any:
             ("tokens", pa.int64()),
             ("targets", pa.int64()),
             ("cut", pa.bool_()),
+            ("origin", pa.string()),
+            ("why", pa.string()),
         ]
     )
 
@@ -67,7 +72,7 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
 def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
     """The rows of a data stage's folder in the order of their ids: one split, or all.
 
-    Raises `UserError` when the folder has no rows file, or a broken one.
+    Raises `UserError` when the folder has no rows file, a broken one, or one of another version.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -76,6 +81,8 @@ def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{folder} has no {FILE}, so it is not the folder of a data stage")
     try:
+        if pq.read_schema(path).names != _schema().names:
+            raise UserError(f"{path} was written by another version of compress; run its data stage again")
         records = pq.read_table(path, schema=_schema()).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is broken ({error}); delete its folder and run the data stage again") from error

@@ -7,30 +7,39 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
-from .chat import encode_row, encode_text, special_tokens
+from .chat import encode_row, encode_text
+from .collect import collect, sources
 from .config import FORMAT as FORMAT
-from .config import DataConfig, DatasetConfig, MagpieConfig, TextsConfig
+from .config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
+from .decontaminate import evaluation_file
 from .drafts import KEPT, draw_rows
+from .engines import check_engine, open_engine
 from .magpie import Magpie, query, to_row
-from .readers import Record, local_file, read_records
+from .readers import local_file
+from .rewriting import Rewriter, examples, settle_row, shares
 from .rows import Row, write_rows
 from .teacher_cache import write_teacher
 from .texts import Texts, to_text_row
 
 STATS = "stats.json"
+EXAMPLES = "examples.json"  # rewrites beside gold
 
 
 def check(config: DataConfig, base: Path, context: Context) -> None:
     """Refuse files that are not there, and conversations for a model without a chat template."""
-    if isinstance(config, DatasetConfig):
-        local_file(config, context)
-        if config.text is not None:
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        for source in sources(config, context):
+            local_file(source)
+        for file in config.decontaminate.files if config.decontaminate else []:
+            evaluation_file(file, context)
+        if any(part.rewrite is not None for part in config.parts):
+            check_engine(config.engine, context)
+        if all(part.text is not None for part in config.parts):
             return
     if not isinstance(config, TextsConfig):
         query(load_tokenizer(base))
@@ -41,21 +50,23 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
 
     Several processes draw self-data side by side; the first one writes it down.
     """
-    if context.rank and isinstance(config, DatasetConfig):
+    data_set = isinstance(config, (DatasetConfig, DatasetsConfig))
+    if context.rank and data_set and all(part.rewrite is None for part in config.parts):
         return {}
     tokenizer = load_tokenizer(inputs.base)
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     speed: dict[str, Any] = {}
-    if isinstance(config, DatasetConfig):
-        rows, counts = _from_dataset(config, tokenizer, work, context)
+    figures: dict[str, Any] = {}
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        rows, counts, figures, speed = _from_data(config, inputs, out_dir, tokenizer, context)
     else:
         rows, counts, speed = _from_model(config, inputs, tokenizer, work, context)
-        if context.rank:
-            return {}
+    if context.rank:
+        return {}
     rows = split_rows(rows, config.heldout, context.seed)
     rows = [_measured(row, tokenizer, config.length) for row in rows]
-    stats = statistics(rows, counts)
+    stats = statistics(rows, counts) | figures
     write_rows(out_dir, rows)
     if config.teacher is not None:
         stats |= write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
@@ -81,47 +92,38 @@ def _from_model(
     return [made(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
-def _from_dataset(
-    config: DatasetConfig, tokenizer: Any, work: Path, context: Context
-) -> tuple[list[Row], Counter[str]]:
-    source = PurePath(config.path).name if config.local else config.path
-    special = list(special_tokens(tokenizer).values())
-    counts: Counter[str] = Counter()
-    rows: list[Row] = []
-    failure = ""
-    with context.progress.bar("reading", config.rows) as advance:
-        for record in read_records(config, context, work / "datasets"):
-            if config.rows is not None and len(rows) == config.rows:
-                break
-            reason, detail = _usable(record, tokenizer, special, config.length)
-            counts[reason] += 1
-            failure = failure or detail
-            if reason == KEPT:
-                rows.append(Row(record.number, "train", record.messages, record.text, source))
-                advance()
-    if len(rows) < 2:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != KEPT)
-        raise UserError(
-            f"data.path: {config.path} has {len(rows)} usable rows and at least 2 are needed, one to learn and one to "
-            f"hold out (dropped: {dropped or 'none'})" + (f"; the first failure: {failure}" if failure else "")
-        )
-    return sorted(rows, key=lambda row: row.id), counts
-
-
-def _usable(record: Record, tokenizer: Any, special: Sequence[str], length: int) -> tuple[str, str]:
-    """KEPT or the reason why not, and a message where the reason alone does not say it."""
-    if record.dropped:
-        return record.dropped, ""
-    if record.messages is None:
-        return (KEPT, "") if encode_text(tokenizer, record.text or "", length) else ("empty", "")
-    # Written into a template, such words would end the turn or speak for another role.
-    if any(token in message["content"] for message in record.messages for token in special):
-        return "special_token", ""
-    try:
-        encoded = encode_row(tokenizer, Row(0, "train", record.messages))
-    except UserError as error:
-        return "template", str(error)
-    return (KEPT if len(encoded.input_ids) <= length else "too_long"), ""
+def _from_data(
+    config: DatasetConfig | DatasetsConfig, inputs: Inputs, out_dir: Path, tokenizer: Any, context: Context
+) -> tuple[list[Row], Counter[str], dict[str, Any], dict[str, Any]]:
+    """Rows, counts by reason, further figures for `stats.json`, and the speed."""
+    work = out_dir / WORK
+    collected = collect(config, tokenizer, context, work / "datasets")
+    figures: dict[str, Any] = {}
+    if config.decontaminate:
+        figures["contaminated"] = dict(collected.contaminated)
+    if collected.sets:
+        figures["sets"] = collected.sets
+    golds = collected.golds
+    if all(part.rewrite is None for part in config.parts):
+        return [gold.row for gold in golds], collected.counts, figures, {}
+    rewriter = Rewriter(tokenizer, inputs.base, config.length, config.batch, context, work)
+    outcomes = rewriter.run(
+        golds, lambda length: open_engine(config.engine, inputs.base, context, length, config.batch)
+    )
+    speed = rewriter.speed()
+    if context.rank:
+        return [], collected.counts, figures, {}
+    by_id = {outcome.id: outcome for outcome in outcomes}
+    rows = [settle_row(gold, by_id.get(gold.row.id)) for gold in golds]
+    (out_dir / EXAMPLES).write_text(
+        json.dumps(examples(golds, outcomes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    figures["rewritten"] = shares(rows)
+    kept = ", ".join(f"{count} {reason}" for reason, count in figures["rewritten"]["gold_kept"].items())
+    context.progress.note(
+        f"{figures['rewritten']['taken_share']:.0%} of {len(outcomes)} gold answers replaced (kept: {kept or 'none'})"
+    )
+    return rows, collected.counts, figures, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> list[Row]:

@@ -65,7 +65,7 @@ class Texts(Drafts):
 
 def to_text_row(draft: Draft) -> Row:
     """The row a kept draft is learned as."""
-    return Row(draft.id, "train", text=draft.answer, source="texts", seed=draft.seed)
+    return Row(draft.id, "train", text=draft.answer, source="texts", seed=draft.seed, origin="own")
 
 
 def _is_text(piece: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..data.config import DatasetConfig, MagpieConfig, TextsConfig
+from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
 from ..distill.config import Cached, Copy, DistillConfig, Full, Lora, Shared, needs_teacher
 from ..errors import UserError
 from ..merge.config import SHARD, MergeConfig
@@ -155,15 +155,16 @@ def _stage(name: str, loaded: LoadedRecipe, shape: Geometry, kept: int, size: in
     return StagePlan(name, whole * size + 128 * shape.vocab * 12, 0, f"{megabytes(logs)} of scratch disk")
 
 
-def _data(config: MagpieConfig | TextsConfig | DatasetConfig, shape: Geometry, size: int) -> StagePlan:
-    whole = shape.parameters(shape.blocks) * size
-    if isinstance(config, DatasetConfig):
-        memory, note, targets = 500_000_000, "rows of a data set", config.length  # at most
+def _data(config: DataConfig, shape: Geometry, size: int) -> StagePlan:
+    whole, rows, prompt = shape.parameters(shape.blocks) * size, config.rows or 0, 0
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        memory, note = _rewriting(config, shape, whole, size)
+        targets = config.length  # at most
     else:
-        targets = config.max_tokens if isinstance(config, MagpieConfig) else config.tokens
-        tokens = config.batch * (targets + (config.max_prompt_tokens + 64 if isinstance(config, MagpieConfig) else 0))
-        memory = whole + shape.kv_bytes(tokens, size) + config.batch * shape.vocab * 4 * 3
-        note = f"{config.batch} rows at once"
+        chat = isinstance(config, MagpieConfig)
+        targets = config.max_tokens if chat else config.tokens
+        prompt = config.max_prompt_tokens + 64 if chat else 0
+        memory, note = whole + _sampling(shape, config.batch, targets + prompt, size), f"{config.batch} rows at once"
     if config.teacher is None:
         return StagePlan("data", memory, 0, note)
     k = min(config.teacher.top_k, shape.vocab)
@@ -171,7 +172,24 @@ def _data(config: MagpieConfig | TextsConfig | DatasetConfig, shape: Geometry, s
     running = config.teacher.batch * config.length * (4 * shape.hidden + 3 * shape.intermediate) * size
     memory = max(memory, whole + running + 256 * shape.vocab * 4 * 3)
     note += f"; teacher: {per_target} bytes per learned token"
-    return StagePlan("data", memory, (config.rows or 0) * targets * per_target, note)
+    return StagePlan("data", memory, rows * targets * per_target, note)
+
+
+def _sampling(shape: Geometry, rows: int, tokens: int, size: int) -> int:
+    return shape.kv_bytes(rows * tokens, size) + rows * shape.vocab * 4 * 3
+
+
+def _rewriting(config: DatasetConfig | DatasetsConfig, shape: Geometry, weights: int, size: int) -> tuple[int, str]:
+    note = "rows of a data set" if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets"
+    kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
+    if not kinds:
+        return 500_000_000, note
+    if isinstance(config.engine, LlamaCppEngine):
+        weights, size = weights // size, 2  # at most 8 bits per weight, and a cache in float16
+    # The prompt has the row in it, and what is asked.
+    tokens = config.length + 128 + max(kind.max_tokens for kind in kinds)
+    memory = weights + _sampling(shape, config.batch, tokens, size)
+    return memory, f"{note}, {config.batch} rewritten at once by {config.engine.kind}"
 
 
 def _distill(config: DistillConfig, shape: Geometry, kept: int, size: int, shards: int) -> StagePlan:

@@ -194,6 +194,28 @@ def test_the_page_shows_variants_beside_their_merge(report):
     assert text.count("went on") == 2  # in the sentence, and beside the merge
 
 
+def test_the_page_shows_what_was_rewritten_and_what_was_not(report):
+    assert "gold beside" not in parsed(report).text and "gold answers" not in parsed(report).text
+    rewritten = {"asked": 80, "origins": {"gold": 20, "own": 12, "rewritten": 48}, "taken_share": 0.75}
+    data = report.data | {
+        "rewritten": rewritten | {"gold_kept": {"differs": 15, "leak": 5}},
+        "sets": {"a.jsonl": 60, "b.jsonl": 24},
+        "contaminated": {"task.jsonl": 7},
+    }
+    example = {"prompt": EVIL, "gold": "the gold one", "written": "z" * 900, "origin": "gold", "why": "differs"}
+    page = parsed(report.model_copy(update={"data": data, "rewrites": [example]}))
+    for words in (
+        "Of 80 gold answers the unpruned model's own words replace 75.0 % (12 written without having seen gold); "
+        "gold was kept: 15 differs, 5 leak.",
+        "Rows by data set: a.jsonl 60, b.jsonl 24.",
+        "7 with task.jsonl.",
+        "gold, keptthe gold one",
+        "not taken, differs" + "z" * 500 + "…",
+    ):
+        assert words in page.text, words
+    assert page.text.count(EVIL) == 4
+
+
 def test_the_headline_takes_the_smallest_artifact_that_is_good(report):
     small = html.smallest_artifact(report)
     assert small is not None and small.role == "gguf-Q4_K_M"  # the int4 is smaller, but far worse than its checkpoint

@@ -38,6 +38,7 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         merge=_json(folders, "merge", "merge.json"),
         data=metrics.get("data"),
         samples=_samples(folders.get("data")),
+        rewrites=_json(folders, "data", "examples.json") or [],
         artifacts=metrics.get("export", {}).get("artifacts", []),
         recipe=recipe,
         versions=last.get("versions", {}),

@@ -66,6 +66,7 @@ class Report(_Entry):
     merge: dict[str, Any] | None = None  # the merge stage's merge.json
     data: dict[str, Any] | None  # the data stage's counts
     samples: list[list[dict[str, str]]]  # a few conversations of the data stage
+    rewrites: list[dict[str, str]] = Field(default_factory=list)  # prompt, gold, written, origin, why
     artifacts: list[dict[str, Any]]  # the bundle's, with their verification
     recipe: str
     versions: dict[str, str]

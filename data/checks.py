@@ -1,0 +1,132 @@
+"""Whether a rewrite reaches the final answer that gold reaches: a number, a choice letter, or a text.
+
+Where the final answer stands: in the last `\\boxed{…}`; else after the last `####` (GSM8K); else after the last
+"answer is", "answer:" or the recipe's own marker; else, for numbers, it is the last one of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+_ANSWER = r"\banswer\s*(?:is|:)"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?|\.\d+"
+# A sign after a letter, digit or bracket, or before a space, is a minus or a dash. Fractions may be mixed: 1 1/2.
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w.)\]}}])[-+−])?(?:[$€£]\s?)?"
+    rf"(?:(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])|(?P<plain>{_DIGITS}))"
+)
+_LATEX = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")
+# What may stand beside a number without being part of a formula: words, but no single letters; cm^2, degrees, percent.
+_UNIT = re.compile(
+    r"(?:[\s%.,:;*$€£°'\"]|\\%|\^?\{?\\circ\}?|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[^\W\d_]{2,}+(?:\^\{?\d\}?)?)*+"
+)
+_LETTER = r"[A-J]"
+_CHOICE_FIRST = re.compile(rf"\s*(?:\\text)?[\s:*({{\[]*(?:option|choice)?\s*\(?({_LETTER})(?![\w'’])", re.IGNORECASE)
+_CHOICE_ANYWHERE = re.compile(rf"\(({_LETTER})\)|\b(?:option|choice)\s+\(?({_LETTER})\b")
+
+
+def agrees(check: str, text: str, gold: str, marker: str | None = None, answer: str = "") -> bool | None:
+    """Whether the final answer of `text` is that of `gold`, or `answer` where it is given.
+
+    None where gold itself has no final answer of this kind, so that nothing can be compared.
+    """
+    find = FINDERS[check]
+    if not answer:
+        expected = find(gold, marker)
+    elif check == "number":
+        expected = stated_number(answer)
+    else:
+        expected = find(answer, None)
+    return None if expected is None else find(text, marker) == expected
+
+
+def final_number(text: str, marker: str | None = None) -> Fraction | None:
+    """The final number of a text, exactly: signs, thousands separators, decimals, fractions, currencies."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return stated_number(boxed)
+    text = _without_latex(text)
+    place = located(text, marker)
+    if place is not None:
+        match = _NUMBER.search(place)
+        return _value(match) if match else None
+    matches = list(_NUMBER.finditer(text))
+    return _value(matches[-1]) if matches else None
+
+
+def stated_number(text: str) -> Fraction | None:
+    """The number that a short text is, its unit and currency aside; None for formulas, pairs and all else, which one
+    of the numbers in them would not tell from others."""
+    text = _without_latex(text)
+    match = _NUMBER.search(text)
+    if match is None or not _UNIT.fullmatch(text[: match.start()] + " " + text[match.end() :]):
+        return None
+    return _value(match)
+
+
+def _without_latex(text: str) -> str:
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("\\,", "")
+    return _LATEX.sub(lambda m: f" {m[1]}{m[2] or m[4]}/{m[3] or m[5]} ", text)
+
+
+def final_choice(text: str, marker: str | None = None) -> str | None:
+    """The letter, A to J, that a text chooses."""
+    place = located(text, marker)
+    first = _CHOICE_FIRST.match(text if place is None else place)
+    # At the start of a text that is not announced as an answer, "A" may be an article: "A) ..." or "A" alone is none.
+    if first and (place is not None or re.match(r"\s*(?:[).:\]*]|$)", text[first.end() :])):
+        return first[1].upper()
+    named = [a or b for a, b in _CHOICE_ANYWHERE.findall(text)]
+    return named[-1] if named else None
+
+
+def final_text(text: str, marker: str | None = None) -> str | None:
+    """The announced answer, or else the whole text, without case, spacing, and punctuation around words."""
+    place = located(text, marker)
+    words = (text if place is None else place).casefold().split()
+    found = " ".join(word for word in (word.strip(".,;:!?\"'`*()[]{}$") or word for word in words))
+    return found or None
+
+
+FINDERS: dict[str, Callable[[str, str | None], object | None]] = {
+    "number": final_number,
+    "choice": final_choice,
+    "exact": final_text,
+}
+
+
+def located(text: str, marker: str | None = None) -> str | None:
+    """What stands where the final answer is announced, to the end of that line; None if it is nowhere."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    for pattern in ("####", re.escape(marker) if marker else _ANSWER):
+        found = list(re.finditer(pattern, text, re.IGNORECASE))
+        if found:
+            rest = text[found[-1].end() :].lstrip(" \t\n:*")
+            return rest.partition("\n")[0]
+    return None
+
+
+def _last_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{…}, its braces balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    sign = -1 if match["sign"] in ("-", "−") else 1
+    if match["plain"]:
+        return sign * Fraction(match["plain"].replace(",", ""))
+    if int(match["under"]) == 0:
+        return None
+    return sign * (int(match["whole"] or 0) + Fraction(int(match["over"]), int(match["under"])))

@@ -1,0 +1,166 @@
+"""The rows of one data set, or of several by their weights: usable, each once, and not those of evaluation files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..stage import Context
+from .chat import encode_row, encode_text, special_tokens
+from .config import DatasetConfig, DatasetsConfig
+from .decontaminate import Overlap
+from .drafts import KEPT
+from .readers import Record, Source, read_records
+from .rewriting import Gold
+from .rows import Row
+
+
+@dataclass
+class Collected:
+    """Rows in the order of their ids, and what was dropped on the way to them."""
+
+    golds: list[Gold]
+    counts: Counter[str]  # KEPT, and every reason why not
+    contaminated: Counter[str] = field(default_factory=Counter)  # rows by evaluation file
+    sets: dict[str, int] = field(default_factory=dict)  # rows by data set, where there are several
+
+
+def sources(config: DatasetConfig | DatasetsConfig, context: Context) -> list[Source]:
+    """The data sets of a recipe, with the keys they stand under."""
+    if isinstance(config, DatasetConfig):
+        return [Source(config, context)]
+    return [Source(part, context, f"data.sets.{i}") for i, part in enumerate(config.sets)]
+
+
+def collect(config: DatasetConfig | DatasetsConfig, tokenizer: Any, context: Context, cache: Path) -> Collected:
+    """Take rows until there are `config.rows`, or no more.
+
+    Of several data sets the next row comes from the one that is furthest behind its share; one that has run out is
+    noted, and the others go on. Raises `UserError` for what cannot be read, and where fewer than two rows are usable.
+    """
+    found = sources(config, context)
+    overlap = Overlap(config.decontaminate, context) if config.decontaminate else None
+    sieve = _Sieve(tokenizer, config.length, overlap)
+    streams = []
+    for number, source in enumerate(found):
+        several = f"/{number}" if isinstance(config, DatasetsConfig) else ""
+        records = read_records(source, cache, f"{context.seed}/data{several}" if config.shuffle else None)
+        streams.append(sieve.usable(records, source, number, len(found)))
+    golds: list[Gold] = []
+    taken = [0] * len(found)
+    with context.progress.bar("rows", config.rows) as advance:
+        for number, gold in _interleaved(streams, _weights(config), config.rows, taken, found, context):
+            golds.append(gold)
+            taken[number] += 1
+            advance()
+    _enough(config, golds, sieve, context)
+    result = Collected(sorted(golds, key=lambda gold: gold.row.id), sieve.counts)
+    if overlap is not None:
+        result.contaminated = Counter({name: overlap.counts[name] for name in overlap.names})
+    if isinstance(config, DatasetsConfig):
+        for source, count in zip(found, taken, strict=True):
+            result.sets[source.config.title] = result.sets.get(source.config.title, 0) + count
+    return result
+
+
+def _weights(config: DatasetConfig | DatasetsConfig) -> list[float]:
+    weights = [part.weight for part in config.sets] if isinstance(config, DatasetsConfig) else [1.0]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _interleaved(
+    streams: Sequence[Iterator[Gold]],
+    weights: Sequence[float],
+    wanted: int | None,
+    taken: Sequence[int],
+    found: Sequence[Source],
+    context: Context,
+) -> Iterator[tuple[int, Gold]]:
+    """(data set, row), `wanted` of them or all; `taken` counts what the caller has taken of each."""
+    left = list(range(len(streams)))
+    while left and (wanted is None or sum(taken) < wanted):
+        total = sum(taken) + 1
+        # Behind by the most rows; of those alike, the first.
+        number = max(left, key=lambda i: (weights[i] * total - taken[i], -i))
+        gold = next(streams[number], None)
+        if gold is not None:
+            yield number, gold
+            continue
+        left.remove(number)
+        if len(streams) > 1:
+            rest = "; the others fill up" if left else ""
+            context.progress.note(f"{found[number].config.title} has run out after {taken[number]} rows{rest}")
+
+
+class _Sieve:
+    """Lets usable rows through and counts the others."""
+
+    def __init__(self, tokenizer: Any, length: int, overlap: Overlap | None):
+        self.tokenizer, self.length, self.overlap = tokenizer, length, overlap
+        self.special = list(special_tokens(tokenizer).values())
+        self.seen: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self.failure = ""  # the first that its reason does not explain
+
+    def usable(self, records: Iterator[Record], source: Source, number: int, of: int) -> Iterator[Gold]:
+        """The usable rows of data set `number` of so many; ids interleave, so that none is given twice."""
+        for record in records:
+            reason, detail = self._look(record)
+            self.counts[reason] += 1
+            self.failure = self.failure or detail
+            if reason == KEPT:
+                row = Row(record.number * of + number, "train", record.messages, record.text, source.config.title)
+                yield Gold(row, source.config.rewrite, record.answer, record.tests)
+
+    def _look(self, record: Record) -> tuple[str, str]:
+        """KEPT or the reason why not, and a message where the reason alone does not say it."""
+        if record.dropped:
+            return record.dropped, ""
+        if record.messages is None:
+            reason, detail = ("" if encode_text(self.tokenizer, record.text or "", self.length) else "empty"), ""
+        else:
+            reason, detail = self._conversation(record)
+        if reason:
+            return reason, detail
+        identity = _identity(record)
+        if identity in self.seen:
+            return "duplicate", ""
+        self.seen.add(identity)
+        if self.overlap is not None and self.overlap.found(record.messages, record.text):
+            return "contaminated", ""
+        return KEPT, ""
+
+    def _conversation(self, record: Record) -> tuple[str, str]:
+        messages = record.messages or []
+        # Written into a template, such words would end the turn or speak for another role.
+        if any(token in message["content"] for message in messages for token in self.special):
+            return "special_token", ""
+        try:
+            encoded = encode_row(self.tokenizer, Row(0, "train", messages))
+        except UserError as error:
+            return "template", str(error)
+        return ("" if len(encoded.input_ids) <= self.length else "too_long"), ""
+
+
+def _identity(record: Record) -> str:
+    """What two rows have in common that are the same but for case and spacing; punctuation may be all that differs."""
+    turns = [message["content"] for message in record.messages or []] or [record.text or ""]
+    return "\0".join(" ".join(turn.casefold().split()) for turn in turns)
+
+
+def _enough(config: DatasetConfig | DatasetsConfig, golds: list[Gold], sieve: _Sieve, context: Context) -> None:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(sieve.counts.items()) if reason != KEPT)
+    if len(golds) < 2:
+        several = isinstance(config, DatasetsConfig)
+        what = f"data.sets: the {len(config.sets)} data sets have" if several else f"data.path: {config.path} has"
+        raise UserError(
+            f"{what} {len(golds)} usable rows and at least 2 are needed, one to learn and one to "
+            f"hold out (dropped: {dropped or 'none'})"
+            + (f"; the first failure: {sieve.failure}" if sieve.failure else "")
+        )
+    if isinstance(config, DatasetsConfig) and len(golds) < config.rows:
+        context.progress.note(f"{len(golds)} rows instead of {config.rows}: there are no more")

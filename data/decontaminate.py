@@ -1,0 +1,95 @@
+"""Rows that evaluation files have, too: told by the n-grams they share (as in arXiv 2005.14165, appendix C)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..errors import UserError
+from ..stage import Context
+from .config import Decontaminate
+from .drafts import normalised
+from .rows import Messages
+
+SUFFIXES = (".jsonl", ".txt")
+
+
+class Overlap:
+    """The n-grams of all texts of the evaluation files, and how many rows each file has cost."""
+
+    def __init__(self, config: Decontaminate, context: Context):
+        self.size = config.ngram
+        self.counts: Counter[str] = Counter()
+        self.names = _names(config.files)
+        self._ngrams: dict[str, str] = {}  # n words → the first file that has them
+        self._short: dict[str, str] = {}  # a whole text of fewer words → likewise
+        for name, file in zip(self.names, config.files, strict=True):
+            for text in read_texts(evaluation_file(file, context)):
+                words = normalised(text).split()
+                if len(words) < self.size and words:
+                    self._short.setdefault(" ".join(words), name)
+                for ngram in self._cut(words):
+                    self._ngrams.setdefault(ngram, name)
+
+    def found(self, messages: Messages | None, text: str | None) -> str | None:
+        """The file that a row shares words with, which is counted; None if it shares none.
+
+        A short text of a file, such as a choice of one word, must be all that a user's turn says: an answer of one
+        word tells nothing.
+        """
+        turns = messages or [{"role": "user", "content": text or ""}]
+        for turn in turns:
+            words = normalised(turn["content"]).split()
+            name = self._short.get(" ".join(words)) if turn["role"] == "user" else None
+            name = name or next((self._ngrams[ngram] for ngram in self._cut(words) if ngram in self._ngrams), None)
+            if name is not None:
+                self.counts[name] += 1
+                return name
+        return None
+
+    def _cut(self, words: list[str]) -> Iterator[str]:
+        return (" ".join(words[i : i + self.size]) for i in range(len(words) - self.size + 1))
+
+
+def evaluation_file(file: str, context: Context) -> Path:
+    """Where an evaluation file is; `UserError` if it is not there or of a kind that is not read."""
+    path = context.resolve(file)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"data.decontaminate.files: {file} is not one of {', '.join(SUFFIXES)}; convert it")
+    if not path.is_file():
+        raise UserError(f"data.decontaminate.files: there is no file {path}")
+    return path
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """All texts of a file: every string in its JSON rows, or, of a .txt file, the whole of it."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.decontaminate.files: {path} could not be read as text: {error}") from error
+    if path.suffix.lower() == ".txt":
+        yield content
+        return
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield from _strings(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"data.decontaminate.files: line {number} of {path} is not JSON: {error}") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _names(files: list[str]) -> list[str]:
+    """The files' names without their folders, or as they were given where two would be the same."""
+    names = [PurePath(file).name for file in files]
+    return [name if names.count(name) == 1 else file for name, file in zip(names, files, strict=True)]

@@ -1,0 +1,82 @@
+"""What rewrites: engines that continue many prompts, all behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ...errors import UserError
+from ...stage import Context
+from ..config import LlamaCppEngine, TransformersEngine, VllmEngine
+from ..sampling import Sampled, Sampling, loops
+
+EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
+
+
+class Engine(Protocol):
+    """Continues prompts."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        how: Sampling,
+        *,
+        stop: Collection[int],
+        banned: Sequence[int] = (),
+    ) -> list[Sampled]:
+        """What follows each prompt (token ids, not empty), up to a token of `stop` or `how.max_tokens`.
+
+        Row i is drawn from `seeds[i]`; tokens of `banned` are never drawn.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def check_engine(config: EngineConfig, context: Context) -> None:
+    """`UserError` for what an engine lacks: its file, its package, its GPU."""
+    if isinstance(config, LlamaCppEngine):
+        path = context.resolve(config.gguf)
+        if not path.is_file():
+            raise UserError(f"data.engine.gguf: there is no file {path}; compress export BASE --gguf Q8_0 makes one")
+    elif isinstance(config, VllmEngine):
+        import importlib.util
+
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("data.engine: vllm is not installed here (pip install vllm); or take engine: transformers")
+        if not context.device.startswith("cuda"):
+            raise UserError(f"data.engine: vllm needs a GPU and the run is on {context.device}; add --device cuda")
+
+
+def open_engine(config: EngineConfig, base: Path, context: Context, length: int, rows: int) -> Engine:
+    """The engine of a recipe on the unpruned model in the folder `base`, for up to `rows` texts of `length` tokens."""
+    if isinstance(config, LlamaCppEngine):
+        from .llamacpp_engine import LlamaCpp
+
+        return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, min(rows, 8))
+    if isinstance(config, VllmEngine):
+        from .vllm_engine import Vllm
+
+        return Vllm(base, context, length, config.memory)
+    from .torch_engine import Torch
+
+    return Torch(base, context)
+
+
+def settle(tokens: Sequence[int], stop: Collection[int], limit: int) -> Sampled:
+    """The tokens that an engine gave, as `sample` would have left them: cut at the first that ends the text, or where
+    they have begun to repeat themselves."""
+    found = Sampled([])
+    for token in list(tokens)[:limit]:
+        if token in stop:
+            found.ended = True
+            return found
+        found.tokens.append(token)
+        if loops(found.tokens):
+            found.looped = True
+            return found
+    return found

@@ -1,0 +1,32 @@
+"""The model itself, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...modeling.load import load_model
+from ...stage import Context
+from ..sampling import Sampled, Sampling, sample
+
+
+class Torch:
+    """The unpruned model as every other stage runs it; the same prompts and seeds give the same bytes."""
+
+    def __init__(self, base: Path, context: Context):
+        self.model: Any = load_model(base, context.dtype, context.device)
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        how: Sampling,
+        *,
+        stop: Collection[int],
+        banned: Sequence[int] = (),
+    ) -> list[Sampled]:
+        return sample(self.model, prompts, seeds, how, stop=stop, banned=banned)
+
+    def close(self) -> None:
+        self.model = None

@@ -1,0 +1,288 @@
+"""Self-data from gold answers: the unpruned model rewrites them in its own words (arXiv 2402.13669, 2410.09982).
+
+What it writes is what it finds likely, so that learning it moves the pruned model back toward the unpruned one, where
+foreign answers would move it elsewhere. Gold is kept where the rewrite cannot be taken, and the row says why.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import UserError
+from ..modeling.load import load_config
+from ..stage import Context
+from .asking import last_answer, leaks, own_prompt, rewrite_prompt
+from .chat import encode_row, special_tokens
+from .checks import agrees
+from .config import General
+from .engines import Engine
+from .magpie import query
+from .parts import in_rounds
+from .rows import Messages, Origin, Row
+from .sampling import Sampled, Sampling, row_seed
+from .sandbox import passes
+
+WINDOW = 8  # batches among which rows are sorted by length
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A row as its data set has it."""
+
+    row: Row
+    rewrite: General | None
+    answer: str = ""  # the final answer, where a column has it
+    tests: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row, as a part file holds it."""
+
+    id: int
+    origin: Origin
+    why: str
+    seed: int
+    text: str = ""  # what the model wrote last, taken or not
+    drawn: int = 0  # tokens
+
+
+class Rewriter:
+    """Rewrites rows batch by batch. Which rows are drawn together follows from the rows alone, and each batch is
+    written, whole, to a part file of its own, so that a run that was killed ends with the same rows."""
+
+    def __init__(self, tokenizer: Any, base: Path, length: int, batch: int, context: Context, work: Path):
+        self.tokenizer, self.length, self.batch, self.seed = tokenizer, length, batch, context.seed
+        self.config = load_config(base)
+        asked = query(tokenizer, SimpleNamespace(generation_config=_generation_config(base)))
+        self.stop = asked.stop
+        self.banned = [token for token in asked.banned if token < self.config.vocab_size]
+        self.special = list(special_tokens(tokenizer).values())
+        self.parts, self.group, self.progress = work / "rewrites", context.group, context.progress
+        self.seconds = 0.0
+        self.sampled = 0  # tokens drawn in this process
+
+    def run(self, golds: Sequence[Gold], engine: Callable[[int], Engine]) -> list[Outcome]:
+        """What becomes of each row that is to be rewritten; `engine(length)` opens the engine, for texts of so many
+        tokens, if anything is left to draw."""
+        batches = list(self._batches(golds))
+        longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
+        opened: list[Engine] = []
+
+        def ready() -> Engine:
+            if not opened:
+                opened.append(engine(min(longest, self._context())))
+            return opened[0]
+
+        found: list[Outcome] = []
+        try:
+            with self.progress.bar("rewriting", sum(map(len, batches))) as advance:
+                for records in in_rounds(
+                    self.parts, len(batches), self.group, lambda number: self._batch(batches[number], ready)
+                ):
+                    found += [Outcome(**record) for record in records]
+                    taken = sum(outcome.origin != "gold" for outcome in found)
+                    advance(len(records), f"{taken} of {len(found)} taken")
+        finally:
+            for each in opened:
+                each.close()
+        return found
+
+    def _batch(self, batch: list[tuple[Gold, int]], engine: Callable[[], Engine]) -> list[dict[str, Any]]:
+        outcomes = self._draw([gold for gold, _ in batch], engine)
+        self.sampled += sum(outcome.drawn for outcome in outcomes)
+        return [asdict(outcome) for outcome in outcomes]
+
+    def speed(self) -> float | None:
+        """Tokens per second of all processes together; None if nothing was drawn. All of them must call it."""
+        drawn = self.group.gather([self.sampled, self.seconds])
+        seconds = max(seconds for _, seconds in drawn)
+        return sum(sampled for sampled, _ in drawn) / seconds if seconds else None
+
+    def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
+        """Rows and their prompts' lengths: those with the same instructions together, sorted by length within a
+        window, so that little is padded and rows that end late are together."""
+        kinds: dict[General, list[Gold]] = {}
+        for gold in golds:
+            if gold.rewrite is not None:
+                kinds.setdefault(gold.rewrite, []).append(gold)
+        for several in kinds.values():
+            for start in range(0, len(several), WINDOW * self.batch):
+                window = [(gold, self._prompt_length(gold)) for gold in several[start : start + WINDOW * self.batch]]
+                window.sort(key=lambda pair: pair[1])  # of the same length: in their order
+                for i in range(0, len(window), self.batch):
+                    yield window[i : i + self.batch]
+
+    def _prompt_length(self, gold: Gold) -> int:
+        """0 where no prompt can be made."""
+        try:
+            return len(self._tokens(rewrite_prompt(self.tokenizer, last_answer(_turns(gold)), _how(gold))))
+        except UserError:
+            return 0
+
+    def _draw(self, golds: list[Gold], engine: Callable[[], Engine]) -> list[Outcome]:
+        found: dict[int, Outcome] = {}
+        open_golds = []
+        for gold in golds:
+            why = self._hopeless(gold)
+            if why:
+                found[gold.row.id] = Outcome(gold.row.id, "gold", why, row_seed(self.seed, gold.row.id, "rewrite"))
+            else:
+                open_golds.append(gold)
+        how = golds[0].rewrite
+        if how is not None and how.own_answer_first:
+            own = self._round(open_golds, engine, "own")
+            found |= {outcome.id: outcome for outcome in own}
+            open_golds = [gold for gold in open_golds if found[gold.row.id].origin == "gold"]
+        for outcome in self._round(open_golds, engine, "rewritten"):
+            before = found.get(outcome.id)
+            found[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
+        return [found[gold.row.id] for gold in golds]
+
+    def _round(self, golds: list[Gold], engine: Callable[[], Engine], origin: Origin) -> list[Outcome]:
+        """One answer of the model to each row: alone, or with gold before it."""
+        if not golds:
+            return []
+        make = own_prompt if origin == "own" else rewrite_prompt
+        how = _how(golds[0])
+        prompts = [self._tokens(make(self.tokenizer, last_answer(_turns(gold)), how)) for gold in golds]
+        seeds = [row_seed(self.seed, gold.row.id, origin) for gold in golds]
+        sampling = Sampling(how.max_tokens, how.temperature, how.top_p, how.top_k)
+        ready = engine()
+        begun = time.perf_counter()  # opening the engine is not drawing
+        drawn = ready.sample(prompts, seeds, sampling, stop=self.stop, banned=self.banned)
+        self.seconds += time.perf_counter() - begun
+        return [
+            self._judged(gold, sampled, seed, origin) for gold, sampled, seed in zip(golds, drawn, seeds, strict=True)
+        ]
+
+    def _judged(self, gold: Gold, sampled: Sampled, seed: int, origin: Origin) -> Outcome:
+        text = self.tokenizer.decode(sampled.tokens, clean_up_tokenization_spaces=False).strip()
+        why = self._fault(gold, sampled, text, origin)
+        outcome = Outcome(gold.row.id, origin, "", seed, text, len(sampled.tokens))
+        if why:
+            return replace(outcome, origin="gold", why=why)
+        check = _how(gold).check
+        return replace(outcome, why="unchecked" if check == "none" else f"{check} agrees")
+
+    def _fault(self, gold: Gold, sampled: Sampled, text: str, origin: Origin) -> str:
+        """Why an answer cannot be taken; empty if it can."""
+        how, asked = _how(gold), last_answer(_turns(gold))
+        if not text:
+            return "empty"
+        if not sampled.ended:
+            return "repetitive" if sampled.looped else "unfinished"
+        if any(token in text for token in self.special):
+            return "special_token"
+        if origin == "rewritten" and leaks(text, asked):
+            return "leak"
+        try:
+            encoded = encode_row(self.tokenizer, rewritten_row(gold.row, text))
+        except UserError:
+            return "template"
+        if len(encoded.input_ids) > self.length:
+            return "too_long"
+        if how.check == "python":
+            held = passes(text, gold.tests, timeout=how.timeout, memory=how.memory)
+        elif how.check != "none":
+            held = agrees(how.check, text, asked.gold, how.marker, gold.answer)
+        else:
+            held = True
+        return "" if held else "differs"
+
+    def _hopeless(self, gold: Gold) -> str:
+        """Why no answer of the model could be taken, before anything is drawn; empty if one could."""
+        how, asked = _how(gold), last_answer(_turns(gold))
+        if not asked.by_user:
+            return "not_asked"
+        try:
+            prompt = self._tokens(rewrite_prompt(self.tokenizer, asked, how))
+        except UserError:
+            return "template"
+        if len(prompt) + how.max_tokens > self._context():
+            return "too_long"
+        if how.check == "python":
+            return "" if gold.tests.strip() else "uncheckable"
+        if how.check != "none" and agrees(how.check, "", asked.gold, how.marker, gold.answer) is None:
+            return "uncheckable"
+        return ""
+
+    def _context(self) -> int:
+        """Tokens the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def rewritten_row(row: Row, text: str) -> Row:
+    """The row with its last answer replaced."""
+    assert row.messages is not None
+    return replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": text}])
+
+
+def settle_row(gold: Gold, outcome: Outcome | None) -> Row:
+    """The row that is learned."""
+    if outcome is None:
+        return gold.row
+    row = replace(gold.row, why=outcome.why)
+    if outcome.origin == "gold":
+        return row
+    return replace(rewritten_row(row, outcome.text), origin=outcome.origin, seed=outcome.seed)
+
+
+def examples(golds: Sequence[Gold], outcomes: Sequence[Outcome], count: int = 3) -> list[dict[str, str]]:
+    """A few rows with gold beside what the model wrote: of those taken, and of those not, the first by number."""
+    by_id = {gold.row.id: gold for gold in golds}
+    written = sorted((outcome for outcome in outcomes if outcome.text), key=lambda outcome: outcome.id)
+    taken = [outcome for outcome in written if outcome.origin != "gold"][:count]
+    kept = [outcome for outcome in written if outcome.origin == "gold"][:count]
+    found = []
+    for outcome in [*taken, *kept]:
+        asked = last_answer(_turns(by_id[outcome.id]))
+        found.append(
+            {
+                "prompt": asked.before[-1]["content"],
+                "gold": asked.gold,
+                "written": outcome.text,
+                "origin": outcome.origin,
+                "why": outcome.why,
+            }
+        )
+    return found
+
+
+def shares(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of rows that were to be rewritten: how many came to be of which origin, and why gold was kept."""
+    asked = [row for row in rows if row.why]
+    origins = Counter(row.origin for row in asked)
+    reasons = Counter(row.why for row in asked if row.origin == "gold")
+    return {
+        "asked": len(asked),
+        "origins": dict(sorted(origins.items())),
+        "taken_share": round(1 - origins["gold"] / len(asked), 4) if asked else 0.0,
+        "gold_kept": dict(sorted(reasons.items())),
+    }
+
+
+def _turns(gold: Gold) -> Messages:
+    assert gold.row.messages is not None
+    return gold.row.messages
+
+
+def _how(gold: Gold) -> General:
+    assert gold.rewrite is not None
+    return gold.rewrite
+
+
+def _generation_config(base: Path) -> Any:
+    """What the checkpoint says of generation, if it says anything."""
+    path = base / "generation_config.json"
+    return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -1,0 +1,60 @@
+"""Python tests of a row, run against the code in an answer, in a process of their own with limits.
+
+What it holds back, and what it does not, is told in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_FENCED = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+def code_in(text: str) -> str:
+    """The code of an answer: its longest fenced block that is Python or names no language, else all of it."""
+    blocks = [code for language, code in _FENCED.findall(text) if language.lower() in ("", "python", "py", "python3")]
+    return max(blocks, key=len) if blocks else text
+
+
+def passes(text: str, tests: str, *, timeout: float = 5.0, memory: int = 512) -> bool:
+    """Whether `tests` (assertions) hold after the code in `text` has run; within seconds and megabytes.
+
+    The process has Python's standard library only, an empty folder, no environment and no standard input, output or
+    network. It counts as passed when the end of the tests is reached, not when the process ends well.
+    """
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(_CHILD), str(max(1, round(timeout))), str(memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            given = "\0".join((word, code_in(text), tests)).encode("utf-8", "replace")
+            told, _ = process.communicate(given, timeout=timeout + 1)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            _end(process)
+    return told == word.encode()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The process and whatever it started, gone."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.communicate()
