@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -61,6 +62,7 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
         f"held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → {figures['best']['eval_kl']:.3f} "
         f"(step {figures['best']['step']} of {figures['steps']})"
     )
+    gc.collect()  # the trainer's objects refer to each other: what was trained would be held beside what is merged
     with quiet():
         model = best_model(config, inputs, work, context)
     save_checkpoint(model, tokenizer, out_dir / "model")
