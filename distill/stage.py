@@ -123,7 +123,8 @@ def prepare(
     held_out = hold_out(held, copy, context.device)
     teacher = (teacher or copy) if anchored else None
     del copy  # unless it is the teacher, it was only needed to say how far the student is from it
-    return build_student(config, inputs, context), teacher, held_out
+    student = build_student(config, inputs, context)
+    return student, teacher, held_out.with_head_of(student.decoder)
 
 
 def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from compress.data.rows import Row, read_rows, write_rows
 from compress.data.teacher_cache import TeacherCache, write_teacher
 from compress.distill import stage
 from compress.distill.config import Copy, DistillConfig, Lora
+from compress.distill.losses import response_positions
 from compress.distill.shared import SharedTeacher
 from compress.distill.teacher import CopyTeacher
 from compress.errors import UserError
@@ -326,6 +328,32 @@ def test_an_objective_without_a_teacher_has_none(world: World, teacher: str) -> 
     """The data stage need not have written one."""
     curves, plain = world(teacher=teacher, objective="dft", max_steps=2), world(objective="dft", max_steps=2)
     assert curves == plain and not column(curves, "kl") and column(curves, "eval_kl")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "tune"), [("cached", "lora"), ("cached", "full"), ("shared", "lora"), ("copy", "lora")]
+)
+def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
+    world: World, monkeypatch: pytest.MonkeyPatch, teacher: str, tune: str
+) -> None:
+    copies: list[Any] = []
+
+    class Watched(CopyTeacher):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            copies.append(weakref.ref(self.decoder.model))
+
+    monkeypatch.setattr(stage, "CopyTeacher", Watched)
+    config = DistillConfig.model_validate({"teacher": teacher, "tune": tune, "length": LENGTH})
+    inputs = Inputs(world.base, world.inputs.model, {"data": world.data(4)})
+    train, held = stage.load_batches(config, inputs, load_tokenizer(world.base), SEED)
+    student, held_by, held_out = stage.prepare(config, inputs, Context(), train, held)
+    assert held_by is not None and held_by.anchor(
+        train[0], response_positions(train[0].input_ids, train[0].loss_mask)[0]
+    )
+    heads = {anchor.head.weight.data_ptr() for anchor in held_out.anchors}
+    assert (heads == {student.decoder.head_weight.data_ptr()}) is (tune == "lora")
+    assert [copy() is not None for copy in copies] == {"cached": [False], "copy": [True], "shared": []}[teacher]
 
 
 def test_what_cannot_be_had_is_refused(world: World) -> None:
