@@ -250,9 +250,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        work = prepare if options.case == "prepare" else ours if options.case in OURS else trl
-        found = prepare(options.folder, options) if work is prepare else work(options.case, options.folder, options)
-        print("\n" + json.dumps(found))
+        if options.case == "prepare":
+            print("\n" + json.dumps(prepare(options.folder, options)))
+            return
+        work = ours if options.case in OURS else trl
+        print("\n" + json.dumps(work(options.case, options.folder, options)))
         return
     with tempfile.TemporaryDirectory() as name:
         made = run(sys.executable, "prepare", Path(name))
