@@ -53,7 +53,10 @@ class Preparation:
         held_out = self._look(self._copied(config)) if self._held_out is None else self._held_out
         if not (isinstance(way, Copy) and any(needs_teacher(other.config.objective) for other in later)):
             self._copy = None  # unless it is the teacher, it was only needed to say how far the students are from it
-        return build_student(config, self.inputs, job.context), teacher, held_out
+        if not later:
+            self._held_out = None  # it holds the unpruned model's head
+        student = build_student(config, self.inputs, job.context)
+        return student, teacher, held_out.with_head_of(student.decoder)
 
     def _copied(self, config: DistillConfig) -> CopyTeacher:
         if self._copy is None:

@@ -58,6 +58,15 @@ class HeldOut:
     batches: list[Batch]
     anchors: list[States]
 
+    def with_head_of(self, decoder: Decoder) -> HeldOut:
+        """The same with the student's head for the teacher's, so that this can go: where they are equal and the
+        student's is not trained."""
+        weight = decoder.head_weight
+        if weight.requires_grad or not torch.equal(weight, self.anchors[0].head.weight):
+            return self
+        head = Head(weight.detach(), decoder.softcap)
+        return HeldOut(self.batches, [States(anchor.hidden, head) for anchor in self.anchors])
+
 
 @torch.no_grad()
 def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | None = None) -> HeldOut:

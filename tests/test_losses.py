@@ -262,7 +262,8 @@ def plain_bucketed(logits: Tensor, anchor: TopK) -> Tensor:
     total = logits.sum() * 0
     for row, tokens, log_p in zip(logits, anchor.tokens.tolist(), anchor.log_probs, strict=True):
         q = row.exp() / row.exp().sum()
-        student = [q[v] for v in tokens] + [sum(q[v] for v in range(len(q)) if v not in tokens)]
+        others = [q[v] for v in range(len(q)) if v not in tokens]
+        student = [q[v] for v in tokens] + [torch.stack(others).sum() if others else q.sum() * 0]
         for p, s in zip(log_p.exp(), student, strict=True):
             if p > 0:
                 total = total + p * (p.log() - s.log())

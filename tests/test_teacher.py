@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.data import stage as data_stage
-from compress.data import teacher_cache
-from compress.data.chat import Encoded, encode_rows
-from compress.data.config import DatasetConfig, TeacherConfig
+from compress.data.chat import Encoded
+from compress.data.config import TeacherConfig
 from compress.data.packing import Batch, pack
 from compress.data.rows import Row, read_rows, write_rows
-from compress.data.teacher_cache import TeacherCache, read_top_k, top_k, write_teacher
+from compress.data.teacher_cache import TeacherCache, write_teacher
 from compress.distill import stage, students
 from compress.distill.config import Copy, DistillConfig, Lora
 from compress.distill.shared import SharedTeacher
@@ -331,6 +330,32 @@ def test_an_objective_without_a_teacher_has_none(world: World, teacher: str) -> 
     assert curves == plain and not column(curves, "kl") and column(curves, "eval_kl")
 
 
+@pytest.mark.parametrize(
+    ("teacher", "tune"), [("cached", "lora"), ("cached", "full"), ("shared", "lora"), ("copy", "lora")]
+)
+def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
+    world: World, monkeypatch: pytest.MonkeyPatch, teacher: str, tune: str
+) -> None:
+    copies: list[Any] = []
+
+    class Watched(CopyTeacher):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            copies.append(weakref.ref(self.decoder.model))
+
+    monkeypatch.setattr(stage, "CopyTeacher", Watched)
+    config = DistillConfig.model_validate({"teacher": teacher, "tune": tune, "length": LENGTH})
+    inputs = Inputs(world.base, world.inputs.model, {"data": world.data(4)})
+    train, held = stage.load_batches(config, inputs, load_tokenizer(world.base), SEED)
+    student, held_by, held_out = stage.prepare(config, inputs, Context(), train, held)
+    assert held_by is not None and held_by.anchor(
+        train[0], response_positions(train[0].input_ids, train[0].loss_mask)[0]
+    )
+    heads = {anchor.head.weight.data_ptr() for anchor in held_out.anchors}
+    assert (heads == {student.decoder.head_weight.data_ptr()}) is (tune == "lora")
+    assert [copy() is not None for copy in copies] == {"cached": [False], "copy": [True], "shared": []}[teacher]
+
+
 def test_what_cannot_be_had_is_refused(world: World) -> None:
     with pytest.raises(ValidationError, match=r"shared is for LoRA.*take teacher: copy or cached"):
         DistillConfig.model_validate({"teacher": "shared", "tune": "full"})
@@ -365,148 +390,3 @@ def test_the_plan_knows_what_each_teacher_takes(tmp_path: Path) -> None:
     data = plan()["data"]
     assert data.disk == 7473 * 1024 * (64 * 4 + 65 * 2 + 8) and data.memory > whole
     assert plan("data.teacher=null")["data"].disk == 0
-
-
-# What the cache holds
-
-
-def texts(world: World, *, split: str = "train") -> list[Row]:
-    draw = random.Random(9)
-    rows: list[Any] = [Row(7 * i, "train", text=" ".join(draw.choices(WORDS, k=n))) for i, n in enumerate((30, 90, 4))]
-    return [*rows, Row(30, "heldout", text="the people is"), Row(40, "train", talk(draw)), Row(41, "train", talk(draw))]
-
-
-def reference(base: Path, window: Encoded, k: int) -> list[tuple[list[int], list[float]]]:
-    """Per target the k likeliest tokens, and their log-probabilities with the rest's; the window runs alone."""
-    with torch.no_grad():
-        log_probs = load_model(base)(torch.tensor([window.input_ids])).logits[0].double().log_softmax(-1)
-    found = []
-    for t, learned in enumerate(window.loss_mask):
-        if learned:
-            order = sorted(range(log_probs.shape[1]), key=lambda v, t=t: -float(log_probs[t - 1, v]))
-            rest = sum(float(log_probs[t - 1, v].exp()) for v in order[k:])
-            found.append((order[:k], [float(log_probs[t - 1, v]) for v in order[:k]] + [float(np.log(rest))]))
-    return found
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_holds_the_likeliest_tokens_of_every_target(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
-    monkeypatch.setattr(teacher_cache, "PART", 2)
-    (tmp_path / WORK).mkdir()
-    rows, tokenizer = texts(world), load_tokenizer(world.base)
-    config = TeacherConfig(top_k=3, batch=batch)
-    figures = write_teacher(config, world.base, rows[::-1], tokenizer, LENGTH, tmp_path, Context())
-    windows = encode_rows(tokenizer, [row for row in rows if row.split == "train"], LENGTH)
-    assert len({window.row for window in windows}) == 5 < len(windows)  # a text is several windows
-    wanted = [target for window in windows for target in reference(world.base, window, 3)]
-    assert figures["teacher_targets"] == len(wanted)
-    cache = TeacherCache(tmp_path)
-    assert isinstance(cache.tokens, np.memmap) and cache.tokens.dtype == np.uint16
-    assert cache.tokens.tolist() == [tokens for tokens, _ in wanted]
-    np.testing.assert_allclose(cache.log_probs, [values for _, values in wanted], rtol=6e-4, atol=1e-5)
-    names = ("windows", "positions", "targets", "tokens", "log_probs")
-    assert {file.name for file in (tmp_path / "teacher").iterdir()} == {f"{name}.npy" for name in names}
-
-
-def test_packed_rows_find_what_was_said_of_them(world: World, tmp_path: Path) -> None:
-    """However they are ordered, packed and cut."""
-    (tmp_path / WORK).mkdir()
-    rows, tokenizer = texts(world), load_tokenizer(world.base)
-    write_teacher(TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, tmp_path, Context())
-    cache = TeacherCache(tmp_path)
-    windows = encode_rows(tokenizer, [row for row in rows if row.split == "train"], LENGTH)
-    said = {}
-    for window in windows:
-        learned = [t for t, marked in enumerate(window.loss_mask) if marked]
-        for t, target in zip(learned, reference(world.base, window, 3), strict=True):
-            said[window.row, window.start, t] = target
-    random.Random(1).shuffle(windows)
-    for length, size in ((LENGTH, 2), (LENGTH - 25, 3)):  # the second cuts rows
-        for batch in pack(windows, length, size, 9):
-            tokens, log_probs = read_top_k(cache, batch)
-            assert (tokens.dtype, log_probs.dtype) == (torch.long, torch.float32)
-            positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-            assert len(positions) == len(tokens) == len(targets)
-            places, within = batch.origin.flatten(0, 1)[positions + 1], batch.position_ids.flatten()[positions + 1]
-            for n, (row, number) in enumerate(places.tolist()):
-                t = int(within[n])
-                wanted = said[row, number - t, t]
-                assert tokens[n].tolist() == wanted[0]
-                assert log_probs[n].tolist() == pytest.approx(wanted[1], rel=6e-4, abs=1e-5)
-
-
-def test_other_windows_of_a_text_are_refused(world: World, tmp_path: Path) -> None:
-    (tmp_path / WORK).mkdir()
-    rows, tokenizer = texts(world), load_tokenizer(world.base)
-    write_teacher(TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, tmp_path, Context())
-    cache = TeacherCache(tmp_path)
-    train = [row for row in rows if row.split == "train"]
-    for length in (LENGTH // 2, LENGTH * 2):
-        with pytest.raises(UserError, match=r"no teacher for row 7 from its token \d+ on.*distill.length must"):
-            for batch in pack(encode_rows(tokenizer, train[1:2], length), length, 1, 9):
-                cache.find(batch)
-    encoded = encode_rows(tokenizer, train[-1:], LENGTH)[0]
-    other = [*encoded.input_ids[:-3], 5, *encoded.input_ids[-2:]]
-    with pytest.raises(UserError, match="no teacher for row 41 from its token 0 on"):  # other words
-        cache.find(pack([Encoded(other, encoded.loss_mask, encoded.row)], LENGTH, 1, 9)[0])
-    cache.find(pack([encoded], LENGTH, 1, 9)[0])
-
-
-def test_a_killed_cache_ends_with_the_same_bytes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_cache, "PART", 2)
-    runs: list[int] = []
-    plain = teacher_cache._fill
-
-    def count(*args: Any) -> None:
-        runs.append(1)
-        plain(*args)
-
-    monkeypatch.setattr(teacher_cache, "_fill", count)
-    rows, tokenizer = texts(world), load_tokenizer(world.base)
-
-    def write(folder: Path, calls: int = 0) -> dict[str, bytes]:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        write_teacher(
-            TeacherConfig(top_k=3), world.base, rows, tokenizer, LENGTH, folder, Context(progress=Killer(calls))
-        )
-        return {file.name: file.read_bytes() for file in sorted((folder / "teacher").iterdir())}
-
-    whole, parts = write(tmp_path / "whole"), len(runs)
-    for calls in (1, 2):
-        with pytest.raises(Stop):
-            write(tmp_path / "killed", calls)
-    assert not (tmp_path / "killed" / "teacher").exists()
-    assert write(tmp_path / "killed") == whole
-    assert len(runs) == 2 * parts  # no part twice
-    assert write(tmp_path / "killed") == whole and len(runs) == 2 * parts  # killed after it was whole
-
-
-def test_the_data_stage_writes_it(world: World, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    draw = random.Random(2)
-    file.write_text("".join(json.dumps({"messages": talk(draw)}) + "\n" for _ in range(9)))
-    plain = {"source": "dataset", "path": str(file), "messages": "messages"}
-    for name, teacher in (("with", {"top_k": 100_000}), ("without", None)):
-        (tmp_path / name).mkdir()
-        config = DatasetConfig.model_validate(plain | {"teacher": teacher})
-        found = data_stage.run(config, Inputs(world.base, world.base), tmp_path / name, Context(seed=SEED))
-        assert ("teacher_targets" in found) is (tmp_path / name / "teacher").exists() is bool(teacher)
-    assert (tmp_path / "with" / "rows.parquet").read_bytes() == (tmp_path / "without" / "rows.parquet").read_bytes()
-    cache = TeacherCache(tmp_path / "with")
-    assert cache.tokens.shape[1] == world.vocabulary  # there are no more
-    assert np.isneginf(cache.log_probs[:, -1]).all()
-    np.testing.assert_allclose(np.exp(cache.log_probs.astype(np.float64)).sum(1), 1, rtol=2e-3)
-
-
-def test_the_rest_is_what_the_others_have_together() -> None:
-    logits = torch.tensor([[1.0, 30.0, -60.0, 2.0], [0.0, 0.0, 1.0, 5.0]])
-    tokens, log_probs = top_k(logits.clone(), 2)
-    exact = logits.double().log_softmax(-1)
-    assert tokens.tolist() == [[1, 3], [3, 2]]
-    wanted = [
-        [exact[0, 1], exact[0, 3], exact[0, [0, 2]].logsumexp(0)],
-        [exact[1, 3], exact[1, 2], exact[1, :2].logsumexp(0)],
-    ]
-    torch.testing.assert_close(log_probs.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-7)
