@@ -22,7 +22,7 @@ from ..modeling.load import load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
 from .config import DistillConfig, Lora
 from .losses import needs_teacher
-from .sharding import shard
+from .sharding import sharded
 from .teacher import CopyTeacher, quantization
 from .train import (
     DistillTrainer,
@@ -135,6 +135,9 @@ def _train(
 
 def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
     """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
+    if context.shard:
+        alone = replace(context, shard=False, device="cpu")
+        return sharded(lambda: build_student(config, inputs, alone), context)
     tune = config.tune
     if isinstance(tune, Lora):
         bits = tune.quantize_base if quantize else None
@@ -144,15 +147,11 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
         model = load_model(inputs.model, context.dtype, context.device, **options)
         adapted = lora_model(model, tune, context.seed)
     else:
-        # What is going to be sharded need not fit the device.
-        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
+        model = load_model(inputs.model, "float32", context.device)
         adapted = model.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = Student(adapted, Decoder(model))
-    if context.shard:
-        shard(student, student.decoder.blocks, context)
-    return student
+    return Student(adapted, Decoder(model))
 
 
 def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:

@@ -184,14 +184,22 @@ class DistillTrainer(Trainer):
             teacher_hidden, teacher_head = self.teacher.hidden(batch).flatten(0, 1)[positions], self.teacher.head
         return self._objective(model, batch, positions, targets, teacher_hidden, teacher_head)
 
-    def _objective(self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, *teacher: Any) -> LossSums:
+    def _objective(
+        self,
+        model: Any,
+        batch: Batch,
+        positions: Tensor,
+        targets: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+    ) -> LossSums:
         """The objective at some positions, computed where the head's weights are whole."""
         config = self.config
 
         def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             head = Head(self.decoder.head_weight, self.decoder.softcap)
             states = hidden.flatten(0, 1)[positions]
-            sums = objective_loss(config.objective, states, head, targets, *teacher, config.chunk)
+            sums = objective_loss(config.objective, states, head, targets, teacher_hidden, teacher_head, config.chunk)
             return sums.loss.clone(), sums.nll, sums.kl  # FSDP2 wants no view of the loss
 
         inputs = batch.model_inputs()

@@ -32,8 +32,8 @@ from compress.stage import Context, Group
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-PRELOAD = "data distill prune".split()
-PRELOAD = [f"compress.{name}.stage" for name in PRELOAD] + ["compress.pipeline.summary", "accelerate", "peft"]
+PRELOAD: list[str] = [f"compress.{name}.stage" for name in ("data", "distill", "prune")]
+PRELOAD += ["compress.pipeline.summary", "accelerate", "peft"]
 PRELOAD += ["compress.pipeline.report.plots", "matplotlib.backends.backend_svg", "torch.distributed.tensor"]
 PRELOAD += ["transformers.models.llama.modeling_llama", "torch.nn.parallel.distributed", "torch.distributed.fsdp"]
 SHORT = (
@@ -357,7 +357,7 @@ def test_a_step_of_two_processes_is_a_step_of_one(world: World) -> None:
         return
     dropped = world("dropped", 2, DROPPED)
     assert differences(dropped, one, 0) > 0.1  # this is what it would look like
-    options = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
+    options: dict[str, Any] = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
     compare(world, world("lora2", 2, **options), world("lora1", 1, **options), "lora2", "lora1")
 
 
@@ -378,7 +378,7 @@ def compare(
 
 def test_sharded_weights_learn_the_same(world: World) -> None:
     """FSDP2 on two processes; killed within its second checkpoint, it goes on and ends with the same bytes."""
-    options = {"gradient_checkpointing": True}
+    options: dict[str, Any] = {"gradient_checkpointing": True}
     compare(world, world("shards", 2, shard=True, **options), world("whole", 1, **options), "shards", "whole")
     if world.tied:
         return
@@ -467,7 +467,7 @@ def dealt(count: int, world: int, rank: int, epoch: int) -> list[int]:
     order = BatchOrder(count, world, seed=5)
     order.set_epoch(epoch)
     batches = BatchSampler(order, batch_size=1, drop_last=False)
-    return [number for (number,) in BatchSamplerShard(batches, world, rank)]
+    return [batch[0] for batch in BatchSamplerShard(batches, world, rank)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
