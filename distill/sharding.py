@@ -8,13 +8,16 @@ leaves its placement alone. While a shard's weights are in use they are gathered
 from __future__ import annotations
 
 import json
+import socket
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -24,19 +27,33 @@ from ..stage import Context, Group
 SCHEDULER = "scheduler.json"
 
 
-def shard(module: Any, blocks: nn.ModuleList, context: Context) -> None:
-    """Spread a module over the run's processes, in place: each block as a unit, the rest as another. Its weights are
-    float32 and on the CPU before; blocks compute in the run's type."""
-    kind = context.device.partition(":")[0]
-    mesh = init_device_mesh(kind, (context.world,))
-    dtype = None if context.dtype == "float32" else getattr(torch, context.dtype)
+def sharded(make: Callable[[], Any], context: Context) -> Any:
+    """A student spread over the run's processes: each block as a unit, the rest as another; blocks compute in the run's
+    type.
+
+    `make` gives it whole, in float32 on the CPU. One process of each machine does so at a time: host memory has to hold
+    one model per machine.
+    """
+    group, kind = context.group, context.device.partition(":")[0]
+    mesh = init_device_mesh(kind, (group.world,))
+    hosts = group.gather(socket.gethostname())
+    turn = hosts[: group.rank].count(hosts[group.rank])
+    student = None
+    for now in range(max(Counter(hosts).values())):
+        if now == turn:
+            student = make()
+            _shard(student, mesh, None if context.dtype == "float32" else getattr(torch, context.dtype))
+        group.barrier()
+    return student
+
+
+def _shard(student: Any, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
-    for part in (*blocks, module):
-        part.set_force_sum_reduction_for_comms(kind == "cpu")  # gloo cannot average
-    module.is_distributed_loading_by_transformers = True  # so the Trainer calls models it must not wrap
+    parts = [*student.decoder.blocks, student]
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")  # gloo cannot average
+    student.is_distributed_loading_by_transformers = True  # so the Trainer calls models it must not wrap
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ..modeling.load import load_model
 from ..stage import Context, Inputs
 from .cached import CachedTeacher
 from .config import Cached, Copy, DistillConfig, Lora, Shared, needs_teacher
-from .sharding import shard
+from .sharding import sharded
 from .shared import SharedTeacher
 from .teacher import CopyTeacher, Teacher, quantization
 from .train import HeldOut, Student, hold_out, load_trainable, lora_model
@@ -74,6 +74,9 @@ class Preparation:
 
 def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
     """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
+    if context.shard:
+        alone = replace(context, shard=False, device="cpu")
+        return sharded(lambda: build_student(config, inputs, alone), context)
     tune = config.tune
     if isinstance(tune, Lora):
         bits = tune.quantize_base if quantize else None
@@ -83,13 +86,9 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
         model = load_model(inputs.model, context.dtype, context.device, **options)
         adapted = lora_model(model, tune, context.seed)
     else:
-        # What is going to be sharded need not fit the device.
-        model = load_model(inputs.model, "float32", "cpu" if context.shard else context.device)
+        model = load_model(inputs.model, "float32", context.device)
         adapted = model.requires_grad_(True)
-    student = as_student(adapted, Decoder(model), config)
-    if context.shard:
-        shard(student, student.decoder.blocks, context)
-    return student
+    return as_student(adapted, Decoder(model), config)
 
 
 def as_student(adapted: Any, decoder: Decoder, config: DistillConfig) -> Student:

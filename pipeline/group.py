@@ -141,13 +141,15 @@ def _join(device: str) -> Processes:
         )
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     gpu = device.startswith("cuda") and torch.cuda.is_available()
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=JOINING)))
+        store, rank, world = next(iter(rendezvous("env://", timeout=JOINING)))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=dist.PrefixStore("compress", store),
+            store=PrefixStore("compress", store),
             rank=rank,
             world_size=world,
             timeout=TIMEOUT,

@@ -65,7 +65,7 @@ def every_key() -> list[Any]:
 
 
 def test_the_shipped_recipes_are_valid():
-    assert set(SHIPPED) == {"smollm2_135m_24L", "tiny_random", "llama8b_26L"}
+    assert set(SHIPPED) == {"smollm2_135m_24L", "tiny_random", "llama8b_26L", "llama70b_64L"}
     assert len(every_key()) > 60
     for name in SHIPPED:
         loaded = load_recipe(name)

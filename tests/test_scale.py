@@ -6,34 +6,25 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
-from compress.data.parts import in_rounds
 from compress.data.rows import Row, write_rows
-from compress.distill import stage
-from compress.distill.config import DistillConfig
-from compress.distill.order import BatchOrder
-from compress.errors import UserError
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.pipeline.group import processes
-from compress.stage import Context, Group
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler
 
-PRELOAD = "data distill prune".split()
-PRELOAD = [f"compress.{name}.stage" for name in PRELOAD] + ["compress.pipeline.summary", "accelerate", "peft"]
+PRELOAD: list[str] = [f"compress.{name}.stage" for name in ("data", "distill", "prune")]
+PRELOAD += ["compress.pipeline.summary", "accelerate", "peft"]
 PRELOAD += ["compress.pipeline.report.plots", "matplotlib.backends.backend_svg", "torch.distributed.tensor"]
 PRELOAD += ["transformers.models.llama.modeling_llama", "torch.nn.parallel.distributed", "torch.distributed.fsdp"]
 SHORT = (
@@ -222,25 +213,30 @@ def test_two_processes_make_what_one_makes(alone: dict[str, bytes], pair: dict[s
     assert max(float((weights[name] - before[name]).abs().max()) for name in before) > 1e-2  # it did learn
 
 
-def test_a_process_is_killed_and_the_run_goes_on_with_as_many_others(
-    alone: dict[str, bytes], pair: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Killed while self-data is drawn, then in training: the other leaves; what is made again is what was made."""
-    kill(tmp_path, "Drafts", "_batch")
-    (parts,) = tmp_path.glob("tiny-random/.data-*/.work/parts")
+@pytest.fixture(scope="module")
+def killed(forkserver: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, one of them killed while self-data is drawn; and again, within its second checkpoint."""
+    runs = tmp_path_factory.mktemp("killed")
+    kill(runs, "Drafts", "_batch")
+    (parts,) = runs.glob("tiny-random/.data-*/.work/parts")
     written = {file.name for file in parts.glob("*.jsonl")}
     assert {"00000.jsonl", "00001.jsonl"} <= written and "00003.jsonl" not in written
-    kill(tmp_path, "Trainer", "_save_rng_state")  # within its second checkpoint
-    (trainer,) = tmp_path.glob("tiny-random/.distill-*/.work/trainer")
+    kill(runs, "Trainer", "_save_rng_state")
+    (trainer,) = runs.glob("tiny-random/.distill-*/.work/trainer")
     assert [path.parent.name for path in trainer.glob("*/WHOLE")] == ["checkpoint-2"]
-    command(tmp_path, 2)
-    assert made(tmp_path) == pair
+    return runs
 
 
-def test_what_two_processes_began_one_finishes(alone: dict[str, bytes], tmp_path: Path) -> None:
-    kill(tmp_path, "Trainer", "_save_rng_state")
-    command(tmp_path, 1)
-    assert_same(made(tmp_path), alone)
+def test_a_killed_run_ends_with_the_same_bytes(killed: Path, pair: dict[str, bytes], tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "runs")
+    command(tmp_path / "runs", 2)
+    assert made(tmp_path / "runs") == pair
+
+
+def test_what_two_processes_began_one_finishes(killed: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "runs")
+    command(tmp_path / "runs", 1)
+    assert_same(made(tmp_path / "runs"), alone)
 
 
 FAILS = """
@@ -357,7 +353,7 @@ def test_a_step_of_two_processes_is_a_step_of_one(world: World) -> None:
         return
     dropped = world("dropped", 2, DROPPED)
     assert differences(dropped, one, 0) > 0.1  # this is what it would look like
-    options = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
+    options: dict[str, Any] = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
     compare(world, world("lora2", 2, **options), world("lora1", 1, **options), "lora2", "lora1")
 
 
@@ -378,7 +374,7 @@ def compare(
 
 def test_sharded_weights_learn_the_same(world: World) -> None:
     """FSDP2 on two processes; killed within its second checkpoint, it goes on and ends with the same bytes."""
-    options = {"gradient_checkpointing": True}
+    options: dict[str, Any] = {"gradient_checkpointing": True}
     compare(world, world("shards", 2, shard=True, **options), world("whole", 1, **options), "shards", "whole")
     if world.tied:
         return
@@ -389,142 +385,6 @@ def test_sharded_weights_learn_the_same(world: World) -> None:
     world("killed", 2, shard=True, **options)
     assert world.model("killed").read_bytes() == world.model("shards").read_bytes()
     assert world.curves("killed") == world.curves("shards")
-
-
-@pytest.mark.parametrize(
-    ("options", "world", "dtype", "message"),
-    [
-        ({"tune": "full"}, 1, "float32", "needs several processes"),
-        ({}, 2, "float32", r"which distill\.tune: lora has little of"),
-        ({"tune": "full", "optimizer": "adamw_8bit"}, 2, "float32", "use adamw"),
-        ({"tune": "full"}, 2, "float16", "use --dtype bfloat16"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(options: Any, world: int, dtype: str, message: str) -> None:
-    group = Threads(0, world, threading.Barrier(1), [])
-    with pytest.raises(UserError, match=f"--shard .*{message}"):
-        stage.check(DistillConfig(**options), Path(), Context(dtype=dtype, group=group, shard=True))
-
-
-class Threads(Group):
-    """A group whose processes are threads."""
-
-    def __init__(self, rank: int, world: int, barrier: threading.Barrier, values: list[Any]):
-        self.rank, self.world, self.meet, self.values = rank, world, barrier, values
-
-    def gather(self, value: Any) -> list[Any]:
-        self.values[self.rank] = value
-        self.meet.wait(10)
-        found = list(self.values)
-        self.meet.wait(10)
-        return found
-
-
-def together(world: int, work: Callable[[Group], Any]) -> list[Any]:
-    """What `work` gives in each thread of a group."""
-    barrier, values, found = threading.Barrier(world), [None] * world, [None] * world
-
-    def run(rank: int) -> None:
-        found[rank] = work(Threads(rank, world, barrier, values))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_batch_is_drawn_once_and_read_in_order_by_all(tmp_path: Path, world: int) -> None:
-    drawn: list[tuple[int, int]] = []
-
-    def rounds(count: int) -> list[Any]:
-        def work(group: Group) -> list[Any]:
-            def draw(number: int) -> list[dict[str, Any]]:
-                drawn.append((number, group.rank))
-                return [{"id": 10 * number + i, "text": "ä"} for i in range(2)]
-
-            return list(in_rounds(tmp_path, count, group, draw))
-
-        return together(world, work)
-
-    expected = [[{"id": 10 * n, "text": "ä"}, {"id": 10 * n + 1, "text": "ä"}] for n in range(7)]
-    assert rounds(7) == [expected] * world
-    assert sorted(drawn) == [(n, n % world) for n in range(7)]
-    names = [f"{n:05d}.jsonl" for n in range(7)]
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
-    drawn.clear()
-    (tmp_path / names[4]).unlink()  # as after a kill
-    (tmp_path / names[5]).unlink()
-    world = 2 if world == 1 else world - 1  # and with another number of processes
-    assert rounds(7) == [expected] * world
-    assert sorted(number for number, _ in drawn) == [4, 5]
-
-
-def dealt(count: int, world: int, rank: int, epoch: int) -> list[int]:
-    """The batches one process gets, as Accelerate deals them out."""
-    order = BatchOrder(count, world, seed=5)
-    order.set_epoch(epoch)
-    batches = BatchSampler(order, batch_size=1, drop_last=False)
-    return [number for (number,) in BatchSamplerShard(batches, world, rank)]
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
-def test_steps_have_the_same_batches_with_any_number_of_processes(count: int, world: int) -> None:
-    accumulate = 2 * world
-    for epoch in (0, 3):
-        reference = SeedableRandomSampler(range(count), data_seed=5)
-        reference.set_epoch(epoch)
-        whole = list(reference)
-        assert dealt(count, 1, 0, epoch) == whole
-        shares = [dealt(count, world, rank, epoch) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1  # none waits for another
-        for step in range(-(-count // accumulate)):
-            own = slice(step * accumulate // world, (step + 1) * accumulate // world)
-            numbers = sorted(n for share in shares for n in share[own] if n != count)  # `count` is the blank one
-            assert numbers == sorted(whole[step * accumulate : (step + 1) * accumulate])
-
-
-def test_steps_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
-    config = DistillConfig(accumulate=6)
-    for world in (1, 2, 3, 6):
-        stage.check(config, tmp_path, Context(group=Threads(0, world, threading.Barrier(1), [])))
-    with pytest.raises(UserError, match=r"distill\.accumulate is 6: .* by 4 processes; make it a multiple"):
-        stage.check(config, tmp_path, Context(group=Threads(0, 4, threading.Barrier(1), [])))
-
-
-def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes("meteor") as (group, device):
-        assert (group.rank, group.world, group.gather(3), group.share("x"), device) == (0, 1, [3], "x", "meteor")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set: start"), processes("cpu"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "device", "use"),
-    [
-        ("ACCELERATE_USE_FSDP", "true", "cpu", "--shard"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "cpu", "--dtype"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "cpu", "none of that"),
-        ("ACCELERATE_USE_CPU", "true", "cuda", "--device cpu"),
-    ],
-)
-def test_what_accelerate_would_do_otherwise_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, device: str, use: str
-) -> None:
-    for other, no in (("ACCELERATE_USE_FSDP", "false"), ("ACCELERATE_DYNAMO_BACKEND", "NO")):
-        monkeypatch.setenv(other, no)
-    with processes(device):
-        pass
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"asks for {name}={value}, .* use {use}"), processes(device):
-        pass
 
 
 @pytest.fixture(autouse=True)

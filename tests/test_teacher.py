@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.data.chat import Encoded
+from compress.data.chat import Encoded, load_encoded
 from compress.data.config import TeacherConfig
 from compress.data.packing import Batch, pack
 from compress.data.rows import Row, read_rows, write_rows
@@ -23,6 +23,7 @@ from compress.distill import stage, students
 from compress.distill.config import Copy, DistillConfig, Lora
 from compress.distill.shared import SharedTeacher
 from compress.distill.teacher import CopyTeacher
+from compress.distill.variants import plan_jobs
 from compress.errors import UserError
 from compress.modeling.agreement import response_positions
 from compress.modeling.blocks import Decoder, drop_blocks, kept_blocks
@@ -343,11 +344,19 @@ def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
             super().__init__(*args)
             copies.append(weakref.ref(self.decoder.model))
 
-    monkeypatch.setattr(stage, "CopyTeacher", Watched)
+    monkeypatch.setattr(students, "CopyTeacher", Watched)
     config = DistillConfig.model_validate({"teacher": teacher, "tune": tune, "length": LENGTH})
     inputs = Inputs(world.base, world.inputs.model, {"data": world.data(4)})
-    train, held = stage.load_batches(config, inputs, load_tokenizer(world.base), SEED)
-    student, held_by, held_out = stage.prepare(config, inputs, Context(), train, held)
+    (job,) = plan_jobs(config, world.folder / "out", Context())
+    train, held = (
+        stage.pack_rows(
+            config, load_encoded(world.data(4), load_tokenizer(world.base), split, LENGTH), load_tokenizer(world.base)
+        )
+        for split in stage.SPLITS
+    )
+    preparation = students.Preparation(config, inputs, held, Context())
+    student, held_by, held_out = preparation.student(job, train, [])
+    del preparation
     assert held_by is not None and held_by.anchor(
         train[0], response_positions(train[0].input_ids, train[0].loss_mask)[0]
     )

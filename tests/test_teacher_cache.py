@@ -19,8 +19,8 @@ from compress.data.config import DatasetConfig, TeacherConfig
 from compress.data.packing import pack
 from compress.data.rows import Row
 from compress.data.teacher_cache import TeacherCache, read_top_k, top_k, write_teacher
-from compress.distill.losses import response_positions
 from compress.errors import UserError
+from compress.modeling.agreement import response_positions
 from compress.modeling.load import load_model, load_tokenizer
 from compress.stage import WORK, Advance, Context, Inputs, Progress
 
