@@ -57,7 +57,8 @@ OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisi
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
 TasksOption = Annotated[
-    list[Path] | None, typer.Option("--task", help="A JSONL file with question, choices, answer. May be repeated.")
+    list[str] | None,
+    typer.Option("--task", help="A JSONL file, builtin:copy, builtin:addition, or an lm-eval task. May be repeated."),
 ]
 
 
@@ -167,6 +168,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="At most so many tokens of the text.")] = 4096,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     limit: Annotated[int | None, typer.Option(help="At most so many rows of each task.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="A folder with lm-eval task files (YAML) of your own.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
@@ -177,6 +181,8 @@ def evaluate(
 
     _check_dtype(dtype)
     settings = {"text": text, "tasks": task or [], "tokens": tokens, "window": window, "limit": limit}
+    if task_folder is not None:
+        settings["harness"] = {"folder": str(task_folder.resolve())}
     eval_command(path, base, settings, device, dtype, runs / ".sources", _progress(errors), console, as_json)
 
 

@@ -84,7 +84,8 @@ def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
     for name in order:
         spec, config = STAGES[name], loaded.section(name)
         reads = tuple(other for other in spec.reads if other in prints)
-        files = [hash_file(_existing(name, context.resolve(file)), cache) for file in config.input_files()]
+        named = [path for file in config.input_files() for path in _existing(name, context.resolve(file))]
+        files = [hash_file(path, cache) for path in named]
         digest = fingerprint(
             name,
             spec.format,
@@ -113,10 +114,13 @@ def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
     return order
 
 
-def _existing(stage: str, path: Path) -> Path:
+def _existing(stage: str, path: Path) -> list[Path]:
+    """A file, or all files of a folder in order."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     if not path.is_file():
         raise UserError(f"the stage {stage} reads {path}, which does not exist")
-    return path
+    return [path]
 
 
 def execute(run: Run, progress: Progress) -> None:

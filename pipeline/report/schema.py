@@ -12,12 +12,21 @@ class _Entry(BaseModel):
 
 
 class TaskResult(_Entry):
-    """Multiple choice: shares of 1."""
+    """One task: the value of one metric, and what is left of the base's."""
 
-    accuracy: float
-    accuracy_norm: float
-    ci95: float  # half-width of the 95 % interval of accuracy_norm
+    kind: Literal["choice", "generation", "other"]  # of the answers: chosen, written, or neither
+    metric: str
+    value: float
+    low: float | None = None  # the 95 % interval; none where the metric is no mean over questions
+    high: float | None = None
     n: int
+    chance: float | None = None  # what guessing scores
+    difference: float | None = None  # to the base, on the same questions
+    difference_low: float | None = None
+    difference_high: float | None = None
+    kept: float | None = None  # value / the base's
+    kept_above_chance: float | None = None  # the same above what guessing scores
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class ModelEntry(_Entry):
@@ -54,7 +63,7 @@ class StageEntry(_Entry):
 class Report(_Entry):
     """The whole report."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     base: str  # the model source as the recipe has it
     measured_on: str | None  # what perplexity was measured on
