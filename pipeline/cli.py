@@ -126,19 +126,28 @@ def recipes() -> None:
         console.print(f"{name:24} {first}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: compress plan llama8b_26L --on rtx-4090")
 def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    dtype: DtypeOption = "float32",
+    on: Annotated[str | None, typer.Option("--on", help="A named device: cpu-2core, rtx-4090, a100-80g …")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What there is to fit in, such as 24GB; else the device's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, else bfloat16.")
+    ] = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
-    """Parameters, disk and memory of a recipe, from configuration files alone."""
-    from .plan import make_plan, show_plan
+    """Parameters, memory, disk, operations and time of a recipe, from configuration files alone."""
+    from .plan import find_device, make_plan, parse_size, show_plan
     from .recipe import load_recipe
 
+    device = find_device(on) if on else None
+    dtype = dtype or (device.dtype if device else "float32")
     _check_dtype(dtype)
-    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources"), console)
+    room = parse_size(memory) if memory else None
+    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources", device, room), console)
 
 
 @app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gc
+import json
 import os
 import platform
 import shutil
@@ -19,7 +19,8 @@ from ..errors import UserError
 from ..modeling.source import fingerprint_source, hash_file, parse_source
 from ..stage import Context, Inputs, Progress
 from .inspection import check_weights
-from .measure import Meter
+from .measure import Meter, give_back_memory
+from .plan import Geometry, planned_memory
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
@@ -142,15 +143,26 @@ def execute(run: Run, progress: Progress) -> None:
             check = getattr(stage.spec.module(), "check", None)
             if check is not None:
                 check(stage.config, base, context)
+        planned = _planned(run, base)
         done: dict[str, Path] = {}
         for number, stage in enumerate(run.stages, start=1):
             if stage.pending:
                 progress.note(f"[{number}/{len(run.stages)}] {stage.spec.name}")
-                _make(run, stage, base, done, context)
+                _make(run, stage, base, done, context, planned.get(stage.spec.name))
             done[stage.spec.name] = stage.folder.path
 
 
-def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context) -> None:
+def _planned(run: Run, base: Path) -> dict[str, int]:
+    """The planned peak memory of every stage, in bytes; on CUDA what torch is to allocate."""
+    shape = Geometry.of(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    cuda = run.options.device.startswith("cuda")
+    found = planned_memory(run.loaded, shape, run.options.dtype, cuda)
+    return {name: memory.peak - (memory.parts.get("runtime", 0) if cuda else 0) for name, memory in found.items()}
+
+
+def _make(
+    run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context, planned: int | None
+) -> None:
     folder, name = stage.folder, stage.spec.name
     if run.options.start is not None and folder.complete:
         shutil.rmtree(folder.partial, ignore_errors=True)  # --from: from scratch
@@ -182,11 +194,12 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
                 "resumed": resumed,
                 "peak_memory_bytes": meter.peak_memory_bytes,
                 "peak_cuda_bytes": meter.peak_cuda_bytes,
+                "planned_memory_bytes": planned,
                 "metrics": metrics,
             }
         )
     context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
-    gc.collect()
+    give_back_memory()
 
 
 def _current_model(base: Path, done: dict[str, Path]) -> Path:

@@ -15,18 +15,34 @@ _STRING, _ARRAY = 8, 9
 
 def read_header(path: Path) -> dict[str, Any]:
     """Every metadata value by key; an array by its length alone. `UserError` for what is not a whole GGUF header."""
+    return _read(path)[0]
+
+
+def read_tensor_names(path: Path) -> list[str]:
+    """The names of a GGUF file's tensors, in order. `UserError` for what is not a whole GGUF header."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path} is not a GGUF file")
-            version, _, count = struct.unpack("<IQQ", _take(file, 20))
+            version, tensors, count = struct.unpack("<IQQ", _take(file, 20))
             if version not in (2, 3):
                 raise UserError(f"{path} has GGUF version {version}; versions 2 and 3 are read")
-            return dict(_pair(file) for _ in range(count))
+            return dict(_pair(file) for _ in range(count)), [_tensor(file) for _ in range(tensors)]
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
+
+
+def _tensor(file: BinaryIO) -> str:
+    name = _string(file)
+    dimensions = struct.unpack("<I", _take(file, 4))[0]
+    _take(file, 8 * dimensions + 4 + 8)  # sizes, type, offset
+    return name
 
 
 def _take(file: BinaryIO, count: int) -> bytes:

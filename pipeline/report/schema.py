@@ -56,8 +56,15 @@ class StageEntry(_Entry):
     fingerprint: str
     seconds: float
     resumed: bool
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the process and its children
+    peak_cuda_bytes: int | None = None  # allocated by torch
+    planned_memory_bytes: int | None = None  # of the device the stage ran on
     metrics: dict[str, Any]
+
+    @property
+    def measured_memory_bytes(self) -> int:
+        """What the plan is to be compared with."""
+        return self.peak_memory_bytes if self.peak_cuda_bytes is None else self.peak_cuda_bytes
 
 
 class Report(_Entry):
