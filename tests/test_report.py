@@ -72,6 +72,7 @@ def report() -> Report:
                 seconds=61.5,
                 resumed=True,
                 peak_memory_bytes=10**9,
+                planned_memory_bytes=900 * 10**6,
                 metrics={},
             )
         ],
@@ -148,6 +149,7 @@ def test_the_page_is_self_contained_and_escapes_what_comes_from_data(report):
 
 def test_the_page_shows_every_model_and_its_figures(report):
     text = parsed(report).text
+    assert "1.00 GB900.0 MB -10 %" in text.replace("\n", "")  # measured, planned
     for model in report.models:
         assert model.role in text
     for figure in (
