@@ -1,6 +1,7 @@
 """Generative tasks that need no data: made from a fixed seed, the same on every machine.
 
-Both show an example or two first, so that a small model sees what is wanted; row i is the same for any number of rows.
+Each shows three examples first, as earlier turns of the conversation: SmolLM2-135M-Instruct, which answers neither
+without them, then copies and adds nearly all. Row i is the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from .generation import Exercise
 
 ROWS = 64  # without a limit
+EXAMPLES = 3
 _WORDS = (
     "apple river stone cloud garden window paper silver winter table horse lemon music ocean pencil rabbit school "
     "tiger bridge candle desert engine forest guitar hammer island jacket kitchen ladder market needle orange "
@@ -20,17 +22,16 @@ _WORDS = (
 
 def copy(draw: random.Random) -> Exercise:
     """Repeat four words."""
-    first, second, asked = (" ".join(draw.sample(_WORDS, 4)) for _ in range(3))
-    lines = (f"Words: {first}\nCopy: {first}", f"Words: {second}\nCopy: {second}", f"Words: {asked}\nCopy:")
-    return Exercise("Copy the words.\n\n" + "\n\n".join(lines), asked)
+    texts = [" ".join(draw.sample(_WORDS, 4)) for _ in range(EXAMPLES + 1)]
+    *examples, asked = ((f"Repeat: {text}", text) for text in texts)
+    return Exercise(*asked, tuple(examples))
 
 
 def addition(draw: random.Random) -> Exercise:
-    """Add two numbers below 20."""
-    pairs = [(draw.randint(1, 19), draw.randint(1, 19)) for _ in range(3)]
-    lines = [f"{a} + {b} = {a + b}" for a, b in pairs[:-1]]
-    a, b = pairs[-1]
-    return Exercise("\n".join(["Add the numbers.", *lines, f"{a} + {b} ="]), str(a + b))
+    """Add two numbers below 10."""
+    pairs = [(draw.randint(1, 9), draw.randint(1, 9)) for _ in range(EXAMPLES + 1)]
+    *examples, (prompt, _) = ((f"What is {a} + {b}?", f"{a} + {b} = {a + b}") for a, b in pairs)
+    return Exercise(prompt, str(sum(pairs[-1])), tuple(examples))
 
 
 MAKERS: dict[str, Callable[[random.Random], Exercise]] = {"builtin:addition": addition, "builtin:copy": copy}

@@ -30,6 +30,7 @@ class Exercise:
 
     prompt: str
     answer: str
+    examples: tuple[tuple[str, str], ...] = ()  # prompts and answers that come before it
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,19 @@ class Prompt:
 
 
 def prepare(tokenizer: Any, exercise: Exercise, chat: bool | None) -> Prompt:
-    """Tokens of a prompt: a user's turn of the chat template, or the text as it is.
+    """Tokens of a prompt after its examples: turns of the chat template, or the texts as they are, line by line.
 
     `chat` None takes the template where the tokenizer has one; True without one is a `UserError`.
     """
     if chat is None:
         chat = bool(getattr(tokenizer, "chat_template", None))
     if not chat:
-        return Prompt(list(tokenizer(exercise.prompt, verbose=False)["input_ids"]), True)
-    text = render(tokenizer, [{"role": "user", "content": exercise.prompt}], answer=True)
+        text = "".join(f"{prompt}\n{answer}\n\n" for prompt, answer in exercise.examples) + exercise.prompt
+        text += "\n" if exercise.examples else ""
+        return Prompt(list(tokenizer(text, verbose=False)["input_ids"]), True)
+    turns = [text for example in exercise.examples for text in example] + [exercise.prompt]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    text = render(tokenizer, messages, answer=True)
     return Prompt(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), False)
 
 

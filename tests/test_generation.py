@@ -122,7 +122,15 @@ def test_prompts_are_the_models_own_turns(model):
     assert turn == "<|im_start|>user\nhow many<|im_end|>\n<|im_start|>assistant\n"
     plain = prepare(tokenizer, Exercise("how many", "1"), False)
     assert plain.one_line and tokenizer.decode(plain.ids) == "how many"
+    shown = Exercise("how many", "1", (("and now", "2"),))
+    before = "<|im_start|>user\nand now<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+    assert tokenizer.decode(prepare(tokenizer, shown, None).ids) == before + turn
+    assert tokenizer.decode(prepare(tokenizer, shown, False).ids) == "and now\n2\n\nhow many\n"
     assert set(tokenizer.all_special_ids) <= stops(tokenizer)
+
+
+def eval_sum(asked: str) -> int:
+    return sum(int(part) for part in asked.removeprefix("What is ").removesuffix("?").split(" + "))
 
 
 def test_builtin_tasks_are_the_same_everywhere_and_for_every_limit():
@@ -130,14 +138,15 @@ def test_builtin_tasks_are_the_same_everywhere_and_for_every_limit():
         rows = builtin.exercises(task, None)
         assert rows == builtin.exercises(task, None) and len(rows) == builtin.ROWS
         assert rows[:5] == builtin.exercises(task, 5)
-        assert len({row.prompt for row in rows}) > 60
-    first = Exercise("Add the numbers.\n15 + 11 = 26\n4 + 8 = 12\n17 + 18 =", "35")
-    assert builtin.exercises("builtin:addition", 1) == [first]
+        assert len({row.prompt for row in rows}) > (40 if task == "builtin:addition" else 60)  # of 81 sums
+    first = builtin.exercises("builtin:addition", 1)[0]
+    assert (first.prompt, first.answer) == ("What is 6 + 7?", "13")  # whatever the machine and Python's version
     for row in builtin.exercises("builtin:addition", 40):
-        left, right = row.prompt.splitlines()[-1].removesuffix(" =").split(" + ")
-        assert int(left) + int(right) == int(row.answer)
+        assert eval_sum(row.prompt) == int(row.answer) and len(row.examples) == 3
+        assert all(is_right(said, str(eval_sum(asked))) for asked, said in row.examples)
     for row in builtin.exercises("builtin:copy", 40):
-        assert row.prompt.endswith(f"Words: {row.answer}\nCopy:") and row.prompt.count(row.answer) == 1
+        assert row.prompt == f"Repeat: {row.answer}" and len(row.answer.split()) == 4
+        assert all(asked == f"Repeat: {said}" and said != row.answer for asked, said in row.examples)
     assert builtin.MAKERS.keys() == set(BUILTIN)
 
 
