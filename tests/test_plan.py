@@ -186,6 +186,9 @@ def test_scratch_files_that_are_mapped_need_no_memory():
     at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "float32", False)
     found = stage_memory("evaluate", loaded.section("evaluate"), at)
     assert found.parts["mapped"] == 65536 * 128256 * 4
+    few = load_recipe("llama8b_26L", ["data.rows=100"])  # two of them held out
+    at = setting(few, at.shape, "float32", False)
+    assert stage_memory("evaluate", few.section("evaluate"), at).parts["mapped"] == 2 * 1024 * 128256 * 4
     assert found.needed == found.peak - found.parts["mapped"]
 
 

@@ -30,9 +30,11 @@ Parts = dict[str, int]  # of PARTS, in bytes
 RUNTIME = {"data": 585e6, "prune": 600e6, "distill": 612e6, "export": 635e6, "evaluate": 640e6}
 CUDA_CONTEXT = 800e6  # assumed: context and cuBLAS workspaces
 TEMPLATE = 32  # tokens a chat template puts around a turn
-HEAD_COPIES = 6  # of a chunk's logits: the student's, the teacher's, their softmax and gradients
+# Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
+# probabilities, the difference and the product, before the gradients.
+HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
 SCORED = 128  # positions whose logits exist at once in an evaluation
-ANSWERS = 16  # prompts answered at once in an evaluation
+ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Setting:
     kept: int  # blocks after pruning
     dtype: str
     cuda: bool = False
+    heldout: int | None = None  # tokens that the data stage's held-out rows have to measure on, at most
 
     @property
     def size(self) -> int:
@@ -146,7 +149,7 @@ def distill_memory(config: DistillConfig, at: Setting) -> StageMemory:
         adapters = trained * 4
         note = f"LoRA, {trained / 1e6:.1f} M trained"
     held = int(teacher * bits.get(config.teacher.quantize or "", at.size))
-    logits = config.chunk * shape.vocab * 4 * HEAD_COPIES
+    logits = config.chunk * shape.vocab * 4 * (HEAD_COPIES_ANCHORED if anchored(config) else HEAD_COPIES)
     per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape, config.tune)
     runtime = {"runtime": at.runtime("distill")}
     training = runtime | {
@@ -205,7 +208,8 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
 def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     """The unpruned model, and its log-probabilities of every position in a mapped file."""
     shape = at.shape
-    scratch = config.tokens * shape.vocab * 4
+    tokens = config.tokens if config.text or at.heldout is None else min(config.tokens, at.heldout)
+    scratch = tokens * shape.vocab * 4
     parts = {
         "runtime": at.runtime("evaluate"),
         "weights": at.whole,
@@ -215,7 +219,7 @@ def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     }
     answering = dict(parts)
     if config.tasks:
-        answering["kv"] = shape.kv_bytes(ANSWERS * (256 + config.max_tokens), at.size)
+        answering["kv"] = shape.kv_bytes(ANSWERS * (PROMPT + config.max_tokens), at.size)
     return StageMemory(worst(parts, answering), 0, f"{megabytes(scratch)} of scratch disk")
 
 

@@ -12,7 +12,7 @@ from .devices import Device
 from .fit import Change, smallest_change
 from .geometry import Geometry, read_geometry
 from .memory import Setting, StageMemory, stage_memory
-from .work import Work, rows_of, stage_work
+from .work import Work, heldout_targets, rows_of, stage_work
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def setting(loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool) -> Se
     dropped = _dropped(prune, shape) if prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
-    return Setting(shape, shape.blocks - dropped, dtype, cuda)
+    return Setting(shape, shape.blocks - dropped, dtype, cuda, heldout_targets(loaded.recipe.data))
 
 
 def _dropped(config: PruneConfig, shape: Geometry) -> int:

@@ -68,6 +68,14 @@ def rows_of(config: Any) -> Rows | None:
     return Rows(config.rows * longest, config.heldout)
 
 
+def heldout_targets(config: Any) -> int | None:
+    """Tokens to measure on in a data stage's held-out rows, at most; None where the number of rows is not known."""
+    if config is None or config.rows is None:
+        return None
+    longest = config.max_tokens if isinstance(config, MagpieConfig) else config.length
+    return max(1, round(config.rows * config.heldout)) * longest
+
+
 def stage_work(stage: str, section: Any, at: Setting, rows: Rows | None) -> Work | None:
     """One stage's work; None where it cannot be told from the recipe."""
     if stage == "data":
