@@ -37,7 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def input_files(self) -> list[str]:
-        """Local files named by this section whose content belongs in the stage's fingerprint."""
+        """Local files and folders named by this section whose content belongs in the stage's fingerprint."""
         return []
 
 

@@ -26,7 +26,7 @@ from compress.data import stage as data_stage
 from compress.data.calibration import calibration_batches, read_text
 from compress.data.chat import encode_text
 from compress.data.config import TextsConfig
-from compress.evaluation.tasks import choice_scores, read_task, split_tokens
+from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
 from compress.modeling.blocks import Decoder, replaced, without_blocks
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.pipeline.progress import ConsoleProgress
@@ -77,7 +77,7 @@ class Bench:
         self.held_out, rest = take(batches, options.scoring)
         self.scoring, self.fitting = take(rest, options.scoring)
         self.windows = self._windows(options.text, options.measured)
-        self.task = read_task(options.task, options.limit)
+        self.task = read_questions(options.task, options.limit)
         self._check_choices()
 
     def _self_data(self, folder: Path, options: argparse.Namespace) -> Path:

@@ -88,7 +88,7 @@ def _recover_all(config: DistillConfig, jobs: list[Job], inputs: Inputs, context
     """Train students one after another."""
     tokenizer = load_tokenizer(inputs.model)
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
-    preparation = Preparation(config, inputs, pack_rows(config, held, tokenizer), context)
+    preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
     for number, job in enumerate(jobs, start=1):
         batches = load_batches(job, train, tokenizer)
         figures = _recover(job, inputs, tokenizer, preparation, batches, jobs[number:])

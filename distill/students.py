@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from .variants import Job
 class Preparation:
     """Students, one after another, with their teachers and the held-out rows.
 
-    The unpruned model looks at the held-out rows once, for all students. However the teacher is held, students are
-    measured against the unpruned model itself, or its quantized self where that is the teacher.
+    The unpruned model looks at the held-out rows once for each way it is run: another way rounds differently, and a
+    run that was killed must find the figures it would have found. However the teacher is held, students are measured
+    against the unpruned model itself, or its quantized self where that is the teacher.
     """
 
-    def __init__(self, config: DistillConfig, inputs: Inputs, held: Sequence[Batch], context: Context):
-        self.config, self.inputs, self.held, self.context = config, inputs, list(held), context
-        self._held_out: HeldOut | None = None
+    def __init__(self, inputs: Inputs, held: Sequence[Batch], context: Context):
+        self.inputs, self.held, self.context = inputs, list(held), context
+        self._known: dict[str, HeldOut] = {}
         self._copy: CopyTeacher | None = None
 
     def student(
@@ -41,35 +42,34 @@ class Preparation:
         are the jobs to come."""
         config, way, tune = job.config, job.config.teacher, job.config.tune
         anchored = needs_teacher(config.objective)
+        bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
         if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
             shared = SharedTeacher(self.inputs.base, self.inputs.model, tune, job.context)
             job.context.progress.note(f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters held twice")
-            return as_student(shared.model, shared.decoder, config), shared, self._look(shared)
+            held_out = self._look(f"shared {bits}", lambda: shared)
+            return as_student(shared.model, shared.decoder, config), shared, held_out
+        how = way if isinstance(way, Copy) else Copy(quantize=bits)
         teacher: Teacher | None = None
-        if anchored and isinstance(way, Cached):
-            teacher = CachedTeacher(self.inputs.stages["data"], train)
-        elif anchored:
-            teacher = self._copied(config)
-        held_out = self._look(self._copied(config)) if self._held_out is None else self._held_out
+        if anchored:
+            cached = isinstance(way, Cached)
+            teacher = CachedTeacher(self.inputs.stages["data"], train) if cached else self._copied(how)
+        ran = f"copy {how.quantize}"
+        held_out = self._look(ran, lambda: self._copied(how))
         if not (isinstance(way, Copy) and any(needs_teacher(other.config.objective) for other in later)):
             self._copy = None  # unless it is the teacher, it was only needed to say how far the students are from it
-        if not later:
-            self._held_out = None  # it holds the unpruned model's head
         student = build_student(config, self.inputs, job.context)
-        return student, teacher, held_out.with_head_of(student.decoder)
+        self._known[ran] = held_out.with_head_of(student.decoder)
+        return student, teacher, self._known[ran]
 
-    def _copied(self, config: DistillConfig) -> CopyTeacher:
+    def _copied(self, how: Copy) -> CopyTeacher:
         if self._copy is None:
-            way, tune = config.teacher, config.tune
-            bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
-            how = way if isinstance(way, Copy) else Copy(quantize=bits)
             self._copy = CopyTeacher(self.inputs.base, how, self.context)
         return self._copy
 
-    def _look(self, teacher: CopyTeacher | SharedTeacher) -> HeldOut:
-        if self._held_out is None:
-            self._held_out = hold_out(self.held, teacher, self.context.device, self.context.group)
-        return self._held_out
+    def _look(self, ran: str, teacher: Callable[[], CopyTeacher | SharedTeacher]) -> HeldOut:
+        if ran not in self._known:
+            self._known[ran] = hold_out(self.held, teacher(), self.context.device, self.context.group)
+        return self._known[ran]
 
 
 def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:

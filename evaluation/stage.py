@@ -23,18 +23,17 @@ from ..stage import WORK, Context, Inputs
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .speed import torch_speed
-from .tasks import Question, choice_scores, engine_scores, read_task, run_task
+from .suite import EnginePlayer, Suite, TorchPlayer, as_json, side_by_side, write_answers
 
 TOP_K = 128  # tokens that llama.cpp lists for the KL
-TASK_TOKENS = 1024  # room for a question and a choice in llama.cpp
 
 
 def check(config: EvaluateConfig, base: Path, context: Context) -> None:
-    """Refuse missing texts and broken task files before any work is done."""
+    """Refuse missing texts, broken or unknown tasks and data that cannot be had, before any work is done."""
     if config.text and not context.resolve(config.text).is_file():
         raise UserError(f"evaluate.text: no file {context.resolve(config.text)}")
-    for task in config.tasks:
-        read_task(context.resolve(task), config.limit)
+    if config.tasks:
+        Suite(config, context, load_tokenizer(base))
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,16 @@ class Subject:
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `models.json`, an entry per model and artifact; a killed run keeps the entries it had."""
+    """Write `models.json`, an entry per model and artifact, and `answers.jsonl`, every question's score.
+
+    A killed run keeps the entries it had.
+    """
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     subjects = [*checkpoints(inputs, context), *(artifacts(inputs) if config.artifacts else [])]
     bench = Bench(config, context, inputs.base, inputs.stages.get("data"), work)
     models = [bench.entry(subject) for subject in subjects]
+    write_answers(side_by_side(models), out_dir / "answers.jsonl")
     (out_dir / "models.json").write_text(json.dumps(models, indent=2) + "\n", encoding="utf-8")
     return {"models": len(models), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
 
@@ -134,7 +137,7 @@ class Bench:
         positions = sum(len(targets(row)) for row in self.rows)
         self.tokens = positions
         self.base = BaseLogProbs(work / "base.float32", positions, load_config(base).vocab_size)
-        self.tasks = {Path(task).stem: read_task(context.resolve(task), config.limit) for task in config.tasks}
+        self.suite = Suite(config, context, self.tokenizer)
 
     def entry(self, subject: Subject) -> dict[str, Any]:
         """All figures of one subject, kept in the working folder once measured."""
@@ -162,7 +165,7 @@ class Bench:
                     language = measure_base(self.base, self.rows)
                 else:
                     language = measure_model(model, self.rows, self.base if self.base.complete else None, advance)
-            tasks = self._tasks(subject.role, lambda row: choice_scores(model, self.tokenizer, row))
+            tasks = as_json(self.suite.run(subject.role, TorchPlayer(model, self.tokenizer)))
             speed = torch_speed(model, self.config.speed) if self.config.speed else {}
         parameters = sum(p.numel() for p in model.parameters())
         size = parameters * next(model.parameters()).element_size()
@@ -181,22 +184,15 @@ class Bench:
             "tasks": tasks,
         }
 
-    def _tasks(self, role: str, score: Callable[[Question], list[float]]) -> dict[str, Any]:
-        found = {}
-        for name, rows in self.tasks.items():
-            with self.context.progress.bar(f"{role} {name}", len(rows)) as advance:
-                found[name] = run_task(score, rows, advance)
-        return found
-
     def _artifact(self, subject: Subject) -> dict[str, Any]:
         assert subject.files is not None
         gguf = subject.files.suffix == ".gguf"
-        longest = max([len(row.input_ids) for row in self.rows] + ([TASK_TOKENS] if self.tasks else []))
+        longest = max([len(row.input_ids) for row in self.rows] + [self.suite.longest()])
         reference = self.base if self.base.complete else None
         with open_engine(subject.files, context=longest + 1) as engine:
             with self.context.progress.bar(subject.role, self.tokens) as advance:
                 language = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
-            tasks = self._tasks(subject.role, lambda row: engine_scores(engine, self.tokenizer, row))
+            tasks = as_json(self.suite.run(subject.role, EnginePlayer(engine, self.tokenizer)))
             runtime = engine.runtime
         timed = None
         if self.config.speed:
@@ -260,7 +256,10 @@ def evaluate_path(
             bench.entry(Subject("base", lambda: load_model(base, context.dtype, context.device), base, blocks))
         )
     if bundle:
-        return found + [bench.entry(subject) for subject in bundle_subjects(path)]
-    blocks = load_config(path).num_hidden_layers
-    model = Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)
-    return [*found, bench.entry(model)]
+        found += [bench.entry(subject) for subject in bundle_subjects(path)]
+    else:
+        blocks = load_config(path).num_hidden_layers
+        model = Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)
+        found.append(bench.entry(model))
+    side_by_side(found)
+    return found

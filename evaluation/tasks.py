@@ -1,14 +1,13 @@
-"""Multiple-choice tasks from local JSONL files: question, choices, answer.
+"""Tasks from local JSONL files: multiple choice (question, choices, answer), or written answers (prompt, answer).
 
-The prompt is the question and the word Answer on a line of its own, as the usual harnesses have it for ARC and
-OpenBookQA; each choice is scored by its log-likelihood as the continuation. `accuracy` takes the highest sum,
-`accuracy_norm` the highest sum per byte.
+The prompt of a question is the question and the word Answer on a line of its own, as the usual harnesses have it for
+ARC and OpenBookQA; each choice is scored by its log-likelihood as the continuation. `accuracy` takes the highest sum,
+`accuracy_norm` the highest sum per byte. Written answers are in generation.py.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Engine, Window
 from ..stage import Advance
+from .generation import Exercise
+from .statistics import Outcome, mean
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,66 @@ class Question:
         return f"Question: {self.question}\nAnswer:"
 
 
-def read_task(file: Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` rows of a JSONL file; `UserError` naming file and line for a row that is not one."""
+def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exercise]:
+    """The first `limit` rows of a JSONL file, all of the first row's kind.
+
+    Raises `UserError` naming file and line for a row that is not one.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the task {file} could not be read: {error}") from error
-    rows: list[Question] = []
+    questions: list[Question] = []
+    exercises: list[Exercise] = []
     for number, line in enumerate(lines, start=1):
-        if limit is not None and len(rows) >= limit:
+        if limit is not None and len(questions) + len(exercises) >= limit:
             break
         if line.strip():
-            rows.append(_question(line, f"{file}:{number}"))
-    if not rows:
+            row = _row(line, f"{file}:{number}")
+            if isinstance(row, Question):
+                questions.append(row)
+            else:
+                exercises.append(row)
+            if questions and exercises:
+                raise UserError(f"{file}:{number}: a task is all multiple choice or all written answers, not both")
+    if not questions and not exercises:
         raise UserError(f"the task {file} has no rows")
+    return questions or exercises
+
+
+def read_questions(file: Path, limit: int | None = None) -> list[Question]:
+    """As `read_task`, multiple choice only."""
+    rows = [row for row in read_task(file, limit) if isinstance(row, Question)]
+    if not rows:
+        raise UserError(f"the task {file} is not multiple choice")
     return rows
 
 
-def _question(line: str, where: str) -> Question:
+def _row(line: str, where: str) -> Question | Exercise:
     try:
         row = json.loads(line)
-        question, choices, answer = row["question"], row["choices"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: a row is a JSON object with question, choices and answer") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not a line of JSON: {error}") from error
+    if not isinstance(row, dict) or not ("prompt" in row or "question" in row) or "answer" not in row:
+        raise UserError(f"{where}: a row is a JSON object with question, choices and answer, or with prompt and answer")
+    return _exercise(row, where) if "prompt" in row else _question(row, where)
+
+
+def _exercise(row: dict[str, Any], where: str) -> Exercise:
+    prompt, answer = row["prompt"], row["answer"]
+    if "choices" in row:
+        raise UserError(f"{where}: a row with choices has a question, not a prompt")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(prompt, str) and prompt.strip() and isinstance(answer, str) and answer.strip():
+        return Exercise(prompt, answer)
+    raise UserError(f"{where}: prompt is a text, answer a text or a number")
+
+
+def _question(row: dict[str, Any], where: str) -> Question:
+    question: Any = row["question"]
+    choices: Any = row.get("choices")
+    answer: Any = row["answer"]
     if isinstance(answer, str) and len(answer) == 1 and answer.upper() in "ABCDEFGHIJ":
         answer = "ABCDEFGHIJ".index(answer.upper())
     right = isinstance(question, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
@@ -70,27 +108,21 @@ def _question(line: str, where: str) -> Question:
     return Question(question, choices, answer)
 
 
-def run_task(
-    score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance
-) -> dict[str, float | int]:
-    """Accuracy, accuracy_norm, the half-width of its 95 % interval, and the number of rows.
+def run_task(score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance) -> Outcome:
+    """Accuracy per byte, question by question, with the plain accuracy beside it.
 
     `score` gives the log-likelihood of each choice of a row.
     """
-    hits = normed = 0
+    hits, normed = [], []
     for row in rows:
         scores = score(row)
         sizes = [len(choice.encode()) for choice in row.choices]
-        hits += max(range(len(scores)), key=lambda i: scores[i]) == row.answer
-        normed += max(range(len(scores)), key=lambda i: scores[i] / sizes[i]) == row.answer
-        advance(1, f"{normed / len(rows):.0%} right")
-    share = normed / len(rows)
-    return {
-        "accuracy": hits / len(rows),
-        "accuracy_norm": share,
-        "ci95": 1.96 * math.sqrt(share * (1 - share) / len(rows)),
-        "n": len(rows),
-    }
+        hits.append(float(max(range(len(scores)), key=lambda i: scores[i]) == row.answer))
+        normed.append(float(max(range(len(scores)), key=lambda i: scores[i] / sizes[i]) == row.answer))
+        advance(1, f"{mean(normed):.0%} right")
+    figures = {"accuracy_norm": mean(normed), "accuracy": mean(hits)}
+    chance = mean([1 / len(row.choices) for row in rows])
+    return Outcome("choice", "accuracy_norm", normed, figures["accuracy_norm"], len(rows), chance, figures)
 
 
 def engine_scores(engine: Engine, tokenizer: Any, row: Question) -> list[float]:

@@ -57,7 +57,8 @@ OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisi
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
 TasksOption = Annotated[
-    list[Path] | None, typer.Option("--task", help="A JSONL file with question, choices, answer. May be repeated.")
+    list[str] | None,
+    typer.Option("--task", help="A JSONL file, builtin:copy, builtin:addition, or an lm-eval task. May be repeated."),
 ]
 
 
@@ -136,20 +137,30 @@ def recipes() -> None:
         console.print(f"{name:24} {first}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: compress plan llama8b_26L --on rtx-4090")
 def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    dtype: DtypeOption = "float32",
+    on: Annotated[str | None, typer.Option("--on", help="A named device: cpu-2core, rtx-4090, a100-80g …")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What there is to fit in, such as 24GB; else the device's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, else bfloat16.")
+    ] = None,
     runs: RunsOption = Path("runs"),
     shards: Annotated[int, typer.Option(min=1, help="Full tuning spread over so many processes (run --shard).")] = 1,
 ) -> None:
-    """Parameters, disk and memory of a recipe, from configuration files alone."""
-    from .plan import make_plan, show_plan
+    """Parameters, memory, disk, operations and time of a recipe, from configuration files alone."""
+    from .plan import find_device, make_plan, parse_size, show_plan
     from .recipe import load_recipe
 
+    device = find_device(on) if on else None
+    dtype = dtype or (device.dtype if device else "float32")
     _check_dtype(dtype)
-    show_plan(make_plan(load_recipe(recipe, overrides or []), dtype, runs / ".sources", shards), console)
+    room = parse_size(memory) if memory else None
+    loaded = load_recipe(recipe, overrides or [])
+    show_plan(make_plan(loaded, dtype, runs / ".sources", device, room, shards), console)
 
 
 @app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")
@@ -204,6 +215,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="At most so many tokens of the text.")] = 4096,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     limit: Annotated[int | None, typer.Option(help="At most so many rows of each task.")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="A folder with lm-eval task files (YAML) of your own.")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
@@ -214,6 +228,8 @@ def evaluate(
 
     _check_dtype(dtype)
     settings = {"text": text, "tasks": task or [], "tokens": tokens, "window": window, "limit": limit}
+    if task_folder is not None:
+        settings["harness"] = {"folder": str(task_folder.resolve())}
     eval_command(path, base, settings, device, dtype, runs / ".sources", _progress(errors), console, as_json)
 
 

@@ -95,7 +95,7 @@ def eval_command(
     """Measure one checkpoint, or every artifact of one bundle."""
     text = settings["text"]
     values = settings | {"text": str(text.resolve()) if text else None}
-    values["tasks"] = [str(task.resolve()) for task in settings["tasks"]]
+    values["tasks"] = [str(Path(task).resolve()) if task.endswith(".jsonl") else task for task in settings["tasks"]]
     config = _config(EvaluateConfig, values)
     if text is None:
         raise UserError("name a text file to measure perplexity on: --text FILE")
@@ -114,6 +114,8 @@ def eval_command(
         print(json.dumps(entries, indent=2))
         return
     from .report.schema import ModelEntry
-    from .summary import model_table
+    from .summary import model_table, show_tasks
 
-    console.print(model_table([ModelEntry.model_validate(entry) for entry in entries], str(path)))
+    models = [ModelEntry.model_validate(entry) for entry in entries]
+    console.print(model_table(models, str(path)))
+    show_tasks(models, console)

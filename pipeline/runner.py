@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gc
+import json
 import os
 import platform
 import shutil
@@ -20,7 +20,8 @@ from ..modeling.source import fingerprint_source, hash_file, parse_source
 from ..stage import Context, Group, Inputs, Progress
 from .group import check_same, check_shared, in_turn
 from .inspection import check_weights
-from .measure import Meter
+from .measure import Meter, give_back_memory
+from .plan import Geometry, planned_memory
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
@@ -86,7 +87,8 @@ def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
     for name in order:
         spec, config = STAGES[name], loaded.section(name)
         reads = tuple(other for other in spec.reads if other in prints)
-        files = [hash_file(_existing(name, context.resolve(file)), cache) for file in config.input_files()]
+        named = [path for file in config.input_files() for path in _existing(name, context.resolve(file))]
+        files = [hash_file(path, cache) for path in named]
         digest = fingerprint(
             name,
             spec.format,
@@ -115,10 +117,13 @@ def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
     return order
 
 
-def _existing(stage: str, path: Path) -> Path:
+def _existing(stage: str, path: Path) -> list[Path]:
+    """A file, or all files of a folder in order."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     if not path.is_file():
         raise UserError(f"the stage {stage} reads {path}, which does not exist")
-    return path
+    return [path]
 
 
 def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
@@ -142,11 +147,12 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
         context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
         _check_device(context)
         base = in_turn(group, lambda: _prepare(run, context))
+        planned = _planned(run, base, group.world)
         done: dict[str, Path] = {}
         for number, stage in enumerate(run.stages, start=1):
             if stage.pending:
                 progress.note(f"[{number}/{len(run.stages)}] {stage.spec.name}")
-                _make(run, stage, base, done, context)
+                _make(run, stage, base, done, context, planned.get(stage.spec.name))
             done[stage.spec.name] = stage.folder.path
 
 
@@ -163,7 +169,18 @@ def _prepare(run: Run, context: Context) -> Path:
     return base
 
 
-def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context) -> None:
+def _planned(run: Run, base: Path, world: int) -> dict[str, int]:
+    """The planned peak memory of every stage, in bytes; on CUDA what torch is to allocate."""
+    shape = Geometry.of(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    cuda = run.options.device.startswith("cuda")
+    shards = world if run.options.shard else 1
+    found = planned_memory(run.loaded, shape, run.options.dtype, cuda, shards)
+    return {name: memory.peak - (memory.parts.get("runtime", 0) if cuda else 0) for name, memory in found.items()}
+
+
+def _make(
+    run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context, planned: int | None
+) -> None:
     folder, name, group = stage.folder, stage.spec.name, context.group
     begun = group.share(_begin(run, stage) if group.rank == 0 else None)
     if begun == SEALED:
@@ -176,9 +193,9 @@ def _make(run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], cont
             metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
         group.barrier()  # no process still writes
     if group.rank == 0:
-        _finish(run, stage, context, meter, metrics, begun == RESUMED)
+        _finish(run, stage, context, meter, metrics, begun == RESUMED, planned)
     group.barrier()
-    gc.collect()
+    give_back_memory()
 
 
 NEW, RESUMED, SEALED = "new", "resumed", "sealed"
@@ -198,7 +215,13 @@ def _begin(run: Run, stage: PlannedStage) -> str:
 
 
 def _finish(
-    run: Run, stage: PlannedStage, context: Context, meter: Meter, metrics: dict[str, Any], resumed: bool
+    run: Run,
+    stage: PlannedStage,
+    context: Context,
+    meter: Meter,
+    metrics: dict[str, Any],
+    resumed: bool,
+    planned: int | None,
 ) -> None:
     folder, name = stage.folder, stage.spec.name
     prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
@@ -221,6 +244,7 @@ def _finish(
                 "resumed": resumed,
                 "peak_memory_bytes": meter.peak_memory_bytes,
                 "peak_cuda_bytes": meter.peak_cuda_bytes,
+                "planned_memory_bytes": planned,
                 "metrics": metrics,
             }
         )

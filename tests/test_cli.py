@@ -379,3 +379,17 @@ def test_the_report_of_another_version_s_run_is_refused(run, refused, recipe, ti
     kept = json.loads(record.read_text())
     record.write_text(json.dumps({key: value for key, value in kept.items() if key != "values"}))
     assert "was made by another version of compress" in refused("report", str(folder))
+
+
+def test_eval_sets_tasks_side_by_side(run, refused, tiny, tmp_path):
+    (tmp_path / "t.txt").write_text("some words to measure on " * 20)
+    (tmp_path / "mine.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
+    arguments = ("eval", tiny(seed=2), "--base", tiny(seed=1), "--text", tmp_path / "t.txt", "--limit", 2)
+    arguments += ("--tokens", 32, "--task", "builtin:copy", "--task", tmp_path / "mine.jsonl")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert out.index("mine: accuracy_norm, 1 questions, chance 50.0 %") < out.index("builtin:copy: exact_match")
+    entries = json.loads(run(*arguments, "--json")[1])
+    assert [list(entry["tasks"]) for entry in entries] == [["builtin:copy", "mine"]] * 2
+    assert entries[1]["tasks"]["mine"]["difference"] is not None
+    assert "builtin:coppy" in refused(*arguments, "--task", "builtin:coppy")

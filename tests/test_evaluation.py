@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from compress.evaluation.tasks import (
     Question,
     choice_scores,
     engine_scores,
+    read_questions,
     read_task,
     run_task,
     split_tokens,
 )
 from compress.modeling.load import load_model, load_tokenizer
-from compress.runtime.engine import Distribution, Engine, Window, distributions
 from compress.stage import WORK, Context, Inputs
 
 TEXT = "The library opens at nine. Anna returned three books, paid a fine and walked home along the river. " * 6
@@ -40,42 +39,6 @@ TEXT = "The library opens at nine. Anna returned three books, paid a fine and wa
 
 def silent(n: int = 1, note: str = "") -> None:
     return None
-
-
-class TorchEngine(Engine):
-    """A checkpoint behind the runtime's interface: what a runtime without rounding would say."""
-
-    runtime = "torch"
-    context = 4096
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    @torch.no_grad()
-    def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
-    ) -> list[list[Distribution]]:
-        found = []
-        for window in windows:
-            logits = self.model(torch.tensor([list(window.ids)])).logits[0].numpy()
-            rows = logits[[p - 1 for p in window.positions]]
-            found.append(distributions(rows, window.ids, window.positions, top_k))
-        return found
-
-    def generate(
-        self,
-        ids: Sequence[int],
-        max_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Collection[int] = (),
-    ) -> Iterator[int]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +93,12 @@ def test_figures_match_the_slow_reference(pair, rows, tmp_path):
     assert itself["top1_agreement"] == 1
 
 
-def test_artifacts_get_the_figures_of_the_model_they_hold(pair, rows, tmp_path):
+def test_artifacts_get_the_figures_of_the_model_they_hold(pair, rows, tmp_path, torch_engine):
     base, model, _ = pair
     reference = written(base, rows, tmp_path)
     expected = measure_model(model, rows, reference, silent)
-    assert measure_engine(TorchEngine(model), rows, reference, None, silent) == pytest.approx(expected, rel=1e-4)
-    listed = measure_engine(TorchEngine(model), rows, reference, 20, silent)
+    assert measure_engine(torch_engine(model), rows, reference, None, silent) == pytest.approx(expected, rel=1e-4)
+    listed = measure_engine(torch_engine(model), rows, reference, 20, silent)
     assert listed["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert listed["top1_agreement"] == expected["top1_agreement"]
     assert 0 < listed["kl_to_base"] < expected["kl_to_base"]  # the unlisted tokens count as one: a lower bound
@@ -180,11 +143,11 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.question)
-def test_choices_are_scored_as_if_each_ran_alone(pair, question):
+def test_choices_are_scored_as_if_each_ran_alone(pair, question, torch_engine):
     model, _, tokenizer = pair
     expected = [slow_choice(model, tokenizer, question, i) for i in range(len(question.choices))]
     assert choice_scores(model, tokenizer, question) == pytest.approx(expected, abs=1e-4)
-    assert engine_scores(TorchEngine(model), tokenizer, question) == pytest.approx(expected, abs=1e-4)
+    assert engine_scores(torch_engine(model), tokenizer, question) == pytest.approx(expected, abs=1e-4)
 
 
 def test_prompt_and_endings_make_up_the_text(pair):
@@ -200,9 +163,10 @@ def test_accuracy_counts_sums_and_sums_per_byte():
     rows = [Question("q", ["short", "a much longer choice"], 0), Question("q", ["short", "a much longer choice"], 1)]
     # −4 nats over 5 bytes, −5 over 20: the sum prefers the first, the sum per byte the second.
     found = run_task(lambda row: [-4.0, -5.0], rows, silent)
-    assert (found["accuracy"], found["accuracy_norm"], found["n"]) == (0.5, 0.5, 2)
+    assert (found.metrics, found.n) == ({"accuracy": 0.5, "accuracy_norm": 0.5}, 2)
+    assert (found.scores, found.value, found.chance) == ([0.0, 1.0], 0.5, 0.5)
     first = run_task(lambda row: [-4.0, -5.0], rows[:1], silent)
-    assert (first["accuracy"], first["accuracy_norm"], first["ci95"]) == (1.0, 0.0, 0.0)
+    assert (first.metrics, first.value) == ({"accuracy": 1.0, "accuracy_norm": 0.0}, 0.0)
 
 
 def line(**changes: object) -> str:
@@ -212,7 +176,7 @@ def line(**changes: object) -> str:
 def test_tasks_are_read(tmp_path):
     file = tmp_path / "task.jsonl"
     file.write_text("\n".join([line(), "", line(answer="C"), line(answer="a"), line()]), encoding="utf-8")
-    assert [row.answer for row in read_task(file)] == [1, 2, 0, 1]
+    assert [row.answer for row in read_questions(file)] == [1, 2, 0, 1]
     assert len(read_task(file, limit=2)) == 2
 
 
@@ -282,7 +246,15 @@ def test_the_stage_measures_each_model_once_and_goes_on_after_a_kill(tiny, tmp_p
     assert pruned["blocks"] == base["blocks"] - 1
     assert pruned["kl_to_base"] > 0
     assert pruned["parameters"] < base["parameters"]
-    assert pruned["tasks"]["task"]["n"] == 2
+    task = pruned["tasks"]["task"]
+    assert (task["n"], task["metric"], task["chance"]) == (2, "accuracy_norm", pytest.approx(1 / 3))
+    assert task["difference"] == task["value"] - base["tasks"]["task"]["value"]
+    assert "difference" not in base["tasks"]["task"]
+    answers = [json.loads(row) for row in (out / "answers.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["model"], len(row["scores"])) for row in answers] == [
+        ("task", "base", 2),
+        ("task", "pruned", 2),
+    ]
     assert (out / WORK / "base.float32").exists()
 
 

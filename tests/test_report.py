@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from compress.pipeline.report import html, plots
 from compress.pipeline.report.schema import ModelEntry, Report, StageEntry, TaskResult
+from compress.pipeline.report.tasks import task_lines
 from compress.pipeline.summary import show
 from pydantic import ValidationError
 from rich.console import Console
@@ -38,17 +39,28 @@ def entry(role: str, size: int, perplexity: float, **changes) -> ModelEntry:
 @pytest.fixture
 def report() -> Report:
     distances = [[0.2, 0.1, 0.15, 0.3], [0.25, 0.18, 0.35], [0.3, 0.4], [0.5]]
-    task = TaskResult(accuracy=0.5, accuracy_norm=0.52, ci95=0.04, n=500)
+    task = TaskResult(kind="choice", metric="accuracy_norm", value=0.52, low=0.48, high=0.56, n=500, chance=0.25)
+    after = task.model_copy(
+        update={
+            "value": 0.455,
+            "difference": -0.065,
+            "difference_low": -0.09,
+            "difference_high": -0.04,
+            "kept": 0.875,
+            "kept_above_chance": 0.759,
+        }
+    )
+    copying = TaskResult(kind="generation", metric="exact_match", value=0.0, low=0.0, high=0.11, n=32, chance=0.0)
     verification = {"perplexity": 6.0, "checkpoint_perplexity": 5.9, "kl": 0.01, "top1_agreement": 0.9}
     return Report(
         name="a-run",
         base="package:x/y.gguf",
         measured_on="held-out self-data",
         models=[
-            entry("base", 538_000_000, 4.0, tasks={"arc": task}),
+            entry("base", 538_000_000, 4.0, tasks={"builtin:copy": copying, "arc": task}),
             entry("pruned", 425_000_000, 30.0),
             entry("healed", 425_000_000, 9.0),
-            entry("recovered", 425_000_000, 6.0, tasks={"arc": task}),
+            entry("recovered", 425_000_000, 6.0, tasks={"builtin:copy": copying, "arc": after}),
             entry("gguf-Q4_K_M", 80_000_000, 6.2, tokens_per_second=100.0),
             entry("onnx-int4", 75_000_000, 9.9),
         ],
@@ -60,6 +72,7 @@ def report() -> Report:
                 seconds=61.5,
                 resumed=True,
                 peak_memory_bytes=10**9,
+                planned_memory_bytes=900 * 10**6,
                 metrics={},
             )
         ],
@@ -136,10 +149,43 @@ def test_the_page_is_self_contained_and_escapes_what_comes_from_data(report):
 
 def test_the_page_shows_every_model_and_its_figures(report):
     text = parsed(report).text
+    assert "1.00 GB900.0 MB -10 %" in text.replace("\n", "")  # measured, planned
     for model in report.models:
         assert model.role in text
-    for figure in ("425.0 MB", "80.0 MB", "52.0 %", "± 4.0", "6.2", "1 min 1 s", "resumed", "84 rows", "3 empty"):
+    for figure in (
+        "425.0 MB",
+        "80.0 MB",
+        "52.0 %",
+        "48.0 to 56.0",
+        "6.2",
+        "1 min 1 s",
+        "resumed",
+        "84 rows",
+        "3 empty",
+    ):
         assert figure in text, figure
+
+
+def test_tasks_are_set_side_by_side_generation_last_and_by_itself(report):
+    lines = task_lines(report.models)
+    assert [(line.task, line.role, line.first) for line in lines] == [
+        ("arc", "base", True),
+        ("arc", "recovered", False),
+        ("builtin:copy", "base", True),
+        ("builtin:copy", "recovered", False),
+    ]
+    assert lines[0].title == "arc: accuracy_norm, 500 questions, chance 25.0 %"
+    assert lines[2].title == "builtin:copy: exact_match, 32 questions"
+    assert (lines[0].difference, lines[0].kept) == ("–", "–")
+    found = lines[1]
+    assert (found.score, found.difference) == ("45.5 %", "-6.5 (-9.0 to -4.0)")
+    assert (found.kept, found.kept_above_chance) == ("87.5 %", "75.9 %")
+    perplexity = TaskResult(kind="other", metric="word_perplexity", value=12.5, n=3, difference=2.5)
+    line = task_lines([entry("gguf-Q8_0", 1, 2.0, tasks={"wikitext": perplexity})])[0]
+    assert (line.score, line.interval, line.difference, line.kept) == ("12.5", "–", "+2.5", "–")
+    text = parsed(report).text
+    for part in (lines[0].title, lines[2].title, found.difference, "87.5 %", "75.9 %"):
+        assert part in text
 
 
 def test_the_page_shows_what_the_search_compared_and_the_curve(report):
@@ -238,7 +284,7 @@ def test_a_run_without_stages_has_a_page(report):
 def test_report_json_round_trips_and_refuses_unknown_keys(report):
     values = json.loads(html.to_json(report))
     assert Report.model_validate(values) == report
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     with pytest.raises(ValidationError):
         Report.model_validate(values | {"surprise": 1})
 
@@ -278,5 +324,15 @@ def test_the_summary_names_figures_and_paths(report, tmp_path):
     text = console.export_text()
     assert str(tmp_path / "report.html") in text.replace("\n", "")
     assert str(tmp_path / "export-0a" / "bundle") in text.replace("\n", "")
-    for part in ("base", "recovered", "gguf-Q4_K_M", "80.0 MB", "6.2", "arc"):
+    for part in (
+        "base",
+        "recovered",
+        "gguf-Q4_K_M",
+        "80.0 MB",
+        "6.2",
+        "arc: accuracy_norm",
+        "87.5 %",
+        "75.9 %",
+        "exact_match",
+    ):
         assert part in text

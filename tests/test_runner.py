@@ -139,6 +139,18 @@ def test_weights_files_and_formats_enter(home, monkeypatch):
     assert changed(before, plan(home)) == ORDER[2:]
 
 
+def test_files_of_a_named_folder_count(home):
+    (home / "tasks").mkdir()
+    (home / "tasks" / "a.yaml").write_text("task: a\n")
+    overrides = ("evaluate.tasks=[a]", "evaluate.harness.folder=tasks")
+    before = plan(home, *overrides)
+    assert changed(before, plan(home, *overrides)) == ()
+    (home / "tasks" / "a.yaml").write_text("task: a  # changed\n")
+    assert changed(before, plan(home, *overrides)) == ("evaluate",)
+    with pytest.raises(UserError, match="which does not exist"):
+        plan(home, "evaluate.tasks=[a]", "evaluate.harness.folder=none")
+
+
 def test_where_and_how_a_recipe_runs_does_not_enter(home, tmp_path):
     before = plan(home)
     assert changed(before, plan(home, device="cuda", dtype="bfloat16")) == ()

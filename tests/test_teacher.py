@@ -354,7 +354,7 @@ def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
         )
         for split in stage.SPLITS
     )
-    preparation = students.Preparation(config, inputs, held, Context())
+    preparation = students.Preparation(inputs, held, Context())
     student, held_by, held_out = preparation.student(job, train, [])
     del preparation
     assert held_by is not None and held_by.anchor(

@@ -55,6 +55,8 @@ def _entry(stage: StageRecord) -> StageEntry:
         seconds=manifest["seconds"],
         resumed=manifest["resumed"],
         peak_memory_bytes=manifest["peak_memory_bytes"],
+        peak_cuda_bytes=manifest["peak_cuda_bytes"],
+        planned_memory_bytes=manifest.get("planned_memory_bytes"),
         metrics=manifest["metrics"],
     )
 

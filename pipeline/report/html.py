@@ -9,6 +9,7 @@ from typing import Any
 
 from . import plots
 from .schema import ModelEntry, Report
+from .tasks import task_lines
 
 ORDER = ("base", "pruned", "healed", "recovered", "merged")
 
@@ -40,7 +41,7 @@ def render(report: Report) -> str:
         report=report,
         headline=headline(report),
         students=students(report),
-        tasks=sorted({name for model in report.models for name in model.tasks}),
+        tasks=task_lines(report.models),
         total_seconds=sum(stage.seconds for stage in report.stages),
         longest=max((stage.seconds for stage in report.stages), default=1.0) or 1.0,
         figures={

@@ -12,12 +12,21 @@ class _Entry(BaseModel):
 
 
 class TaskResult(_Entry):
-    """Multiple choice: shares of 1."""
+    """One task: the value of one metric, and what is left of the base's."""
 
-    accuracy: float
-    accuracy_norm: float
-    ci95: float  # half-width of the 95 % interval of accuracy_norm
+    kind: Literal["choice", "generation", "other"]  # of the answers: chosen, written, or neither
+    metric: str
+    value: float
+    low: float | None = None  # the 95 % interval; none where the metric is no mean over questions
+    high: float | None = None
     n: int
+    chance: float | None = None  # what guessing scores
+    difference: float | None = None  # to the base, on the same questions
+    difference_low: float | None = None
+    difference_high: float | None = None
+    kept: float | None = None  # value / the base's
+    kept_above_chance: float | None = None  # the same above what guessing scores
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class ModelEntry(_Entry):
@@ -47,14 +56,21 @@ class StageEntry(_Entry):
     fingerprint: str
     seconds: float
     resumed: bool
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the process and its children
+    peak_cuda_bytes: int | None = None  # allocated by torch
+    planned_memory_bytes: int | None = None  # of the device the stage ran on
     metrics: dict[str, Any]
+
+    @property
+    def measured_memory_bytes(self) -> int:
+        """What the plan is to be compared with."""
+        return self.peak_memory_bytes if self.peak_cuda_bytes is None else self.peak_cuda_bytes
 
 
 class Report(_Entry):
     """The whole report."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     base: str  # the model source as the recipe has it
     measured_on: str | None  # what perplexity was measured on

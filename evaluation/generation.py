@@ -1,0 +1,152 @@
+"""Tasks whose answer is written: greedy, judged by exact match.
+
+An answer that is a number is right when the last number written equals it; any other when what was written is the
+answer, but for case, spacing, and quotes and punctuation around it. `contains` is the laxer figure: the answer stands
+somewhere in what was written, as whole words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from ..data.chat import render, special_tokens
+from ..data.sampling import Sampling, sample
+from ..runtime.engine import Engine
+from ..stage import Advance
+from .statistics import Outcome, mean
+
+# A minus sign counts where it cannot be a dash or a subtraction: not after a digit, a letter or a closing bracket.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_AROUND = " \t\r\n.,;:!?'\"`*“”\u2018’"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One row of a task whose answer is written."""
+
+    prompt: str
+    answer: str
+    examples: tuple[tuple[str, str], ...] = ()  # prompts and answers that come before it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An exercise as the model is given it."""
+
+    ids: list[int]
+    one_line: bool  # without a chat template nothing ends an answer but its line
+
+
+def prepare(tokenizer: Any, exercise: Exercise, chat: bool | None) -> Prompt:
+    """Tokens of a prompt after its examples: turns of the chat template, or the texts as they are, line by line.
+
+    `chat` None takes the template where the tokenizer has one; True without one is a `UserError`.
+    """
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
+    if not chat:
+        text = "".join(f"{prompt}\n{answer}\n\n" for prompt, answer in exercise.examples) + exercise.prompt
+        text += "\n" if exercise.examples else ""
+        return Prompt(list(tokenizer(text, verbose=False)["input_ids"]), True)
+    turns = [text for example in exercise.examples for text in example] + [exercise.prompt]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    text = render(tokenizer, messages, answer=True)
+    return Prompt(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), False)
+
+
+def stops(tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: every special token, so that checkpoints and artifacts end alike."""
+    eos = tokenizer.eos_token_id
+    return frozenset(special_tokens(tokenizer)) | (frozenset() if eos is None else {eos})
+
+
+def write_with_model(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, batch: int, advance: Advance
+) -> list[str]:
+    """What a torch model writes after each prompt."""
+    found: list[str] = []
+    stop, how = stops(tokenizer), Sampling(max_tokens, temperature=0)
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        ended = _line_ended(tokenizer) if part[0].one_line else None
+        rows = sample(model, [p.ids for p in part], [0] * len(part), how, stop=stop, stopped=ended)
+        found += [text_of(tokenizer, row.tokens) for row in rows]
+        advance(len(part))
+    return found
+
+
+def write_with_engine(
+    engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, advance: Advance
+) -> list[str]:
+    """What an artifact writes after each prompt, in its runtime."""
+    found: list[str] = []
+    stop: Collection[int] = stops(tokenizer)
+    for prompt in prompts:
+        ended = _line_ended(tokenizer) if prompt.one_line else None
+        tokens: list[int] = []
+        for token in engine.generate(prompt.ids, max_tokens, stop=stop):
+            tokens.append(token)
+            if ended is not None and ended(tokens):
+                break
+        found.append(text_of(tokenizer, tokens))
+        advance(1)
+    return found
+
+
+def text_of(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _line_ended(tokenizer: Any) -> Callable[[list[int]], bool]:
+    """Whether a line with something on it has ended."""
+    return lambda tokens: "\n" in text_of(tokenizer, tokens).lstrip()
+
+
+def judge(
+    exercises: Sequence[Exercise], prompts: Sequence[Prompt], written: Sequence[str], chance: float | None = 0.0
+) -> Outcome:
+    """The share of answers that are right, with what merely contains the answer beside it."""
+    scores, contained = [], []
+    for exercise, prompt, text in zip(exercises, prompts, written, strict=True):
+        if prompt.one_line:
+            text = text.lstrip().split("\n", 1)[0]
+        scores.append(float(is_right(text, exercise.answer)))
+        contained.append(float(contains(text, exercise.answer)))
+    figures = {"exact_match": mean(scores), "contains": mean(contained)}
+    return Outcome("generation", "exact_match", scores, figures["exact_match"], len(scores), chance, figures)
+
+
+def is_right(written: str, answer: str) -> bool:
+    """Whether a written text is the answer."""
+    wanted = number(answer)
+    if wanted is not None:
+        numbers = _NUMBER.findall(written)
+        return bool(numbers) and _decimal(numbers[-1]) == wanted
+    return normalised(written) == normalised(answer)
+
+
+def contains(written: str, answer: str) -> bool:
+    """Whether the answer stands in a written text: the number among its numbers, the words as whole words."""
+    wanted = number(answer)
+    if wanted is not None:
+        return any(_decimal(found) == wanted for found in _NUMBER.findall(written))
+    return re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", normalised(written)) is not None
+
+
+def number(text: str) -> Decimal | None:
+    """The number that a text is as a whole, currency and percent signs left out; None where it is none."""
+    text = text.strip().strip("$€£%").strip()
+    return _decimal(text) if _NUMBER.fullmatch(text) else None
+
+
+def _decimal(text: str) -> Decimal:
+    return Decimal(text.replace(",", ""))
+
+
+def normalised(text: str) -> str:
+    """Lower case, single spaces, no quotes or punctuation around."""
+    return " ".join(text.casefold().split()).strip(_AROUND)

@@ -1,0 +1,177 @@
+"""Tasks of lm-eval (extra `eval`), for checkpoints and artifacts.
+
+What is reported is one metric per task: acc_norm, else acc, else exact_match, else the first that the task lists; of a
+task with several filters (gsm8k) under its first one. A group or tag is one line: all its questions count the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..modeling.checkpoint import quiet
+from ..stage import Advance, Context
+from .config import EvaluateConfig
+from .statistics import Kind, Outcome, mean
+
+PREFERRED = ("acc_norm", "acc", "exact_match")
+KINDS: dict[str, Kind] = {"multiple_choice": "choice", "generate_until": "generation"}
+
+
+def load_tasks(config: EvaluateConfig, context: Context) -> dict[str, list[Any]]:
+    """lm-eval's task objects for each name of the recipe, their data loaded.
+
+    Raises `UserError` where lm-eval is missing, for unknown names, and for data that cannot be had.
+    """
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.tasks: {', '.join(config.harness_tasks)} are run by lm-eval, which is not installed ({error}); "
+            "install it with: pip install 'compress[eval]'"
+        ) from error
+    folder = context.resolve(config.harness.folder) if config.harness.folder else None
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"evaluate.harness.folder: there is no folder {folder}")
+    with quiet():
+        manager = _manager(config.harness_tasks, folder)
+        unknown = [name for name in config.harness_tasks if name not in manager.task_index]
+        if unknown:
+            raise UserError("evaluate.tasks: " + "; ".join(_unknown(name, manager.all_tasks) for name in unknown))
+        return {name: _load(manager, name, folder, config) for name in config.harness_tasks}
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return _lm_evals_own()
+    own = TaskManager(include_path=str(folder), include_defaults=False)
+    return own if all(name in own.task_index for name in names) else TaskManager(include_path=str(folder))
+
+
+@cache
+def _lm_evals_own() -> Any:
+    """Reading lm-eval's own 15,000 tasks takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 3)
+    return f"lm-eval has no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
+
+
+def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) -> list[Any]:
+    # Paths of data in task files are read relative to where the process stands.
+    with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():
+        try:
+            tasks = list(manager.load([name])["tasks"].values())
+        except Exception as error:  # of datasets, the Hub, YAML and the task's own code: they share no base class
+            reason = str(error).strip().splitlines() or ["no reason given"]
+            raise UserError(
+                f"evaluate.tasks: lm-eval could not load {name} ({type(error).__name__}: {reason[0][:300]}); its data "
+                "comes from the Hub unless its task file names local files"
+            ) from error
+    for task in tasks:
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"evaluate.tasks: {task.task_name} runs code that the model writes, which is not done here")
+        given = task.get_config("num_fewshot")
+        if given is None or (config.harness.fewshot is not None and given != 0):  # 0 in a task file is meant
+            task.set_config("num_fewshot", config.harness.fewshot or 0)
+    return tasks
+
+
+def run_tasks(
+    name: str, tasks: Sequence[Any], language_model: Any, config: EvaluateConfig, seed: int, advance: Advance
+) -> Outcome:
+    """One task, or the tasks of one group, for one model.
+
+    `language_model` is an `LM` of lm-eval; `advance` is told of every request.
+    """
+    from lm_eval.evaluator import evaluate
+
+    for task in tasks:
+        task.set_fewshot_seed(seed)  # anew for every model, so that all get the same examples
+    with quiet(), _told(language_model, advance):
+        try:
+            results: Any = evaluate(
+                language_model,
+                {"tasks": {task.task_name: task for task in tasks}, "groups": {}, "group_map": {}},
+                limit=config.limit,
+                bootstrap_iters=0,
+                apply_chat_template=config.harness.chat,
+                fewshot_as_multiturn=config.harness.chat,
+            )
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"evaluate.tasks: lm-eval could not run {name}: {type(error).__name__}: {error}") from error
+    parts = [_outcome(task, results["samples"][task.task_name], results["results"][task.task_name]) for task in tasks]
+    return parts[0] if len(parts) == 1 else _together(name, parts)
+
+
+@contextlib.contextmanager
+def _told(language_model: Any, advance: Advance) -> Iterator[None]:
+    """lm-eval tells its cache of every finished request; here the cache only counts."""
+
+    class Counter:
+        def add_partial(self, *_: Any) -> None:
+            advance(1)
+
+    before = language_model.cache_hook
+    language_model.set_cache_hook(Counter())
+    try:
+        yield
+    finally:
+        language_model.set_cache_hook(before)
+
+
+def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) -> Outcome:
+    first = samples[0]["filter"]
+    rows = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+    listed = [metric for metric in rows[0]["metrics"] if f"{metric},{first}" in results]
+    metric = next((m for m in (*PREFERRED, *listed) if m in listed), None)
+    if metric is None:
+        raise UserError(f"evaluate.tasks: {task.task_name} has no metric that is a number")
+    values = [row[metric] for row in rows]
+    simple = all(isinstance(value, bool | int | float) or hasattr(value, "__float__") for value in values)
+    figures = {
+        key.removesuffix(",none"): float(value)
+        for key, value in results.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+    scores = [float(value) for value in values] if simple else []
+    value = float(results[f"{metric},{first}"])
+    if scores and abs(mean(scores) - value) > 1e-6:  # another aggregation than the mean, such as a median
+        scores = []
+    kind = KINDS.get(task.OUTPUT_TYPE, "other")
+    chance = _chance(task, rows) if kind == "choice" else {"generation": 0.0, "other": None}[kind]
+    higher = task.higher_is_better().get(metric) is not False
+    return Outcome(kind, metric, scores, value, len(rows), chance, figures, higher)
+
+
+def _chance(task: Any, rows: Sequence[dict[str, Any]]) -> float:
+    return mean([1 / len(task.doc_to_choice(row["doc"])) for row in rows])
+
+
+def _together(name: str, parts: Sequence[Outcome]) -> Outcome:
+    """The outcome of a group from those of its tasks."""
+    metric, kind = parts[0].metric, parts[0].kind
+    if any(not p.scores or p.metric != metric or p.kind != kind for p in parts):
+        raise UserError(f"evaluate.tasks: the tasks of {name} have different metrics; name them one by one")
+    scores = [score for part in parts for score in part.scores]
+    n = len(scores)
+    chances = [part.chance for part in parts]
+    chance = None
+    if all(c is not None for c in chances):
+        chance = sum((c or 0.0) * p.n for c, p in zip(chances, parts, strict=True)) / n
+    shared = [key for key in parts[0].metrics if all(key in part.metrics for part in parts)]
+    figures = {key: sum(part.metrics[key] * part.n for part in parts) / n for key in shared}
+    return Outcome(kind, metric, scores, mean(scores), n, chance, figures, parts[0].higher_is_better)

@@ -1,0 +1,121 @@
+"""What a task's figures are worth: intervals, paired differences, and what is kept of the base's ability.
+
+Everything follows from one score per question, the same questions for every model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Z = 1.959964  # of a two-sided interval of 95 %
+Kind = Literal["choice", "generation", "other"]
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model's result on one task."""
+
+    kind: Kind
+    metric: str  # of the scores; others are in `metrics`
+    scores: list[float]  # one per question, in the task's order; empty where the metric is not a mean over questions
+    value: float
+    n: int
+    chance: float | None = None  # what guessing scores
+    metrics: dict[str, float] = field(default_factory=dict)
+    higher_is_better: bool = True
+
+
+def mean(scores: Sequence[float]) -> float:
+    return math.fsum(scores) / len(scores)
+
+
+def wilson(hits: float, n: int) -> Interval:
+    """Wilson's 95 % interval of a share: stays within 0 and 1, and has a width where all or none is right."""
+    share, z2 = hits / n, Z * Z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # At the ends the formula gives 0 and 1 exactly; rounding must not.
+    return Interval(0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half)
+
+
+def interval(scores: Sequence[float]) -> Interval:
+    """The 95 % interval of a mean: Wilson's where every score is 0 or 1, else the normal one."""
+    if _binary(scores):
+        return wilson(sum(scores), len(scores))
+    return _normal(scores)
+
+
+def paired_interval(base: Sequence[float], scores: Sequence[float]) -> Interval:
+    """The 95 % interval of the mean difference `scores` − `base` on the same questions.
+
+    Right and wrong: the normal interval with half a question added to each of the four cells (Agresti and Min 2005,
+    doi 10.1002/sim.1781), which has a width even where the two models never differ. Other scores: the normal one.
+    Raises `ValueError` where the questions are not the same in number.
+    """
+    if len(base) != len(scores):
+        raise ValueError(f"{len(base)} and {len(scores)} scores cannot be paired")
+    if not (_binary(base) and _binary(scores)):
+        return _normal([b - a for a, b in zip(base, scores, strict=True)])
+    won = sum(b > a for a, b in zip(base, scores, strict=True)) + 0.5
+    lost = sum(b < a for a, b in zip(base, scores, strict=True)) + 0.5
+    n = len(base) + 2
+    centre = (won - lost) / n
+    half = Z * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
+    return Interval(max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def _binary(scores: Sequence[float]) -> bool:
+    return all(score in (0, 1) for score in scores)
+
+
+def _normal(scores: Sequence[float]) -> Interval:
+    n, centre = len(scores), mean(scores)
+    spread = math.fsum((s - centre) ** 2 for s in scores)
+    half = Z * math.sqrt(spread / (n - 1) / n) if n > 1 else math.inf
+    return Interval(centre - half, centre + half)
+
+
+def kept_above_chance(value: float, base: Outcome) -> float | None:
+    """(value − chance) / (base − chance); None where the base itself may only be guessing."""
+    if base.chance is None or not base.scores or interval(base.scores).low <= base.chance:
+        return None
+    return (value - base.chance) / (base.value - base.chance)
+
+
+def compare(outcome: Outcome, base: Outcome | None) -> dict[str, Any]:
+    """The figures of the report: value with interval, and against the base the paired difference and what is kept.
+
+    `base` is None for the base itself, and where there is none.
+    """
+    found: dict[str, Any] = {
+        "kind": outcome.kind,
+        "metric": outcome.metric,
+        "value": outcome.value,
+        "n": outcome.n,
+        "chance": outcome.chance,
+        "metrics": outcome.metrics,
+    }
+    if outcome.scores:
+        found["low"], found["high"] = _finite(interval(outcome.scores))
+    if base is None:
+        return found
+    found["difference"] = outcome.value - base.value
+    if outcome.scores and base.scores:
+        found["difference_low"], found["difference_high"] = _finite(paired_interval(base.scores, outcome.scores))
+    if outcome.higher_is_better:
+        found["kept"] = outcome.value / base.value if base.value > 0 else None
+        found["kept_above_chance"] = kept_above_chance(outcome.value, base)
+    return found
+
+
+def _finite(found: Interval) -> tuple[float | None, float | None]:
+    """JSON has no infinity: an interval of one non-binary score is none."""
+    return (found.low, found.high) if math.isfinite(found.high - found.low) else (None, None)

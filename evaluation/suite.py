@@ -1,0 +1,161 @@
+"""All tasks of an evaluation, run for one model or artifact after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..runtime.engine import Engine
+from ..stage import Advance, Context
+from .builtin import exercises
+from .config import BUILTIN, EvaluateConfig, task_name
+from .generation import Exercise, Prompt, judge, prepare, write_with_engine, write_with_model
+from .statistics import Outcome, compare
+from .tasks import Question, choice_scores, engine_scores, read_task, run_task, split_tokens
+
+HARNESS_TOKENS = 2048  # of lm-eval's prompts more is cut off on the left, in checkpoints and artifacts alike
+BATCH = 16  # prompts a checkpoint answers at once
+
+
+class Player(Protocol):
+    """A model or artifact that can take tasks."""
+
+    def scores(self, row: Question) -> list[float]:
+        """The log-likelihood of each choice."""
+        ...
+
+    def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
+        """What is written after each prompt, greedily."""
+        ...
+
+    def language_model(self, longest: int, batch: int) -> Any:
+        """The same as an `LM` of lm-eval, for prompts of `longest` tokens at most."""
+        ...
+
+
+class TorchPlayer:
+    """A checkpoint."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+
+    def scores(self, row: Question) -> list[float]:
+        return choice_scores(self.model, self.tokenizer, row)
+
+    def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
+        return write_with_model(self.model, self.tokenizer, prompts, max_tokens, BATCH, advance)
+
+    def language_model(self, longest: int, batch: int) -> Any:
+        from .harness_models import checkpoint_lm
+
+        return checkpoint_lm(self.model, self.tokenizer, longest, batch)
+
+
+class EnginePlayer:
+    """An artifact in its runtime."""
+
+    def __init__(self, engine: Engine, tokenizer: Any):
+        self.engine, self.tokenizer = engine, tokenizer
+
+    def scores(self, row: Question) -> list[float]:
+        return engine_scores(self.engine, self.tokenizer, row)
+
+    def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
+        return write_with_engine(self.engine, self.tokenizer, prompts, max_tokens, advance)
+
+    def language_model(self, longest: int, batch: int) -> Any:
+        from .harness_models import EngineLM
+
+        return EngineLM(self.engine, self.tokenizer, longest)
+
+
+class Suite:
+    """The tasks of one evaluation, read once.
+
+    Raises `UserError` for broken files, unknown names, and lm-eval tasks whose data cannot be had.
+    """
+
+    def __init__(self, config: EvaluateConfig, context: Context, tokenizer: Any):
+        self.config, self.context, self.tokenizer = config, context, tokenizer
+        self.local: dict[str, list[Question] | list[Exercise]] = {}
+        for task in config.tasks:
+            if task in BUILTIN:
+                self.local[task] = exercises(task, config.limit)
+            elif task.endswith(".jsonl"):
+                self.local[task_name(task)] = read_task(context.resolve(task), config.limit)
+        self.prompts = {
+            name: [prepare(tokenizer, row, config.chat) for row in rows if isinstance(row, Exercise)]
+            for name, rows in self.local.items()
+        }
+        self.harness: dict[str, Any] = {}
+        if config.harness_tasks:
+            from .harness import load_tasks
+
+            self.harness = load_tasks(config, context)
+
+    def longest(self) -> int:
+        """Tokens of the longest text an artifact is asked about, the answer included; 0 without tasks."""
+        found = [len(prompt.ids) + self.config.max_tokens for prompts in self.prompts.values() for prompt in prompts]
+        for rows in self.local.values():
+            for row in rows:
+                if isinstance(row, Question):
+                    prompt, endings = split_tokens(self.tokenizer, row)
+                    found.append(len(prompt) + max(map(len, endings)))
+        return max([*found, HARNESS_TOKENS + 1 if self.harness else 0], default=0)
+
+    def run(self, role: str, player: Player) -> dict[str, Outcome]:
+        """The outcome of every task, in the recipe's order."""
+        found: dict[str, Outcome] = {}
+        for name in map(task_name, self.config.tasks):
+            found[name] = self._local(role, name, player) if name in self.local else self._harness(role, name, player)
+        return found
+
+    def _local(self, role: str, name: str, player: Player) -> Outcome:
+        rows = self.local[name]
+        with self.context.progress.bar(f"{role} {name}", len(rows)) as advance:
+            questions = [row for row in rows if isinstance(row, Question)]
+            if questions:
+                return run_task(player.scores, questions, advance)
+            written = player.write(self.prompts[name], self.config.max_tokens, advance)
+            return judge([row for row in rows if isinstance(row, Exercise)], self.prompts[name], written)
+
+    def _harness(self, role: str, name: str, player: Player) -> Outcome:
+        from .harness import run_tasks
+
+        language_model = player.language_model(HARNESS_TOKENS, self.config.harness.batch)
+        with self.context.progress.bar(f"{role} {name}") as advance:
+            return run_tasks(name, self.harness[name], language_model, self.config, self.context.seed, advance)
+
+
+def side_by_side(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Replace each entry's outcomes (as dictionaries) by the report's figures, set against the base's.
+
+    Returns what was taken out, every question's score: {task: {role: scores}}.
+    """
+    outcomes = {entry["role"]: {n: Outcome(**o) for n, o in entry["tasks"].items()} for entry in entries}
+    base = outcomes.get("base", {})
+    answers: dict[str, dict[str, list[float]]] = {}
+    for entry in entries:
+        role = entry["role"]
+        for name, outcome in outcomes[role].items():
+            entry["tasks"][name] = compare(outcome, base.get(name) if role != "base" else None)
+            if outcome.scores:
+                answers.setdefault(name, {})[role] = outcome.scores
+    return answers
+
+
+def write_answers(answers: dict[str, dict[str, list[float]]], file: Path) -> None:
+    """Every question's score, a line per task and model."""
+    lines = [
+        json.dumps({"task": task, "model": role, "scores": scores}) + "\n"
+        for task, models in answers.items()
+        for role, scores in models.items()
+    ]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    return {name: asdict(outcome) for name, outcome in outcomes.items()}

@@ -1,0 +1,22 @@
+"""`compress plan`: what a recipe takes, from configuration files alone, and what to change where it does not fit."""
+
+from .devices import Device, find_device, parse_size
+from .fit import Change, smallest_change
+from .geometry import Geometry, read_geometry
+from .plan import Plan, StagePlan, make_plan, planned_memory
+from .show import show_plan
+
+__all__ = [
+    "Change",
+    "Device",
+    "Geometry",
+    "Plan",
+    "StagePlan",
+    "find_device",
+    "make_plan",
+    "parse_size",
+    "planned_memory",
+    "read_geometry",
+    "show_plan",
+    "smallest_change",
+]

@@ -1,0 +1,123 @@
+"""A decoder's shape from its configuration file: what every estimate is made of. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...modeling.source import parse_source
+from ...runtime.gguf_header import read_header, read_tensor_names
+from ..recipe import LoadedRecipe, ModelSpec
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A decoder's shape."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Geometry:
+        heads = config["num_attention_heads"]
+        return cls(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            config["intermediate_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            config["vocab_size"],
+            bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_parameters(self) -> int:
+        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def block_products(self) -> int:
+        """Weights of one block that take part in matrix products: all but the norms."""
+        return self.block_parameters - 2 * self.hidden
+
+    def parameters(self, blocks: int) -> int:
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return blocks * self.block_parameters + embeddings + self.hidden
+
+    def kv_bytes(self, tokens: int, size: int) -> int:
+        return 2 * self.blocks * self.kv_heads * self.head_size * tokens * size
+
+    @property
+    def state(self) -> int:
+        """Numbers of one token's largest moment inside a block: its stream, and what the MLP holds."""
+        return 4 * self.hidden + 3 * self.intermediate
+
+
+def read_geometry(loaded: LoadedRecipe, cache: Path) -> Geometry:
+    """The shape of a recipe's model. Raises `UserError` where its configuration cannot be had."""
+    return Geometry.of(_read_config(loaded, cache))
+
+
+def _read_config(loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
+    model = loaded.recipe.model
+    if isinstance(model, ModelSpec) and model.config:
+        return _json(loaded.folder / model.config)
+    source = parse_source(loaded.source, loaded.folder)
+    if source.kind == "folder":
+        assert source.path is not None
+        return _json(source.path / "config.json")
+    if source.kind == "gguf":
+        assert source.path is not None
+        return _gguf_config(source.path)
+    if source.kind == "random":
+        from ...modeling.load import load_config, resolve
+
+        return load_config(resolve(loaded.source, cache)).to_dict()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _json(Path(hf_hub_download(source.text, "config.json", revision=source.revision)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the configuration of {source.text} could not be had from the Hub ({type(error).__name__}); "
+            "name a local copy under model.config"
+        ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} could not be read as JSON: {error}") from error
+
+
+def _gguf_config(file: Path) -> dict[str, Any]:
+    values, tensors = read_header(file), read_tensor_names(file)
+    arch = values.get("general.architecture")
+    config = {
+        "num_hidden_layers": values.get(f"{arch}.block_count"),
+        "hidden_size": values.get(f"{arch}.embedding_length"),
+        "intermediate_size": values.get(f"{arch}.feed_forward_length"),
+        "num_attention_heads": values.get(f"{arch}.attention.head_count"),
+        "vocab_size": values.get("tokenizer.ggml.tokens"),
+    }
+    missing = [key for key, value in config.items() if not isinstance(value, int)]
+    if missing:
+        raise UserError(f"{file} is not a language model: its header has no {', '.join(missing)}")
+    return config | {
+        "num_key_value_heads": values.get(f"{arch}.attention.head_count_kv"),
+        "head_dim": values.get(f"{arch}.attention.key_length"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }

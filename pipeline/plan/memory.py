@@ -1,0 +1,295 @@
+"""Peak memory of each stage, as the sum of its parts at the worst moment.
+
+On a CPU the resident set is meant, as the run measures it: weights of a safetensors file count once they were
+touched, because the file is mapped; so do the mapped log-probabilities of the evaluation. On CUDA it is what torch
+allocates, and the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
+from ...distill.config import Copy, DistillConfig, Full, Lora, Shared, needs_teacher
+from ...errors import UserError
+from ...evaluation.config import EvaluateConfig
+from ...export.config import ExportConfig
+from ...merge.config import SHARD, MergeConfig
+from ...prune.config import PruneConfig
+from ..report.html import megabytes
+from .geometry import Geometry
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+NF4, INT8 = 0.56, 1.06  # bytes per weight, block scales included
+EXPORT_BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 6.6, "Q4_K_M": 4.9, "Q4_0": 4.6, "int4": 5.7, "int8": 9, "fp32": 32}
+PARTS = ("runtime", "weights", "teacher", "adapters", "optimizer", "activations", "kv", "logits", "other", "mapped")
+Parts = dict[str, int]  # of PARTS, in bytes
+
+# What the process holds without a model, by stage: Python, torch, transformers, and what each stage imports and leaves
+# behind. Measured with a tiny model on Linux, torch 2.13 for CPUs.
+RUNTIME = {"data": 585e6, "prune": 600e6, "distill": 612e6, "merge": 612e6, "export": 635e6, "evaluate": 640e6}
+CUDA_CONTEXT = 800e6  # assumed: context and cuBLAS workspaces
+TEMPLATE = 32  # tokens a chat template puts around a turn
+# Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
+# probabilities, the difference and the product, before the gradients.
+HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
+SCORED = 128  # positions whose logits exist at once in an evaluation
+ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, and how its weights are held."""
+
+    shape: Geometry
+    kept: int  # blocks after pruning
+    dtype: str
+    cuda: bool = False
+    heldout: int | None = None  # tokens that the data stage's held-out rows have to measure on, at most
+    shards: int = 1  # processes that full tuning is spread over; memory is that of one
+
+    @property
+    def size(self) -> int:
+        return BYTES[self.dtype]
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the unpruned model."""
+        return self.shape.parameters(self.shape.blocks) * self.size
+
+    @property
+    def small(self) -> int:
+        """Bytes of the pruned model."""
+        return self.shape.parameters(self.kept) * self.size
+
+    def runtime(self, stage: str) -> int:
+        return int(CUDA_CONTEXT if self.cuda else RUNTIME.get(stage, 600e6))
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One stage: its parts at the worst moment, what it writes, and a word on it."""
+
+    parts: Parts
+    disk: int = 0
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        """What a run will show."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """What there has to be: pages of a mapped scratch file are given back when memory is short."""
+        return self.peak - self.parts.get("mapped", 0)
+
+
+def worst(*moments: Parts) -> Parts:
+    """The moment that holds most, its parts in order and without empty ones."""
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    return {name: int(most[name]) for name in PARTS if most.get(name)}
+
+
+def stage_memory(stage: str, section: Any, setting: Setting) -> StageMemory:
+    """The estimate for one stage of a recipe."""
+    return STAGE_MEMORY[stage](section, setting)
+
+
+def data_memory(config: Any, at: Setting) -> StageMemory:
+    """Rows written by the unpruned model: its weights, and the cache of a whole batch; then what it says of them."""
+    shape, runtime = at.shape, {"runtime": at.runtime("data")}
+    chat = isinstance(config, MagpieConfig)
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        writing, note = _rewriting(config, at)
+        targets = config.length  # at most
+    else:
+        targets = config.max_tokens if chat else config.tokens
+        longest = TEMPLATE + config.max_prompt_tokens + config.max_tokens if chat else config.tokens
+        writing, note = {"weights": at.whole} | _sampling(at, config.batch, longest), f"{config.batch} rows at once"
+    if config.teacher is None:
+        return StageMemory(worst(runtime | writing), 0, note)
+    k = min(config.teacher.top_k, shape.vocab)
+    per_target = k * (2 if shape.vocab <= 1 << 16 else 4) + (k + 1) * 2 + 8  # data/teacher_cache.py
+    looking = runtime | {
+        "weights": at.whole,
+        "activations": config.teacher.batch * config.length * shape.state * at.size,
+        "logits": 256 * shape.vocab * 4 * 3,
+    }
+    note += f"; teacher: {per_target} bytes per learned token"
+    return StageMemory(worst(runtime | writing, looking), (config.rows or 0) * targets * per_target, note)
+
+
+def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> Parts:
+    # Of the logits: themselves, probabilities, their float64 sums.
+    kv = at.shape.kv_bytes(rows * tokens, size or at.size)
+    return {"kv": kv, "logits": rows * at.shape.vocab * (4 + 4 + 8)}
+
+
+def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Parts, str]:
+    note = "rows of a data set" if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets"
+    kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
+    if not kinds:
+        return {}, note
+    # The prompt has the row in it, and what is asked.
+    tokens = config.length + 128 + max(kind.max_tokens for kind in kinds)
+    note += f", {config.batch} rewritten at once by {config.engine.kind}"
+    if isinstance(config.engine, LlamaCppEngine):  # at most 8 bits per weight, and a cache in float16
+        return {"weights": at.whole // at.size} | _sampling(at, config.batch, tokens, 2), note
+    return {"weights": at.whole} | _sampling(at, config.batch, tokens), note
+
+
+def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
+    """One batch's hidden states between all blocks, and the sums of the least-squares fit."""
+    shape = at.shape
+    tokens = config.calibration.batch * config.calibration.length
+    inner = shape.intermediate if config.heal.kind == "refit" else shape.hidden
+    sums = 4 * inner * (inner + 2 * shape.hidden) * 8  # fitted, held out, both, and the solution's own copies
+    note = f"{at.kept} of {shape.blocks} blocks stay"
+    if config.blocks == "auto" and at.kept == shape.blocks:
+        note = "as many blocks go as the goal allows"
+    if config.splits and config.scores_healed:  # prune/moments.py
+        longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
+        statistics = (longest + 1) * shape.blocks * shape.hidden**2 * 4
+        sums += statistics
+        note += f"; statistics of all gaps {megabytes(statistics)}"
+    states = (shape.blocks + 1) * tokens * shape.hidden * at.size
+    parts = {
+        "runtime": at.runtime("prune"),
+        "weights": at.whole,
+        "activations": states + tokens * shape.state * at.size,
+        "other": sums,
+    }
+    return StageMemory(worst(parts), at.small, note)
+
+
+def distill_memory(config: DistillConfig, at: Setting) -> StageMemory:
+    """Students one after another: the largest one's memory, everyone's disk."""
+    students = [_student_memory(student, at) for student in config.students]
+    if len(students) == 1:
+        return students[0]
+    most = max(students, key=lambda found: found.peak)
+    note = f"{len(students)} variants; the largest: {most.note}"
+    return StageMemory(most.parts, sum(found.disk for found in students), note)
+
+
+def _student_memory(config: DistillConfig, at: Setting) -> StageMemory:
+    """Student, teacher, what the backward pass needs, and one chunk of logits."""
+    shape, tokens = at.shape, config.batch * config.length
+    student = shape.parameters(at.kept)
+    anchored = needs_teacher(config.objective)
+    shared = anchored and isinstance(config.teacher, Shared) and isinstance(config.tune, Lora)
+    if isinstance(config.tune, Full):
+        weights, adapters, trained = student * 4, 0, student
+        note = "full tuning"
+    else:
+        bytes_per_weight = NF4 if config.tune.quantize_base else at.size
+        # Shared are all blocks, with what healing changed beside the original: one gap's down_proj.
+        held = shape.parameters(shape.blocks) + shape.hidden * shape.intermediate if shared else student
+        weights = int(held * bytes_per_weight)
+        trained = lora_parameters(config.tune, shape, at.kept)
+        adapters = trained * 4
+        note = f"LoRA, {trained / 1e6:.1f} M trained"
+    optimizer = trained * (4 + (2 if config.optimizer == "adamw_8bit" else 8))  # gradients and moments
+    if at.shards > 1:
+        if not isinstance(config.tune, Full):
+            raise UserError("--shards: only full tuning is spread (distill.tune: full)")
+        # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
+        whole = (2 * shape.block_parameters + shape.parameters(0)) * at.size
+        weights, optimizer = weights // at.shards + whole, optimizer // at.shards
+        note += f", per process of {at.shards}"
+    way = config.teacher
+    quantize = way.quantize if isinstance(way, Copy) else None
+    copy = int(shape.parameters(shape.blocks) * {"nf4": NF4, "int8": INT8}.get(quantize or "", at.size))
+    beside = copy if anchored and isinstance(way, Copy) else 0
+    if isinstance(config.tune, Full) and not beside:
+        beside = shape.vocab * shape.hidden * at.size  # the unpruned model's head, for the held-out figures
+    how = "none" if not anchored else way.kind
+    logits = config.chunk * shape.vocab * 4 * (HEAD_COPIES_ANCHORED if anchored else HEAD_COPIES)
+    per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape, config.tune)
+    runtime = {"runtime": at.runtime("distill")}
+    training = runtime | {
+        "weights": weights,
+        "teacher": beside,
+        "adapters": adapters,
+        "optimizer": optimizer,
+        "activations": tokens * (at.kept * per_block + shape.state) * at.size + tokens * shape.hidden * 8,
+        "logits": logits,
+    }
+    looking = {} if shared else runtime | {"teacher": copy, "activations": tokens * shape.state * at.size}
+    return StageMemory(worst(training, looking), at.small, f"{note}; teacher: {how}")
+
+
+def merge_memory(config: MergeConfig, at: Setting) -> StageMemory:
+    """One shard of merged weights and the tensors it is made of; then one model after another is measured."""
+    shape, runtime = at.shape, {"runtime": at.runtime("merge")}
+    saved = shape.parameters(at.kept) * BYTES[config.out_dtype or at.dtype]
+    head = shape.vocab * shape.hidden
+    merging = runtime | {"weights": min(saved, SHARD), "other": 4 * head * BYTES[config.dtype]}
+    measuring = runtime | {"weights": at.small, "teacher": head * at.size}
+    unpruned = runtime | {"weights": at.whole}
+    return StageMemory(worst(merging, measuring, unpruned), saved, f"{config.method}, then measured")
+
+
+def saved_per_token(shape: Geometry, tune: Lora | Full) -> int:
+    """Numbers per token and block that the backward pass needs."""
+    return 14 * shape.hidden + 5 * shape.intermediate
+
+
+def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
+    """Parameters of the adapters."""
+    q, kv, h, i = shape.heads * shape.head_size, shape.kv_heads * shape.head_size, shape.hidden, shape.intermediate
+    sizes = {
+        "q_proj": h + q,
+        "k_proj": h + kv,
+        "v_proj": h + kv,
+        "o_proj": q + h,
+        "gate_proj": h + i,
+        "up_proj": h + i,
+        "down_proj": i + h,
+    }
+    names = sizes if tune.targets == "all-linear" else tune.targets
+    return blocks * tune.rank * sum(sizes.get(name, 2 * h) for name in names)
+
+
+def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
+    """The checkpoint; for ONNX the builder's process, which holds it again in float32, and its graph."""
+    kinds = [*config.gguf, *config.onnx]
+    small = at.shape.parameters(at.kept)
+    disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
+    runtime = {"runtime": at.runtime("export")}
+    reference = runtime | {"weights": at.small, "activations": 2048 * at.shape.state * at.size}
+    moments = [reference]
+    if config.onnx and not at.cuda:
+        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4, "other": small * 4})
+    return StageMemory(worst(*moments), disk, ", ".join(kinds))
+
+
+def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
+    """The unpruned model, and its log-probabilities of every position in a mapped file."""
+    shape = at.shape
+    tokens = config.tokens if config.text or at.heldout is None else min(config.tokens, at.heldout)
+    scratch = tokens * shape.vocab * 4
+    parts = {
+        "runtime": at.runtime("evaluate"),
+        "weights": at.whole,
+        "activations": config.window * shape.state * at.size,
+        "logits": SCORED * shape.vocab * 4 * 3,
+        "mapped": 0 if at.cuda else scratch,
+    }
+    answering = dict(parts)
+    if config.tasks:
+        answering["kv"] = shape.kv_bytes(ANSWERS * (PROMPT + config.max_tokens), at.size)
+    return StageMemory(worst(parts, answering), 0, f"{megabytes(scratch)} of scratch disk")
+
+
+STAGE_MEMORY: dict[str, Callable[[Any, Setting], StageMemory]] = {
+    "data": data_memory,
+    "prune": prune_memory,
+    "distill": distill_memory,
+    "merge": merge_memory,
+    "export": export_memory,
+    "evaluate": evaluate_memory,
+}

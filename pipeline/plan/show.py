@@ -1,0 +1,78 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+import shutil
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..report.html import duration, megabytes
+from .memory import PARTS
+from .plan import Plan, StagePlan
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print a plan: the stages, the parts of their memory, and what to change where one does not fit."""
+    before, after = (_count(number) for number in (plan.parameters, plan.parameters_after))
+    console.print(f"{plan.source}: {before} parameters in {plan.blocks[0]} blocks → {after} in {plan.blocks[1]}")
+    console.print(_stages_table(plan))
+    console.print("peak memory is made of")
+    for stage in plan.stages:
+        parts = stage.found.parts
+        listed = ", ".join(f"{name} {megabytes(parts[name])}" for name in PARTS if name in parts)
+        console.print(f"  {stage.name}: {listed}")
+    for stage in plan.stages:
+        if not stage.fits:
+            console.print(_lack(stage, plan))
+    if plan.memory is not None and all(stage.fits for stage in plan.stages):
+        console.print(f"every stage fits in {megabytes(plan.memory)}")
+    if plan.device is not None:
+        device, reached = plan.device, "measured" if plan.device.measured else "assumed"
+        console.print(
+            f"time: {device.reached:.0%} of {device.flops[plan.dtype] / 1e12:.3g} TFLOPS and "
+            f"{device.reached_bandwidth:.0%} of {device.bandwidth / 1e9:.0f} GB/s are reached ({reached}), "
+            "and every row is as long as it may be; tasks, downloads and loading come on top"
+        )
+    console.print(f"free here: {megabytes(shutil.disk_usage('.').free)} of disk")
+
+
+def _stages_table(plan: Plan) -> Table:
+    where = f"on {plan.device.name}" if plan.device else "on a CPU"
+    title = f"{plan.name}: estimates {where} in {plan.dtype}"
+    table = Table("stage", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("peak memory", "disk", "operations", *(["time"] if plan.device else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for stage in plan.stages:
+        found = stage.found
+        cells = [stage.name, megabytes(found.peak), megabytes(found.disk), _operations(stage)]
+        note = found.note if stage.fits else f"DOES NOT FIT; {found.note}"
+        table.add_row(*cells, *([_time(stage)] if plan.device else []), note, style="" if stage.fits else "red")
+    return table
+
+
+def _lack(stage: StagePlan, plan: Plan) -> str:
+    lacks = f"{stage.name} does not fit: it needs {megabytes(stage.found.needed)} of {megabytes(plan.memory)}"
+    if stage.change is None:
+        return f"{lacks}, and no change known here makes it fit"
+    options = " ".join(f"--set {override}" for override in stage.change.overrides)
+    return f"{lacks}; the smallest change: {options} ({megabytes(stage.change.memory)})"
+
+
+def _operations(stage: StagePlan) -> str:
+    if stage.flops is None:
+        return "?"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if stage.flops >= size:
+            return f"{stage.flops / size:.3g} {unit}"
+    return f"{stage.flops / 1e6:.3g} M" if stage.flops else "–"
+
+
+def _time(stage: StagePlan) -> str:
+    return "?" if stage.seconds is None else duration(stage.seconds)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

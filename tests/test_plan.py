@@ -1,0 +1,229 @@
+"""Plans against what models really have, count and hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compress.distill.config import DistillConfig, Full, Lora
+from compress.distill.stage import build_student
+from compress.errors import UserError
+from compress.modeling.load import load_config, load_model
+from compress.pipeline import cli
+from compress.pipeline.plan import Geometry, find_device, make_plan, parse_size, smallest_change
+from compress.pipeline.plan.devices import DEVICES, GIB
+from compress.pipeline.plan.memory import PARTS, Setting, lora_parameters, stage_memory, worst
+from compress.pipeline.plan.plan import setting
+from compress.pipeline.plan.work import forward, rows_of, stage_work
+from compress.pipeline.recipe import load_recipe, shipped
+from compress.stage import Context, Inputs
+from torch.utils.flop_counter import FlopCounterMode
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
+LLAMA_8B = Path(__file__).parent.parent / "recipes" / "configs" / "llama3_1_8b.json"
+
+
+def shape_of(folder: Path) -> Geometry:
+    return Geometry.of(load_config(folder).to_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_the_models(tiny, family):
+    folder = tiny(family)
+    model = load_model(folder)
+    shape = shape_of(folder)
+    real = sum(p.numel() for p in model.parameters())
+    assert shape.parameters(shape.blocks) == pytest.approx(real, rel=0.02)  # biases and further norms are left out
+    if family == "llama":
+        assert shape.parameters(shape.blocks) == real
+    cache = model(torch.ones((2, 10), dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.kv_bytes(20, 4) == held
+
+
+def counted(work: Any) -> int:
+    """Operations of matrix products and attention, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_operations_of_a_forward_pass_are_torchs(tiny):
+    folder = tiny(blocks=3)
+    model, shape = load_model(folder), shape_of(folder)
+    model.set_attn_implementation("eager")  # the counter does not know the fused one's operations on CPUs
+    ids = torch.ones((2, 64), dtype=torch.long)
+    # torch counts every pair of tokens, whether the mask hides it or not: a context of 64 each
+    assert forward(shape, 3, 128, 64) == counted(lambda: model(ids))
+    assert forward(shape, 3, 128, 64, heads=2) == counted(lambda: model(ids, logits_to_keep=1))
+    longer = forward(shape, 3, 128, 128, 0) - forward(shape, 3, 128, 64, 0)
+    assert longer == 128 * 64 * 4 * 3 * shape.heads * shape.head_size
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_operations_of_training_are_torchs(tiny, kind):
+    """6 per weight and token with every weight trained, 4 where they are frozen, and the anchor's 2."""
+    folder = tiny(blocks=3, hidden=128, heads=4, intermediate=256)
+    shape = shape_of(folder)
+    tune = {"kind": kind, "rank": 1} if kind == "lora" else {"kind": kind}
+    values = {"tune": tune, "objective": "sft", "length": 64, "max_steps": 1, "accumulate": 1, "eval_every": 1}
+    config = DistillConfig.model_validate(values)
+    student = build_student(config, Inputs(folder, folder), Context())
+    student.decoder.model.set_attn_implementation("eager")
+    ids = torch.ones((1, 64), dtype=torch.long)
+
+    def train() -> None:
+        hidden = student(input_ids=ids, use_cache=False)
+        (hidden @ student.decoder.head_weight.T).sum().backward()
+
+    recipe = load_recipe("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe
+    at = Setting(shape, 3, "float32")
+    found = stage_work("distill", config, at, rows_of(recipe.data))
+    assert found is not None
+    # Eager attention multiplies every pair of tokens, hidden by the mask or not; the plan counts half of them.
+    factor = 2 if kind == "lora" else 3
+    pairs = factor * 64 * 32 * 4 * 3 * shape.heads * shape.head_size
+    assert found.flops == pytest.approx(counted(train) - pairs, rel=0.06)  # nothing flows back past the first block
+    anchored = config.model_copy(update={"objective": DistillConfig.model_validate({"objective": "kd"}).objective})
+    more = stage_work("distill", anchored, at, rows_of(recipe.data))
+    assert more is not None and more.flops - found.flops == forward(shape, 3, 64, 32)
+    again = stage_work("distill", config.model_copy(update={"gradient_checkpointing": True}), at, rows_of(recipe.data))
+    assert again is not None and again.flops - found.flops == forward(shape, 3, 64, 32)
+
+
+def test_adapters_are_pefts(tiny):
+    folder = tiny(blocks=3)
+    for targets in ("all-linear", ["q_proj", "down_proj"]):
+        tune = Lora(rank=4, targets=targets)
+        student = build_student(DistillConfig(tune=tune), Inputs(folder, folder), Context())
+        real = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        assert lora_parameters(tune, shape_of(folder), 3) == real
+
+
+def test_the_worst_moment_counts_not_the_sum():
+    assert worst({"weights": 5, "kv": 0}, {"logits": 2, "runtime": 4}) == {"runtime": 4, "logits": 2}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_has_a_plan(name, tmp_path):
+    loaded = load_recipe(name)
+    for device in (None, DEVICES["h100-80g"]):
+        plan = make_plan(loaded, device.dtype if device else "float32", tmp_path, device)
+        assert [stage.name for stage in plan.stages] == list(loaded.order)
+        for stage in plan.stages:
+            assert stage.found.peak == sum(stage.found.parts.values()) > 0
+            assert set(stage.found.parts) <= set(PARTS)
+            assert (stage.seconds is None) == (device is None or stage.flops is None)
+
+
+def memory(overrides: list[str], cuda: bool = True) -> dict[str, int]:
+    loaded = load_recipe("llama8b_26L", overrides)
+    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "bfloat16", cuda)
+    return stage_memory("distill", loaded.section("distill"), at).parts
+
+
+def test_parts_follow_the_recipe():
+    plain = memory(["distill.teacher=copy", "distill.tune.quantize_base=null"])
+    assert plain["weights"] == pytest.approx(6.72e9 * 2, rel=0.01)
+    head = 128256 * 4096 * 2
+    assert plain["teacher"] - head == pytest.approx(8.03e9 * 2, rel=0.01)
+    quantized = memory([])
+    assert quantized["weights"] < 0.3 * plain["weights"] and quantized["teacher"] < 0.4 * plain["teacher"]
+    assert memory(["distill.objective=sft"])["teacher"] == head
+    stored = memory(["distill.gradient_checkpointing=false"])
+    assert stored["activations"] > 8 * quantized["activations"]
+    assert memory(["distill.chunk=512"])["logits"] == 2 * quantized["logits"]
+    full = memory(["distill.tune=full"])
+    assert full["weights"] == pytest.approx(6.72e9 * 4, rel=0.01)
+    assert full["optimizer"] == pytest.approx(6.72e9 * 12, rel=0.01)
+    assert memory(["distill.tune=full", "distill.optimizer=adamw_8bit"])["optimizer"] == full["optimizer"] // 2
+
+
+def test_the_smallest_change_fits_and_nothing_less_does():
+    base = ["distill.teacher=copy", "distill.tune.quantize_base=null", "distill.gradient_checkpointing=false"]
+    loaded = load_recipe("llama8b_26L", base)
+    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "bfloat16", True)
+    needed = stage_memory("distill", loaded.section("distill"), at).needed
+    assert smallest_change(loaded, "distill", at, needed - 1) is not None
+    for room in (24, 13):
+        change = smallest_change(loaded, "distill", at, room * GIB)
+        assert change is not None and change.memory <= room * GIB < needed
+        planned = memory([*base, *change.overrides])
+        assert sum(planned.values()) == change.memory
+        kinds = {override.rpartition(".")[0] for override in change.overrides}
+        for kind in kinds:  # overrides of one key belong together
+            rest = [o for o in change.overrides if o.rpartition(".")[0] != kind]
+            if kind != "distill":
+                assert sum(memory([*base, *rest]).values()) > room * GIB
+    assert smallest_change(loaded, "distill", at, GIB) is None
+    one = smallest_change(loaded, "distill", at, needed - 1)
+    assert one is not None and one.overrides == ("distill.chunk=128",)  # which changes no result
+
+
+def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
+    arguments = ["compress", "plan", "llama8b_26L", "--on", "rtx-4090", "--set", "distill.teacher=copy"]
+    arguments += ["--set", "distill.tune.quantize_base=null"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.main()
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "are reached (assumed)" in out
+    assert "smallest change: --set distill.teacher.kind=copy --set distill.teacher.quantize=nf4" in out
+    monkeypatch.setattr(sys, "argv", [*arguments[:3], "--on", "h100-80g"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "every stage fits in 85.90 GB" in capsys.readouterr().out
+
+
+def test_scratch_files_that_are_mapped_need_no_memory():
+    loaded = load_recipe("llama8b_26L")
+    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "float32", False)
+    found = stage_memory("evaluate", loaded.section("evaluate"), at)
+    assert found.parts["mapped"] == 65536 * 128256 * 4
+    few = load_recipe("llama8b_26L", ["data.rows=100"])  # two of them held out
+    at = setting(few, at.shape, "float32", False)
+    assert stage_memory("evaluate", few.section("evaluate"), at).parts["mapped"] == 2 * 1024 * 128256 * 4
+    assert found.needed == found.peak - found.parts["mapped"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24e9), ("24", 24e9), ("1.5 GiB", 1.5 * GIB), ("500mb", 5e8), ("2T", 2e12)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3GB", "0GB", "3XB", "GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="write a size such as 24GB"):
+        parse_size(text)
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(UserError, match="did you mean rtx-4090"):
+        find_device("rtx4090")
+    assert find_device("a100-80g").memory == 80 * GIB
+
+
+def test_searches_have_no_time():
+    loaded = load_recipe("tiny_random", ["prune.search=greedy"])
+    at = Setting(Geometry(8, 64, 96, 4, 2, 16, 451, True), 6, "float32")
+    assert stage_work("prune", loaded.section("prune"), at, None) is None
+    assert stage_work("distill", DistillConfig(tune=Full()), at, None) is None  # how many rows is not known
+
+
+def test_the_plan_is_within_15_percent_of_what_a_run_holds(tmp_path):
+    """The real command in a process of its own; the report then has both figures."""
+    command = [sys.executable, "-m", "compress.pipeline.cli", "run", "tiny_random", "--runs", str(tmp_path)]
+    command += ["--until", "distill", "--set", "data.rows=8", "--set", "distill.max_steps=1"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    report = json.loads((tmp_path / "tiny-random" / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["data", "prune", "distill"]
+    for stage in report["stages"]:
+        assert stage["planned_memory_bytes"] == pytest.approx(stage["peak_memory_bytes"], rel=0.15), stage["name"]
