@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,12 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
         )
     for name in names[1:]:
         folder = folders[name]
-        found = next(
-            (
-                difference
-                for differences in (
-                    _configurations(first, folder),
-                    _tensors(shapes, tensor_shapes(folder), any_dtype),
-                    _tokenizers(first, folder),
-                )
-                for difference in differences
-            ),
-            None,
+        differences = chain(
+            _configurations(first, folder),
+            _tensors(shapes, tensor_shapes(folder), any_dtype),
+            _tokenizers(first, folder),
         )
+        found = next(differences, None)
         if found is not None:
             what, one, other = found
             raise UserError(
