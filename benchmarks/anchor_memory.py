@@ -5,8 +5,8 @@
 A random Llama loses some blocks and one of its projections is changed, as healing does; LoRA training in float32, one
 row per step. Each case runs in a process of its own: the whole distill stage (loading, the look at the held-out row,
 training, merging, saving), or TRL's trainer from loading to saving. Memory is the largest resident set above the one
-after imports; speed is that of the median step, beside it by processor time, which other work on the machine does not slow
-down so much. TRL lives in an environment of its own, whose python is named:
+after imports; speed is that of the median step, beside it by processor time, which other work on the machine slows
+down less. TRL lives in an environment of its own, whose python is named:
 
     python -m venv trl && trl/bin/pip install -c constraints.txt trl peft torch
 
@@ -17,6 +17,7 @@ same tokens as the others and generation costs it nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -56,7 +57,7 @@ class Clock:
 
     def _median(self, number: int) -> float:
         times = [both[number] for both in self.times]
-        steps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)]
+        steps = [b - a for a, b in itertools.pairwise(times)]
         return statistics.median(steps[1:-1] or steps)
 
 
