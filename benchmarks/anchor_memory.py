@@ -5,7 +5,8 @@
 A random Llama loses some blocks and one of its projections is changed, as healing does; LoRA training in float32, one
 row per step. Each case runs in a process of its own: the whole distill stage (loading, the look at the held-out row,
 training, merging, saving), or TRL's trainer from loading to saving. Memory is the largest resident set above the one
-after imports; speed is that of the median step. TRL lives in an environment of its own, whose python is named:
+after imports; speed is that of the median step, beside it by processor time, which other work on the machine slows
+down less. TRL lives in an environment of its own, whose python is named:
 
     python -m venv trl && trl/bin/pip install -c constraints.txt trl peft torch
 
@@ -16,6 +17,7 @@ same tokens as the others and generation costs it nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -41,17 +43,21 @@ WORDS = "the of and to in is that for it was on are as with his they be at one h
 
 
 class Clock:
-    """Times of the ends of steps."""
+    """Times of the ends of steps: on the wall, and of all of the process's threads together."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def tick(self) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
-    def seconds(self) -> float:
+    def seconds(self) -> dict[str, float]:
         """Of the median step; the first and the last have other work beside them."""
-        steps = [b - a for a, b in zip(self.times[:-1], self.times[1:], strict=True)]
+        return {name: self._median(number) for number, name in enumerate(("seconds", "cpu_seconds"))}
+
+    def _median(self, number: int) -> float:
+        times = [both[number] for both in self.times]
+        steps = [b - a for a, b in itertools.pairwise(times)]
         return statistics.median(steps[1:-1] or steps)
 
 
@@ -143,7 +149,7 @@ def ours(case: str, folder: Path, options: argparse.Namespace) -> dict[str, floa
     out.mkdir()
     imported = peak_mb()
     figures = stage.run(config, inputs, out, Context(progress=Watch()))
-    return {"peak": peak_mb() - imported, "seconds": clock.seconds(), "loss": figures["last"]["eval_loss"]}
+    return {"peak": peak_mb() - imported, **clock.seconds(), "loss": figures["last"]["eval_loss"]}
 
 
 def trl(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -212,7 +218,7 @@ def trl(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float
         trainer = given(args=config, train_dataset=data, callbacks=[Watch()], teacher_model=teacher, **common)
     trainer.train()
     trainer.save_model(str(out / "adapters"))
-    return {"peak": peak_mb() - imported, "seconds": clock.seconds()}
+    return {"peak": peak_mb() - imported, **clock.seconds()}
 
 
 def run(python: str, case: str, folder: Path) -> dict[str, Any]:
@@ -226,14 +232,15 @@ def run(python: str, case: str, folder: Path) -> dict[str, Any]:
 
 def show(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """The table."""
-    copy = found["copy"].get("peak")
-    print(f"{'':22}{'peak memory':>14}{'of copy':>10}{'tokens/s':>11}")
+    copy = found.get("copy", {}).get("peak")
+    print(f"{'':22}{'peak memory':>14}{'of copy':>10}{'tokens/s':>11}{'per CPU second':>17}")
     for case, figures in found.items():
         if "error" in figures:
             print(f"{case:22}  {figures['error']}")
         else:
             share = f"{figures['peak'] / copy:.2f}" if copy else ""
-            print(f"{case:22}{figures['peak']:>11.0f} MB{share:>10}{options.tokens / figures['seconds']:>11.1f}")
+            wall, cpu = (options.tokens / figures[name] for name in ("seconds", "cpu_seconds"))
+            print(f"{case:22}{figures['peak']:>11.0f} MB{share:>10}{wall:>11.1f}{cpu:>17.1f}")
 
 
 def main() -> None:
