@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import get_rank
 from torch.distributed.fsdp import FSDPModule
@@ -124,12 +125,12 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 def load_trainable(module: nn.Module, file: Path) -> None:
     """Put saved parameters back; the names must be the trained ones exactly."""
-    state = load_file(file)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if state.keys() != parameters.keys():
-        raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
-    for name, value in state.items():
-        copy_whole(parameters[name], value)
+    with safe_open(file, framework="pt") as saved:  # one at a time: several processes may read it at once
+        if set(saved.keys()) != parameters.keys():
+            raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
+        for name, parameter in parameters.items():
+            copy_whole(parameter, saved.get_tensor(name))
 
 
 def save_whole(state: dict[str, Tensor], file: Path) -> None:
