@@ -14,9 +14,10 @@ import torch
 from compress.distill.config import DistillConfig, Full, Lora
 from compress.distill.stage import build_student
 from compress.errors import UserError
+from compress.export.gguf import write_gguf
 from compress.modeling.load import load_config, load_model
 from compress.pipeline import cli
-from compress.pipeline.plan import Geometry, find_device, make_plan, parse_size, smallest_change
+from compress.pipeline.plan import Geometry, find_device, make_plan, parse_size, read_geometry, smallest_change
 from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.plan.memory import PARTS, Setting, lora_parameters, stage_memory, worst
 from compress.pipeline.plan.plan import setting
@@ -45,6 +46,14 @@ def test_parameters_are_the_models(tiny, family):
     cache = model(torch.ones((2, 10), dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.kv_bytes(20, 4) == held
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_files_shape_is_its_checkpoints(tiny, tmp_path, tied):
+    folder = tiny(tied=tied)
+    write_gguf(folder, tmp_path / "m.gguf", "F16")
+    (tmp_path / "r.yaml").write_text(f"name: r\nmodel: {tmp_path / 'm.gguf'}\n")
+    assert read_geometry(load_recipe(str(tmp_path / "r.yaml")), tmp_path) == shape_of(folder)
 
 
 def counted(work: Any) -> int:
