@@ -101,14 +101,14 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
 def test_each_variant_is_what_it_is_alone_and_the_best_goes_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[Any] = []
-    plain = students.CopyTeacher
-    monkeypatch.setattr(students, "CopyTeacher", lambda *args: loaded.append(args) or plain(*args))
+    ran: list[Any] = []
+    plain = students.hold_out
+    monkeypatch.setattr(students, "hold_out", lambda *args: ran.append(args) or plain(*args))
     progress = Notes()
     metrics = run(
         section(variants=[A | {"rows": [0, 1]}, B | {"rows": [0, 1]}]), inputs, tmp_path / "v", progress=progress
     )
-    assert len(loaded) == 1  # the teacher's states on the held-out rows are computed once
+    assert len(ran) == 1  # the unpruned model's states on the held-out rows are computed once
     own = {"a": ({}, 11), "b": ({"objective": "sft", "lr": 5e-3, "max_steps": 3}, 7)}
     alone = {name: run(section(**options), inputs, tmp_path / name, seed) for name, (options, seed) in own.items()}
     for name in own:
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_with_the_variant_it_was_at(
     assert started == [None, "a/trainer/checkpoint-2", None, None, "b/trainer/checkpoint-2"]
     assert not list(out.glob(f"{WORK}/*/trainer"))  # optimizer states make room for the next variant
     with monkeypatch.context() as patch:
-        patch.setattr(students, "CopyTeacher", stop)  # with all of them finished no model is loaded
+        patch.setattr(students.Preparation, "student", stop)  # with all of them finished no model is loaded
         again = run(config, inputs, out)
     assert len(started) == 5
     assert content(out) == content(tmp_path / "whole")
@@ -218,6 +218,32 @@ def test_what_a_variant_overrides() -> None:
 def test_variants_that_are_refused(variants: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         section(variants=variants)
+
+
+def test_a_variant_tuned_in_full_cannot_share_its_weights_with_the_teacher() -> None:
+    section(variants=[A, B], teacher="shared")
+    with pytest.raises(ValidationError, match="teacher: shared is for LoRA"):
+        section(variants=[A, B | {"tune": "full"}], teacher="shared")
+
+
+@pytest.mark.parametrize("teacher", ["copy", "shared"])
+def test_held_out_states_are_shared_by_students_that_run_the_unpruned_model_alike(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    """Of sft, kd and kd the first has no teacher beside it, and runs a copy."""
+    ran: list[str] = []
+    plain = students.hold_out
+
+    def note(held: Any, way: Any, *where: Any) -> Any:
+        ran.append(type(way).__name__)
+        return plain(held, way, *where)
+
+    monkeypatch.setattr(students, "hold_out", note)
+    variants = [{"name": "a", "objective": "sft"}, {"name": "b"}, {"name": "c", "seed": 3}]
+    metrics = run(section(variants=variants, teacher=teacher, max_steps=1), inputs, tmp_path / "v")
+    assert ran == (["CopyTeacher"] if teacher == "copy" else ["CopyTeacher", "SharedTeacher"])
+    before = [metrics["variants"][name]["before"]["eval_kl"] for name in "abc"]
+    assert before == pytest.approx([before[0]] * 3, rel=1e-4)
 
 
 def test_bits_of_a_variant_need_bitsandbytes(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
