@@ -24,7 +24,8 @@ from compress.merge.config import MergeConfig
 from compress.modeling.load import load_tokenizer
 from compress.pipeline import cli
 from compress.pipeline.inspection import inspect_path
-from compress.pipeline.plan import StagePlan, make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.plan.memory import StageMemory
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
@@ -278,15 +279,15 @@ def test_a_changed_key_makes_again_what_it_touches(chain: tuple[Path, Path], ove
 def test_the_plan_counts_every_variant_and_the_merge(chain: tuple[Path, Path]) -> None:
     recipe, folder = chain
 
-    def planned(*overrides: str) -> dict[str, StagePlan]:
+    def planned(*overrides: str) -> dict[str, StageMemory]:
         made = make_plan(load_recipe(str(recipe), overrides), "float32", folder.parent)
-        return {stage.name: stage for stage in made.stages}
+        return {stage.name: stage.found for stage in made.stages}
 
     plan, alone = planned(), planned("distill.variants=null", "merge=null")
     size = (only(folder, "merge") / "model" / "model.safetensors").stat().st_size
-    assert plan["distill"].disk == 2 * alone["distill"].disk and plan["distill"].memory == alone["distill"].memory
-    assert plan["merge"].disk == pytest.approx(size, rel=0.05) and plan["merge"].memory > plan["merge"].disk
-    assert planned("distill.variants.1.tune=full")["distill"].memory > plan["distill"].memory
+    assert plan["distill"].disk == 2 * alone["distill"].disk and plan["distill"].peak == alone["distill"].peak
+    assert plan["merge"].disk == pytest.approx(size, rel=0.05) and plan["merge"].peak > plan["merge"].disk
+    assert planned("distill.variants.1.tune=full")["distill"].peak > plan["distill"].peak
 
 
 @pytest.mark.parametrize(("kept", "roles"), [("b", []), ("a", ["merged"]), ("merge", ["merged"])])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compress.distill.config import DistillConfig, Full, Lora
-from compress.distill.stage import build_student
+from compress.distill.students import build_student
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_config, load_model
@@ -140,18 +140,21 @@ def memory(overrides: list[str], cuda: bool = True) -> dict[str, int]:
 def test_parts_follow_the_recipe():
     plain = memory(["distill.teacher=copy", "distill.tune.quantize_base=null"])
     assert plain["weights"] == pytest.approx(6.72e9 * 2, rel=0.01)
-    head = 128256 * 4096 * 2
-    assert plain["teacher"] - head == pytest.approx(8.03e9 * 2, rel=0.01)
-    quantized = memory([])
-    assert quantized["weights"] < 0.3 * plain["weights"] and quantized["teacher"] < 0.4 * plain["teacher"]
-    assert memory(["distill.objective=sft"])["teacher"] == head
+    assert plain["teacher"] == pytest.approx(8.03e9 * 2, rel=0.01)
+    copied = {"distill.teacher": "{kind: copy, quantize: nf4}", "distill.tune.quantize_base": "nf4"}
+    quantized = memory([f"{key}={value}" for key, value in copied.items()])
+    assert quantized["weights"] < 0.3 * plain["weights"] and quantized["teacher"] < 0.3 * plain["teacher"]
+    assert "teacher" not in memory(["distill.teacher=shared"])
     stored = memory(["distill.gradient_checkpointing=false"])
     assert stored["activations"] > 8 * quantized["activations"]
     assert memory(["distill.chunk=512"])["logits"] == 2 * quantized["logits"]
-    full = memory(["distill.tune=full"])
+    full = memory(["distill.tune=full", "distill.teacher=copy"])
     assert full["weights"] == pytest.approx(6.72e9 * 4, rel=0.01)
     assert full["optimizer"] == pytest.approx(6.72e9 * 12, rel=0.01)
-    assert memory(["distill.tune=full", "distill.optimizer=adamw_8bit"])["optimizer"] == full["optimizer"] // 2
+    assert (
+        memory(["distill.tune=full", "distill.teacher=copy", "distill.optimizer=adamw_8bit"])["optimizer"]
+        == full["optimizer"] // 2
+    )
 
 
 def test_the_smallest_change_fits_and_nothing_less_does():
@@ -183,7 +186,7 @@ def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
         cli.main()
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "are reached (assumed)" in out
-    assert "smallest change: --set distill.teacher.kind=copy --set distill.teacher.quantize=nf4" in out
+    assert "smallest change: --set distill.teacher=shared" in out
     monkeypatch.setattr(sys, "argv", [*arguments[:3], "--on", "h100-80g"])
     with pytest.raises(SystemExit):
         cli.main()

@@ -201,7 +201,8 @@ def _student_memory(config: DistillConfig, at: Setting) -> StageMemory:
         weights, optimizer = weights // at.shards + whole, optimizer // at.shards
         note += f", per process of {at.shards}"
     way = config.teacher
-    quantize = way.quantize if isinstance(way, Copy) else None
+    bits = config.tune.quantize_base if isinstance(config.tune, Lora) and isinstance(way, Shared) else None
+    quantize = way.quantize if isinstance(way, Copy) else bits
     copy = int(shape.parameters(shape.blocks) * {"nf4": NF4, "int8": INT8}.get(quantize or "", at.size))
     beside = copy if anchored and isinstance(way, Copy) else 0
     if isinstance(config.tune, Full) and not beside:

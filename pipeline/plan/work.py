@@ -99,7 +99,7 @@ def _data(config: Any, at: Setting) -> Work | None:
         if not kinds:
             return looking
         new = max(kind.max_tokens for kind in kinds)  # and every row rewritten
-        return looking + decoding(at, blocks, config.rows, config.batch, config.length, new, at.whole)
+        return looking + decoding(at, blocks, config.rows or 0, config.batch, config.length, new, at.whole)
     if isinstance(config, MagpieConfig):
         prompts = decoding(at, blocks, config.rows, config.batch, TEMPLATE, config.max_prompt_tokens, at.whole)
         before = TEMPLATE + config.max_prompt_tokens
