@@ -148,13 +148,11 @@ def test_parts_follow_the_recipe():
     stored = memory(["distill.gradient_checkpointing=false"])
     assert stored["activations"] > 8 * quantized["activations"]
     assert memory(["distill.chunk=512"])["logits"] == 2 * quantized["logits"]
-    full = memory(["distill.tune=full", "distill.teacher=copy"])
+    tuned = ["distill.tune=full", "distill.teacher=copy"]
+    full = memory(tuned)
     assert full["weights"] == pytest.approx(6.72e9 * 4, rel=0.01)
     assert full["optimizer"] == pytest.approx(6.72e9 * 12, rel=0.01)
-    assert (
-        memory(["distill.tune=full", "distill.teacher=copy", "distill.optimizer=adamw_8bit"])["optimizer"]
-        == full["optimizer"] // 2
-    )
+    assert memory([*tuned, "distill.optimizer=adamw_8bit"])["optimizer"] == full["optimizer"] // 2
 
 
 def test_the_smallest_change_fits_and_nothing_less_does():
