@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,8 @@ def test_load_encoded_reads_one_split_and_refuses_rows_without_targets(tmp_path:
     write_rows(tmp_path, rows)
     assert read_rows(tmp_path) == rows
     loaded = load_encoded(tmp_path, tokenizer, "train", 12)
-    assert loaded == encode_text(tokenizer, "the way " * 8, 12)  # the conversation's answer starts later than that
+    windows = encode_text(tokenizer, "the way " * 8, 12)  # the conversation's answer starts later than that
+    assert loaded == [replace(window, row=1) for window in windows]
     assert len(load_encoded(tmp_path, tokenizer, "train", 512)) == 2
     assert load_encoded(tmp_path, tokenizer, "heldout", 512) == [encode_row(tokenizer, rows[2])]
     with pytest.raises(UserError, match=r"no heldout row .* first 8 tokens"):
