@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -289,6 +290,8 @@ def _refuse(error: UserError) -> NoReturn:
 
 def main() -> None:
     """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C."""
+    # On CPUs with AVX-512 BF16 bitsandbytes says, when it is imported, that a package of faster kernels is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()  # exits by itself; misused options and commands are explained with code 2
     except UserError as error:
