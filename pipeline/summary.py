@@ -91,7 +91,7 @@ def show_tasks(models: list[ModelEntry], console: Console) -> None:
                 console.print(table)
             table = Table(title=line.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
             table.add_column("model", no_wrap=True)
-            for column in ("score", "95 % interval", "points to base", "kept", "above chance"):
+            for column in ("score", "95 %\ninterval", "points\nto base", "kept", "above\nchance"):
                 table.add_column(column, justify="right", no_wrap=True)
         assert table is not None  # the first line of all is the first of its task
         table.add_row(line.role, line.score, line.interval, line.difference, line.kept, line.kept_above_chance)
