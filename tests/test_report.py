@@ -156,7 +156,7 @@ def test_the_page_shows_every_model_and_its_figures(report):
         "425.0 MB",
         "80.0 MB",
         "52.0 %",
-        "48.0 to 56.0",
+        "48 to 56",
         "6.2",
         "1 min 1 s",
         "resumed",
@@ -178,7 +178,7 @@ def test_tasks_are_set_side_by_side_generation_last_and_by_itself(report):
     assert lines[2].title == "builtin:copy: exact_match, 32 questions"
     assert (lines[0].difference, lines[0].kept) == ("–", "–")
     found = lines[1]
-    assert (found.score, found.difference) == ("45.5 %", "-6.5 (-9.0 to -4.0)")
+    assert (found.score, found.difference) == ("45.5 %", "-6.5 (-9 to -4)")
     assert (found.kept, found.kept_above_chance) == ("87.5 %", "75.9 %")
     perplexity = TaskResult(kind="other", metric="word_perplexity", value=12.5, n=3, difference=2.5)
     line = task_lines([entry("gguf-Q8_0", 1, 2.0, tasks={"wikitext": perplexity})])[0]

@@ -77,9 +77,10 @@ def _number(value: float, result: TaskResult, signed: bool = False) -> str:
 def _range(low: float | None, high: float | None, result: TaskResult, signed: bool = False) -> str:
     if low is None or high is None:
         return "–"
-    scale = 100 if _share(result) else 1
-    form = "+.1f" if signed else ".1f"
-    return f"{low * scale:{form}} to {high * scale:{form}}"
+    if not _share(result):
+        return f"{low:+.1f} to {high:+.1f}" if signed else f"{low:.1f} to {high:.1f}"
+    form = "+.0f" if signed else ".0f"  # intervals are several points wide
+    return f"{100 * low:{form}} to {100 * high:{form}}"
 
 
 def _percent(value: float | None) -> str:
