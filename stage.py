@@ -109,6 +109,13 @@ class Context:
         return found if found.is_absolute() else self.recipe_dir / found
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is never seen half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The folders a stage reads."""

@@ -23,7 +23,7 @@ from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
-from ..stage import Advance, Context, Group
+from ..stage import Advance, Context, Group, write_whole
 from .config import DistillConfig, Lora
 from .losses import LossSums, objective_loss
 from .order import BatchOrder, blank
@@ -340,9 +340,7 @@ class _Recorder(TrainerCallback):
             weights = trainable_state(self.trainer.student)
             if self.group.rank == 0:
                 save_whole(weights, self.best_weights)
-                temporary = self.best.with_name("best.json.tmp")
-                temporary.write_text(json.dumps({"value": value, "step": step, **found}))
-                os.replace(temporary, self.best)
+                write_whole(self.best, json.dumps({"value": value, "step": step, **found}))
 
     def _is_best(self, value: float) -> bool:
         best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
@@ -418,6 +416,4 @@ def _append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

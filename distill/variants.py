@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from ..stage import WORK, Context
+from ..stage import WORK, Context, write_whole
 from .config import DistillConfig
 
 FILE = "variants.json"  # what a merge reads: the variants' names and figures, and how their rows were cut
@@ -41,7 +40,7 @@ class Job:
 
     def finish(self, figures: dict[str, Any]) -> None:
         """Note that its model is saved, so that it is not trained again; its checkpoints, larger than it, go."""
-        write_json(self.work / "done.json", figures)
+        write_whole(self.work / "done.json", json.dumps(figures, indent=1) + "\n")
         shutil.rmtree(self.work / "trainer", ignore_errors=True)
 
 
@@ -92,11 +91,4 @@ def write_record(config: DistillConfig, jobs: list[Job], figures: dict[str, Any]
         for job in jobs
     ]
     record = {"length": config.length, "batch": config.batch, "chosen": chosen, "variants": variants}
-    write_json(out_dir / FILE, record)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is never seen half-written."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(out_dir / FILE, json.dumps(record, indent=1) + "\n")

@@ -19,7 +19,7 @@ from ..modeling.blocks import drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
-from ..stage import WORK, Context, Inputs
+from ..stage import WORK, Context, Inputs, write_whole
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .speed import torch_speed
@@ -145,9 +145,7 @@ class Bench:
         if record.exists():
             return json.loads(record.read_text(encoding="utf-8"))
         found = self._torch(subject) if subject.load is not None else self._artifact(subject)
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.replace(record)
+        write_whole(record, json.dumps(found))
         gc.collect()
         perplexity = found["perplexity"]
         self.context.progress.note(f"{subject.role}: perplexity {perplexity:.2f}")

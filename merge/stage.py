@@ -15,7 +15,7 @@ from ..data.packing import pack
 from ..errors import UserError
 from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
-from ..stage import WORK, Context, Inputs
+from ..stage import WORK, Context, Inputs, write_whole
 from .alignment import check_alike, tensor_shapes
 from .bridge import check_method, merge_weights
 from .config import START, MergeConfig
@@ -129,8 +129,6 @@ def _measure(
                 found = heldout_figures(models[name], batches, reference, context)
                 if not all(math.isfinite(value) for value in found.values()):
                     raise UserError(f"merge: the held-out figures of {name} are not finite; change merge.parameters")
-                temporary = records[name].with_suffix(".tmp")
-                temporary.write_text(json.dumps(found), encoding="utf-8")
-                temporary.replace(records[name])
+                write_whole(records[name], json.dumps(found))
                 advance(note=name)
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in records.items()}

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import UserError
 from ..modeling.source import hash_file, hash_json
-from ..stage import WORK
+from ..stage import WORK, write_whole
 
 MANIFEST = "manifest.json"
 DISCARDED = ".old"  # end of the names of folders that are about to be deleted
@@ -104,9 +104,7 @@ def fingerprint(stage: str, format: int, config: Any, seed: int, base: str, inpu
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from compress.data.chat import Encoded, load_encoded
 from compress.data.config import TeacherConfig
 from compress.data.packing import Batch, pack
-from compress.data.rows import Row, read_rows, write_rows
+from compress.data.rows import read_rows
 from compress.data.teacher_cache import TeacherCache, write_teacher
 from compress.distill import stage, students
 from compress.distill.config import Copy, DistillConfig, Lora
@@ -85,11 +85,6 @@ def prune(base: Path, folder: Path, dropped: list[int], scale: float | None = 0.
     drop_blocks(model, dropped)
     save_checkpoint(model, load_tokenizer(base), folder)
     return folder
-
-
-def talk(draw: random.Random) -> list[dict[str, str]]:
-    turns = [" ".join(draw.choices(WORDS, k=draw.randrange(*span))) for span in ((2, 6), (4, 22))]
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
 
 
 def batches(seed: int = 0, count: int = 5) -> list[Batch]:
@@ -220,11 +215,10 @@ def test_healed_weights_are_quantized_with_the_others(tiny: Callable[..., Path],
 class World:
     """A base model, the same without two blocks, and a data stage's folder; runs the stage into fresh folders."""
 
-    def __init__(self, base: Path, folder: Path):
+    def __init__(self, base: Path, folder: Path, talks: Path):
         self.folder, self.base, self.runs = folder, base, 0
-        draw = random.Random(3)
-        (folder / "data" / WORK).mkdir(parents=True)
-        write_rows(folder / "data", [Row(i, "heldout" if i % 4 == 0 else "train", talk(draw)) for i in range(24)])
+        shutil.copytree(talks, folder / "data")
+        (folder / "data" / WORK).mkdir()
         self.inputs = Inputs(base, prune(base, folder / "pruned", [2, 3]), {"data": folder / "data"})
         self.vocabulary = load_model(base).config.vocab_size
 
@@ -254,9 +248,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tiny: Callable[..., Path], talks: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     base = tiny(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=48, seed=2)
-    return World(base, tmp_path_factory.mktemp("teacher"))
+    return World(base, tmp_path_factory.mktemp("teacher"), talks)
 
 
 def column(curves: list[dict[str, Any]], name: str) -> list[float]:
