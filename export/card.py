@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from .bundle import Manifest
+from ..runtime.bundle import Manifest
 
 
 def write_card(bundle: Path, manifest: Manifest) -> None:

@@ -14,11 +14,12 @@ from ..errors import UserError
 from ..modeling.blocks import KEPT_BLOCKS, kept_blocks
 from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config, load_model, load_tokenizer
+from ..runtime.bundle import ArtifactEntry, Manifest, read_bundle
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
 from ..stage import WORK, Context, Inputs
-from .bundle import ArtifactEntry, Manifest, copy_model_files, list_files, read_bundle, write_manifest
+from .bundle import copy_model_files, list_files, write_manifest
 from .card import write_card
 from .config import ExportConfig
 from .gguf import check_gguf, write_gguf
@@ -199,6 +200,7 @@ class Job:
         return ArtifactEntry(
             role=role,
             format="gguf",
+            depth=load_config(self.checkpoint).num_hidden_layers,
             type=kind,
             path=path,
             bytes=info.bytes,
@@ -221,6 +223,7 @@ class Job:
         return ArtifactEntry(
             role=role,
             format="onnx",
+            depth=load_config(self.checkpoint).num_hidden_layers,
             type=kind,
             path=path,
             bytes=info.bytes,

@@ -17,8 +17,8 @@ import torch
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..runtime.bundle import Verification
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
-from .bundle import Verification
 from .config import GgufType
 from .tensors import LIMITS
 

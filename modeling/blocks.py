@@ -29,6 +29,8 @@ FAMILIES: dict[str, bool] = {
 # Configuration values with one entry per block.
 PER_BLOCK_LISTS = ("layer_types",)
 KEPT_BLOCKS = "compress_kept_blocks"
+DEPTHS = "compress_depths"
+RECORDS = (KEPT_BLOCKS, DEPTHS)
 
 
 def check_family(config: Any, where: object = "the model") -> None:
@@ -175,6 +177,20 @@ def kept_blocks(config: Any) -> list[int]:
     return list(kept) if kept is not None else list(range(config.num_hidden_layers))
 
 
+def depths(config: Any) -> list[int]:
+    """Depths the model was trained to run at, ascending: its first so many blocks, then the final norm and the head.
+    Of a model that was not trained for several, the number of its blocks."""
+    found = getattr(config, DEPTHS, None)
+    return list(found) if found is not None else [config.num_hidden_layers]
+
+
+def record_depths(config: Any, found: Sequence[int]) -> None:
+    """Note in a configuration at which depths its model runs; the deepest must be all of its blocks."""
+    if sorted(set(found)) != list(found) or found[0] < 1 or found[-1] != config.num_hidden_layers:
+        raise ValueError(f"depths {list(found)} must ascend to the model's {config.num_hidden_layers} blocks")
+    setattr(config, DEPTHS, list(found))
+
+
 def drop_blocks(model: Any, dropped: Collection[int]) -> None:
     """Remove blocks in place; re-index the rest and every per-block configuration value.
 
@@ -218,13 +234,14 @@ class Arrangement:
 
     blocks: nn.ModuleList
     values: dict[str, Any]
-    kept: list[int] | None  # what the configuration records of an earlier drop
+    records: dict[str, Any]  # what the configuration notes of earlier drops, and of depths
 
 
 def arrangement(model: Any) -> Arrangement:
     """How a model is arranged now."""
     values = {name: getattr(model.config, name) for name in _per_block_names(model.config)}
-    return Arrangement(model.model.layers, values, getattr(model.config, KEPT_BLOCKS, None))
+    records = {name: getattr(model.config, name) for name in RECORDS if hasattr(model.config, name)}
+    return Arrangement(model.model.layers, values, records)
 
 
 @contextmanager
@@ -243,10 +260,11 @@ def _arrange(model: Any, wanted: Arrangement) -> None:
     model.model.layers = wanted.blocks
     for name, value in wanted.values.items():
         setattr(config, name, value)
-    if wanted.kept is not None:
-        setattr(config, KEPT_BLOCKS, wanted.kept)
-    elif hasattr(config, KEPT_BLOCKS):
-        delattr(config, KEPT_BLOCKS)
+    for name in RECORDS:
+        if name in wanted.records:
+            setattr(config, name, wanted.records[name])
+        elif hasattr(config, name):
+            delattr(config, name)
     _reindex(wanted.blocks)
 
 
@@ -292,6 +310,8 @@ def _apply(model: Any, kept: list[int]) -> None:
         config.max_window_layers = sum(i < config.max_window_layers for i in kept)
     config.num_hidden_layers = len(kept)
     setattr(config, KEPT_BLOCKS, [numbers[i] for i in kept])
+    if hasattr(config, DEPTHS):  # what was trained for several depths had these blocks
+        delattr(config, DEPTHS)
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
     _reindex(model.model.layers)
 

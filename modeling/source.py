@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..stage import sha256
 
 FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE, or random:FAMILY"
 
@@ -157,8 +158,7 @@ def hash_file(path: Path, cache: Path | None = None) -> str:
             known = {}
         if key in known:
             return known[key]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     if store is not None:
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_suffix(f".{os.getpid()}.tmp")  # runs may share the cache

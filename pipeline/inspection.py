@@ -151,7 +151,7 @@ def _onnx(path: Path) -> tuple[str, Rows]:
 
 
 def _bundle(path: Path) -> tuple[str, Rows]:
-    from ..export.bundle import read_bundle
+    from ..runtime.bundle import read_bundle
 
     manifest = read_bundle(path)
     rows: Rows = [

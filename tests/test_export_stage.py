@@ -15,7 +15,6 @@ from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.data.rows import Row, write_rows
 from compress.errors import UserError
-from compress.export.bundle import read_bundle
 from compress.export.config import ExportConfig
 from compress.export.imatrix import collect
 from compress.export.stage import export_checkpoint, run
@@ -24,6 +23,7 @@ from compress.export.verify import KL_LIMITS
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.runtime.bundle import read_bundle
 from compress.runtime.open import open_engine
 from compress.stage import Context, Inputs
 from pydantic import ValidationError

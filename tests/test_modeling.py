@@ -13,7 +13,15 @@ import pytest
 import torch
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
-from compress.modeling.blocks import FAMILIES, Decoder, drop_blocks, kept_blocks, without_blocks
+from compress.modeling.blocks import (
+    FAMILIES,
+    Decoder,
+    depths,
+    drop_blocks,
+    kept_blocks,
+    record_depths,
+    without_blocks,
+)
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.gguf import convert_gguf
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
@@ -277,3 +285,22 @@ def test_the_real_gguf_becomes_a_checkpoint_with_its_own_weights_and_tokenizer(s
     assert tokenizer("<|im_start|>").input_ids == [1]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     assert recognise(backend["normalizer"], backend["pre_tokenizer"]) == "smollm"
+
+
+def test_depths_are_recorded_saved_and_lost_with_a_block(tiny, tmp_path):
+    model = load_model(tiny(blocks=4))
+    assert depths(model.config) == [4]
+    record_depths(model.config, [2, 4])
+    with without_blocks(model, [3]):
+        assert depths(model.config) == [3]
+    assert depths(model.config) == [2, 4]
+    model.save_pretrained(tmp_path)
+    assert depths(load_config(tmp_path)) == [2, 4]
+    drop_blocks(model, [0])
+    assert depths(model.config) == [3]
+
+
+@pytest.mark.parametrize("wrong", [[2, 3], [4, 2], [2, 2, 4], [0, 4]])
+def test_depths_that_the_model_does_not_have_are_refused(tiny, wrong):
+    with pytest.raises(ValueError, match="must ascend"):
+        record_depths(load_model(tiny(blocks=4)).config, wrong)

@@ -1,0 +1,85 @@
+"""The bundle: what a model is shipped as, and its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UserError
+from ..stage import sha256
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Verification(_Model):
+    """An artifact against the checkpoint it was made from, in the stock runtime."""
+
+    runtime: str
+    positions: int
+    perplexity: float  # of the probe text, in the artifact
+    checkpoint_perplexity: float  # the same in torch
+    kl: float  # mean KL(checkpoint ‖ artifact), nats
+    top1_agreement: float
+    tensor_error: float  # largest relative error of a row of weights
+
+
+class ArtifactEntry(_Model):
+    """One exported model, at one depth."""
+
+    role: str  # gguf-TYPE or onnx-PRECISION; below the greatest depth with @DEPTH behind it
+    format: Literal["gguf", "onnx"]
+    type: str
+    depth: int  # how many blocks it runs
+    path: str  # of the .gguf file or the ONNX folder, within the bundle
+    bytes: int
+    bits_per_weight: float
+    verification: Verification
+
+
+class FileEntry(_Model):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Model):
+    """manifest.json."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    name: str
+    family: str
+    parameters: int
+    depths: list[int]  # numbers of blocks the bundle can run at
+    kept_blocks: list[int]  # their numbers in the unpruned model
+    importance_matrix: bool
+    artifacts: list[ArtifactEntry]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    files: list[FileEntry]
+
+
+def read_bundle(bundle: Path, *, hashes: bool = False) -> Manifest:
+    """The manifest of a bundle whose files are all there; with `hashes`, unchanged to the last bit.
+
+    Raises `UserError` naming what is missing or changed.
+    """
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{bundle} is no bundle: it has no {MANIFEST}")
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a bundle's manifest: {str(error).splitlines()[0]}") from error
+    for entry in manifest.files:
+        file = bundle / entry.path
+        if not file.is_file():
+            raise UserError(f"the bundle {bundle} lacks {entry.path}")
+        if file.stat().st_size != entry.bytes or (hashes and sha256(file) != entry.sha256):
+            raise UserError(f"{file} has changed since the bundle was made")
+    return manifest
