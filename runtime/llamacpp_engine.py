@@ -8,38 +8,52 @@ its cache, so that each position costs one decoded token, and several slots are 
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
 import queue
 import tempfile
-import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..errors import UserError
-from .engine import SMALLEST, Distribution, Engine, Speed, Window, pick
+from .engine import SMALLEST, Distribution, Engine, Speed, Window
 from .gguf_header import read_header
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
 MARGIN = 10.0  # nats between two lifted tokens, so that the upper one is drawn all but always
-CANDIDATES = 256  # tokens that sampling chooses from
+# Tokens asked for at a time while a text is written: few at first, so that it begins at once. Asked for one by one
+# they would cost a request each; asked for as a stream they would come without those that end inside a character.
+STEPS = (1, 1, 2, 4, 8)
+DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the end of each request
+_SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
 class LlamaCppEngine(Engine):
     """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time while text is written.
     Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
     """
 
     runtime = "llama.cpp"
 
-    def __init__(self, file: Path, threads: int = 0, context: int = 1024, slots: int = 4):
+    def __init__(
+        self,
+        file: Path,
+        threads: int = 0,
+        context: int = 1024,
+        slots: int = 4,
+        draft: Path | None = None,
+        draft_tokens: int = 4,
+    ):
         self.path = Path(file)
         header = read_header(self.path)
         architecture = header.get("general.architecture")
@@ -53,7 +67,8 @@ class LlamaCppEngine(Engine):
         self._plain: int | None = None
         threads = threads or os.cpu_count() or 1
         # One token more: the server wants room for the token it samples.
-        self._server: Any = _open(self.path, threads, slots, self.context + 1)
+        self._steps = STEPS if draft is None else DRAFTED_STEPS
+        self._server: Any = _open(self.path, threads, slots, self.context + 1, draft, draft_tokens)
         # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
         self._send({"prompt": [0], "n_predict": 0, "cache_prompt": False})
 
@@ -156,7 +171,9 @@ class LlamaCppEngine(Engine):
         return logprobs["content"][0] if logprobs else None
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
-        answer = self._server.handle_completions(request)
+        return self._checked(self._server.handle_completions(request))
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
         if "error" in answer:
             raise UserError(f"llama.cpp refused {self.path}: {answer['error'].get('message', answer['error'])}")
         return answer
@@ -171,20 +188,37 @@ class LlamaCppEngine(Engine):
         seed: int = 0,
         stop: Collection[int] = (),
     ) -> Iterator[int]:
-        """As in every engine; where temperature is not 0, the token is drawn from the `CANDIDATES` most probable."""
-        random = np.random.default_rng(seed)
-        text = [int(i) for i in ids]
-        plain = self._plain if self._plain is not None else self._plain_token(0, text)
-        count = 1 if temperature == 0 else min(CANDIDATES, self._vocabulary)
-        for _ in range(min(max_tokens, self.context - len(text) + 1)):
-            answer = self._force(0, text, plain, count)
-            assert answer is not None
-            logprobs = np.asarray([entry["logprob"] for entry in answer["top_logprobs"]], np.float32)
-            token = int(answer["top_logprobs"][pick(logprobs, temperature, top_p, random)]["id"])
-            if token in stop:
-                return
-            yield token
-            text.append(token)
+        """As in every engine; drawn by llama.cpp's own sampler."""
+        return self.write(ids, max_tokens, temperature, top_p, seed, stop)
+
+    def write(
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        stop: Collection[int],
+        note: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Iterator[int]:
+        """`generate`; `note` is told the timings that the server gives with each few tokens."""
+        sampling: dict[str, Any] = {"samplers": ["top_k"], "top_k": 1}
+        if temperature > 0:
+            sampling = {"samplers": ["temperature", "top_p"], "temperature": temperature, "top_p": top_p}
+        text, made, turn = [int(i) for i in ids], 0, 0
+        limit = min(max_tokens, self.context - len(text) + 1)
+        while made < limit:
+            count = min(self._steps[min(turn, len(self._steps) - 1)], limit - made)
+            settings = {"n_predict": count, "seed": (seed + made) % _SEEDS, "return_tokens": True, **sampling}
+            answer = self._post("/completion", {"prompt": text, "id_slot": 0, "cache_prompt": True, **settings})
+            if note:
+                note(answer["timings"])
+            for token in answer["tokens"]:  # its own end-of-text tokens are among them, and end nothing by themselves
+                if token in stop:
+                    return
+                yield token
+            text += answer["tokens"]
+            made, turn = made + len(answer["tokens"]), turn + 1
 
     def measure_speed(self, prompt_tokens: int = 128, new_tokens: int = 64) -> Speed:
         """By llama.cpp's own clock."""
@@ -196,13 +230,20 @@ class LlamaCppEngine(Engine):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, its special tokens recognised and nothing added."""
-        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        # Never through a proxy, whatever the environment says: the server is this process.
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-            return json.load(answer)["tokens"]
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
+    def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        """A request over HTTP: what the server answers in this process names no token ids."""
+        address = urlsplit(self._server.listening_address)
+        assert address.hostname is not None
+        # A connection each: kept open, every answer would wait 40 ms for the acknowledgement of its header.
+        connection = http.client.HTTPConnection(address.hostname, address.port)
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request("POST", path, json.dumps(request), headers)
+            return self._checked(json.load(connection.getresponse()))
+        finally:
+            connection.close()
 
     def close(self) -> None:
         self._server = None
@@ -221,7 +262,7 @@ def _import_xllamacpp() -> Any:
     return xllamacpp
 
 
-def _open(path: Path, threads: int, slots: int, context: int) -> Any:
+def _open(path: Path, threads: int, slots: int, context: int, draft: Path | None, draft_tokens: int) -> Any:
     xllamacpp = _import_xllamacpp()
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
@@ -236,6 +277,13 @@ def _open(path: Path, threads: int, slots: int, context: int) -> Any:
     parameters.ui = False
     parameters.cpuparams.n_threads = threads
     parameters.cpuparams_batch.n_threads = threads
+    if draft is not None:
+        guess = parameters.speculative
+        guess.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        guess.draft.mparams.path = str(draft)
+        guess.draft.n_max = draft_tokens
+        guess.draft.cpuparams.n_threads = threads
+        guess.draft.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0  # llama.cpp writes nothing to the terminal
     try:
         return xllamacpp.Server(parameters)

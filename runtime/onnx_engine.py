@@ -52,7 +52,7 @@ class OnnxEngine(Engine):
                 str(self.path / decoder["filename"]), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise UserError(f"ONNX Runtime cannot load {self.path}: {_first_line(error)}") from error
+            raise UserError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._takes_positions = "position_ids" in inputs
         kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -127,5 +127,6 @@ class OnnxEngine(Engine):
         self._session = None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message."""
     return str(error).strip().splitlines()[0][:300]

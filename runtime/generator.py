@@ -1,0 +1,88 @@
+"""What writes text at several depths in one process, whatever the runtime. Speaks token ids only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from ..errors import UserError
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens to go on from, and how."""
+
+    ids: Sequence[int]
+    max_tokens: int
+    depth: int
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+    stop: frozenset[int] = frozenset()  # tokens that end the text and are not yielded
+    draft_depth: int | None = None  # this depth drafts, `depth` verifies
+    draft_tokens: int = 4  # how many at a time
+    exits: Mapping[int, float] = field(default_factory=dict)  # depth -> probability above which its token is taken
+
+
+@dataclass
+class Work:
+    """What a request took; filled while it is worked on."""
+
+    finish: Finish = "length"
+    reused: int = 0  # tokens of the prompt whose keys and values were there already
+    drafted: int = 0
+    accepted: int = 0  # drafted tokens that the full depth would have written as well
+    depths: Counter[int] = field(default_factory=Counter)  # how many tokens each depth decided
+
+
+class Generator(ABC):
+    """One artifact type of a bundle, open in a runtime, at every depth asked for."""
+
+    runtime: str
+    depths: tuple[int, ...]  # ascending
+    context: int  # the longest text, in tokens, with what is written
+
+    @abstractmethod
+    def generate(self, request: Request, work: Work) -> Iterator[int]:
+        """Up to `max_tokens` new tokens, as they are made.
+
+        What a text has in common with the one before it is not read again. Raises `UserError` for depths that are
+        not there.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back; closing twice does nothing."""
+
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for depths that are not there."""
+        check_depth(request.depth, self.depths)
+        if request.draft_depth is not None:
+            check_depth(request.draft_depth, self.depths)
+            if request.draft_depth >= request.depth:
+                raise UserError(f"a draft at depth {request.draft_depth} is no shallower than depth {request.depth}")
+            if request.draft_tokens < 1:
+                raise UserError(f"{request.draft_tokens} draft tokens: there must be at least one")
+        for depth, confidence in request.exits.items():
+            check_depth(depth, self.depths)
+            if not 0 <= confidence <= 1:
+                raise UserError(f"an exit at depth {depth} needs a probability between 0 and 1, not {confidence}")
+        if request.exits and request.draft_depth is not None:
+            raise UserError("drafting and early exit cannot be combined: choose one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_depth(depth: int, depths: Sequence[int]) -> None:
+    """Raise `UserError` unless the depth is one of `depths`."""
+    if depth not in depths:
+        raise UserError(f"there is no depth {depth} here; there are: {', '.join(map(str, depths))}")

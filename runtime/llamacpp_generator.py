@@ -1,0 +1,64 @@
+"""Writing text with llama.cpp: one server per depth asked for, in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import UserError
+from .generator import Generator, Request, Work
+from .llamacpp_engine import LlamaCppEngine
+
+
+class LlamaCppGenerator(Generator):
+    """`files` maps depths to GGUF files. A depth is opened when it is first asked for, and stays open.
+
+    llama.cpp has no way to stop at a depth, so each has a cache of its own. It maps files into memory: what the files
+    of two depths share on disk they share in memory too, except matrices that it lays out anew for the processor.
+    """
+
+    runtime = "llama.cpp"
+
+    def __init__(self, files: Mapping[int, Path], threads: int = 0, context: int = 4096):
+        self.depths = tuple(sorted(files))
+        self._files, self._threads, self._wanted = files, threads, context
+        self._engines: dict[tuple[int, int | None, int], LlamaCppEngine] = {}
+        self._lock = threading.Lock()
+        self.context = self._engine(self.depths[-1]).context
+
+    def _engine(self, depth: int, draft: int | None = None, draft_tokens: int = 0) -> LlamaCppEngine:
+        key = (depth, draft, draft_tokens if draft is not None else 0)
+        if key not in self._engines:
+            draft_file = None if draft is None else self._files[draft]
+            self._engines[key] = LlamaCppEngine(
+                self._files[depth], self._threads, self._wanted, 1, draft_file, draft_tokens
+            )
+        return self._engines[key]
+
+    def generate(self, request: Request, work: Work) -> Iterator[int]:
+        self.check(request)
+        if request.exits:
+            raise UserError("llama.cpp has no early exit; use the onnx engine")
+        def note(timings: dict[str, float]) -> None:
+            nonlocal first
+            if first:
+                work.reused, first = len(request.ids) - int(timings["prompt_n"]), False
+            work.drafted += int(timings.get("draft_n", 0))
+            work.accepted += int(timings.get("draft_n_accepted", 0))
+
+        first = True
+        with self._lock:
+            engine = self._engine(request.depth, request.draft_depth, request.draft_tokens)
+            settings = (request.temperature, request.top_p, request.seed)
+            for token in engine.write(request.ids, request.max_tokens, *settings, (), note):
+                if token in request.stop:
+                    work.finish = "stop"
+                    return
+                work.depths[request.depth] += 1
+                yield token
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines = {}

@@ -1,0 +1,83 @@
+"""Writing text with ONNX Runtime: at any depth, with early exit, or with a shallow draft."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .block_chain import BlockChain, CachedText
+from .early_exit import choose_at_first_confident
+from .engine import pick
+from .generator import Generator, Request, Work
+from .speculative import DraftModel, write_verified
+
+
+class OnnxGenerator(Generator):
+    """`folder`'s ONNX model at the ascending `depths`, whose last is the greatest that is loaded.
+
+    All depths share the weights and what has been read. `draft`, another generator of the same vocabulary, drafts where a
+    request names no draft depth of its own. One request at a time; others wait.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0, draft: OnnxGenerator | None = None):
+        self._chain = BlockChain(folder, depths, threads)
+        self.depths, self.context = self._chain.depths, self._chain.context
+        self._text = CachedText(self._chain)
+        self._lock = threading.Lock()
+        self._draft = draft
+        if draft is not None and draft._chain.vocabulary != self._chain.vocabulary:
+            raise UserError(
+                f"the draft model has {draft._chain.vocabulary} tokens and the model {self._chain.vocabulary}: "
+                "a draft needs the same vocabulary"
+            )
+
+    def generate(self, request: Request, work: Work) -> Iterator[int]:
+        self.check(request)
+        with self._lock:
+            text, room = self._text, self.context - len(request.ids) + 1
+            work.reused = text.keep(request.ids)
+            text.add(request.ids[work.reused :])
+            for token in self._write(text, request, min(request.max_tokens, room), work):
+                if token in request.stop:
+                    work.finish = "stop"
+                    return
+                yield token
+
+    def _write(self, text: CachedText, request: Request, limit: int, work: Work) -> Iterator[int]:
+        random = np.random.default_rng(request.seed)
+
+        def draw(logits: np.ndarray) -> int:
+            return pick(logits, request.temperature, request.top_p, random)
+
+        if request.draft_depth is not None:
+            return write_verified(text, request, limit, draw, None, work)
+        if self._draft is not None and not request.exits:
+            return write_verified(text, request, limit, draw, self._draft.as_draft(), work)
+        return _write_singly(text, request, limit, draw, work)
+
+    def as_draft(self) -> DraftModel:
+        """This generator's deepest model, to propose tokens for another."""
+        return DraftModel(self._text, self.depths[-1])
+
+    def close(self) -> None:
+        self._chain.close()
+        if self._draft is not None:
+            self._draft.close()
+
+
+def _write_singly(
+    text: CachedText, request: Request, limit: int, draw: Callable[[np.ndarray], int], work: Work
+) -> Iterator[int]:
+    for made in range(limit):
+        depth, logits = choose_at_first_confident(text, request.exits, request.depth)
+        token = draw(logits)
+        work.depths[depth] += 1
+        yield token
+        if made + 1 < limit:
+            text.add([token])

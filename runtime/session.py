@@ -1,0 +1,201 @@
+"""A bundle, open to write text: conversations or plain text in, pieces of text out. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from ..errors import UserError
+from .bundle import ArtifactEntry, Manifest, read_bundle
+from .chat import ChatTemplate, Messages
+from .generator import Finish, Generator, Request, Work, check_depth
+from .text import TextStream, Tokenizer, stop_tokens
+
+EngineName = Literal["onnx", "llama.cpp"]
+FORMATS: dict[str, str] = {"onnx": "onnx", "llama.cpp": "gguf"}  # engine -> the format it opens
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is to be written."""
+
+    max_tokens: int = 256
+    depth: int | None = None  # None: the deepest
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+    draft_depth: int | None = None
+    draft_tokens: int = 4
+    exits: Mapping[int, float] = field(default_factory=dict)  # depth -> probability above which its token is taken
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max tokens: {self.max_tokens} is too few; at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature: {self.temperature} is below 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top p: {self.top_p} is not above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int  # of the prompt, kept from the request before
+    depths: Mapping[int, int]  # depth -> how many tokens it decided
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text; the last piece of an answer says why it ended and what it took."""
+
+    text: str
+    finish: Finish | None = None  # "stop": the model ended it; "length": max_tokens or the context did
+    usage: Usage | None = None
+
+
+class Session:
+    """A bundle in one engine and one type, at any of its depths; `context` bounds llama.cpp's cache, in tokens.
+
+    `engine` None takes llama.cpp where the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
+    `deepest` leaves greater depths out of memory. `draft` names another bundle whose deepest model drafts (onnx only).
+    Raises `UserError` for broken bundles, and for engines, types and depths that are not in it.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        engine: str | None = None,
+        kind: str | None = None,
+        *,
+        threads: int = 0,
+        context: int = 4096,
+        deepest: int | None = None,
+        draft: Path | None = None,
+    ):
+        self.path = Path(bundle)
+        self.manifest = read_bundle(self.path)
+        self.engine, self.kind = choose_artifact(self.manifest, engine, kind)
+        artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
+        if deepest is not None:
+            check_depth(deepest, tuple(artifacts))
+            artifacts = {depth: entry for depth, entry in artifacts.items() if depth <= deepest}
+        self.tokenizer = Tokenizer(self.path)
+        self.stop = stop_tokens(self.path)
+        self._template: ChatTemplate | None = None
+        self._generator = self._open(artifacts, threads, context, draft)
+        self.depths, self.context = self._generator.depths, self._generator.context
+
+    def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
+        if self.engine == "llama.cpp":
+            from .llamacpp_generator import LlamaCppGenerator
+
+            if draft is not None:
+                raise UserError("another bundle can draft for the onnx engine only; for llama.cpp name a draft depth")
+            files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
+            return LlamaCppGenerator(files, threads, context)
+        from .onnx_generator import OnnxGenerator
+
+        deepest = depth_artifacts(self.manifest, self.engine, self.kind)[max(self.manifest.depths)]
+        drafter = None if draft is None else self._drafter(draft, threads)
+        return OnnxGenerator(self.path / deepest.path, sorted(artifacts), threads, drafter)
+
+    def _drafter(self, bundle: Path, threads: int):
+        from .onnx_generator import OnnxGenerator
+
+        manifest = read_bundle(bundle)
+        _, kind = choose_artifact(manifest, "onnx", None)
+        artifacts = depth_artifacts(manifest, "onnx", kind)
+        if (bundle / "tokenizer.json").read_bytes() != (self.path / "tokenizer.json").read_bytes():
+            raise UserError(f"the bundles {bundle} and {self.path} have different tokenizers: one cannot draft for the other")
+        deepest = max(artifacts)
+        return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads)
+
+    def chat(self, messages: Messages, settings: Settings = Settings()) -> Iterator[Piece]:
+        """The assistant's answer to a conversation of {"role", "content"}, in the model's own template."""
+        return self._write(self.prompt(messages), settings)
+
+    def complete(self, prompt: str, settings: Settings = Settings()) -> Iterator[Piece]:
+        """How plain text goes on."""
+        return self._write(self.tokenizer.encode(prompt, begin=True), settings)
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation up to where the answer begins."""
+        if self._template is None:
+            self._template = ChatTemplate(self.path)
+        return self.tokenizer.encode(self._template.render(messages))
+
+    def _write(self, ids: list[int], settings: Settings) -> Iterator[Piece]:
+        if not ids:
+            raise UserError("the prompt is empty: there is nothing to go on from")
+        if len(ids) > self.context:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the context has room for {self.context}: shorten it"
+                + ("" if self.engine == "onnx" else ", or give a greater --context")
+            )
+        depth = self.depths[-1] if settings.depth is None else settings.depth
+        request = Request(
+            ids,
+            settings.max_tokens,
+            depth,
+            settings.temperature,
+            settings.top_p,
+            settings.seed,
+            self.stop,
+            settings.draft_depth,
+            settings.draft_tokens,
+            settings.exits,
+        )
+        self._generator.check(request)
+        return self._pieces(request)
+
+    def _pieces(self, request: Request) -> Iterator[Piece]:
+        work, stream, count = Work(), TextStream(self.tokenizer), 0
+        for token in self._generator.generate(request, work):
+            count += 1
+            if text := stream.push(token):
+                yield Piece(text)
+        depths = dict(sorted(Counter(work.depths).items()))
+        usage = Usage(len(request.ids), count, work.reused, depths, work.drafted, work.accepted)
+        yield Piece(stream.rest(), work.finish, usage)
+
+    def tokens(self, request: Request, work: Work) -> Iterator[int]:
+        """The tokens of a request, for measurements."""
+        return self._generator.generate(request, work)
+
+    def close(self) -> None:
+        self._generator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def choose_artifact(manifest: Manifest, engine: str | None, kind: str | None) -> tuple[str, str]:
+    """(engine, type), as far as they are not given; `UserError` for what the bundle does not have, naming what it has."""
+    there = [(name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form]
+    found = list(dict.fromkeys(there))
+    listed = ", ".join(f"{name} {each}" for name, each in found)
+    if engine is not None and engine not in FORMATS:
+        raise UserError(f"there is no engine {engine!r}; there are: {', '.join(FORMATS)}")
+    preferred = sorted(found, key=lambda choice: choice[0] != "llama.cpp")
+    for name, each in preferred:
+        if engine in (None, name) and (kind is None or kind.lower() == each.lower()):
+            return name, each
+    wanted = " ".join(part for part in (engine, kind) if part)
+    raise UserError(f"the bundle has nothing for {wanted}; it has: {listed or 'no artifacts'}")
+
+
+def depth_artifacts(manifest: Manifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:
+    """Depth -> artifact of one engine and type, ascending."""
+    entries = [entry for entry in manifest.artifacts if entry.format == FORMATS[engine] and entry.type == kind]
+    return {entry.depth: entry for entry in sorted(entries, key=lambda entry: entry.depth)}

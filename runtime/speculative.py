@@ -1,0 +1,87 @@
+"""Speculative decoding: a cheap model drafts a few tokens, the full depth reads them in one pass.
+
+A draft is accepted as far as it is what the full depth itself would have written: each token is drawn from the full
+depth's logits exactly as without a draft, and compared. So the text is that of the full depth alone, greedy or sampled with
+a seed. Passes of different length round alike in these graphs (`onnx_cut`), which makes this equality exact to the bit
+where ONNX Runtime's matrix kernels treat each row alone, as they do on x86-64 with AVX-512.
+A depth of the same model drafts with blocks that the full depth needs anyway: they are not run again to verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .block_chain import CachedText
+from .generator import Request, Work
+
+
+@dataclass
+class DraftModel:
+    """Another model of the same vocabulary, with a text of its own."""
+
+    text: CachedText
+    depth: int
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """The likeliest continuation of `tokens`."""
+        count = min(count, self.text.chain.context - len(tokens))
+        if count < 1:
+            return []
+        self.text.add(tokens[self.text.keep(tokens) :])
+        found: list[int] = []
+        for _ in range(count):
+            found.append(int(np.argmax(self.text.logits(self.depth)[0])))
+            if len(found) < count:
+                self.text.add(found[-1:])
+        return found
+
+
+def write_verified(
+    text: CachedText,
+    request: Request,
+    limit: int,
+    draw: Callable[[np.ndarray], int],
+    draft: DraftModel | None,
+    work: Work,
+) -> Iterator[int]:
+    """Up to `limit` tokens after `text`; drafts come from `draft`, or from the text's own `request.draft_depth`."""
+    token = draw(text.logits(request.depth)[0])
+    made = 1
+    work.depths[request.depth] += 1
+    yield token
+    while made < limit:
+        text.add([token])
+        length = len(text.tokens)
+        # The full depth writes one token more than it accepts.
+        count = min(request.draft_tokens, limit - made - 1, text.chain.context - length)
+        drafted = _draft(text, request.draft_depth, draft, count)
+        rows = text.logits(request.depth, len(drafted) + 1)
+        work.drafted += len(drafted)
+        for i, row in enumerate(rows):
+            token = draw(row)
+            hit = i < len(drafted) and token == drafted[i]
+            work.accepted += hit
+            if not hit:
+                text.cut(length + i)  # before the token is handed out: whoever takes it may never come back
+            made += 1
+            work.depths[request.depth] += 1
+            yield token
+            if not hit:
+                break
+
+
+def _draft(text: CachedText, depth: int | None, draft: DraftModel | None, count: int) -> list[int]:
+    """Likely next tokens, with which `text` is gone on."""
+    if draft is not None:
+        found = draft.propose(text.tokens, count)
+        text.add(found)
+        return found
+    assert depth is not None
+    found = []
+    for _ in range(count):
+        found.append(int(np.argmax(text.logits(depth)[0])))
+        text.add(found[-1:])
+    return found

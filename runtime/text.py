@@ -1,0 +1,89 @@
+"""Text to tokens and back, by a bundle's tokenizer.json; needs `tokenizers` alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+_HALF = "\ufffd"  # what decoding makes of bytes that are no whole character
+_LONGEST = 3  # marks that the beginning of one character may decode to
+_WINDOW = 32  # tokens decoded again for each new one
+_OVERLAP = 8  # of them kept when the window moves: more than one character can span
+
+
+class Tokenizer:
+    """The tokenizer of a bundle or checkpoint folder."""
+
+    def __init__(self, folder: Path):
+        import tokenizers
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{folder} has no tokenizer.json, so texts cannot be read")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"{file} is not a tokenizer: {str(error).splitlines()[0][:200]}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, *, begin: bool = False) -> list[int]:
+        """Token ids; special tokens in the text are recognised. `begin` adds what the tokenizer puts before a text."""
+        return self._tokenizer.encode(text, add_special_tokens=begin).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def number(self, token: str) -> int | None:
+        """The id of a token by its name."""
+        return self._tokenizer.token_to_id(token)
+
+
+class TextStream:
+    """Tokens one by one to pieces of text: together what decoding them all gives, and never a part of a character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # characters of the window's text that were handed out
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        held = min(len(text) - len(text.rstrip(_HALF)), _LONGEST)
+        piece = text[self._shown : len(text) - held]
+        self._shown = max(self._shown, len(text) - held)
+        if not held and len(self._ids) > _WINDOW:
+            self._ids = self._ids[-_OVERLAP:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        text = self._tokenizer.decode(self._ids)
+        piece, self._shown = text[self._shown :], len(text)
+        return piece
+
+
+def stop_tokens(folder: Path) -> frozenset[int]:
+    """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = _json(folder / name).get("eos_token_id")
+        if value is not None:
+            return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
