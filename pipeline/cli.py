@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UserError
+from . import run_commands
 
 
 class Stopped(Exception):
@@ -251,6 +252,9 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as run
 
     for file in rebuild(run_folder):
         console.print(str(file), highlight=False)
+
+
+run_commands.add_to(app)
 
 
 def _split(text: str) -> list[str]:

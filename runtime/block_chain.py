@@ -24,8 +24,8 @@ _SMALLEST_CACHE = 256  # tokens; doubled when full
 class BlockChain:
     """The blocks between depths, and the head, each in a session of its own; holds no text.
 
-    `folder` is an ONNX folder with the graph of the deepest model; `depths` ascend and end at the greatest depth wanted,
-    blocks beyond which are not loaded. `threads` 0 is one per core. `UserError` for missing or broken files.
+    `folder` is an ONNX folder with the graph of the deepest model; `depths` ascend and end at the greatest depth
+    wanted, blocks beyond which are not loaded. `threads` 0 is one per core. `UserError` for missing or broken files.
     """
 
     def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0):
@@ -33,7 +33,7 @@ class BlockChain:
         decoder = config["decoder"]
         self.folder = Path(folder)
         self.depths = tuple(depths)
-        self.context = int(config["context_length"])
+        self.context = int(config["context_length"]) - 1  # the row that onnx_cut adds takes a place
         self.hidden, self.vocabulary = int(decoder["hidden_size"]), int(config["vocab_size"])
         self.kv_shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
         file = self.folder / decoder["filename"]

@@ -2,8 +2,8 @@
 
 Depths are tried in ascending order. A depth that is not sure costs its head; its blocks are not run again, the next
 depth goes on from their hidden states. Blocks that a token skipped have no keys and values for it until a later
-token needs them: then they read all they have missed in one batch, from the stored hidden states (`block_chain`), so that
-their cache is that of a model which never exits early.
+token needs them: then they read all they have missed in one batch, from the stored hidden states (`block_chain`), so
+that their cache is that of a model which never exits early.
 """
 
 from __future__ import annotations

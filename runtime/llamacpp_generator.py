@@ -40,6 +40,7 @@ class LlamaCppGenerator(Generator):
         self.check(request)
         if request.exits:
             raise UserError("llama.cpp has no early exit; use the onnx engine")
+
         def note(timings: dict[str, float]) -> None:
             nonlocal first
             if first:

@@ -7,8 +7,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from .engine import Speed
@@ -37,7 +39,13 @@ def measure(
     """
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
     settings |= {"threads": threads, "runtime": runtime}
-    command = [sys.executable, "-m", "compress.runtime.measure", str(path), json.dumps(settings)]
+    values = in_own_process(__name__, path, settings)
+    return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
+
+
+def in_own_process(module: str, path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `answer` prints in a fresh process that runs `module` on `path`. `UserError` for its errors."""
+    command = [sys.executable, "-m", module, str(path), json.dumps(settings)]
     finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     try:
         values = json.loads(finished.stdout.splitlines()[-1])
@@ -46,24 +54,26 @@ def measure(
         raise UserError(f"{path} could not be measured: {last}") from None
     if "error" in values:
         raise UserError(values["error"])
-    return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
+    return values
 
 
-def _main(path: str, settings: str) -> None:
-    values = json.loads(settings)
+def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
+    """The main program of such a process: print what `work` finds, or what is wrong, as JSON."""
+    try:
+        found = work(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except UserError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+
+
+def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     context = values["prompt_tokens"] + values["new_tokens"] + 8
-    try:
-        with open_engine(Path(path), values["threads"], context, values["runtime"]) as engine:
-            loaded = time.perf_counter() - started
-            turns = [
-                engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])
-            ]
-            speed = Speed(*(max(figures) for figures in zip(*turns, strict=True)))
-    except UserError as error:
-        print(json.dumps({"error": str(error)}))
-        return
-    print(json.dumps({"speed": list(speed), "peak_memory_bytes": peak_memory(), "load_seconds": loaded}))
+    with open_engine(path, values["threads"], context, values["runtime"]) as engine:
+        loaded = time.perf_counter() - started
+        turns = [engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])]
+        speed = Speed(*(max(figures) for figures in zip(*turns, strict=True)))
+    return {"speed": list(speed), "peak_memory_bytes": peak_memory(), "load_seconds": loaded}
 
 
 def peak_memory() -> int:
@@ -79,4 +89,4 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    answer(_measure_artifact)

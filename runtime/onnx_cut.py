@@ -55,8 +55,7 @@ class _Node:
 
 
 def cut_model(file: Path, depths: Sequence[int], blocks: int) -> list[Part]:
-    """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, the last of which is `blocks`;
-    behind them the head.
+    """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, and behind them the head.
 
     Raises `UserError` for files whose graph is not as `compress export` writes it.
     """
@@ -64,7 +63,7 @@ def cut_model(file: Path, depths: Sequence[int], blocks: int) -> list[Part]:
         graph = _Graph(file.read_bytes())
     except (ValueError, IndexError) as error:
         raise UserError(f"ONNX Runtime cannot load {file}: it is not a whole ONNX model ({error})") from error
-    cuts = {depth: graph.cut(depth, blocks) for depth in depths}
+    cuts = {depth: graph.cut(depth, blocks) for depth in (*depths, blocks)}
     missing = [depth for depth, cut in cuts.items() if cut is None]
     if missing:
         raise UserError(f"{file} cannot be run at depth {missing[0]}: its graph has no block boundary there")
@@ -75,8 +74,9 @@ def cut_model(file: Path, depths: Sequence[int], blocks: int) -> list[Part]:
         presents = [f"present.{i}.{part}" for i in range(first, depth) for part in ("key", "value")]
         parts.append(Part(graph.part([*end, *presents], start or ()), first, depth, start, end))
         start, first = end, depth
-    assert start is not None
-    return [*parts, Part(graph.part(["logits"], start), blocks, blocks, start, None)]
+    final = cuts[blocks]
+    assert final is not None
+    return [*parts, Part(graph.part(["logits"], final), blocks, blocks, final, None)]
 
 
 class _Graph:

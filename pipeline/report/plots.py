@@ -137,6 +137,37 @@ def quality_plot(report: Report) -> str | None:
     return _svg(draw, "Perplexity against size")
 
 
+def speed_plot(depths: list[dict[str, Any]]) -> str | None:
+    """Perplexity against decoding speed: a line per engine and type, a point per depth."""
+    if len(depths) < 2:
+        return None
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in depths:
+        lines.setdefault((entry["engine"], entry["type"]), []).append(entry)
+
+    def draw(axes: Any) -> None:
+        xs, ys = [e["decode_tokens_per_second"] for e in depths], [e["perplexity"] for e in depths]
+        for engine, kind in lines:
+            found = sorted(lines[engine, kind], key=lambda e: e["depth"])
+            places = [(e["decode_tokens_per_second"], e["perplexity"]) for e in found]
+            colour = GREEN if engine == "llama.cpp" else ORANGE
+            axes.plot(*zip(*places, strict=True), color=colour, marker="o", markersize=6, linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("decoding, tokens/s")
+        axes.set_ylabel("perplexity")
+        _number_ticks(axes, xs, ys)
+        labels = [f"{e['type']} {e['depth']}" for e in depths]
+        pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
+        points = [(text, x, y) for text, (x, y) in zip(labels, pixels, strict=True)]
+        edges = axes.get_window_extent()
+        offsets = label_offsets(points, axes.figure.dpi / 72, edges.x0, edges.x1)
+        for text, place, offset in zip(labels, zip(xs, ys, strict=True), offsets, strict=True):
+            axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8, color=INK, va="center")
+
+    return _svg(draw, "Quality against speed")
+
+
 def label_offsets(
     points: list[tuple[str, float, float]], scale: float, left: float, right: float
 ) -> list[tuple[float, float]]:

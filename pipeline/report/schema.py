@@ -84,6 +84,7 @@ class Report(_Entry):
     samples: list[list[dict[str, str]]]  # a few conversations of the data stage
     rewrites: list[dict[str, str]] = Field(default_factory=list)  # prompt, gold, written, origin, why
     artifacts: list[dict[str, Any]]  # the bundle's, with their verification
+    bench: dict[str, Any] | None = None  # what compress bench measured on this bundle
     recipe: str
     versions: dict[str, str]
     machine: dict[str, Any]
