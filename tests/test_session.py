@@ -157,7 +157,7 @@ def test_templates_that_refuse_or_are_not_there(bundle, tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         ChatTemplate(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('alternate, please') }}", encoding="utf-8")
-    with pytest.raises(UserError, match="refuses a conversation with the turns system, user, .*alternate, please"):
+    with pytest.raises(UserError, match=r"refuses a conversation with the turns system, user, .*alternate, please"):
         ChatTemplate(tmp_path).render(TALK)
     (tmp_path / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(UserError, match="is broken"):
@@ -305,12 +305,12 @@ def test_wrong_requests_are_named(bundle, session, tmp_path):
     with pytest.raises(UserError, match="temperature: -1 is below 0"):
         Settings(temperature=-1)
     if session.engine == "llama.cpp":
-        with pytest.raises(UserError, match="llama.cpp has no early exit"):
+        with pytest.raises(UserError, match=r"llama\.cpp has no early exit"):
             list(session.chat(TALK, Settings(exits={2: 0.5})))
 
 
 def test_wrong_bundles_are_named(bundle, tmp_path):
-    with pytest.raises(UserError, match="there is no engine 'torch'; there are: onnx, llama.cpp"):
+    with pytest.raises(UserError, match=r"no engine 'torch'; there are: onnx, llama\.cpp"):
         Session(bundle, "torch")
     with pytest.raises(UserError, match=r"has nothing for onnx F16; it has: onnx fp32, llama.cpp F16"):
         Session(bundle, "onnx", "F16")
