@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.bundle import MANIFEST, FileEntry, Manifest
 from ..stage import sha256, write_whole
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large one depth of one type is by itself."""
+
+    bytes: int  # of all that is read for it
+    parameters: int
+    bits_per_weight: float  # of the tensors; a GGUF's vocabulary is not counted
 
 
 def copy_model_files(checkpoint: Path, bundle: Path) -> None:

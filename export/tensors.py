@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..modeling.load import load_config
-from .gguf import Source
+from .gguf_source import Source
 
 Array = NDArray[np.float32]
 # Largest relative error of a row that may pass, by tensor type: 1.5 to 2 times what honest rounding made at most of a

@@ -115,7 +115,7 @@ def test_a_damaged_onnx_fails_verification(
 def test_right_weights_run_wrongly_fail_verification(shaken, tmp_path, context, inline_builder, monkeypatch):
     """Rotary embeddings: in GGUF rows in the wrong order, read back likewise; in ONNX a table that is no weight."""
     with monkeypatch.context() as patch:
-        patch.setattr("compress.export.gguf._interleave", lambda values, _heads: values)
+        patch.setattr("compress.export.gguf_source._interleave", lambda values, _heads: values)
         with pytest.raises(
             UserError, match=r"in llama\.cpp its predictions are .* limit for F16.*export\.verify\.kl\.F16"
         ):
