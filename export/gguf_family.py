@@ -11,6 +11,7 @@ Tensor types are those of the deepest model's mix, because llama.cpp's mixes dep
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ import gguf
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
+from ..errors import UserError
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
-from ..runtime.gguf_header import split_files
+from ..runtime.gguf_header import read_header, read_tensor_names, split_files
 from ..stage import Progress
 from .bundle import Size
 from .gguf import Conversion, Tensor
@@ -87,9 +89,7 @@ def _write_shared(job: Conversion, folder: Path, stem: str, depths: Sequence[int
             link_file(file, folder / family_name(stem, depth, part, depths))
 
 
-def _write_first(
-    job: Conversion, folder: Path, stem: str, depth: int, depths: Sequence[int], own: set[str]
-) -> None:
+def _write_first(job: Conversion, folder: Path, stem: str, depth: int, depths: Sequence[int], own: set[str]) -> None:
     """One depth's own part: its metadata, and the few tensors that other depths have otherwise."""
     tensors = tensors_at(job.tensors, depth)
     name = job.name if depth == depths[-1] else f"{job.name}@{depth}"
@@ -114,6 +114,22 @@ def _add_split(writer: GGUFWriter, part: int, count: int, tensors: int) -> None:
     writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, part - 1)
     writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, count)
     writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, tensors)
+
+
+def check_family(folder: Path, depths: Sequence[int]) -> None:
+    """`UserError` unless every depth's parts are its own metadata and the very tensors of the deepest."""
+    deepest = split_files(folder / family_name(folder.name, depths[-1], 1, depths))
+    tensors = {name for file in deepest for name in read_tensor_names(file)}
+    for depth in depths:
+        files = split_files(folder / family_name(folder.name, depth, 1, depths))
+        header = read_header(files[0])
+        names = [name for file in files for name in read_tensor_names(file)]
+        wanted = {name for name in tensors if (block_of(name) or 0) < depth}
+        if header[f"{header['general.architecture']}.block_count"] != depth or sorted(names) != sorted(wanted):
+            raise UserError(f"{files[0]} and its parts are no model of {depth} blocks: they were written wrongly")
+        for file, same in zip(files[1:], deepest[1:], strict=False):
+            if not file.samefile(same) and not filecmp.cmp(file, same, shallow=False):
+                raise UserError(f"{file} differs from {same.name}, which it is to be the same as")
 
 
 def measure_gguf(file: Path) -> Size:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
 from ..runtime.onnx_engine import WEIGHTS
@@ -123,6 +124,16 @@ def weights_read(graph: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def check_family(family: Path, depths: Sequence[int]) -> None:
+    """`UserError` unless every depth's graph reads the very tensors of the deepest one's."""
+    deepest = weights_read(graph_of(family / depth_folder(depths[-1], depths)))
+    for depth in depths:
+        graph = graph_of(family / depth_folder(depth, depths))
+        for name, place in weights_read(graph).items():
+            if deepest.get(name) != place:
+                raise UserError(f"{graph} reads {name} otherwise than {GRAPH} does: it was written wrongly")
+
+
 def measure_onnx(folder: Path, parameters: int) -> Size:
     """The size of one depth by itself: its files and its graph, but of the weights file only what the graph reads.
 
@@ -130,6 +141,8 @@ def measure_onnx(folder: Path, parameters: int) -> Size:
     """
     graph = graph_of(folder)
     weights = sum(place[2] for place in weights_read(graph).values())
+    if graph.name == GRAPH:  # all of it, gaps between tensors included
+        weights = graph.with_name(WEIGHTS).stat().st_size
     others = sum(file.stat().st_size for file in [graph, *companions(folder)])
     return Size(weights + others, parameters, 8 * weights / parameters)
 

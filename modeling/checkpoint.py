@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,18 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # links are not to be had here, or not between these two places
         shutil.copyfile(source, target)
+
+
+def can_link(folder: Path) -> bool:
+    """Whether the file system of a folder has hard links."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = Path(place) / "a"
+        file.touch()
+        try:
+            os.link(file, file.with_name("b"))
+        except OSError:
+            return False
+        return True
 
 
 class Tensors:

@@ -39,7 +39,7 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime on the graph of an ONNX folder; `threads` 0 is one per core. `UserError` for missing or broken files."""
+    """ONNX Runtime on an ONNX folder; `threads` 0 is one per core. `UserError` for missing or broken files."""
 
     runtime = "onnxruntime"
 
