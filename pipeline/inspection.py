@@ -138,7 +138,7 @@ def _part(path: Path, values: dict[str, Any]) -> Rows:
     if count == 1:
         return []
     if number > 1:
-        return [("part", f"{number} of {count}; the metadata is in the first")]
+        return [("part", f"{number} of a model in several files; what it is says the first")]
     files = split_files(path)
     total = megabytes(sum(file.stat().st_size for file in files))
     shared = megabytes(sum(file.stat().st_size for file in files if file.stat().st_nlink > 1))

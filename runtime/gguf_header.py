@@ -34,12 +34,14 @@ def split_files(path: Path) -> list[Path]:
     count = header.get("split.count", 1)
     if count == 1:
         return [path]
-    name = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if name is None or int(name[3]) != count:
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if name is None:
         raise UserError(f"{path} is one of {count} parts, but is not named as llama.cpp's parts are")
-    files = [path.with_name(f"{name[1]}-{part:05d}-of-{name[3]}.gguf") for part in range(1, count + 1)]
+    files = [path.with_name(f"{name[1]}-{part:05d}-of-{name[2]}.gguf") for part in range(1, int(name[2]) + 1)]
     if header["split.no"] != 0:
-        raise UserError(f"{path} is part {header['split.no'] + 1} of {count}; name the first: {files[0].name}")
+        raise UserError(f"{path} is part {header['split.no'] + 1} of a model; name the first: {files[0].name}")
+    if len(files) != count:
+        raise UserError(f"{path} is the first of {count} parts, but its name says {len(files)}")
     for file in files:
         if not file.is_file():
             raise UserError(f"{path} is the first of {count} parts, of which {file.name} is missing")
