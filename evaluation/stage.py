@@ -46,6 +46,7 @@ class Subject:
     blocks: int = 0
     parameters: int | None = None
     bits_per_weight: float | None = None
+    bytes: int | None = None  # of an artifact, with all that it reads
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -116,9 +117,10 @@ def bundle_subjects(bundle: Path) -> list[Subject]:
                 entry["role"],
                 None,
                 bundle / entry["path"],
-                max(manifest["depths"]),
-                manifest["parameters"],
+                entry["depth"],
+                entry["parameters"],
                 entry["bits_per_weight"],
+                entry["bytes"],
             )
             for entry in manifest["artifacts"]
         ]
@@ -203,13 +205,12 @@ class Bench:
                 repeat=test.repeat,
                 runtime=runtime_name,
             )
-        files = [subject.files] if gguf else [file for file in subject.files.rglob("*") if file.is_file()]
         return {
             "role": subject.role,
             "runtime": runtime,
             "blocks": subject.blocks,
             "parameters": subject.parameters,
-            "bytes": sum(file.stat().st_size for file in files),
+            "bytes": subject.bytes,
             "bits_per_weight": subject.bits_per_weight,
             **language,
             "positions": self.tokens,

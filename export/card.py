@@ -5,27 +5,47 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from ..runtime.bundle import Manifest
+from ..runtime.bundle import ArtifactEntry, Manifest
 
 
 def write_card(bundle: Path, manifest: Manifest) -> None:
-    """Write README.md, and a Modelfile where there is a GGUF; both follow from the manifest alone."""
+    """Write README.md, and a Modelfile where there is a GGUF; both follow from the manifest alone.
+
+    Ollama imports no GGUF that is cut into parts (ollama/ollama issue 5245): for several depths the Modelfile names
+    the single file that the card's command extracts.
+    """
     import jinja2
 
+    several = len(manifest.depths) > 1
+
+    def single(artifact: ArtifactEntry) -> str:
+        depth = "" if artifact.depth == manifest.depths[-1] else f"-d{artifact.depth}"
+        return f"{manifest.name}-{artifact.type}{depth}.gguf"
+
+    gguf, onnx = (_first_type(manifest, form) for form in ("gguf", "onnx"))
     template = files("compress.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True)
     text = environment.from_string(template).render(
         manifest=manifest,
+        several=several,
+        gguf=gguf,
+        onnx=onnx,
+        single=single,
         base=manifest.provenance.get("base"),
         base_blocks=manifest.provenance.get("base_blocks", len(manifest.kept_blocks)),
         recovered="distill" in manifest.provenance.get("stages", {}),
         kept=ranges(manifest.kept_blocks),
     )
     (bundle / "README.md").write_text(text, encoding="utf-8")
-    for artifact in manifest.artifacts:
-        if artifact.format == "gguf":
-            (bundle / "Modelfile").write_text(f"FROM ./{artifact.path}\n", encoding="utf-8")
-            break
+    if gguf:
+        file = single(gguf[0]) if several else gguf[0].path
+        (bundle / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
+
+
+def _first_type(manifest: Manifest, form: str) -> list[ArtifactEntry]:
+    """The depths of the first type of a format."""
+    found = [artifact for artifact in manifest.artifacts if artifact.format == form]
+    return [artifact for artifact in found if artifact.type == found[0].type]
 
 
 def ranges(numbers: list[int]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ..stage import Section
 
-FORMAT = 2
+FORMAT = 3
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]
 OnnxPrecision = Literal["int4", "int8", "fp32"]
 
@@ -29,6 +29,12 @@ class ExportConfig(Section):
 
     gguf: list[GgufType] = Field(default_factory=list, description="F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
     onnx: list[OnnxPrecision] = Field(default_factory=list, description="int4, int8, fp32")
+    depths: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="numbers of blocks that can be chosen from, ascending, the last one all blocks, such as "
+        "[12, 18, 24]; null: those that the model was sorted for, else all blocks",
+    )
     imatrix: bool | None = Field(
         default=None,
         description="weigh rounding errors by activations on the data stage's rows; null: where there is one",
@@ -44,4 +50,6 @@ class ExportConfig(Section):
         for values in (self.gguf, self.onnx):
             if len(set(values)) != len(values):
                 raise ValueError(f"{values} names a type twice")
+        if self.depths is not None and sorted(set(self.depths)) != self.depths:
+            raise ValueError(f"depths {self.depths} do not ascend")
         return self

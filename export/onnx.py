@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config
 from ..stage import Progress
+from .onnx_depths import spread
 
 PRECISIONS = ("int4", "int8", "fp32")
 # model_type -> the architecture name the builder knows it by.
@@ -100,6 +101,7 @@ def write_onnx(
     out_dir: Path,
     precision: str,
     *,
+    depths: Sequence[int] = (),
     imatrix: Mapping[str, np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> OnnxInfo:
@@ -108,6 +110,9 @@ def write_onnx(
     int4 holds the blocks' matrices at 4 bits with zero points and head and embedding at 8 bits; int8 holds all at 8
     bits. Head and embedding are one tensor where the model ties them. `imatrix` gives the mean squared activations
     of each matrix's inputs, (in_features,) float32 by llama.cpp tensor name, and improves int4.
+
+    With several `depths`, ascending to all blocks, `out_dir` becomes a family (`onnx_depths`); what is returned, and
+    the weights file, are then those of all blocks.
 
     The folder appears complete or not at all; the bytes depend on the checkpoint and the packages alone. While it is
     made, the float32 graph lies beside it (4 bytes per parameter). Raises `UserError` for unsupported models, a
@@ -123,6 +128,9 @@ def write_onnx(
         build_float32([(checkpoint, work / "fp32")], progress)
         made = _finish(checkpoint, work, precision, imatrix or {}, progress)
         info = _describe(made, checkpoint)
+        if len(depths) > 1:
+            spread(made, work / "family", depths, load_config(checkpoint))
+            made = work / "family"
         if out_dir.exists():
             out_dir.rmdir()
         made.rename(out_dir)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..modeling.load import load_config
-from .gguf import Source
+from .gguf_source import Source
 
 Array = NDArray[np.float32]
 # Largest relative error of a row that may pass, by tensor type: 1.5 to 2 times what honest rounding made at most of a
@@ -44,12 +44,15 @@ def row_error(found: Array, expected: Array) -> float:
     return float("inf") if not np.isfinite(errors).all() else float(errors.max())
 
 
-def gguf_errors(file: Path, checkpoint: Path) -> Iterator[tuple[str, str, float]]:
-    """(tensor, its type, row error) of every tensor of a GGUF file against the checkpoint it was made from."""
+def gguf_errors(file: Path, checkpoint: Path, depth: int | None = None) -> Iterator[tuple[str, str, float]]:
+    """(tensor, its type, row error) of every tensor of a GGUF file against the checkpoint it was made from.
+
+    `depth` is how many blocks the model of the file has; all of the checkpoint's if not given.
+    """
     source = Source(checkpoint, load_config(checkpoint))
     for tensor in gguf.GGUFReader(file).tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        yield tensor.name, tensor.tensor_type.name, row_error(values, source.read(tensor.name))
+        yield tensor.name, tensor.tensor_type.name, row_error(values, source.read(tensor.name, depth))
 
 
 def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, float]]:

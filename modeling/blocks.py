@@ -6,6 +6,7 @@ per block. Everything else in the package speaks of blocks, hidden states and th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,6 +192,22 @@ def record_depths(config: Any, found: Sequence[int]) -> None:
     setattr(config, DEPTHS, list(found))
 
 
+def config_at(config: Any, depth: int) -> Any:
+    """A copy of a configuration for the model's first `depth` blocks; all of them: for it as it is."""
+    if not 1 <= depth <= config.num_hidden_layers:
+        raise ValueError(f"a model of {config.num_hidden_layers} blocks has no depth {depth}")
+    found = copy.deepcopy(config)
+    if depth < config.num_hidden_layers:
+        _cut_config(found, list(range(depth)))
+    return found
+
+
+def block_number(name: str) -> int | None:
+    """The number of the block that a weight belongs to; None for embedding, final norm and head."""
+    prefix = "model.layers."
+    return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else None
+
+
 def drop_blocks(model: Any, dropped: Collection[int]) -> None:
     """Remove blocks in place; re-index the rest and every per-block configuration value.
 
@@ -286,11 +303,11 @@ def dropped_since(config: Any, base: Any) -> list[int]:
 
 def name_before(name: str, kept: Sequence[int]) -> str:
     """A weight's name in the model that all blocks but `kept` were dropped from, by its name in what is left."""
-    prefix = "model.layers."
-    if not name.startswith(prefix):
+    number = block_number(name)
+    if number is None:
         return name
-    number, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{kept[int(number)]}.{rest}"
+    stem = f"model.layers.{number}"
+    return f"model.layers.{kept[number]}{name.removeprefix(stem)}"
 
 
 def _per_block_names(config: Any) -> list[str]:
@@ -299,7 +316,12 @@ def _per_block_names(config: Any) -> list[str]:
 
 
 def _apply(model: Any, kept: list[int]) -> None:
-    config = model.config
+    _cut_config(model.config, kept)
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
+    _reindex(model.model.layers)
+
+
+def _cut_config(config: Any, kept: list[int]) -> None:
     numbers = kept_blocks(config)
     for name in PER_BLOCK_LISTS:
         values = getattr(config, name, None)
@@ -312,8 +334,6 @@ def _apply(model: Any, kept: list[int]) -> None:
     setattr(config, KEPT_BLOCKS, [numbers[i] for i in kept])
     if hasattr(config, DEPTHS):  # what was trained for several depths had these blocks
         delattr(config, DEPTHS)
-    model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
-    _reindex(model.model.layers)
 
 
 def _reindex(blocks: nn.ModuleList) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,10 +77,27 @@ def link_files(source: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in sorted(source.iterdir()):
+        link_file(file, folder / file.name)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name by a hard link where the file system has them, else by a copy."""
+    try:
+        os.link(source, target)
+    except OSError:  # links are not to be had here, or not between these two places
+        shutil.copyfile(source, target)
+
+
+def can_link(folder: Path) -> bool:
+    """Whether the file system of a folder has hard links."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = Path(place) / "a"
+        file.touch()
         try:
-            os.link(file, folder / file.name)
-        except OSError:  # links are not to be had here, or not between these two places
-            shutil.copyfile(file, folder / file.name)
+            os.link(file, file.with_name("b"))
+        except OSError:
+            return False
+        return True
 
 
 class Tensors:
@@ -103,9 +121,11 @@ class Tensors:
             return weights.get_tensor(name)
 
 
-def count_parameters(checkpoint: Path) -> int:
-    """Parameters of a checkpoint folder, tied weights once, from the safetensors headers."""
+def count_parameters(checkpoint: Path, depth: int | None = None) -> int:
+    """Parameters of a checkpoint folder (of its first `depth` blocks), tied weights once, from safetensors headers."""
     from safetensors import safe_open
+
+    from .blocks import block_number
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     tied = config.get("tie_word_embeddings", False)
@@ -113,7 +133,8 @@ def count_parameters(checkpoint: Path) -> int:
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="np") as weights:
             for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                if not (tied and name == "lm_head.weight"):
+                beyond = depth is not None and (block_number(name) or 0) >= depth
+                if not beyond and not (tied and name == "lm_head.weight"):
                     total += math.prod(weights.get_slice(name).get_shape())
     return total
 

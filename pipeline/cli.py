@@ -171,14 +171,31 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder; must not exist yet.")],
     gguf: GgufOption = "",
     onnx: OnnxOption = "",
+    depths: Annotated[
+        str, typer.Option("--depths", help="Numbers of blocks to choose from, the last one all: 12,18,24.")
+    ] = "",
     name: Annotated[str | None, typer.Option(help="Names the artifacts; the checkpoint's name if not given.")] = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
     from .direct import export_command
 
-    export_command(checkpoint, out, _split(gguf), _split(onnx), name, runs / ".sources", _progress())
+    export_command(checkpoint, out, _split(gguf), _split(onnx), _split(depths), name, runs / ".sources", _progress())
     console.print(f"bundle: {out}")
+
+
+@app.command(epilog="Example: compress extract bundle --type Q4_K_M --depth 18 --out model-18.gguf")
+def extract(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    kind: Annotated[str, typer.Option("--type", help="Q4_K_M, int4 …: one of the bundle's types.")],
+    out: Annotated[Path, typer.Option("--out", help="The .gguf file, or the ONNX folder, to write.")],
+    depth: Annotated[int | None, typer.Option(help="How many blocks; all, if not given.")] = None,
+) -> None:
+    """Write one depth of a bundle as a single GGUF file, or an ONNX folder, of its own."""
+    from .direct import extract_command
+
+    extract_command(bundle, kind, depth, out)
+    console.print(f"written: {out}")
 
 
 @app.command(

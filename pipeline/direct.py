@@ -31,10 +31,17 @@ def _config(model: type[BaseModel], values: dict[str, Any]) -> Any:
 
 
 def export_command(
-    checkpoint: str, out: Path, gguf: list[str], onnx: list[str], name: str | None, cache: Path, progress: Progress
+    checkpoint: str,
+    out: Path,
+    gguf: list[str],
+    onnx: list[str],
+    depths: list[str],
+    name: str | None,
+    cache: Path,
+    progress: Progress,
 ) -> None:
     """Export one checkpoint into a new bundle."""
-    config = _config(ExportConfig, {"gguf": gguf, "onnx": onnx})
+    config = _config(ExportConfig, {"gguf": gguf, "onnx": onnx, "depths": depths or None})
     from ..export.stage import export_checkpoint
     from ..modeling.load import resolve
     from .runner import readable_errors
@@ -43,6 +50,15 @@ def export_command(
     check_weights(folder)
     with readable_errors(f"export, writing to {out}"):
         export_checkpoint(folder, out, config, Context(progress=progress), name)
+
+
+def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> None:
+    """Write one depth of a bundle's type as a file or folder of its own."""
+    from ..export.extract import extract
+    from .runner import readable_errors
+
+    with readable_errors(f"extract, writing to {out}"):
+        extract(bundle, kind, depth, out)
 
 
 def merge_command(

@@ -77,6 +77,8 @@ def _checkpoint(path: Path) -> tuple[str, Rows]:
     ]
     if "compress_kept_blocks" in config:
         rows.append(("kept blocks", ", ".join(map(str, config["compress_kept_blocks"]))))
+    if "compress_depths" in config:
+        rows.append(("depths", ", ".join(map(str, config["compress_depths"]))))
     return f"checkpoint {path}", rows
 
 
@@ -117,24 +119,45 @@ def _gguf(path: Path) -> tuple[str, Rows]:
     weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     packed = sum(int(tensor.n_bytes) for tensor in reader.tensors)
     rows: Rows = [
+        *_part(path, values),
         ("size", megabytes(path.stat().st_size)),
         ("parameters", f"{weights:,}"),
         ("bits per weight", f"{8 * packed / max(weights, 1):.2f}"),
-        ("tensors", ", ".join(f"{count} {kind}" for kind, count in types.most_common())),
+        ("tensors", ", ".join(f"{count} {kind}" for kind, count in types.most_common()) or "none"),
     ]
     shown = {key: value for key, value in values.items() if not key.startswith(("GGUF.", "tokenizer.chat"))}
     rows += [(key, value) for key, value in shown.items()]
     return f"GGUF {path}", rows
 
 
+def _part(path: Path, values: dict[str, Any]) -> Rows:
+    """Of a model in several files: which of them this is, and what they are together."""
+    from ..runtime.gguf_header import split_files
+
+    count, number = values.get("split.count", 1), values.get("split.no", 0) + 1
+    if count == 1:
+        return []
+    if number > 1:
+        return [("part", f"{number} of a model in several files; what it is says the first")]
+    files = split_files(path)
+    total = megabytes(sum(file.stat().st_size for file in files))
+    shared = megabytes(sum(file.stat().st_size for file in files if file.stat().st_nlink > 1))
+    blocks = values.get(f"{values.get('general.architecture')}.block_count")
+    return [("part", f"1 of {count}, {total} together; {shared} of it shared with other depths"), ("blocks", blocks)]
+
+
 def _onnx(path: Path) -> tuple[str, Rows]:
     import onnx
 
     config = _json(path / "genai_config.json")["model"]
+    graph = path / config["decoder"]["filename"]
     try:
-        model = onnx.load(str(path / "model.onnx"), load_external_data=False)
+        model = onnx.load(str(graph), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, and OSError for a missing file
-        raise UserError(f"{path / 'model.onnx'} is not a readable ONNX model: {error}") from error
+        raise UserError(f"{graph} is not a readable ONNX model: {error}") from error
+    lengths = [int(e.value) for t in model.graph.initializer for e in t.external_data if e.key == "length"]
+    weights = graph.with_name("model.onnx.data")
+    whole = megabytes(weights.stat().st_size) if weights.is_file() else "missing"
     operators = Counter(node.op_type for node in model.graph.node)
     bits = {
         a.i for node in model.graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"
@@ -143,7 +166,8 @@ def _onnx(path: Path) -> tuple[str, Rows]:
         ("family", config["type"]),
         ("blocks", config["decoder"]["num_hidden_layers"]),
         ("weight bits", ", ".join(map(str, sorted(bits))) or "as stored"),
-        ("size", megabytes(sum(file.stat().st_size for file in path.glob("model.onnx*")))),
+        ("graph", f"{config['decoder']['filename']}, {megabytes(graph.stat().st_size)}"),
+        ("weights", f"{megabytes(sum(lengths))} of {whole} in {weights.name}"),
         ("context", config["context_length"]),
         ("operators", ", ".join(f"{count} {name}" for name, count in operators.most_common(8))),
         ("inputs", ", ".join(i.name for i in model.graph.input[:3]) + " …"),
@@ -159,6 +183,10 @@ def _bundle(path: Path) -> tuple[str, Rows]:
         ("parameters", f"{manifest.parameters:,}"),
         ("depths", ", ".join(map(str, manifest.depths))),
     ]
+    for family in manifest.families:
+        depths = ", ".join(map(str, family.depths))
+        size = f"{megabytes(family.bytes)} ({megabytes(family.bytes_without_links)} without links)"
+        rows.append((f"{family.format}-{family.type}", f"{depths} blocks in {size}"))
     for artifact in manifest.artifacts:
         v = artifact.verification
         rows.append(

@@ -68,10 +68,14 @@ class StageFolder:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of the partial folder, flush everything to disk, and rename it."""
         made = _files(self.partial)
-        files = {
-            str(file.relative_to(self.partial)): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-            for file in made
-        }
+        hashes: dict[tuple[int, int], str] = {}  # a file with several names, as depths share weights, is read once
+        files: dict[str, Any] = {}
+        for file in made:
+            state = file.stat()
+            key = state.st_dev, state.st_ino
+            if key not in hashes:
+                hashes[key] = hash_file(file)
+            files[str(file.relative_to(self.partial))] = {"bytes": state.st_size, "sha256": hashes[key]}
         for file in made:
             _flush(file)
         write_json(self.partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})

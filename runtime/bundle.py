@@ -37,16 +37,28 @@ class ArtifactEntry(_Model):
     format: Literal["gguf", "onnx"]
     type: str
     depth: int  # how many blocks it runs
-    path: str  # of the .gguf file or the ONNX folder, within the bundle
-    bytes: int
+    path: str  # within the bundle: of the .gguf file, the first part of one in several, or the ONNX folder
+    bytes: int  # of all that is read for this depth; several depths share most of it
+    parameters: int
     bits_per_weight: float
     verification: Verification
+
+
+class FamilyEntry(_Model):
+    """What the depths of one type take on disk together."""
+
+    format: Literal["gguf", "onnx"]
+    type: str
+    depths: list[int]
+    bytes: int  # hard links counted once
+    bytes_without_links: int  # as after copying with a tool that does not keep links
 
 
 class FileEntry(_Model):
     path: str
     bytes: int
     sha256: str
+    link: str | None = None  # the file before it in the list that this is another name of
 
 
 class Manifest(_Model):
@@ -60,6 +72,7 @@ class Manifest(_Model):
     kept_blocks: list[int]  # their numbers in the unpruned model
     importance_matrix: bool
     artifacts: list[ArtifactEntry]
+    families: list[FamilyEntry] = Field(default_factory=list)  # types that were exported at several depths
     provenance: dict[str, Any] = Field(default_factory=dict)
     files: list[FileEntry]
 

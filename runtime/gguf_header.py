@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,29 @@ def read_tensor_names(path: Path) -> list[str]:
     """The names of a GGUF file's tensors, in order. `UserError` for what is not a whole header, or ends before the
     last tensor begins."""
     return _read(path, tensors=True)[1]
+
+
+def split_files(path: Path) -> list[Path]:
+    """The files of a model that is cut into several, from the first of them; the file alone where it is whole.
+
+    `UserError` for a part that is not the first, and where one is missing.
+    """
+    header = read_header(path)
+    count = header.get("split.count", 1)
+    if count == 1:
+        return [path]
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if name is None:
+        raise UserError(f"{path} is one of {count} parts, but is not named as llama.cpp's parts are")
+    files = [path.with_name(f"{name[1]}-{part:05d}-of-{name[2]}.gguf") for part in range(1, int(name[2]) + 1)]
+    if header["split.no"] != 0:
+        raise UserError(f"{path} is part {header['split.no'] + 1} of a model; name the first: {files[0].name}")
+    if len(files) != count:
+        raise UserError(f"{path} is the first of {count} parts, but its name says {len(files)}")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} is the first of {count} parts, of which {file.name} is missing")
+    return files
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[str]]:

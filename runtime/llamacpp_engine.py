@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import UserError
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
-from .gguf_header import read_header
+from .gguf_header import read_header, split_files
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
@@ -55,6 +55,7 @@ class LlamaCppEngine(Engine):
         draft_tokens: int = 4,
     ):
         self.path = Path(file)
+        split_files(self.path)  # names a part that is missing; llama.cpp finds them by itself
         header = read_header(self.path)
         architecture = header.get("general.architecture")
         trained = header.get(f"{architecture}.context_length")

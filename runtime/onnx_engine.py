@@ -15,24 +15,31 @@ from .engine import Distribution, Engine, Window, distributions, pick
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
 
 
+WEIGHTS = "model.onnx.data"  # lies beside the graph; graphs of several depths read the same one
+
+
 def read_genai_config(folder: Path) -> dict[str, Any]:
-    """The `genai_config.json` of an ONNX folder; `UserError` when the folder is not one."""
+    """The `genai_config.json` of an ONNX folder; `UserError` when the folder is not one.
+
+    The graph it names may lie in a folder below, with the weights.
+    """
     path = folder / "genai_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no genai_config.json, so it is not an exported ONNX folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         decoder = config["model"]["decoder"]
-        for name in (decoder["filename"], decoder["filename"] + ".data"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} lacks {name}: the export is not whole, export it again")
+        graph = folder / decoder["filename"]
+        for file in (graph, graph.with_name(WEIGHTS)):
+            if not file.is_file():
+                raise UserError(f"{folder} lacks {file.relative_to(folder)}: the export is not whole, export it again")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a valid genai_config.json: {error}") from error
     return config
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime on `folder`/model.onnx; `threads` 0 is one per core. `UserError` for missing or broken files."""
+    """ONNX Runtime on an ONNX folder; `threads` 0 is one per core. `UserError` for missing or broken files."""
 
     runtime = "onnxruntime"
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import compress.export.stage as stage
+import compress.export.artifacts as artifacts
 import numpy as np
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_a_killed_stage_goes_on_with_what_was_verified(inputs, tmp_path, context
         (tmp_path / name).mkdir()
     run(wanted, inputs, tmp_path / "whole", context)
     written: list[str] = []
-    write = stage.write_gguf
+    write = artifacts.write_gguf
 
     def counted(*args: Any, **options: Any) -> Any:
         written.append(args[2])
@@ -131,9 +131,9 @@ def test_a_killed_stage_goes_on_with_what_was_verified(inputs, tmp_path, context
     def killed(*_args: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "write_gguf", counted)
+    monkeypatch.setattr(artifacts, "write_gguf", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "write_onnx", killed)
+        patch.setattr(artifacts, "write_onnx", killed)
         with pytest.raises(KeyboardInterrupt):
             run(wanted, inputs, tmp_path / "killed", context)
     run(wanted, inputs, tmp_path / "killed", context)

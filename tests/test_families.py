@@ -20,7 +20,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress.export.gguf import ARCHITECTURES, context_length, write_gguf
+from compress.export.gguf import context_length, write_gguf
+from compress.export.gguf_source import ARCHITECTURES
 from compress.export.onnx import write_onnx
 from compress.export.quantize import FILE_TYPES
 from compress.modeling.blocks import FAMILIES, Decoder, drop_blocks, without_blocks

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from compress.errors import UserError
-from compress.export.gguf import ARCHITECTURES, context_length, safe_name, write_gguf
+from compress.export.gguf import context_length, safe_name, write_gguf
+from compress.export.gguf_source import ARCHITECTURES
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import count_parameters, save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer

@@ -16,6 +16,8 @@ from compress.export.gguf import write_gguf
 from compress.modeling.blocks import (
     FAMILIES,
     Decoder,
+    block_number,
+    config_at,
     depths,
     drop_blocks,
     kept_blocks,
@@ -304,3 +306,22 @@ def test_depths_are_recorded_saved_and_lost_with_a_block(tiny, tmp_path):
 def test_depths_that_the_model_does_not_have_are_refused(tiny, wrong):
     with pytest.raises(ValueError, match="must ascend"):
         record_depths(load_model(tiny(blocks=4)).config, wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_at_a_depth_is_that_of_a_cut_model(tiny, family):
+    model = load_model(tiny(family, **OPTIONS.get(family, {})))
+    whole = load_config(tiny(family, **OPTIONS.get(family, {})))
+    record_depths(whole, [1, 3, 4])
+    for depth in (1, 3):
+        with without_blocks(model, range(depth, 4)):
+            assert config_at(whole, depth).to_dict() == model.config.to_dict()
+    assert config_at(whole, 4).to_dict() == whole.to_dict() and depths(whole) == [1, 3, 4]
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match="has no depth"):
+            config_at(whole, wrong)
+
+
+def test_weights_know_their_block(tiny):
+    numbers = [block_number(name) for name in load_model(tiny()).state_dict()]
+    assert sorted({n for n in numbers if n is not None}) == [0, 1, 2, 3] and numbers.count(None) == 3

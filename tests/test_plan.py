@@ -14,6 +14,7 @@ import torch
 from compress.distill.config import DistillConfig, Full, Lora
 from compress.distill.students import build_student
 from compress.errors import UserError
+from compress.export.config import ExportConfig
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_config, load_model
 from compress.pipeline import cli
@@ -237,3 +238,16 @@ def test_the_plan_is_within_15_percent_of_what_a_run_holds(tmp_path):
     assert [stage["name"] for stage in report["stages"]] == ["data", "prune", "distill"]
     for stage in report["stages"]:
         assert stage["planned_memory_bytes"] == pytest.approx(stage["peak_memory_bytes"], rel=0.15), stage["name"]
+
+
+def test_further_depths_cost_little_disk_and_a_look_each(tiny):
+    at = Setting(shape_of(tiny()), 4, "float32")
+    one, three = (
+        ExportConfig.model_validate({"gguf": ["F16"], "onnx": ["int4"], "depths": depths})
+        for depths in (None, [1, 2, 4])
+    )
+    less, more = (stage_memory("export", config, at) for config in (one, three))
+    extra = more.disk - less.disk
+    assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 6000 and more.note == "F16, int4 at 3 depths"
+    works = [stage_work("export", config, at, None) for config in (one, three)]
+    assert works[0] and works[1] and works[0].flops < works[1].flops < 3 * works[0].flops

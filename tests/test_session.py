@@ -15,9 +15,10 @@ from compress.errors import UserError
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime.block_chain import BlockChain, CachedText
+from compress.runtime.bundle import read_bundle
 from compress.runtime.generator import Request, Work
 from compress.runtime.onnx_engine import OnnxEngine
-from compress.runtime.session import Session, Settings
+from compress.runtime.session import Session, Settings, depth_artifacts
 
 ENGINES = ("onnx", "llama.cpp")
 IDS = [(37 * i) % 440 + 3 for i in range(60)]
@@ -41,6 +42,10 @@ def check_greedy(checkpoint: Path, depth: int, ids: list[int], made: list[int], 
         rows = model(torch.tensor([ids + made])).logits[0, len(ids) - 1 : -1]
     behind = rows.max(-1).values - rows.gather(-1, torch.tensor(made)[:, None])[:, 0]
     assert float(behind.max()) <= (0.05 if engine == "llama.cpp" else 1e-4)
+
+
+def onnx_folder(bundle: Path, depth: int = 4) -> Path:
+    return bundle / depth_artifacts(read_bundle(bundle), "onnx", "fp32")[depth].path
 
 
 def text_of(session: Session, settings: Settings, messages=TALK) -> str:
@@ -87,17 +92,16 @@ def test_depth_switches_between_requests(session, checkpoint):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_one_set_of_weights_gives_each_depths_own_graph(bundle, depth):
-    folder = bundle / "onnx/fp32" if depth == 4 else bundle / f"onnx/fp32/d{depth:02d}"
-    with OnnxEngine(folder, 1) as engine:
+    with OnnxEngine(onnx_folder(bundle, depth), 1) as engine:
         expected, _ = engine.logits(IDS)
-    text = CachedText(BlockChain(bundle / "onnx/fp32", DEPTHS, 1))
+    text = CachedText(BlockChain(onnx_folder(bundle), DEPTHS, 1))
     text.add(IDS)
     np.testing.assert_allclose(text.logits(depth, 60), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_lazily_read_blocks_have_the_keys_and_values_of_a_whole_pass(bundle, seed):
-    chain = BlockChain(bundle / "onnx/fp32", DEPTHS, 1)
+    chain = BlockChain(onnx_folder(bundle), DEPTHS, 1)
     whole, lazy, random = CachedText(chain), CachedText(chain), np.random.default_rng(seed)
     whole.add(IDS)
     expected = whole.logits(4, 60)
@@ -320,11 +324,12 @@ def test_wrong_bundles_are_named(bundle, tmp_path):
         Session(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
-    (broken / "onnx/fp32/model.onnx").unlink()
-    with pytest.raises(UserError, match=r"lacks onnx/fp32/model\.onnx"):
+    graph = onnx_folder(broken) / "model.onnx"
+    size = graph.stat().st_size
+    graph.unlink()
+    with pytest.raises(UserError, match=r"lacks onnx/fp32/.*model\.onnx"):
         Session(broken, "onnx")
-    size = (bundle / "onnx/fp32/model.onnx").stat().st_size
-    (broken / "onnx/fp32/model.onnx").write_bytes(b"\x0a" * size)
+    graph.write_bytes(b"\x0a" * size)
     with pytest.raises(UserError, match="is not a whole ONNX model"):
         Session(broken, "onnx")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import compress.export.stage as stage
+import compress.export.artifacts as artifacts
 import gguf
 import numpy as np
 import onnx
@@ -73,14 +73,14 @@ def scale_row(data: np.ndarray) -> np.ndarray:
     ],
 )
 def test_a_damaged_gguf_fails_verification(shaken, tmp_path, context, monkeypatch, kind, tensor, change):
-    write = stage.write_gguf
+    write = artifacts.write_gguf
 
     def broken(checkpoint: Path, out: Path, *args: Any, **options: Any) -> Any:
         info = write(checkpoint, out, *args, **options)
         damage_gguf(out, tensor, change)
         return info
 
-    monkeypatch.setattr(stage, "write_gguf", broken)
+    monkeypatch.setattr(artifacts, "write_gguf", broken)
     with pytest.raises(UserError, match=rf"gguf-{kind}: tensor {tensor} .* differs from the checkpoint"):
         export_checkpoint(shaken(tied=False), tmp_path / "b", config(gguf=[kind]), context)
     assert not (tmp_path / "b").exists()
@@ -100,14 +100,14 @@ def test_a_damaged_gguf_fails_verification(shaken, tmp_path, context, monkeypatc
 def test_a_damaged_onnx_fails_verification(
     shaken, tmp_path, context, inline_builder, monkeypatch, kind, tensor, change, named
 ):
-    write = stage.write_onnx
+    write = artifacts.write_onnx
 
     def broken(checkpoint: Path, out: Path, *args: Any, **options: Any) -> Any:
         info = write(checkpoint, out, *args, **options)
         damage_onnx(out, tensor, change)
         return info
 
-    monkeypatch.setattr(stage, "write_onnx", broken)
+    monkeypatch.setattr(artifacts, "write_onnx", broken)
     with pytest.raises(UserError, match=rf"onnx-{kind}: tensor \S*{named}.* differs from the checkpoint"):
         export_checkpoint(shaken(tied=False), tmp_path / "b", config(onnx=[kind]), context)
 
@@ -115,18 +115,18 @@ def test_a_damaged_onnx_fails_verification(
 def test_right_weights_run_wrongly_fail_verification(shaken, tmp_path, context, inline_builder, monkeypatch):
     """Rotary embeddings: in GGUF rows in the wrong order, read back likewise; in ONNX a table that is no weight."""
     with monkeypatch.context() as patch:
-        patch.setattr("compress.export.gguf._interleave", lambda values, _heads: values)
+        patch.setattr("compress.export.gguf_source._interleave", lambda values, _heads: values)
         with pytest.raises(
             UserError, match=r"in llama\.cpp its predictions are .* limit for F16.*export\.verify\.kl\.F16"
         ):
             export_checkpoint(shaken(), tmp_path / "a", config(gguf=["F16"]), context)
-    write = stage.write_onnx
+    write = artifacts.write_onnx
 
     def broken(checkpoint: Path, out: Path, *args: Any, **options: Any) -> Any:
         info = write(checkpoint, out, *args, **options)
         damage_onnx(out, "sin_cache", np.zeros_like)
         return info
 
-    monkeypatch.setattr(stage, "write_onnx", broken)
+    monkeypatch.setattr(artifacts, "write_onnx", broken)
     with pytest.raises(UserError, match=r"in onnxruntime its predictions are .* limit for fp32"):
         export_checkpoint(shaken(), tmp_path / "b", config(onnx=["fp32"]), context)

@@ -35,6 +35,8 @@ TEMPLATE = 32  # tokens a chat template puts around a turn
 # Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
 # probabilities, the difference and the product, before the gradients.
 HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
+DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
+DEPTH_ONNX = 6_000  # bytes per block of the graph that every depth of an ONNX type has
 SCORED = 128  # positions whose logits exist at once in an evaluation
 ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 
@@ -260,12 +262,17 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
     kinds = [*config.gguf, *config.onnx]
     small = at.shape.parameters(at.kept)
     disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
+    *less, _ = config.depths or [at.kept]
+    disk += len(less) * len(config.gguf) * DEPTH_GGUF * at.shape.vocab + sum(less) * len(config.onnx) * DEPTH_ONNX
+    note = ", ".join(kinds) + (f" at {len(less) + 1} depths" if less else "")
     runtime = {"runtime": at.runtime("export")}
     reference = runtime | {"weights": at.small, "activations": 2048 * at.shape.state * at.size}
+    if less:  # each depth's distributions on the probe text
+        reference["logits"] = (len(less) + 1) * config.verify.tokens * at.shape.vocab * 4
     moments = [reference]
     if config.onnx and not at.cuda:
         moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4, "other": small * 4})
-    return StageMemory(worst(*moments), disk, ", ".join(kinds))
+    return StageMemory(worst(*moments), disk, note)
 
 
 def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:

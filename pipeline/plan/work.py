@@ -145,11 +145,13 @@ def _export(config: ExportConfig, at: Setting) -> Work:
     tokens = config.imatrix_tokens + config.verify.tokens
     work = Work(forward(at.shape, at.kept, tokens, 256))
     for kind in [*config.gguf, *config.onnx]:
-        scored = Work(forward(at.shape, at.kept, config.verify.tokens, config.verify.window / 2))
-        weights = small * EXPORT_BITS[kind] / 8
-        # llama.cpp is asked position by position; writing and reading back touch every weight a few times.
-        steps = config.verify.tokens if kind in config.gguf else 1
-        work = work + scored + Work(0, steps * weights + 4 * small * 4)
+        work = work + Work(0, 4 * small * 4)  # writing and reading back touch every weight a few times
+        for depth in config.depths or [at.kept]:
+            weights = at.shape.parameters(depth) * EXPORT_BITS[kind] / 8
+            # llama.cpp is asked position by position.
+            steps = config.verify.tokens if kind in config.gguf else 1
+            scored = forward(at.shape, depth, config.verify.tokens, config.verify.window / 2)
+            work = work + Work(scored, steps * weights)
     return work
 
 

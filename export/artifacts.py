@@ -1,0 +1,185 @@
+"""One type of artifact in the making, at all its depths: GGUF, and ONNX."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from ..modeling.checkpoint import count_parameters
+from ..runtime.bundle import Verification
+from ..runtime.genai_engine import GenaiEngine
+from ..runtime.llamacpp_engine import LlamaCppEngine
+from ..runtime.onnx_engine import OnnxEngine
+from ..stage import Progress
+from . import gguf_family, onnx_depths
+from .bundle import Size
+from .config import ExportConfig
+from .gguf import write_gguf
+from .gguf_family import family_name, measure_gguf, write_family
+from .onnx import write_onnx
+from .onnx_depths import depth_folder, measure_onnx
+from .tensors import gguf_errors, onnx_errors
+from .verify import PROBE, Reference, check_runtime, check_tokens
+
+
+@dataclass(frozen=True)
+class Making:
+    """What all types of a bundle are made with."""
+
+    checkpoint: Path
+    bundle: Path
+    name: str  # of the model
+    depths: Sequence[int]  # ascending to all blocks
+    config: ExportConfig
+    progress: Progress
+    imatrix: Callable[[], dict[str, Any] | None]
+    tokenizer: Callable[[], Any]
+
+
+class Kind(ABC):
+    """One type: where its files are, how they are written, read back and run."""
+
+    form: Literal["gguf", "onnx"]
+
+    def __init__(self, making: Making, type: str):
+        self.making, self.type = making, type
+
+    @property
+    def role(self) -> str:
+        """Its role at the greatest depth."""
+        return f"{self.form}-{self.type}"
+
+    def role_at(self, depth: int) -> str:
+        return self.role if depth == self.making.depths[-1] else f"{self.role}@{depth}"
+
+    @property
+    def several(self) -> bool:
+        return len(self.making.depths) > 1
+
+    @property
+    @abstractmethod
+    def root(self) -> str:
+        """The file or folder with everything, within the bundle."""
+
+    @abstractmethod
+    def path(self, depth: int) -> str:
+        """What a runtime opens, within the bundle."""
+
+    @abstractmethod
+    def size(self, depth: int) -> Size: ...
+
+    @abstractmethod
+    def write(self) -> None: ...
+
+    @abstractmethod
+    def check_depths(self) -> None:
+        """Raise `UserError` unless all depths read the same weights."""
+
+    @abstractmethod
+    def errors(self) -> Iterator[tuple[str, str, float]]:
+        """(tensor, its type, row error) of everything written, against the checkpoint."""
+
+    @abstractmethod
+    def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
+        """One depth in its real runtime, against the checkpoint's first so many blocks."""
+
+    def file(self, depth: int) -> Path:
+        return self.making.bundle / self.path(depth)
+
+    def clear(self) -> None:
+        """Remove what an earlier attempt left."""
+        root = self.making.bundle / self.root
+        shutil.rmtree(root) if root.is_dir() else root.unlink(missing_ok=True)
+
+
+class Gguf(Kind):
+    form = "gguf"
+
+    @property
+    def root(self) -> str:
+        return f"gguf/{self.making.name}-{self.type}{'' if self.several else '.gguf'}"
+
+    def path(self, depth: int) -> str:
+        stem = f"{self.making.name}-{self.type}"
+        return f"{self.root}/{family_name(stem, depth, 1, self.making.depths)}" if self.several else self.root
+
+    def size(self, depth: int) -> Size:
+        return measure_gguf(self.file(depth))
+
+    def write(self) -> None:
+        making = self.making
+        options: dict[str, Any] = {
+            "imatrix": None if self.type in ("F16", "Q8_0") else making.imatrix(),
+            "name": making.name,
+            "threads": making.config.threads,
+            "progress": making.progress,
+        }
+        if self.several:
+            write_family(making.checkpoint, making.bundle / self.root, self.type, making.depths, **options)
+        else:
+            write_gguf(making.checkpoint, making.bundle / self.root, self.type, **options)
+
+    def check_depths(self) -> None:
+        if self.several:
+            gguf_family.check_family(self.making.bundle / self.root, self.making.depths)
+
+    def errors(self) -> Iterator[tuple[str, str, float]]:
+        *less, deepest = self.making.depths
+        whole = [gguf_errors(file, self.making.checkpoint) for file in gguf_family.split_files(self.file(deepest))]
+        own = [gguf_errors(self.file(depth), self.making.checkpoint, depth) for depth in less]
+        return chain(*whole, *own)
+
+    def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
+        making, role = self.making, self.role_at(depth)
+        context = max(making.config.verify.window + 8, 256)
+        # One slot: how texts share a batch depends on timing, and with it the last digits.
+        with LlamaCppEngine(self.file(depth), making.config.threads, context=context, slots=1) as engine:
+            expected = making.tokenizer()(PROBE, add_special_tokens=False, verbose=False).input_ids
+            check_tokens(role, engine.tokenize(PROBE), expected)
+            return check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
+
+
+class Onnx(Kind):
+    form = "onnx"
+
+    @property
+    def root(self) -> str:
+        return f"onnx/{self.type}"
+
+    def path(self, depth: int) -> str:
+        return f"{self.root}/{depth_folder(depth, self.making.depths)}" if self.several else self.root
+
+    def size(self, depth: int) -> Size:
+        return measure_onnx(self.file(depth), count_parameters(self.making.checkpoint, depth))
+
+    def write(self) -> None:
+        making = self.making
+        write_onnx(
+            making.checkpoint,
+            making.bundle / self.root,
+            self.type,
+            depths=making.depths,
+            imatrix=making.imatrix(),
+            progress=making.progress,
+        )
+
+    def check_depths(self) -> None:
+        if self.several:
+            onnx_depths.check_family(self.making.bundle / self.root, self.making.depths)
+
+    def errors(self) -> Iterator[tuple[str, str, float]]:
+        return onnx_errors(self.file(self.making.depths[-1]), self.making.checkpoint)
+
+    def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
+        making, role = self.making, self.role_at(depth)
+        with OnnxEngine(self.file(depth), making.config.threads) as engine:
+            found = check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
+        with GenaiEngine(self.file(depth)) as engine:
+            few = Reference(reference.windows[:1], reference.scores[:1])
+            check_runtime(role, self.type, engine, few, making.config.verify.kl, tensor_error)
+        return found

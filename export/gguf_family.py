@@ -1,0 +1,168 @@
+"""One set of GGUF tensors for several depths, as llama.cpp's split files.
+
+llama.cpp reads a model that is cut into `NAME-00001-of-0000K.gguf` … from its first part, which holds the metadata,
+and takes the tensors from wherever they are. Here every depth has a first part of its own, and the others hold what
+the depths share: part 2 embedding, final norm and output, part 3 the blocks of the least depth, part 4 those that the
+next depth adds, and so on. Their names must say how many parts a depth has, so each depth has its own names for
+them: hard links to one file, or copies where the file system has no links.
+
+Tensor types are those of the deepest model's mix, because llama.cpp's mixes depend on a block's place among all.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+
+from ..errors import UserError
+from ..modeling.blocks import config_at
+from ..modeling.checkpoint import link_file
+from ..runtime.gguf_header import read_header, read_tensor_names, split_files
+from ..stage import Progress
+from .bundle import Size
+from .gguf import Conversion, Tensor
+from .gguf_source import Array, block_of, differing_tensors, file_order
+
+SHARED = 2  # parts before those of the blocks: metadata; embedding, norm and output
+
+
+def family_name(stem: str, depth: int, part: int, depths: Sequence[int]) -> str:
+    """The file name of a part (1 is the first) of one of several depths."""
+    return f"{stem}-d{depth}-{part:05d}-of-{parts_of(depth, depths):05d}.gguf"
+
+
+def parts_of(depth: int, depths: Sequence[int]) -> int:
+    """How many parts a depth is cut into."""
+    return SHARED + 1 + list(depths).index(depth)
+
+
+def write_family(
+    checkpoint: Path,
+    folder: Path,
+    qtype: str,
+    depths: Sequence[int],
+    *,
+    imatrix: dict[str, Array] | None = None,
+    name: str | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[int, Path]:
+    """Write a checkpoint folder for several depths, ascending to all of its blocks; the first part of each depth.
+
+    The folder, which must not be there yet, appears only when whole; tensors are read, quantized and written once.
+    The arguments are those of `Conversion`.
+    """
+    job = Conversion(checkpoint, qtype, imatrix=imatrix, name=name, threads=threads, progress=progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with job.disk_errors(folder), job.progress.bar(f"GGUF {qtype}", len(job.tensors)) as advance:
+            own = set(differing_tensors(job.config, depths))
+            _write_shared(job, partial, folder.name, depths, own, advance)
+            for depth in depths:
+                _write_first(job, partial, folder.name, depth, depths, own)
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {depth: folder / family_name(folder.name, depth, 1, depths) for depth in depths}
+
+
+def _write_shared(job: Conversion, folder: Path, stem: str, depths: Sequence[int], own: set[str], advance) -> None:
+    """The parts that hold the tensors, under every depth's names for them."""
+    for part in range(2, parts_of(depths[-1], depths) + 1):
+        tensors = [t for t in job.tensors if t.name not in own and _part_of(t.name, depths) == part]
+        users = [depth for depth in depths if part <= parts_of(depth, depths)]
+        file = folder / family_name(stem, depths[-1], part, depths)
+        writer = job.writer()
+        _add_split(writer, part, parts_of(depths[-1], depths), len(job.tensors))
+        job.write(file, writer, tensors, advance=advance)
+        for depth in users[:-1]:
+            link_file(file, folder / family_name(stem, depth, part, depths))
+
+
+def _write_first(job: Conversion, folder: Path, stem: str, depth: int, depths: Sequence[int], own: set[str]) -> None:
+    """One depth's own part: its metadata, and the few tensors that other depths have otherwise."""
+    tensors = tensors_at(job.tensors, depth)
+    name = job.name if depth == depths[-1] else f"{job.name}@{depth}"
+    writer = job.described(config_at(job.config, depth), name)
+    _add_split(writer, 1, parts_of(depth, depths), len(tensors))
+    path = folder / family_name(stem, depth, 1, depths)
+    job.write(path, writer, [tensor for tensor in tensors if tensor.name in own], depth)
+
+
+def tensors_at(tensors: Sequence[Tensor], depth: int) -> list[Tensor]:
+    """Those of all tensors that a model of the first `depth` blocks has."""
+    return [tensor for tensor in tensors if (block_of(tensor.name) or 0) < depth]
+
+
+def _part_of(tensor: str, depths: Sequence[int]) -> int:
+    block = block_of(tensor)
+    return 2 if block is None else SHARED + 1 + sum(block >= depth for depth in depths)
+
+
+def _add_split(writer: GGUFWriter, part: int, count: int, tensors: int) -> None:
+    """llama.cpp checks in the first part how many parts and tensors there are, and in every part its own number."""
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, part - 1)
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, count)
+    writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, tensors)
+
+
+def check_family(folder: Path, depths: Sequence[int]) -> None:
+    """`UserError` unless every depth's parts are its own metadata and the very tensors of the deepest."""
+    deepest = split_files(folder / family_name(folder.name, depths[-1], 1, depths))
+    tensors = {name for file in deepest for name in read_tensor_names(file)}
+    for depth in depths:
+        files = split_files(folder / family_name(folder.name, depth, 1, depths))
+        header = read_header(files[0])
+        names = [name for file in files for name in read_tensor_names(file)]
+        wanted = {name for name in tensors if (block_of(name) or 0) < depth}
+        if header[f"{header['general.architecture']}.block_count"] != depth or sorted(names) != sorted(wanted):
+            raise UserError(f"{files[0]} and its parts are no model of {depth} blocks: they were written wrongly")
+        for file, same in zip(files[1:], deepest[1:], strict=False):
+            if not file.samefile(same) and not filecmp.cmp(file, same, shallow=False):
+                raise UserError(f"{file} differs from {same.name}, which it is to be the same as")
+
+
+def measure_gguf(file: Path) -> Size:
+    """The size of a GGUF file, or of all parts that belong to a first part."""
+    files = split_files(file)
+    tensors = [tensor for part in files for tensor in GGUFReader(part).tensors]
+    parameters = sum(int(tensor.n_elements) for tensor in tensors)
+    packed = sum(int(tensor.n_bytes) for tensor in tensors)
+    return Size(sum(part.stat().st_size for part in files), parameters, 8 * packed / parameters)
+
+
+def join(file: Path, out: Path) -> None:
+    """Write a GGUF file, or all parts that belong to a first part, as the one file `out`: tensors byte for byte."""
+    readers = [GGUFReader(part) for part in split_files(file)]
+    fields = readers[0].fields
+    writer = GGUFWriter(None, fields["general.architecture"].contents())
+    for key, entry in fields.items():
+        if not key.startswith(("GGUF.", "split.")) and key != "general.architecture":
+            inner = entry.types[-1] if len(entry.types) > 1 else None
+            writer.add_key_value(key, entry.contents(), entry.types[0], inner)
+    tensors = sorted((t for reader in readers for t in reader.tensors), key=lambda tensor: file_order(tensor.name))
+    for tensor in tensors:
+        rows = tensor.data.view(np.uint8)
+        writer.add_tensor_info(tensor.name, rows.shape, np.dtype(np.uint8), rows.nbytes, tensor.tensor_type)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data.view(np.uint8))
+        writer.close()
+        os.replace(partial, out)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)

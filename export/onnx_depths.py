@@ -1,0 +1,159 @@
+"""ONNX graphs for several depths over one weights file.
+
+    onnx/int4/d12/              genai_config.json (names d16/d24/model-d12.onnx), config.json, tokenizer …
+    onnx/int4/d12/d16/          the same for 16 blocks
+    onnx/int4/d12/d16/d24/      the same for all blocks, as an ordinary ONNX folder: model.onnx and model.onnx.data;
+                                beside them the other depths' graphs, model-d12.onnx and model-d16.onnx
+
+A depth's folder holds those of the greater depths because of what the runtimes take: onnxruntime-genai a graph at or
+below its genai_config.json, ONNX Runtime and the onnx package weights beside their graph, none of them through
+symbolic links, and the onnx package no weights with several hard links. So the one weights file needs no links, and
+any way of copying keeps it one; only the tokenizer's files, a few megabytes, are hard links from depth to depth.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..modeling.blocks import config_at
+from ..modeling.checkpoint import link_file
+from ..runtime.onnx_engine import WEIGHTS
+from .bundle import Size
+
+GRAPH = "model.onnx"
+SETTINGS = "genai_config.json"
+CONFIG = "config.json"
+
+
+def depth_folder(depth: int, depths: Sequence[int]) -> str:
+    """Where a depth lies within the folder of a family."""
+    return "/".join(f"d{d}" for d in depths if d <= depth)
+
+
+def spread(folder: Path, family: Path, depths: Sequence[int], config: Any) -> None:
+    """Make of an ONNX folder of all blocks, whose configuration is `config`, the family of several depths.
+
+    `family` is a new folder; `folder` is moved into it.
+    """
+    deepest = family / depth_folder(depths[-1], depths)
+    deepest.parent.mkdir(parents=True)
+    folder.rename(deepest)
+    for depth in depths[:-1]:
+        _add_depth(deepest, family / depth_folder(depth, depths), depth, config)
+
+
+def _add_depth(deepest: Path, folder: Path, depth: int, config: Any) -> None:
+    import onnx_ir as ir
+
+    graph = deepest / f"model-d{depth}.onnx"
+    model = ir.load(deepest / GRAPH)
+    cut_graph(model, depth)
+    ir.save(model, graph)  # its tensors are where they were in the weights file
+    for file in companions(deepest):
+        if file.name not in (SETTINGS, CONFIG):
+            link_file(file, folder / file.name)
+    settings = read_settings(deepest)
+    filename = graph.relative_to(folder).as_posix()
+    settings["model"]["decoder"] |= {"filename": filename, "num_hidden_layers": depth}
+    write_settings(folder, settings)
+    config_at(config, depth).to_json_file(folder / CONFIG)
+
+
+def companions(folder: Path) -> list[Path]:
+    """A depth's files other than graphs and weights, in order."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("model")]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What genai_config.json says."""
+    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write genai_config.json."""
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+
+
+def graph_of(folder: Path) -> Path:
+    """The graph that a depth's folder names."""
+    return folder / read_settings(folder)["model"]["decoder"]["filename"]
+
+
+def cut_graph(model: Any, depth: int) -> None:
+    """Leave the first `depth` blocks of a builder's graph, in place.
+
+    The norm before a block adds the block before it to the residual stream as well (SkipSimplifiedLayerNormalization);
+    the final norm does the same, so it is given what the norm of the first block that goes was given.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    graph = model.graph
+    nodes = {node.name: node for node in graph}
+    (final,) = (node for name, node in nodes.items() if name.endswith("/final_norm_layernorm/SkipLayerNorm"))
+    first_gone = nodes[f"/model/layers.{depth}/input_layernorm/SkipLayerNorm"]
+    for index in (0, 1):
+        final.replace_input_with(index, first_gone.inputs[index])
+    graph.outputs[:] = [value for value in graph.outputs if _block(value.name) < depth]
+    graph.inputs[:] = [value for value in graph.inputs if _block(value.name) < depth]
+    RemoveUnusedNodesPass()(model)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        graph.initializers.pop(name)
+
+
+def _block(name: str) -> int:
+    """Of an input or output such as past_key_values.3.key; -1 of those that belong to no block."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] in ("past_key_values", "present") else -1
+
+
+def weights_read(graph: Path) -> dict[str, tuple[Any, ...]]:
+    """Of a graph's tensors that lie in a weights file: name → its file, offset, length, type and sizes."""
+    import onnx
+
+    found: dict[str, tuple[Any, ...]] = {}
+    for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            where = place["location"], int(place["offset"]), int(place["length"])
+            found[tensor.name] = (*where, tensor.data_type, tuple(tensor.dims))
+    return found
+
+
+def check_family(family: Path, depths: Sequence[int]) -> None:
+    """`UserError` unless every depth's graph reads the very tensors of the deepest one's."""
+    deepest = weights_read(graph_of(family / depth_folder(depths[-1], depths)))
+    for depth in depths:
+        graph = graph_of(family / depth_folder(depth, depths))
+        for name, place in weights_read(graph).items():
+            if deepest.get(name) != place:
+                raise UserError(f"{graph} reads {name} otherwise than {GRAPH} does: it was written wrongly")
+
+
+def measure_onnx(folder: Path, parameters: int) -> Size:
+    """The size of one depth by itself: its files and its graph, but of the weights file only what the graph reads.
+
+    `parameters` are those of the checkpoint at this depth.
+    """
+    graph = graph_of(folder)
+    weights = sum(place[2] for place in weights_read(graph).values())
+    if graph.name == GRAPH:  # all of it, gaps between tensors included
+        weights = graph.with_name(WEIGHTS).stat().st_size
+    others = sum(file.stat().st_size for file in [graph, *companions(folder)])
+    return Size(weights + others, parameters, 8 * weights / parameters)
+
+
+def extract_depth(folder: Path, out: Path) -> None:
+    """Write one depth as an ordinary ONNX folder, `out`, which must be there: the tensors byte for byte."""
+    import onnx_ir as ir
+
+    ir.save(ir.load(graph_of(folder)), out / GRAPH, external_data=WEIGHTS, size_threshold_bytes=0)
+    for file in companions(folder):
+        shutil.copyfile(file, out / file.name)
+    settings = read_settings(folder)
+    settings["model"]["decoder"]["filename"] = GRAPH
+    write_settings(out, settings)
