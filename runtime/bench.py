@@ -102,9 +102,9 @@ def measure_all(
     """Every engine, type and depth of the bundle, as far as they are not named; `settings` as for `measure_depth`."""
     manifest = read_bundle(bundle)
     choose_artifact(manifest, engine, kind)  # says what there is
-    formats = {"onnx": "onnx", "gguf": "llama.cpp"}
+    formats = {"gguf": "llama.cpp", "onnx": "onnx"}
     found = []
-    for entry in manifest.artifacts:
+    for entry in sorted(manifest.artifacts, key=lambda entry: (entry.format, entry.type, entry.depth)):
         name = formats[entry.format]
         if engine in (None, name) and (kind is None or kind.lower() == entry.type.lower()):
             found.append(measure_depth(bundle, name, entry.type, entry.depth, **settings))

@@ -20,7 +20,8 @@ class OnnxGenerator(Generator):
     """`folder`'s ONNX model at the ascending `depths`, whose last is the greatest that is loaded.
 
     All depths share the weights and what has been read. `draft`, another generator of the same vocabulary, drafts
-    where a request names no draft depth of its own. One request at a time; others wait.
+    where a request names no draft depth of its own. One request at a time: another's first token waits until this one's
+    are read to the end, or its iterator is closed.
     """
 
     runtime = "onnxruntime"

@@ -92,7 +92,7 @@ def test_a_conversation_past_the_context_is_refused_and_goes_on(bundle):
 def test_measuring_every_depth(bundle):
     told: list[DepthFigures] = []
     found = measure_all(bundle, done=told.append, prompt_tokens=12, new_tokens=4, threads=1)
-    assert [(f.engine, f.depth) for f in found] == [(e, d) for d in (2, 3, 4) for e in ("llama.cpp", "onnx")]
+    assert [(f.engine, f.depth) for f in found] == [(e, d) for e in ("llama.cpp", "onnx") for d in (2, 3, 4)]
     assert told == found
     for figures in found:
         assert figures.first_token_seconds > 0 and figures.decode_tokens_per_second > 0 and figures.load_seconds > 0

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from compress.errors import UserError
+from compress.export.onnx import write_onnx
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bundle import read_bundle
 from compress.runtime.generator import Request, Work
 from compress.runtime.onnx_engine import OnnxEngine
+from compress.runtime.onnx_generator import OnnxGenerator
 from compress.runtime.session import Session, Settings, depth_artifacts
+from compress.runtime.text import Tokenizer
 
 ENGINES = ("onnx", "llama.cpp")
 IDS = [(37 * i) % 440 + 3 for i in range(60)]
@@ -373,3 +376,36 @@ def test_generating_needs_no_torch(bundle, engine):
         expected = text_of(session, Settings(max_tokens=5), [{"role": "user", "content": "the way"}])
     assert done.stdout == expected + "\n"
     assert engine in done.stderr
+
+
+@pytest.fixture(scope="module")
+def real_int4(smollm2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("real") / "int4"
+    write_onnx(smollm2, folder, "int4")
+    return folder
+
+
+@pytest.mark.real
+def test_the_real_model_drafts_and_exits_to_the_bit(real_int4, smollm2):
+    """int4 rounds activations to 8 bits: the least difference between passes would grow to half a unit of logits."""
+    depths = (12, 24, 30)
+    tokenizer = Tokenizer(smollm2)
+    text = "The lighthouse keeper woke before dawn, because the sea had changed its voice. He"
+    ids = tokenizer.encode(text)
+    with OnnxGenerator(real_int4, depths, 1) as generator:
+        plain = list(generator.generate(Request(ids, 40, 30), Work()))
+        for draft_depth in (12, 24):
+            work = Work()
+            request = Request(ids, 40, 30, draft_depth=draft_depth)
+            assert list(generator.generate(request, work)) == plain and work.drafted > 40
+        assert list(generator.generate(Request(ids, 40, 30, exits={12: 1.0, 24: 1.0}), Work())) == plain
+        lazy = CachedText(generator._chain)
+        for number, token in enumerate(ids + plain):
+            lazy.add([token])
+            lazy.logits(depths[number % 2])
+        whole = CachedText(generator._chain)
+        whole.add(ids + plain)
+        rows = whole.logits(30, len(ids) + 40)
+        np.testing.assert_array_equal(lazy.logits(30, 1), rows[-1:])
+    with OnnxEngine(real_int4, 1) as stock:  # the graph as it is shipped, the whole text in one pass
+        np.testing.assert_array_equal(stock.logits(ids + plain)[0], rows)
