@@ -19,7 +19,7 @@ from ..stage import Context, Inputs, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card
-from .config import ExportConfig
+from .config import ExportConfig, check_deepest
 from .imatrix import collect, load_imatrix, save_imatrix
 from .verify import Reference, check_weights, probe_windows, torch_reference
 
@@ -31,11 +31,7 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
     """The depths to export a checkpoint at: those named, else those it was sorted for, else all of its blocks."""
     model = load_config(checkpoint)
     found = config.depths or depths(model)
-    if found[-1] != model.num_hidden_layers:
-        raise UserError(
-            f"export.depths ends at {found[-1]}, but the model in {checkpoint} has {model.num_hidden_layers} blocks; "
-            f"the last depth must be all of them"
-        )
+    check_deepest(found, model.num_hidden_layers, f"the model in {checkpoint}")
     return found
 
 

@@ -200,9 +200,9 @@ def test_a_kill_leaves_no_file(tiny, tmp_path):
     script = (
         "import sys, time, compress.export.gguf as g\n"
         "read = g.Source.read\n"
-        "def slow(self, name):\n"
+        "def slow(self, name, depth=None):\n"
         "    if name == 'blk.2.ffn_up.weight': print('there', flush=True); time.sleep(60)\n"
-        "    return read(self, name)\n"
+        "    return read(self, name, depth)\n"
         "g.Source.read = slow\n"
         "g.write_gguf(g.Path(sys.argv[1]), g.Path(sys.argv[2]), 'F16', name='x')\n"
     )

@@ -248,6 +248,16 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     )
     less, more = (stage_memory("export", config, at) for config in (one, three))
     extra = more.disk - less.disk
-    assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 6000 and more.note == "F16, int4 at 3 depths"
+    assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
     works = [stage_work("export", config, at, None) for config in (one, three)]
     assert works[0] and works[1] and works[0].flops < works[1].flops < 3 * works[0].flops
+
+
+def test_depths_to_export_must_end_with_what_pruning_leaves(tiny, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\nmodel: {tiny()}\nprune: {{blocks: 1, calibration: {{text: r.yaml}}}}\n"
+        "export: {gguf: [F16], depths: [2, 4]}\n"
+    )
+    with pytest.raises(UserError, match=r"export\.depths ends at 4, but the pruned model has 3 blocks; end with 3"):
+        make_plan(load_recipe(str(tmp_path / "r.yaml")), "float32", tmp_path)
+    make_plan(load_recipe(str(tmp_path / "r.yaml"), ["export.depths=[2, 3]"]), "float32", tmp_path)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from compress.errors import UserError
 from compress.export.config import ExportConfig
+from compress.export.gguf_family import family_name
 from compress.export.stage import export_checkpoint
 
 VERIFY = {"tokens": 32, "window": 32}
@@ -84,6 +85,22 @@ def test_a_damaged_gguf_fails_verification(shaken, tmp_path, context, monkeypatc
     with pytest.raises(UserError, match=rf"gguf-{kind}: tensor {tensor} .* differs from the checkpoint"):
         export_checkpoint(shaken(tied=False), tmp_path / "b", config(gguf=[kind]), context)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"), [(2, "token_embd.weight"), (3, "blk.0.ffn_up.weight"), (4, "blk.3.attn_q.weight")]
+)
+def test_a_damaged_part_of_several_depths_fails_verification(shaken, tmp_path, context, monkeypatch, part, tensor):
+    write = artifacts.write_family
+
+    def broken(checkpoint: Path, folder: Path, kind: str, depths: Any, **options: Any) -> Any:
+        firsts = write(checkpoint, folder, kind, depths, **options)
+        damage_gguf(folder / family_name(folder.name, 4, part, depths), tensor, flip)
+        return firsts
+
+    monkeypatch.setattr(artifacts, "write_family", broken)
+    with pytest.raises(UserError, match=rf"gguf-F16: tensor {tensor} .* differs from the checkpoint"):
+        export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 4]), context)
 
 
 @pytest.mark.parametrize(

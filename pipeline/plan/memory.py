@@ -36,7 +36,7 @@ TEMPLATE = 32  # tokens a chat template puts around a turn
 # probabilities, the difference and the product, before the gradients.
 HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
-DEPTH_ONNX = 6_000  # bytes per block of the graph that every depth of an ONNX type has
+DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
 SCORED = 128  # positions whose logits exist at once in an evaluation
 ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ...export.config import check_deepest
 from ...prune.config import PruneConfig
 from ..recipe import LoadedRecipe
 from .devices import Device
@@ -79,11 +80,15 @@ def planned_memory(
 
 
 def setting(loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> Setting:
-    """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are."""
+    """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are, and where
+    the depths to export do not end with all that are left."""
     prune = loaded.recipe.prune
     dropped = _dropped(prune, shape) if prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
+    export = loaded.recipe.export
+    if export is not None and export.depths and (prune is None or prune.blocks != "auto"):
+        check_deepest(export.depths, shape.blocks - dropped, "the pruned model" if dropped else "the model")
     return Setting(shape, shape.blocks - dropped, dtype, cuda, heldout_targets(loaded.recipe.data), shards)
 
 
