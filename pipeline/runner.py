@@ -21,7 +21,7 @@ from ..stage import Context, Group, Inputs, Progress
 from .group import check_same, check_shared, in_turn
 from .inspection import check_weights
 from .measure import Meter, give_back_memory
-from .plan import Geometry, planned_memory
+from .plan import Geometry, planned_memory, read_geometry, setting
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
@@ -160,6 +160,8 @@ def _prepare(run: Run, context: Context) -> Path:
     """The unpruned model's checkpoint folder, once the pending stages' checks have passed."""
     from ..modeling.load import resolve
 
+    if run.loaded.recipe.sort is not None:
+        setting(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # its depths fit
     base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
     check_weights(base)
     for stage in run.pending:

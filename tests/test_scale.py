@@ -64,13 +64,13 @@ from compress.pipeline.group import processes
 from compress.stage import Context, Inputs
 from compress.distill.sharding import whole
 options, base, model, data, out, hurt, shard = given
-keep, found = train._Recorder.on_pre_optimizer_step, {}
+keep, found = train.Recorder.on_pre_optimizer_step, {}
 def note(recorder, args, state, control, **rest):
     keep(recorder, args, state, control, **rest)
     for name, parameter in recorder.trainer.student.named_parameters():
         if parameter.requires_grad:
             found[f"{state.global_step}/{name}"] = whole(parameter.grad).clone()
-train._Recorder.on_pre_optimizer_step = note
+train.Recorder.on_pre_optimizer_step = note
 exec(hurt)
 with processes("cpu") as (group, device):
     config, out = DistillConfig.model_validate(options), Path(out)

@@ -3,7 +3,7 @@
 from .devices import Device, find_device, parse_size
 from .fit import Change, smallest_change
 from .geometry import Geometry, read_geometry
-from .plan import Plan, StagePlan, make_plan, planned_memory
+from .plan import Plan, StagePlan, make_plan, planned_memory, setting
 from .show import show_plan
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "parse_size",
     "planned_memory",
     "read_geometry",
+    "setting",
     "show_plan",
     "smallest_change",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...distill.sorted.config import check_deepest
 from ...errors import UserError
 from ...prune.config import PruneConfig
 from ..recipe import LoadedRecipe
@@ -79,12 +80,16 @@ def planned_memory(
 
 
 def setting(loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> Setting:
-    """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are."""
+    """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are, and where
+    the depths of a sorted training do not end with all that are left."""
     prune = loaded.recipe.prune
     dropped = _dropped(prune, shape) if prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
-    return Setting(shape, shape.blocks - dropped, dtype, cuda, heldout_targets(loaded.recipe.data), shards)
+    if loaded.recipe.sort is not None and (prune is None or prune.blocks != "auto"):
+        check_deepest(loaded.recipe.sort, shape.blocks - dropped)
+    recovered = loaded.recipe.distill is not None
+    return Setting(shape, shape.blocks - dropped, dtype, cuda, heldout_targets(loaded.recipe.data), recovered, shards)
 
 
 def _dropped(config: PruneConfig, shape: Geometry) -> int:
