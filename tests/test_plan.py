@@ -88,7 +88,7 @@ def test_operations_of_training_are_torchs(tiny, kind):
     ids = torch.ones((1, 64), dtype=torch.long)
 
     def train() -> None:
-        hidden = student(input_ids=ids, use_cache=False)
+        (hidden,) = student(input_ids=ids, use_cache=False)
         (hidden @ student.decoder.head_weight.T).sum().backward()
 
     recipe = load_recipe("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe

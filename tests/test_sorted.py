@@ -27,6 +27,9 @@ from compress.errors import UserError
 from compress.modeling.blocks import Decoder, depths, drop_blocks, kept_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
+from compress.pipeline import runner
+from compress.pipeline.plan import StagePlan, make_plan, read_geometry
+from compress.pipeline.recipe import load_recipe
 from compress.stage import WORK, Advance, Context, Inputs, Progress
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -390,3 +393,69 @@ def test_depths_that_the_model_has_not_are_refused_before_weights_are_read(world
 def test_messages_name_the_section(world: World) -> None:
     with pytest.raises(UserError, match=r"Lower sort\.lr \(it is 1e\+20\) or raise sort\.warmup"):
         world(depths=[2, 5], lr=1e20, tune="full")
+
+
+# In a recipe
+
+SORTED = """name: x
+model: random:llama
+data: {source: magpie, rows: 24}
+prune: {blocks: 2}
+sort: {depths: [2, 4, 6], %s}
+"""
+
+
+def test_a_recipe_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """random:llama has eight blocks, six after pruning; the run, the dry one and the plan find what does not fit."""
+    file = tmp_path / "r.yaml"
+    file.write_text(SORTED % "lr: 0.001")
+    assert load_recipe(str(file)).order == ("data", "prune", "sort")
+    monkeypatch.setattr(runner, "check_weights", lambda _: pytest.fail("weights were read"))
+    for wrong, message in (("sort.depths=[2, 4]", "ends with 4"), ("sort.depths=[2, 8]", "ends with 8")):
+        loaded = load_recipe(str(file), [wrong])
+        with pytest.raises(UserError, match=message + ".*has 6 blocks"):
+            runner.execute(runner.plan_run(loaded, runner.Options(tmp_path / "runs")), Progress())
+        with pytest.raises(UserError, match=message + ".*has 6 blocks"):
+            make_plan(loaded, "float32", tmp_path / "runs")
+    make_plan(
+        load_recipe(str(file), ["sort.depths=[2, 4]", "prune.blocks=auto", "prune.goal={size: 0.5}"]),
+        "float32",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SORTED % "teacher: cached, objective: kd", "cached reads what the data stage writes down"),
+        (SORTED % "depth: 3", r"sort\.depth.*depths"),
+        ("name: x\nmodel: random:llama\nsort: {depths: [8]}\n", "the stage sort needs a stage data before it"),
+        (SORTED % "lr: 1" + "distill: {lr: 0.1}\n", "the stage sort reads what distill makes"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(file))
+
+
+def test_the_plan_counts_the_heads_of_all_depths_and_what_is_trained_beside(tmp_path: Path) -> None:
+    """More depths are more passes through the head, and nothing else; a trained head has its moments."""
+    file = tmp_path / "r.yaml"
+    file.write_text(SORTED % "tune: {kind: lora, rank: 1}, max_steps: 1, accumulate: 1, eval_every: 1000, length: 64")
+    text = "sort.depths=[1, 2, 4, 6]"
+    shape = read_geometry(load_recipe(str(file)), tmp_path)
+
+    def stage_plan(*overrides: str) -> StagePlan:
+        plan = make_plan(load_recipe(str(file), overrides), "float32", tmp_path)
+        return next(stage for stage in plan.stages if stage.name == "sort")
+
+    three, two, four = stage_plan(), stage_plan("sort.sample=2"), stage_plan(text)
+    head = 2 * 2 * shape.vocab * shape.hidden * 64  # forward, and backward to the states
+    assert three.flops - two.flops == head
+    assert stage_plan(text, "sort.sample=3").flops - stage_plan(text, "sort.sample=2").flops == head
+    assert four.flops - three.flops > head  # the held-out rows are measured at every depth
+    trained = stage_plan("sort.tune.train_head=true", "sort.tune.train_norm=true")
+    parameters = shape.vocab * shape.hidden + shape.hidden
+    assert trained.found.peak - three.found.peak == 16 * parameters  # themselves, gradients and two moments
