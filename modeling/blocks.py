@@ -202,17 +202,17 @@ def depths(config: Any) -> list[int]:
     return list(found) if found is not None else [config.num_hidden_layers]
 
 
+def forget_depths(config: Any) -> None:
+    """Take back `record_depths`: of a model that was trained further at its full depth alone."""
+    if hasattr(config, DEPTHS):
+        delattr(config, DEPTHS)
+
+
 def record_depths(config: Any, found: Sequence[int]) -> None:
     """Note in a configuration at which depths its model runs; the deepest must be all of its blocks."""
     if sorted(set(found)) != list(found) or found[0] < 1 or found[-1] != config.num_hidden_layers:
         raise ValueError(f"depths {list(found)} must ascend to the model's {config.num_hidden_layers} blocks")
     setattr(config, DEPTHS, list(found))
-
-
-def forget_depths(config: Any) -> None:
-    """Take back `record_depths`: of a model that was trained further at its full depth alone."""
-    if hasattr(config, DEPTHS):
-        delattr(config, DEPTHS)
 
 
 def drop_blocks(model: Any, dropped: Collection[int]) -> None:
@@ -334,7 +334,8 @@ def _apply(model: Any, kept: list[int]) -> None:
         config.max_window_layers = sum(i < config.max_window_layers for i in kept)
     config.num_hidden_layers = len(kept)
     setattr(config, KEPT_BLOCKS, [numbers[i] for i in kept])
-    forget_depths(config)  # what was trained for several had these blocks
+    if hasattr(config, DEPTHS):  # what was trained for several depths had these blocks
+        delattr(config, DEPTHS)
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
     _reindex(model.model.layers)
 

@@ -81,7 +81,9 @@ class World:
         shutil.copytree(talks, folder / "data")
         self.inputs = Inputs(base, folder / "pruned", {"data": folder / "data"})
 
-    def __call__(self, *, out: Path | None = None, calls: int = 0, **options: Any) -> dict[str, Any]:
+    def __call__(
+        self, *, out: Path | None = None, calls: int = 0, dtype: str = "float32", **options: Any
+    ) -> dict[str, Any]:
         self.runs += 1
         self.out = out or self.folder / f"out{self.runs}"
         self.out.mkdir(exist_ok=True)
@@ -89,7 +91,7 @@ class World:
         plain |= {"eval_every": 3, "save_every": 2} | options
         sorts = "depths" in options
         section = SortConfig.model_validate(plain) if sorts else DistillConfig.model_validate(plain)
-        context = Context(seed=SEED, progress=Killer(calls))
+        context = Context(seed=SEED, dtype=dtype, progress=Killer(calls))
         module = stage if sorts else distill
         module.check(section, self.base, context)
         return module.run(section, self.inputs, self.out, context)
@@ -336,6 +338,24 @@ def test_a_head_that_is_trained_beside_adapters(
     with torch.no_grad():  # the figures are the saved model's
         row = load_encoded(world.inputs.stages["data"], load_tokenizer(world.base), "heldout", LENGTH)[0]
         assert torch.isfinite(model(input_ids=torch.tensor([row.input_ids])).logits).all()
+
+
+@pytest.mark.parametrize("bits", [None, "nf4"])
+@pytest.mark.parametrize("teacher", ["copy", "shared"])
+def test_what_is_trained_stays_float32_beside_smaller_weights(world: World, teacher: str, bits: str | None) -> None:
+    """bfloat16 blocks, and blocks in 4 bits; it learns nearly what float32 does."""
+    tune = LORA | {"train_norm": True, "train_head": True}
+    options: dict[str, Any] = {"depths": [1, 3, 5], "teacher": teacher, "lr": 1e-3, "max_steps": 3}
+    world(**options, tune=tune)
+    wanted = [line["loss"] for line in world.lines("loss")]
+    world(**options, tune=tune | {"quantize_base": bits}, dtype="bfloat16")
+    lines = world.lines("loss")
+    assert [line["loss"] for line in lines] == pytest.approx(wanted, rel=0.1 if bits is None else 0.5)
+    best = load_file(world.out / WORK / "best.safetensors")
+    assert {value.dtype for value in best.values()} == {torch.float32}
+    assert {value.dtype for value in world.weights.values()} == {torch.bfloat16}
+    measured = world.lines("eval_kl")
+    assert measured[-1]["eval_kl"] < measured[0]["eval_kl"]
 
 
 def test_a_shared_teacher_keeps_its_own_norm_and_head(world: World) -> None:
