@@ -21,13 +21,15 @@ called in the first process only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+from .errors import UserError
 
 WORK = ".work"
 
@@ -115,6 +117,16 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def check_deepest(key: str, depths: Sequence[int], blocks: int, where: str) -> None:
+    """`UserError` unless the depths that the recipe's `key` names end with all of the blocks that the model `where`
+    names has."""
+    if depths[-1] != blocks:
+        raise UserError(
+            f"{key} ends with {depths[-1]}, but {where} has {blocks} blocks; the last depth is the whole model, so write "
+            f"[..., {blocks}]" + (f", or prune to {depths[-1]} blocks first" if depths[-1] < blocks else "")
+        )
 
 
 def sha256(path: Path) -> str:

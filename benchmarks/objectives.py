@@ -43,7 +43,8 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
             loss = objective_loss(objective, hidden, head, targets, States(teacher, head), options.chunk).loss
         else:
             anchor = States(teacher, head) if needs_teacher(objective) else None
-            nll, kl = token_terms(head.logits(hidden), targets, anchor)
+            said = None if anchor is None else anchor.at(slice(None))
+            nll, kl = token_terms(head.logits(hidden), targets, said)
             loss = combine(objective, nll, kl).sum()
         loss.backward()
         seconds.append(time.perf_counter() - started)

@@ -1,8 +1,9 @@
-"""The recipe's `distill` section."""
+"""The recipe's `distill` section, and what it has in common with `sort` (sorted/config.py)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -59,6 +60,8 @@ class Lora(Section):
         default=None,
         description="hold the frozen weights in 4 bits while training (QLoRA); the merge uses the full ones",
     )
+    train_norm: bool = Field(default=False, description="train the final norm too")
+    train_head: bool = Field(default=False, description="train the head too; where it is tied, the embedding with it")
 
 
 class Full(Section):
@@ -99,6 +102,55 @@ def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
     return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
 
 
+class TrainingConfig(Section):
+    """How a student is trained: what it learns, what of it is trained, from whom, and for how long."""
+
+    stage: ClassVar[str]  # the section's name in a recipe
+
+    objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
+    tune: Tune = Field(default_factory=Lora, description="lora or full")
+    teacher: Teacher = Field(
+        default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"
+    )
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    schedule: Schedule = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
+    batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
+    accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
+    length: int = Field(default=512, ge=8, description="tokens per packed sequence")
+    chunk: int = Field(default=256, ge=1, description="positions whose logits exist at once")
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
+    save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
+    select: Literal["kl", "perplexity", "loss", "last"] = Field(
+        default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
+    )
+
+    @model_validator(mode="after")
+    def _shared_needs_lora(self) -> Self:
+        if isinstance(self.teacher, Shared) and any(isinstance(student.tune, Full) for student in self.students):
+            raise ValueError(
+                "teacher: shared is for LoRA, which leaves the weights as they are; with tune: full they are trained, "
+                "and nothing would be left of the teacher: take teacher: copy or cached"
+            )
+        return self
+
+    @property
+    def students(self) -> Sequence[TrainingConfig]:
+        """The section as it is for each student; there is one."""
+        return [self]
+
+    @property
+    def passes(self) -> int:
+        """How often the head works on each response token."""
+        return 1
+
+
 class Variant(Section):
     """One of several students: its name, and what differs from the rest of the section."""
 
@@ -127,32 +179,11 @@ class Variant(Section):
 OVERRIDES = tuple(name for name in Variant.model_fields if name not in ("name", "seed", "rows"))
 
 
-class DistillConfig(Section):
+class DistillConfig(TrainingConfig):
     """Recovery: the pruned model learns from what the unpruned one wrote, and from its distributions."""
 
-    objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
-    tune: Tune = Field(default_factory=Lora, description="lora or full")
-    teacher: Teacher = Field(
-        default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"
-    )
-    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
-    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
-    schedule: Schedule = "cosine"
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
-    batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
-    accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
-    length: int = Field(default=512, ge=8, description="tokens per packed sequence")
-    chunk: int = Field(default=256, ge=1, description="positions whose logits exist at once")
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
-    eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
-    save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
-    select: Literal["kl", "perplexity", "loss", "last"] = Field(
-        default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
-    )
+    stage: ClassVar[str] = "distill"
+
     variants: list[Variant] | None = Field(
         default=None,
         description="several students, trained one after another; `select` chooses the one that goes on",
@@ -177,17 +208,8 @@ class DistillConfig(Section):
                     raise ValueError(f"{other.name} and {one.name} would be the same student; give one another seed")
         return value
 
-    @model_validator(mode="after")
-    def _shared_needs_lora(self) -> DistillConfig:
-        if isinstance(self.teacher, Shared) and any(isinstance(student.tune, Full) for student in self.students):
-            raise ValueError(
-                "teacher: shared is for LoRA, which leaves the weights as they are; with tune: full they are trained, "
-                "and nothing would be left of the teacher: take teacher: copy or cached"
-            )
-        return self
-
     @property
-    def students(self) -> list[DistillConfig]:
+    def students(self) -> Sequence[DistillConfig]:
         """The section as it is for each student: for each variant, or for the one there is."""
         return [self] if self.variants is None else [self.of(variant) for variant in self.variants]
 

@@ -43,9 +43,12 @@ class TopK:
     tokens: Tensor  # (N, k) long, no token twice
     log_probs: Tensor  # (N, k + 1); the last is the rest's; what they sum to is divided out
 
-    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
-        tokens = self.tokens[part]
-        teacher = self.log_probs[part].to(log_probs.dtype).log_softmax(-1)
+    def at(self, part: slice) -> TopK:
+        return TopK(self.tokens[part], self.log_probs[part])
+
+    def kl(self, log_probs: Tensor) -> Tensor:
+        tokens = self.tokens
+        teacher = self.log_probs.to(log_probs.dtype).log_softmax(-1)
         student = log_probs.gather(-1, tokens)
         if tokens.shape[-1] < log_probs.shape[-1]:
             # Not as 1 − Σ q: nothing would be left of a small rest, nor of its gradient.
@@ -81,13 +84,34 @@ def objective_loss(
     gradient flows to `hidden` and to `head.weight` where they require it. Raises `ValueError` when a KL term lacks its
     anchor.
     """
+    weights = torch.ones(1, len(targets), device=hidden.device)
+    loss, values = weighted_loss(objective, hidden[None], weights, head, targets, anchor, chunk)
+    _, nll, kl = values.sum((1, 2))
+    return LossSums(loss, nll, kl, len(targets))
+
+
+def weighted_loss(
+    objective: Sft | Dft | Asft | Kd,
+    hidden: Tensor,
+    weights: Tensor,
+    head: Head,
+    targets: Tensor,
+    anchor: Anchor | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of an objective over P students' states at the same N response tokens, and its terms.
+
+    hidden: (P, N, H), after the final norm; weights: (P, N); the rest as in `objective_loss`. What the teacher says is
+    worked out once for all P. Returns the sum, which carries the gradient, and (3, P, N) without one: loss, negative
+    log-likelihood and KL per token.
+    """
     if needs_teacher(objective) and anchor is None:
         raise ValueError(f"the objective {objective.kind} needs a teacher")
     weight = head.weight
     if not torch.is_grad_enabled():  # the function below cannot see that no gradient is wanted
         hidden, weight = hidden.detach(), weight.detach()
-    loss, nll, kl = _Chunked.apply(hidden, weight, objective, head, targets, anchor, chunk)
-    return LossSums(loss, nll, kl, len(targets))
+    loss, values = _Chunked.apply(hidden, weight, weights, objective, head, targets, anchor, chunk)
+    return loss, values
 
 
 class _Chunked(torch.autograd.Function):
@@ -98,35 +122,39 @@ class _Chunked(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        weights: Tensor,
         objective: Sft | Dft | Asft | Kd,
         head: Head,
         targets: Tensor,
         anchor: Anchor | None,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
-        sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        values = torch.zeros(3, *hidden.shape[:2], dtype=kind, device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            with torch.set_grad_enabled(wants_hidden or wants_weight):
-                h = hidden[part].detach().requires_grad_(wants_hidden)
-                w = weight.detach().requires_grad_(wants_weight)
-                nll, kl = token_terms(head.logits(h, w), targets[part], anchor, part)
-                loss = combine(objective, nll, kl).sum()
-            if wants_hidden or wants_weight:
-                wanted = [tensor for tensor in (h, w) if tensor.requires_grad]
-                grads = list(torch.autograd.grad(loss, wanted))
-                if grad_hidden is not None:
-                    grad_hidden[part] = grads.pop(0)
-                if grad_weight is not None:
-                    grad_weight += grads.pop(0)
-            sums += torch.stack([loss.detach(), nll.detach().sum(), kl.detach().sum()])
+            teacher = None if anchor is None else anchor.at(part)
+            for number in range(len(hidden)):
+                with torch.set_grad_enabled(wants_hidden or wants_weight):
+                    h = hidden[number, part].detach().requires_grad_(wants_hidden)
+                    w = weight.detach().requires_grad_(wants_weight)
+                    nll, kl = token_terms(head.logits(h, w), targets[part], teacher)
+                    loss = combine(objective, nll, kl)
+                    total = (loss * weights[number, part]).sum()
+                if wants_hidden or wants_weight:
+                    wanted = [tensor for tensor in (h, w) if tensor.requires_grad]
+                    grads = list(torch.autograd.grad(total, wanted))
+                    if grad_hidden is not None:
+                        grad_hidden[number, part] = grads.pop(0)
+                    if grad_weight is not None:
+                        grad_weight += grads.pop(0)
+                values[:, number, part] = torch.stack([loss, nll, kl]).detach().to(kind)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        loss, nll, kl = sums.unbind()
-        ctx.mark_non_differentiable(nll, kl)
-        return loss, nll, kl
+        ctx.mark_non_differentiable(values)
+        return (values[0] * weights).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -135,5 +163,5 @@ class _Chunked(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            *([None] * 5),
+            *([None] * 6),
         )

@@ -23,7 +23,7 @@ from ..modeling.load import load_model
 from ..stage import Context
 from .config import Lora
 from .teacher import quantization
-from .train import lora_model
+from .train import lora_model, trained_beside
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its parameters
 
@@ -49,6 +49,12 @@ class SharedTeacher:
             new = _like(old, value)
             for place in _places(model, old):
                 self._original[place], healed[place] = old, new
+        for old in trained_beside(self.decoder, tune):
+            places = [place for place in _places(model, old) if place not in healed]
+            new = nn.Parameter(old.detach().clone(), requires_grad=False)
+            self._original |= dict.fromkeys(places, old)
+            healed |= dict.fromkeys(places, new)
+            self.held_twice += new.numel() if places else 0
         self._teaching = False
         for name, factor in changes.scaled.items():
             model.get_submodule(name).register_forward_hook(self._scaling(factor))
@@ -88,7 +94,9 @@ class SharedTeacher:
         return Head(self.decoder.head_weight.detach(), self.decoder.softcap)
 
     def anchor(self, batch: Batch, positions: Tensor) -> States:
-        return States(self.hidden(batch).flatten(0, 1)[positions], self.head)
+        with self.on():  # the head may be one of the things that the student has of its own
+            hidden = self.decoder.hidden(**batch.model_inputs())
+            return States(hidden.flatten(0, 1)[positions], self.head)
 
     def _scaling(self, factor: float) -> Any:
         def scale(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

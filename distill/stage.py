@@ -15,23 +15,27 @@ from ..data.chat import Encoded, load_encoded
 from ..data.packing import Batch, pack
 from ..data.rows import Split
 from ..errors import UserError
+from ..modeling.blocks import forget_depths, record_depths
 from ..modeling.checkpoint import link_files, quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
 from ..stage import Context, Inputs
-from .config import Copy, DistillConfig, Lora
+from .config import Copy, DistillConfig, Lora, TrainingConfig
+from .recorder import read_lines
+from .sorted.config import SortConfig
 from .students import Preparation, best_model
-from .train import DistillTrainer, latest_checkpoint, read_lines, total_steps
+from .train import DistillTrainer, total_steps
 from .variants import Job, choose, plan_jobs, share, write_record
+from .weights import latest_checkpoint
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
-def check(config: DistillConfig, base: Path, context: Context) -> None:
+def check(config: TrainingConfig, base: Path, context: Context) -> None:
     """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
     if config.accumulate % context.world:
         raise UserError(
-            f"distill.accumulate is {config.accumulate}: so many forward passes per step cannot be shared evenly by "
-            f"{context.world} processes; make it a multiple of that, or start fewer processes"
+            f"{config.stage}.accumulate is {config.accumulate}: so many forward passes per step cannot be shared "
+            f"evenly by {context.world} processes; make it a multiple of that, or start fewer processes"
         )
     for own in config.students:
         _check_shard(own, context)
@@ -42,17 +46,18 @@ def check(config: DistillConfig, base: Path, context: Context) -> None:
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
-            raise UserError(f"distill: {bits or config.optimizer} needs bitsandbytes, which failed: {error}") from error
+            what = f"{config.stage}: {bits or config.optimizer}"
+            raise UserError(f"{what} needs bitsandbytes, which failed: {error}") from error
 
 
-def _check_shard(config: DistillConfig, context: Context) -> None:
+def _check_shard(config: TrainingConfig, context: Context) -> None:
     for wrong, why in (
         (context.world == 1, "needs several processes: start them with torchrun or accelerate launch"),
         (
             isinstance(config.tune, Lora),
-            "spreads what is trained, which distill.tune: lora has little of; leave it out",
+            f"spreads what is trained, which {config.stage}.tune: lora has little of; leave it out",
         ),
-        (config.optimizer != "adamw", "cannot spread the states of distill.optimizer: adamw_8bit; use adamw"),
+        (config.optimizer != "adamw", f"cannot spread the states of {config.stage}.optimizer: adamw_8bit; use adamw"),
         (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
     ):
         if context.shard and wrong:
@@ -69,7 +74,7 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     jobs = plan_jobs(config, out_dir, context)
     pending = context.group.share([job.name for job in jobs if job.figures is None])
     if pending:
-        _recover_all(config, [job for job in jobs if job.name in pending], inputs, context)
+        recover_all(config, [job for job in jobs if job.name in pending], inputs, context)
     if context.rank:
         return {}
     figures = {job.name: job.figures or {} for job in jobs}
@@ -84,8 +89,8 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     return figures[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": figures}
 
 
-def _recover_all(config: DistillConfig, jobs: list[Job], inputs: Inputs, context: Context) -> None:
-    """Train students one after another."""
+def recover_all(config: TrainingConfig, jobs: list[Job], inputs: Inputs, context: Context) -> None:
+    """Train students one after another, and save them with their curves."""
     tokenizer = load_tokenizer(inputs.model)
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
     preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
@@ -114,6 +119,10 @@ def _recover(
     )
     with quiet():
         model = best_model(job.config, inputs, job.work, job.context)
+    if isinstance(job.config, SortConfig):
+        record_depths(model.config, job.config.depths)
+    else:
+        forget_depths(model.config)
     save_checkpoint(model, tokenizer, job.folder / "model")
     shutil.copyfile(job.work / "curves.jsonl", job.folder / "curves.jsonl")
     lines = [line for line in read_lines(job.folder / "curves.jsonl") if "tokens" in line]
@@ -131,7 +140,7 @@ def load_batches(job: Job, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
     return pack_rows(job.config, own, tokenizer, grouped=True)
 
 
-def pack_rows(config: DistillConfig, rows: list[Encoded], tokenizer: Any, *, grouped: bool = False) -> list[Batch]:
+def pack_rows(config: TrainingConfig, rows: list[Encoded], tokenizer: Any, *, grouped: bool = False) -> list[Batch]:
     """Rows as they are run: in packed sequences of the section's length, in their order."""
     return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
 

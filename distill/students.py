@@ -14,12 +14,14 @@ from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from ..stage import Context, Inputs
 from .cached import CachedTeacher
-from .config import Cached, Copy, DistillConfig, Lora, Shared, needs_teacher
+from .config import Cached, Copy, Lora, Shared, TrainingConfig, needs_teacher
 from .sharding import sharded
 from .shared import SharedTeacher
+from .sorted.depths import Depths
 from .teacher import CopyTeacher, Teacher, quantization
-from .train import HeldOut, Student, hold_out, load_trainable, lora_model
+from .train import HeldOut, Student, hold_out, lora_model
 from .variants import Job
+from .weights import load_trainable
 
 
 class Preparation:
@@ -72,7 +74,7 @@ class Preparation:
         return self._known[ran]
 
 
-def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
+def build_student(config: TrainingConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
     """The pruned model ready to be trained: with fresh adapters, or with all weights trainable."""
     if context.shard:
         alone = replace(context, shard=False, device="cpu")
@@ -91,14 +93,14 @@ def build_student(config: DistillConfig, inputs: Inputs, context: Context, *, qu
     return as_student(adapted, Decoder(model), config)
 
 
-def as_student(adapted: Any, decoder: Decoder, config: DistillConfig) -> Student:
+def as_student(adapted: Any, decoder: Decoder, config: TrainingConfig) -> Student:
     """A model with what is trained in it, to be called for hidden states."""
     if config.gradient_checkpointing:
         decoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Student(adapted, decoder)
+    return Student(adapted, decoder, Depths.of(config, decoder.num_blocks))
 
 
-def best_model(config: DistillConfig, inputs: Inputs, work: Path, context: Context) -> Any:
+def best_model(config: TrainingConfig, inputs: Inputs, work: Path, context: Context) -> Any:
     """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
     if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
         context = replace(context, shard=False, device="cpu")

@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
+import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed import get_rank
-from torch.distributed.fsdp import FSDPModule
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
-from ..stage import Advance, Context, Group, write_whole
-from .config import DistillConfig, Lora
-from .losses import LossSums, objective_loss
+from ..stage import Advance, Context, Group
+from .config import Lora, TrainingConfig
+from .losses import weighted_loss
 from .order import BatchOrder, blank
-from .sharding import copy_whole, is_sharded, load_optimizer, save_optimizer, whole
+from .recorder import Recorder
+from .sharding import is_sharded, load_optimizer, save_optimizer
+from .sorted.config import SortConfig
+from .sorted.depths import Depths, Drawn
 from .teacher import Teacher
+from .weights import WEIGHTS, WHOLE, load_trainable, save_whole, trainable_state
 
-WHOLE = "WHOLE"  # written last into a checkpoint; one without it was cut short and is not resumed from
-WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"  # the Trainer's name for it
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
 
 
 class Student(nn.Module):
-    """The model being trained, called for hidden states, or for what `finish` makes of them while all weights of a
-    sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
+    """The model being trained, called for its hidden states at every depth that learns, or for what `finish` makes of
+    them while all weights of a sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, model: nn.Module, decoder: Decoder):
+    def __init__(self, model: nn.Module, decoder: Decoder, depths: Depths):
         super().__init__()
         self.model = model
         self.decoder = decoder
+        self.depths = depths
 
-    def forward(self, finish: Callable[[Tensor], Any] | None = None, **inputs: Any) -> Any:
-        hidden = self.decoder.hidden(**inputs)
+    def forward(self, finish: Callable[[list[Tensor]], Any] | None = None, **inputs: Any) -> Any:
+        hidden = self.decoder.hidden_at(self.depths.blocks, **inputs)
         return hidden if finish is None else finish(hidden)
+
+
+@dataclass(frozen=True)
+class DepthSums:
+    """Sums over response tokens: the weighted loss of all depths, which carries the gradient, and a row per depth of
+    loss, negative log-likelihood, KL and number of tokens, (D, 4)."""
+
+    loss: Tensor
+    table: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,12 @@ def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | Non
 
 
 def lora_model(model: Any, tune: Lora, seed: int) -> Any:
-    """The model with fresh adapters; everything else is frozen. Raises `UserError` for unknown target names."""
+    """The model with fresh adapters; everything else is frozen, but for the norm and the head where they are to be
+    trained. Raises `UserError` for unknown target names."""
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, tune.targets)
+    beside = trained_beside(Decoder(model), tune)
     config = LoraConfig(
         r=tune.rank,
         lora_alpha=tune.alpha,  # type: ignore[arg-type]
@@ -97,7 +106,17 @@ def lora_model(model: Any, tune: Lora, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for parameter in beside:
+        parameter.data = parameter.data.float()  # as the adapters: small steps would be lost in fewer bits
+        parameter.requires_grad_(True)
+    return adapted
+
+
+def trained_beside(decoder: Decoder, tune: Lora) -> list[nn.Parameter]:
+    """Parameters that are trained as they are, beside the adapters."""
+    found = list(decoder.norm.parameters()) if tune.train_norm else []
+    return [*found, *decoder.head_module.parameters()] if tune.train_head else found
 
 
 def _check_targets(model: Any, targets: list[str] | str) -> None:
@@ -109,44 +128,13 @@ def _check_targets(model: Any, targets: list[str] | str) -> None:
             raise UserError(f"distill.tune.targets: the blocks have no linear layer {target!r}; they have: {known}")
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, on the CPU. Of a sharded module they are gathered, for which all
-    processes must call this; the first one has them."""
-    state = {}
-    if isinstance(module, FSDPModule):
-        module.reshard()  # after a forward pass alone, the root's weights still are whole
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            value = whole(parameter)
-            if not (is_sharded(module) and get_rank()):
-                state[name] = value.cpu().contiguous()
-    return state
-
-
-def load_trainable(module: nn.Module, file: Path) -> None:
-    """Put saved parameters back; the names must be the trained ones exactly."""
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    with safe_open(file, framework="pt") as saved:  # one at a time: several processes may read it at once
-        if set(saved.keys()) != parameters.keys():
-            raise UserError(f"{file} does not hold the parameters this recipe trains; delete its folder and run again")
-        for name, parameter in parameters.items():
-            copy_whole(parameter, saved.get_tensor(name))
-
-
-def save_whole(state: dict[str, Tensor], file: Path) -> None:
-    """Write safetensors so that the file is never seen half-written."""
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(state, temporary)
-    os.replace(temporary, file)
-
-
 class DistillTrainer(Trainer):
     """transformers' Trainer with our loss, small checkpoints, and held-out measurements."""
 
     def __init__(
         self,
         student: Student,
-        config: DistillConfig,
+        config: TrainingConfig,
         teacher: Teacher | None,
         held_out: HeldOut,
         work: Path,
@@ -166,8 +154,10 @@ class DistillTrainer(Trainer):
         self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
         self.order = BatchOrder(len(batches), context.world, context.seed)
         self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
-        self.running = torch.zeros(4, dtype=torch.float64)  # sums of loss, nll, kl and tokens since the last step
-        self.add_callback(_Recorder(self, work, advance))
+        self.depths = student.depths
+        self.running = torch.zeros(len(self.depths.blocks), 4, dtype=torch.float64)  # `DepthSums` since the last step
+        self.passed = 0  # batches since the last step
+        self.add_callback(Recorder(self, work, advance))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,55 +165,88 @@ class DistillTrainer(Trainer):
         sums = self.sums(model, Batch(**inputs))
         if not torch.isfinite(sums.loss):
             raise self.diverged("training loss", sums.loss.item(), self.state.global_step + 1)
-        figures = [sums.loss.item(), sums.nll.item(), sums.kl.item(), sums.tokens]
-        self.running += torch.tensor(figures, dtype=torch.float64)
+        self.running += sums.table
+        self.passed += 1
         return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
 
     def diverged(self, figure: str, value: float, step: int) -> UserError:
         return UserError(
             f"the {figure} is {value} at step {step}: training diverged. "
-            f"Lower distill.lr (it is {self.config.lr:g}) or raise distill.warmup."
+            f"Lower {self.config.stage}.lr (it is {self.config.lr:g}) or raise {self.config.stage}.warmup."
         )
 
-    def sums(self, model: Any, batch: Batch) -> LossSums:
+    def sums(self, model: Any, batch: Batch) -> DepthSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
         # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
         anchor = self.teacher.anchor(batch, positions) if self.teacher is not None else None
-        return self._objective(model, batch, positions, targets, anchor)
+        drawn = self.depths.draw(len(positions), self._draw_seed())
+        return self._objective(model, batch, positions, targets, anchor, drawn)
+
+    def _draw_seed(self) -> int:
+        # Of the batch's place in the step, which is the same however many processes there are, and after a kill.
+        place = self.passed * self.group.world + self.group.rank
+        return random.Random(f"depths {self.args.seed} {self.state.global_step} {place}").getrandbits(63)
 
     def _objective(
-        self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None
-    ) -> LossSums:
+        self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None, drawn: Drawn
+    ) -> DepthSums:
         """The objective at some positions, computed where the head's weights are whole."""
-        config = self.config
+        config, drawn = self.config, drawn.to(positions.device)
 
-        def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def finish(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             head = Head(self.decoder.head_weight, self.decoder.softcap)
-            states = hidden.flatten(0, 1)[positions]
-            sums = objective_loss(config.objective, states, head, targets, anchor, config.chunk)
-            return sums.loss.clone(), sums.nll, sums.kl  # FSDP2 wants no view of the loss
+            states = drawn.take(torch.stack([depth.flatten(0, 1)[positions] for depth in hidden]))
+            loss, values = weighted_loss(config.objective, states, drawn.weight, head, targets, anchor, config.chunk)
+            return loss.clone(), values  # FSDP2 wants no view of the loss
 
         inputs = batch.model_inputs()
-        loss, nll, kl = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
-        return LossSums(loss, nll, kl, len(targets))
+        loss, values = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
+        return DepthSums(loss, drawn.sums(values, len(self.depths.blocks)))
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Loss, KL to the teacher and perplexity on the held-out rows of all processes."""
+    def measure(self) -> dict[str, Any]:
+        """Loss, KL to the teacher and perplexity on the held-out rows of all processes: the weighted mean over depths,
+        and in a sorted training each depth's own."""
         self.student.eval()
-        own: list[list[float]] = []
+        own: list[list[list[float]]] = []
         for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
             batch = batch.to(self.args.device)
             positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-            sums = self._objective(self.student, batch, positions, targets, anchor)
-            own.append([float(sums.loss), float(sums.nll), float(sums.kl), sums.tokens])
+            every = self.depths.every(len(positions))
+            with self._numbers():
+                sums = self._objective(self.student, batch, positions, targets, anchor, every)
+            own.append(sums.table.tolist())
         shares = self.group.gather(own)
-        total = torch.zeros(4, dtype=torch.float64)
+        total = torch.zeros_like(self.running)
         for number in range(sum(map(len, shares))):  # in the batches' order, however many processes there are
             total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
-        loss, nll, kl = (total[:3] / total[3].clamp(min=1)).tolist()
-        return {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
+        means = self.depth_means(total)
+        loss, nll, kl = self.depths.mean(means).tolist()
+        found = {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
+        return found | self.by_depth("eval_depths", means)
+
+    def _numbers(self) -> Any:
+        """A head that is trained in float32 beside blocks of another type needs its products cast, as in training."""
+        tune = self.config.tune
+        cast = isinstance(tune, Lora) and tune.train_head
+        return self.compute_loss_context_manager() if cast else nullcontext()
+
+    def depth_means(self, table: Tensor) -> Tensor:
+        """(D, 3): mean loss, negative log-likelihood and KL of each depth's tokens."""
+        return table[:, :3] / table[:, 3:].clamp(min=1)
+
+    def by_depth(self, key: str, means: Tensor) -> dict[str, Any]:
+        """Each depth's figures, under `key`; none for a student of one depth."""
+        if not isinstance(self.config, SortConfig):
+            return {}
+        rows = zip(self.depths.blocks, means.tolist(), strict=True)
+        return {
+            key: [
+                {"depth": depth, "loss": loss, "kl": kl, "perplexity": math.exp(min(nll, 700))}
+                for depth, (loss, nll, kl) in rows
+            ]
+        }
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         count = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
@@ -268,104 +291,14 @@ class DistillTrainer(Trainer):
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
 
 
-class _Recorder(TrainerCallback):
-    """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
-    one writes."""
-
-    def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
-        self.trainer, self.advance, self.group = trainer, advance, trainer.group
-        self.curves, self.best = work / "curves.jsonl", work / "best.json"
-        self.best_weights = work / "best.safetensors"
-        self.note, self.lr = "", 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.group.rank:
-            torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
-        begun = False
-        if self.group.rank == 0:
-            keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
-            _write_lines(self.curves, keep)
-            begun = bool(keep)
-        self.advance(state.global_step)
-        if not self.group.share(begun):
-            self._measure(0)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
-        self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
-
-    def _epoch_steps(self) -> int:
-        return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        loss, nll, kl, tokens = map(sum, zip(*self.group.gather(self.trainer.running.tolist()), strict=True))
-        self.trainer.running.zero_()
-        count = max(tokens, 1.0)
-        config, step = self.trainer.config, state.global_step
-        epochs, steps = divmod(step, self._epoch_steps())
-        line = {
-            "step": step,
-            "epoch": round(epochs + steps * config.accumulate / self.trainer.order.count, 4),
-            "loss": loss / count,
-            "nll": nll / count,
-            "lr": self.lr,
-            "tokens": int(tokens),
-        }
-        if self.trainer.teacher is not None:
-            line["kl"] = kl / count
-        if self.group.rank == 0:
-            _append_line(self.curves, line)
-        last = step >= state.max_steps
-        if step % config.eval_every == 0 or last:
-            self._measure(step)
-        if step % config.save_every == 0 and not last:
-            control.should_save = True
-        self.advance(1, f"loss {loss / count:.3f}  {self.note}")
-
-    def _measure(self, step: int) -> None:
-        found = self.trainer.measure()
-        for name in ("loss", "kl"):
-            if not math.isfinite(found[f"eval_{name}"]):
-                raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
-        if self.group.rank == 0:
-            _append_line(self.curves, {"step": step, **found})
-        self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
-        select = self.trainer.config.select
-        value = -float(step) if select == "last" else found[f"eval_{select}"]
-        # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
-        if self.group.share(self.group.rank == 0 and self._is_best(value)):
-            weights = trainable_state(self.trainer.student)
-            if self.group.rank == 0:
-                save_whole(weights, self.best_weights)
-                write_whole(self.best, json.dumps({"value": value, "step": step, **found}))
-
-    def _is_best(self, value: float) -> bool:
-        best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
-        return value < best or not self.best_weights.exists()
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; ones cut short by a kill are removed."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / WHOLE).exists():
-            found.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def total_steps(config: DistillConfig, batches: int) -> int:
+def total_steps(config: TrainingConfig, batches: int) -> int:
     """Optimizer steps of a run over `batches` batches per epoch."""
     if config.max_steps is not None:
         return config.max_steps
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulate)))
 
 
-def _arguments(config: DistillConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
+def _arguments(config: TrainingConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
     steps = total_steps(config, batches)
     on_cpu = context.device == "cpu"
     # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights. float16
@@ -400,20 +333,3 @@ def _arguments(config: DistillConfig, work: Path, context: Context, batches: int
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU, however many there are
     return arguments
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON lines of a file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def _append_line(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..errors import UserError
 from ..stage import WORK, Context, write_whole
-from .config import DistillConfig
+from .config import DistillConfig, TrainingConfig
 
 FILE = "variants.json"  # what a merge reads: the variants' names and figures, and how their rows were cut
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class Job:
     """One student to be trained."""
 
     name: str  # empty where it is the only one
-    config: DistillConfig  # as it is for this student
+    config: TrainingConfig  # as it is for this student
     context: Context  # with its seed
     rows: tuple[float, float]  # shares of the training rows, from and to
     folder: Path  # where its model and its curves go

@@ -15,7 +15,7 @@ import psutil
 
 from ..data.chat import Encoded
 from ..errors import UserError
-from ..modeling.blocks import drop_blocks
+from ..modeling.blocks import depths, drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
@@ -65,7 +65,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
-    """base, pruned, healed, recovered and merged, as far as there are."""
+    """base, pruned, healed, recovered, merged, and the depths of a sorted model, as far as there are."""
 
     def loader(folder: Path) -> Callable[[], Any]:
         return lambda: load_model(folder, context.dtype, context.device)
@@ -93,7 +93,23 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
     ):
         folder = inputs.stages["merge"] / "model"
         found.append(Subject("merged", loader(folder), folder, load_config(folder).num_hidden_layers))
+    if "sort" in inputs.stages:
+        found += depth_subjects(inputs.stages["sort"] / "model", context)
     return found
+
+
+def depth_subjects(folder: Path, context: Context) -> list[Subject]:
+    """A sorted checkpoint at each of its depths: `depth-12` is its first 12 blocks with its norm and head."""
+
+    def cut(depth: int) -> Callable[[], Any]:
+        def load() -> Any:
+            model = load_model(folder, context.dtype, context.device)
+            drop_blocks(model, range(depth, model.config.num_hidden_layers))
+            return model
+
+        return load
+
+    return [Subject(f"depth-{depth}", cut(depth), None, depth) for depth in depths(load_config(folder))]
 
 
 def _chosen(record: Path) -> str:
@@ -244,7 +260,8 @@ def peak_memory() -> Iterator[list[int]]:
 def evaluate_path(
     path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path
 ) -> list[dict[str, Any]]:
-    """Figures of a checkpoint folder, or of every artifact of a bundle; against `base` where one is given."""
+    """Figures of a checkpoint folder (at each of its depths), or of every artifact of a bundle; against `base` where
+    one is given."""
     bundle = (path / "manifest.json").is_file() and not any(path.glob("*.safetensors"))
     reference = base or path
     bench = Bench(config, context, reference, None, work)
@@ -256,6 +273,8 @@ def evaluate_path(
         )
     if bundle:
         found += [bench.entry(subject) for subject in bundle_subjects(path)]
+    elif len(depths(load_config(path))) > 1:
+        found += [bench.entry(subject) for subject in depth_subjects(path, context)]
     else:
         blocks = load_config(path).num_hidden_layers
         model = Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)

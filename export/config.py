@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..errors import UserError
 from ..stage import Section
 
 FORMAT = 3
@@ -55,9 +53,3 @@ class ExportConfig(Section):
         if self.depths is not None and sorted(set(self.depths)) != self.depths:
             raise ValueError(f"depths {self.depths} do not ascend")
         return self
-
-
-def check_deepest(depths: Sequence[int], blocks: int, where: str) -> None:
-    """`UserError` unless the last of the depths is all of the blocks that the model `where` names has."""
-    if depths[-1] != blocks:
-        raise UserError(f"export.depths ends at {depths[-1]}, but {where} has {blocks} blocks; end with {blocks}")

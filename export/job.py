@@ -15,11 +15,11 @@ from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link, count_parameters
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
-from ..stage import Context, Inputs, write_whole
+from ..stage import Context, Inputs, check_deepest, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card
-from .config import ExportConfig, check_deepest
+from .config import ExportConfig
 from .imatrix import collect, load_imatrix, save_imatrix
 from .verify import Reference, check_weights, probe_windows, torch_reference
 
@@ -31,7 +31,7 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
     """The depths to export a checkpoint at: those named, else those it was sorted for, else all of its blocks."""
     model = load_config(checkpoint)
     found = config.depths or depths(model)
-    check_deepest(found, model.num_hidden_layers, f"the model in {checkpoint}")
+    check_deepest("export.depths", found, model.num_hidden_layers, f"the model in {checkpoint}")
     return found
 
 

@@ -39,7 +39,7 @@ def heldout_figures(
         hidden, targets = _response_states(decoder, batch.to(context.device))
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            terms = token_terms(head.logits(hidden[part]), targets[part], expected, part)
+            terms = token_terms(head.logits(hidden[part]), targets[part], expected.at(part))
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
         count += len(targets)
     nll, kl = (sums / max(count, 1)).tolist()

@@ -8,8 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_ALL = slice(None)
-
 
 @dataclass(frozen=True)
 class Head:
@@ -26,12 +24,30 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class Anchor(Protocol):
-    """What the teacher says at N positions."""
+class Spoken(Protocol):
+    """What the teacher says at n positions."""
 
-    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
-        """KL(teacher ‖ student), (n,), at n of the positions, from the student's log-probabilities there, (n, V)."""
+    def kl(self, log_probs: Tensor) -> Tensor:
+        """KL(teacher ‖ student), (n,), from the student's log-probabilities there, (n, V)."""
         ...
+
+
+class Anchor(Protocol):
+    """What the teacher says at N positions, to be had for a part of them at a time."""
+
+    def at(self, part: slice) -> Spoken: ...
+
+
+class Whole:
+    """Whole distributions, worked out once for however many students."""
+
+    def __init__(self, logits: Tensor):
+        self.log_probs = logits.log_softmax(-1)  # (n, V)
+        self.probs = self.log_probs.exp()
+
+    def kl(self, log_probs: Tensor) -> Tensor:
+        kind = log_probs.dtype
+        return (self.probs.to(kind) * (self.log_probs.to(kind) - log_probs)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -41,18 +57,17 @@ class States:
     hidden: Tensor  # (N, H')
     head: Head
 
-    def kl(self, log_probs: Tensor, part: slice) -> Tensor:
+    def at(self, part: slice) -> Whole:
         with torch.no_grad():
-            teacher = self.head.logits(self.hidden[part]).to(log_probs.dtype).log_softmax(-1)
-        return (teacher.exp() * (teacher - log_probs)).sum(-1)
+            return Whole(self.head.logits(self.hidden[part]))
 
 
-def token_terms(logits: Tensor, targets: Tensor, anchor: Anchor | None, part: slice = _ALL) -> tuple[Tensor, Tensor]:
-    """(nll, kl) per token, (n,) each, from logits (n, V) and targets (n,) of a part of the anchor's positions; kl is
-    zero without an anchor."""
+def token_terms(logits: Tensor, targets: Tensor, teacher: Spoken | None) -> tuple[Tensor, Tensor]:
+    """(nll, kl) per token, (n,) each, from logits (n, V), targets (n,) and what the teacher says at the same positions;
+    kl is zero without one."""
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
-    return nll, torch.zeros_like(nll) if anchor is None else anchor.kl(log_probs, part)
+    return nll, torch.zeros_like(nll) if teacher is None else teacher.kl(log_probs)
 
 
 def response_positions(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,6 +147,24 @@ class Decoder:
         """Hidden states after the final norm, (B, T, H); no logits are computed."""
         return self.model.model(**inputs).last_hidden_state
 
+    def hidden_at(self, depths: Sequence[int], **inputs: Any) -> list[Tensor]:
+        """Hidden states (B, T, H) after the first d blocks and the final norm, for each depth d: those of the models
+        that are cut off there, from one forward pass. `depths` ascend; the last is the number of blocks."""
+        if depths[-1] != self.num_blocks:
+            raise ValueError(f"depths {list(depths)} must end with the model's {self.num_blocks} blocks")
+        seen: dict[int, Tensor] = {}
+
+        def keep(depth: int) -> Any:
+            return lambda _module, _inputs, output: seen.__setitem__(depth, output)
+
+        handles = [self.blocks[depth - 1].register_forward_hook(keep(depth)) for depth in depths[:-1]]
+        try:
+            deepest = self.hidden(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [*(self.norm(seen[depth]) for depth in depths[:-1]), deepest]
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """The hidden states that the first block is given, (B, T, H)."""
         return self.embedding(input_ids)
@@ -183,6 +201,12 @@ def depths(config: Any) -> list[int]:
     Of a model that was not trained for several, the number of its blocks."""
     found = getattr(config, DEPTHS, None)
     return list(found) if found is not None else [config.num_hidden_layers]
+
+
+def forget_depths(config: Any) -> None:
+    """Take back `record_depths`: of a model that was trained further at its full depth alone."""
+    if hasattr(config, DEPTHS):
+        delattr(config, DEPTHS)
 
 
 def record_depths(config: Any, found: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..data.config import DataConfig
 from ..distill.config import DistillConfig, needs_teacher
+from ..distill.sorted.config import SortConfig
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -46,6 +47,7 @@ class Recipe(Section):
     prune: PruneConfig | None = Field(None, description="which blocks go and how the gap is healed")
     distill: DistillConfig | None = Field(None, description="recovery by learning from the unpruned model")
     merge: MergeConfig | None = Field(None, description="the recovered variants become one model")
+    sort: SortConfig | None = Field(None, description="one set of weights learns to run at several depths")
     export: ExportConfig | None = Field(None, description="GGUF and ONNX artifacts in one bundle")
     evaluate: EvaluateConfig | None = Field(None, description="measurements for the report")
 
@@ -260,10 +262,13 @@ def _merge_problems(merge: MergeConfig, variants: list[str], recovers: bool) -> 
 
 
 def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
-    if recipe is None or recipe.distill is None or recipe.data is None or recipe.distill.teacher.kind != "cached":
-        return []
-    anchored = any(needs_teacher(student.objective) for student in recipe.distill.students)
-    if recipe.data.teacher is not None or not anchored:
+    if recipe is None or recipe.data is None or recipe.data.teacher is not None:
         return []
     message = "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher"
-    return [Problem(("distill", "teacher"), message)]
+    return [
+        Problem((section.stage, "teacher"), message)
+        for section in (recipe.distill, recipe.sort)
+        if section is not None
+        and section.teacher.kind == "cached"
+        and any(needs_teacher(student.objective) for student in section.students)
+    ]

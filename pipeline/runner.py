@@ -161,7 +161,7 @@ def _prepare(run: Run, context: Context) -> Path:
     from ..modeling.load import resolve
 
     export = run.loaded.recipe.export
-    if export is not None and export.depths:
+    if run.loaded.recipe.sort is not None or (export is not None and export.depths):
         setting(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # its depths fit
     base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
     check_weights(base)

@@ -33,7 +33,8 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("prune", "prune", ("data",)),
         StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True),
         StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill")),
-        StageSpec("export", "export", ("data", "prune", "distill", "merge")),
-        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "export")),
+        StageSpec("sort", "distill.sorted", ("data", "prune", "distill", "merge"), needs=("data",), parallel=True),
+        StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort")),
+        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "export")),
     )
 }

@@ -166,11 +166,11 @@ def test_impossible_depths_are_refused(shaken, sorted_model, tmp_path, context):
     for wrong in ([], [0, 4], [4, 2], [2, 2, 4], [-1, 4], ["x"]):
         with pytest.raises(ValidationError):
             config(gguf=["F16"], depths=wrong)
-    with pytest.raises(UserError, match=r"export\.depths ends at 3, but the model in .* has 4 blocks"):
+    with pytest.raises(UserError, match=r"export\.depths ends with 3, but the model in .* has 4 blocks"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 3]), context)
     with pytest.raises(UserError, match=r"export\.depths names 5 blocks; .* has 4"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 5]), context)
-    with pytest.raises(UserError, match=r"ends at 4, but the model in .* has 3 blocks"):
+    with pytest.raises(UserError, match=r"ends with 4, but the model in .* has 3 blocks"):
         (tmp_path / "out").mkdir()
         run(config(gguf=["F16"], depths=[2, 4]), Inputs(shaken(), sorted_model), tmp_path / "out", context)
     assert not (tmp_path / "b").exists()

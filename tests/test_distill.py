@@ -16,7 +16,7 @@ import pytest
 import torch
 from compress.data.chat import Encoded, load_encoded
 from compress.data.rows import Row, write_rows
-from compress.distill import stage, students, train
+from compress.distill import recorder, stage, students, train, weights
 from compress.distill.config import Copy, DistillConfig
 from compress.distill.teacher import CopyTeacher, quantization
 from compress.errors import UserError
@@ -155,7 +155,7 @@ def test_a_step_is_the_mean_over_all_its_response_tokens(
         named = recorder.trainer.student.model.named_parameters()
         gradients.update({name: parameter.grad.clone() for name, parameter in named})
 
-    monkeypatch.setattr(train._Recorder, "on_pre_optimizer_step", keep)
+    monkeypatch.setattr(train.Recorder, "on_pre_optimizer_step", keep)
     world(objective=objective, tune="full", batch=batch, accumulate=accumulate, max_steps=1, clip=1e9)
     student, teacher = load_model(world.inputs.model), load_model(world.base)
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -243,19 +243,19 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, monkeypatch: pytest
 
 
 def test_checkpoints_cut_short_are_removed_and_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
-    assert train.latest_checkpoint(tmp_path / "none") is None
+    assert weights.latest_checkpoint(tmp_path / "none") is None
     for number in (9, 10, 11):
         (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / train.WEIGHTS).touch()
-    assert train.latest_checkpoint(tmp_path) is None and not list(tmp_path.iterdir())
+        (tmp_path / f"checkpoint-{number}" / weights.WEIGHTS).touch()
+    assert weights.latest_checkpoint(tmp_path) is None and not list(tmp_path.iterdir())
     for number in (9, 10, 11):
         (tmp_path / f"checkpoint-{number}").mkdir()
     for number in (9, 10):
-        (tmp_path / f"checkpoint-{number}" / train.WHOLE).touch()
-    assert train.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        (tmp_path / f"checkpoint-{number}" / weights.WHOLE).touch()
+    assert weights.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
     (tmp_path / "curves").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert train.read_lines(tmp_path / "curves") == [{"step": 1}, {"step": 2}]
+    assert recorder.read_lines(tmp_path / "curves") == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("bits", [None, "nf4"])
@@ -274,7 +274,7 @@ def test_the_merge_is_the_full_weights_plus_the_adapters(world: World, bits: str
         torch.testing.assert_close(new[name], weight + change, rtol=0, atol=1e-6)
     assert len(adapters) == 2 * 2 * 3 and metrics["trainable_parameters"] == sum(a.numel() for a in adapters.values())
     student = students.build_student(world.config(**options), world.inputs, Context(seed=SEED), quantize=False)
-    train.load_trainable(student, world.out / WORK / "best.safetensors")
+    weights.load_trainable(student, world.out / WORK / "best.safetensors")
     ids = torch.arange(3, 43).reshape(2, 20)
     with torch.no_grad():
         adapted, merged = student.model(ids).logits, load_model(world.out / "model")(ids).logits  # type: ignore[operator]
@@ -349,13 +349,13 @@ def test_gradient_checkpointing_learns_the_same(world: World) -> None:
 
 def test_adamw_in_8_bits_holds_its_moments_in_8_bits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    plain = train._Recorder.on_step_end
+    plain = train.Recorder.on_step_end
 
     def keep(recorder: Any, *args: Any, **options: Any) -> None:
         kept.append(recorder.trainer.optimizer)
         plain(recorder, *args, **options)
 
-    monkeypatch.setattr(train._Recorder, "on_step_end", keep)
+    monkeypatch.setattr(train.Recorder, "on_step_end", keep)
     losses = []
     for optimizer in ("adamw", "adamw_8bit"):
         world(optimizer=optimizer, tune="full")

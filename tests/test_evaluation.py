@@ -31,6 +31,8 @@ from compress.evaluation.tasks import (
     run_task,
     split_tokens,
 )
+from compress.modeling.blocks import record_depths
+from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.stage import WORK, Context, Inputs
 
@@ -256,6 +258,39 @@ def test_the_stage_measures_each_model_once_and_goes_on_after_a_kill(tiny, tmp_p
         ("task", "pruned", 2),
     ]
     assert (out / WORK / "base.float32").exists()
+
+
+def test_a_sorted_model_is_measured_at_every_depth(tiny, tmp_path):
+    """As the models that are cut off there; by the stage and by `compress eval`."""
+    folder, sorted_folder = tiny(seed=1), tmp_path / "sort" / "model"
+    other, tokenizer = load_model(tiny(seed=2)), load_tokenizer(folder)
+    record_depths(other.config, [1, 3, 4])
+    save_checkpoint(other, tokenizer, sorted_folder)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = EvaluateConfig.model_validate(
+        {
+            "text": str(tmp_path / "text.txt"),
+            "window": 64,
+            "tokens": 128,
+            "speed": {"prompt_tokens": 4, "new_tokens": 2},
+        }
+    )
+    out, context = tmp_path / "out", Context()
+    out.mkdir()
+    evaluation_stage.run(config, Inputs(folder, sorted_folder, {"sort": tmp_path / "sort"}), out, context)
+    models = json.loads((out / "models.json").read_text())
+    assert [(m["role"], m["blocks"]) for m in models] == [("base", 4), ("depth-1", 1), ("depth-3", 3), ("depth-4", 4)]
+    base, rows = load_model(folder), text_windows(tokenizer, tmp_path / "text.txt", None, 64, 128)
+    for found in models[1:]:
+        cut = load_model(sorted_folder)
+        cut.model.layers = cut.model.layers[: found["blocks"]]
+        wanted = slow_figures(base, cut, rows)
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+        assert found["tokens_per_second"] > 0
+        assert found["parameters"] == sum(p.numel() for p in cut.parameters())
+    (tmp_path / "work").mkdir()
+    again = evaluation_stage.evaluate_path(sorted_folder, config, context, folder, tmp_path / "work")
+    assert [(m["role"], m["perplexity"]) for m in again] == [(m["role"], m["perplexity"]) for m in models]
 
 
 def test_missing_files_are_refused_before_any_work(tiny, tmp_path):

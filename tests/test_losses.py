@@ -306,7 +306,7 @@ def test_a_rest_too_small_to_be_subtracted_still_counts(dtype: torch.dtype) -> N
     """The student is all but sure of the likeliest token; 1 − q is zero in float32."""
     logits = torch.tensor([[60.0, 1.0, 0.0, -1.0]], dtype=dtype, requires_grad=True)
     anchor = TopK(torch.tensor([[0]]), torch.tensor([[0.9, 0.1]], dtype=dtype).log())
-    kl = anchor.kl(logits.log_softmax(-1), slice(None)).sum()
+    kl = anchor.kl(logits.log_softmax(-1)).sum()
     others = float(torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).logsumexp(0)) - 60
     wanted = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - others)
     assert float(kl.detach()) == pytest.approx(wanted, rel=1e-6)
@@ -318,7 +318,7 @@ def test_a_rest_too_small_to_be_subtracted_still_counts(dtype: torch.dtype) -> N
 def test_a_teacher_that_knows_nothing_of_some_token_asks_nothing_of_it() -> None:
     anchor = TopK(torch.tensor([[2, 0]]), torch.tensor([[0.0, -300.0, -400.0]]))
     logits = torch.zeros(1, 4, requires_grad=True)
-    kl = anchor.kl(logits.log_softmax(-1), slice(None)).sum()
+    kl = anchor.kl(logits.log_softmax(-1)).sum()
     assert float(kl.detach()) == pytest.approx(math.log(4), rel=1e-6)
     kl.backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[0.25, 0.25, -0.75, 0.25]]))
@@ -330,7 +330,7 @@ def test_what_was_written_in_few_bits_is_a_distribution_again() -> None:
     logits = 3 * torch.randn(50, VOCABULARY, dtype=torch.float64)
     exact = buckets(logits, 5)
     rounded = TopK(exact.tokens, exact.log_probs.half().float())
-    kl = rounded.kl(logits.log_softmax(-1), slice(None))
+    kl = rounded.kl(logits.log_softmax(-1))
     assert (kl > -1e-7).all() and kl.max() < 1e-5
 
 

@@ -273,6 +273,31 @@ def test_the_headline_takes_the_smallest_artifact_that_is_good(report):
     assert "100 tokens/s" in cards["decoding"]["figure"]
 
 
+def test_a_sorted_model_is_shown_at_every_depth(report):
+    """A line per family that has several depths; the deepest checkpoint is the model that was made."""
+    assert plots.depth_plot(report) is None and plots.sort_plot(report) is None
+    places = [("depth-24", 24), ("depth-12", 12), ("gguf-Q8_0", 24), ("gguf-Q8_0@12", 12)]
+    deep = [entry(role, 10**8 * blocks, 200 / blocks, blocks=blocks) for role, blocks in places]
+    own = [[{"depth": d, "loss": 1.0, "kl": kl, "perplexity": 9.0} for d, kl in ((12, a), (24, b))] for a, b in
+           ((4.0, 1.0), (2.0, 0.5))]  # fmt: skip
+    lines = [{"step": i, "eval_kl": 1.0, "eval_depths": figures} for i, figures in enumerate(own)]
+    found = report.model_copy(update={"models": [*report.models, *deep], "sort": lines})
+    final = html.final_model(found)
+    assert final is not None and final.role == "depth-24"
+    note = {card["label"]: card for card in html.headline(found)}["perplexity"]["note"]
+    assert "recovered 6, depth-12 16.67" in note
+    page = html.render(found)
+    assert "Quality against depth" in page and "Sorted training on held-out rows" in page
+    assert parsed(found).tags.count("svg") == parsed(report).tags.count("svg") + 2
+    plot = plots.depth_plot(found)
+    assert plot is not None
+    for text in ("depth, blocks", "checkpoint", "GGUF", "30 blocks"):
+        assert text in plot
+    assert "ONNX" not in plot
+    sort = plots.sort_plot(found)
+    assert sort is not None and ">12<" in sort and ">24<" in sort
+
+
 def test_a_run_without_stages_has_a_page(report):
     empty = report.model_copy(
         update={"models": [], "stages": [], "importance": None, "curves": [], "data": None, "artifacts": []}

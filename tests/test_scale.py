@@ -54,26 +54,29 @@ sys.argv = ["compress", *arguments]
 from compress.pipeline.cli import main
 main()
 """
-# The distill stage alone; the gradients of its steps are saved.
+# The distill stage alone, or the sort stage where depths are given; the gradients of its steps are saved.
 TRAIN = """
 from pathlib import Path
 from safetensors.torch import save_file
 from compress.distill import stage, train
 from compress.distill.config import DistillConfig
+from compress.distill.sorted import stage as sort
+from compress.distill.sorted.config import SortConfig
 from compress.pipeline.group import processes
 from compress.stage import Context, Inputs
 from compress.distill.sharding import whole
 options, base, model, data, out, hurt, shard = given
-keep, found = train._Recorder.on_pre_optimizer_step, {}
+keep, found = train.Recorder.on_pre_optimizer_step, {}
 def note(recorder, args, state, control, **rest):
     keep(recorder, args, state, control, **rest)
     for name, parameter in recorder.trainer.student.named_parameters():
         if parameter.requires_grad:
             found[f"{state.global_step}/{name}"] = whole(parameter.grad).clone()
-train._Recorder.on_pre_optimizer_step = note
+train.Recorder.on_pre_optimizer_step = note
 exec(hurt)
 with processes("cpu") as (group, device):
-    config, out = DistillConfig.model_validate(options), Path(out)
+    section, stage = (SortConfig, sort) if "depths" in options else (DistillConfig, stage)
+    config, out = section.model_validate(options), Path(out)
     out.mkdir(exist_ok=True)
     context = Context(seed=7, group=group, shard=shard)
     stage.check(config, Path(base), context)
@@ -297,7 +300,7 @@ class World:
         write_rows(folder / "data", rows)
 
     def train(self, name: str, world: int, hurt: str, shard: bool, options: Any) -> list[tuple[int, str]]:
-        """The distill stage; exit codes and outputs."""
+        """The distill or sort stage; exit codes and outputs."""
         plain = {"objective": "kd", "tune": "full", "lr": 1e-3, "length": 64, "epochs": 2, "accumulate": 2}
         plain |= {"batch": 2, "eval_every": 3, "save_every": 2, "clip": 1e9, "schedule": "constant", "warmup": 0}
         paths = [str(path) for path in (self.base, self.folder / "pruned", self.folder / "data", self.folder / name)]
@@ -315,7 +318,12 @@ class World:
         return self.folder / name / "model" / "model.safetensors"
 
     def curves(self, name: str) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.folder / name / "curves.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.folder / name / "curves.jsonl").read_text().splitlines()]
+        for line in lines:  # each depth's figures beside the others
+            for key in ("depths", "eval_depths"):
+                for own in line.pop(key, []):
+                    line |= {f"{key}.{own['depth']}.{figure}": value for figure, value in own.items()}
+        return lines
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -325,7 +333,7 @@ def world(
     tiny: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> World:
-    base = tiny(blocks=3, hidden=32, heads=2, kv_heads=1, intermediate=48, tied=request.param)
+    base = tiny(blocks=4, hidden=32, heads=2, kv_heads=1, intermediate=48, tied=request.param)
     return World(base, tmp_path_factory.mktemp("scale"))
 
 
@@ -355,6 +363,16 @@ def test_a_step_of_two_processes_is_a_step_of_one(world: World) -> None:
     assert differences(dropped, one, 0) > 0.1  # this is what it would look like
     options: dict[str, Any] = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
     compare(world, world("lora2", 2, **options), world("lora1", 1, **options), "lora2", "lora1")
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_sorted_depths_learn_the_same(world: World, shard: bool) -> None:
+    """Also which depths learn from which tokens is the same, however many processes share a step."""
+    options: dict[str, Any] = {"depths": [1, 2, 3], "sample": 2, "gradient_checkpointing": True}
+    if "sorted-1" not in {path.name for path in world.folder.iterdir()}:
+        world("sorted-1", 1, **options)
+    wanted, name = load_file(world.folder / "sorted-1" / "gradients.safetensors"), f"sorted-{shard}"
+    compare(world, world(name, 2, shard=shard, **options), wanted, name, "sorted-1")
 
 
 def compare(

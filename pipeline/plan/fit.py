@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...distill.config import Copy, DistillConfig, Lora
+from ...distill.config import Copy, Lora, TrainingConfig
 from ...errors import UserError
 from ..recipe import LoadedRecipe, load_recipe
 from .memory import Setting, stage_memory
@@ -84,25 +84,26 @@ def _steps(stage: str, config: Any) -> Iterator[tuple[str, ...]]:
         yield from ((f"prune.calibration.batch={size}",) for size in _halves(config.calibration.batch, 1))
     elif stage == "evaluate":
         yield from ((f"evaluate.tokens={size}",) for size in _halves(config.tokens, 512))
-    elif stage == "distill":
-        yield from _distill_steps(config)
+    elif isinstance(config, TrainingConfig):
+        yield from _training_steps(config)
 
 
-def _distill_steps(config: DistillConfig) -> Iterator[tuple[str, ...]]:
-    yield from ((f"distill.chunk={size}",) for size in _halves(config.chunk, SMALLEST_CHUNK))
+def _training_steps(config: TrainingConfig) -> Iterator[tuple[str, ...]]:
+    section = config.stage
+    yield from ((f"{section}.chunk={size}",) for size in _halves(config.chunk, SMALLEST_CHUNK))
     if not config.gradient_checkpointing:
-        yield ("distill.gradient_checkpointing=true",)
+        yield (f"{section}.gradient_checkpointing=true",)
     for size in _halves(config.batch, 1):  # the same sequences per optimizer step
-        yield (f"distill.batch={size}", f"distill.accumulate={config.accumulate * config.batch // size}")
+        yield (f"{section}.batch={size}", f"{section}.accumulate={config.accumulate * config.batch // size}")
     if isinstance(config.teacher, Copy) and isinstance(config.tune, Lora):
-        yield ("distill.teacher=shared",)
+        yield (f"{section}.teacher=shared",)
     if isinstance(config.teacher, Copy) and config.teacher.quantize is None:
-        yield ("distill.teacher.kind=copy", "distill.teacher.quantize=nf4")
+        yield (f"{section}.teacher.kind=copy", f"{section}.teacher.quantize=nf4")
     if config.optimizer == "adamw":
-        yield ("distill.optimizer=adamw_8bit",)
+        yield (f"{section}.optimizer=adamw_8bit",)
     if isinstance(config.tune, Lora) and config.tune.quantize_base is None:
-        yield ("distill.tune.kind=lora", "distill.tune.quantize_base=nf4")
-    yield from ((f"distill.length={size}",) for size in _halves(config.length, SHORTEST))
+        yield (f"{section}.tune.kind=lora", f"{section}.tune.quantize_base=nf4")
+    yield from ((f"{section}.length={size}",) for size in _halves(config.length, SHORTEST))
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
-from ...distill.config import Copy, DistillConfig, Full, Lora, Shared, needs_teacher
+from ...distill.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
+from ...distill.sorted.config import SortConfig
 from ...errors import UserError
 from ...evaluation.config import EvaluateConfig
 from ...export.config import ExportConfig
@@ -29,7 +30,15 @@ Parts = dict[str, int]  # of PARTS, in bytes
 
 # What the process holds without a model, by stage: Python, torch, transformers, and what each stage imports and leaves
 # behind. Measured with a tiny model on Linux, torch 2.13 for CPUs.
-RUNTIME = {"data": 585e6, "prune": 600e6, "distill": 612e6, "merge": 612e6, "export": 635e6, "evaluate": 640e6}
+RUNTIME = {
+    "data": 585e6,
+    "prune": 600e6,
+    "distill": 612e6,
+    "sort": 612e6,
+    "merge": 612e6,
+    "export": 635e6,
+    "evaluate": 640e6,
+}
 CUDA_CONTEXT = 800e6  # assumed: context and cuBLAS workspaces
 TEMPLATE = 32  # tokens a chat template puts around a turn
 # Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
@@ -50,7 +59,9 @@ class Setting:
     dtype: str
     cuda: bool = False
     heldout: int | None = None  # tokens that the data stage's held-out rows have to measure on, at most
+    recovered: bool = False  # whether a distill stage comes before
     shards: int = 1  # processes that full tuning is spread over; memory is that of one
+    sorted: tuple[int, ...] = ()  # depths that a sort stage trains for
 
     @property
     def size(self) -> int:
@@ -65,6 +76,10 @@ class Setting:
     def small(self) -> int:
         """Bytes of the pruned model."""
         return self.shape.parameters(self.kept) * self.size
+
+    def exported(self, config: ExportConfig) -> list[int]:
+        """The depths that are exported."""
+        return config.depths or list(self.sorted) or [self.kept]
 
     def runtime(self, stage: str) -> int:
         return int(CUDA_CONTEXT if self.cuda else RUNTIME.get(stage, 600e6))
@@ -167,7 +182,7 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
     return StageMemory(worst(parts), at.small, note)
 
 
-def distill_memory(config: DistillConfig, at: Setting) -> StageMemory:
+def training_memory(config: TrainingConfig, at: Setting) -> StageMemory:
     """Students one after another: the largest one's memory, everyone's disk."""
     students = [_student_memory(student, at) for student in config.students]
     if len(students) == 1:
@@ -177,8 +192,8 @@ def distill_memory(config: DistillConfig, at: Setting) -> StageMemory:
     return StageMemory(most.parts, sum(found.disk for found in students), note)
 
 
-def _student_memory(config: DistillConfig, at: Setting) -> StageMemory:
-    """Student, teacher, what the backward pass needs, and one chunk of logits."""
+def _student_memory(config: TrainingConfig, at: Setting) -> StageMemory:
+    """Student, teacher, what the backward pass needs, and one chunk of logits, at one depth after another."""
     shape, tokens = at.shape, config.batch * config.length
     student = shape.parameters(at.kept)
     anchored = needs_teacher(config.objective)
@@ -190,14 +205,17 @@ def _student_memory(config: DistillConfig, at: Setting) -> StageMemory:
         bytes_per_weight = NF4 if config.tune.quantize_base else at.size
         # Shared are all blocks, with what healing changed beside the original: one gap's down_proj.
         held = shape.parameters(shape.blocks) + shape.hidden * shape.intermediate if shared else student
+        if shared and isinstance(config, SortConfig) and at.recovered:  # which changed every linear layer
+            held += at.kept * shape.block_products
         weights = int(held * bytes_per_weight)
         trained = lora_parameters(config.tune, shape, at.kept)
+        trained += shape.hidden * (shape.vocab * config.tune.train_head + config.tune.train_norm)
         adapters = trained * 4
         note = f"LoRA, {trained / 1e6:.1f} M trained"
     optimizer = trained * (4 + (2 if config.optimizer == "adamw_8bit" else 8))  # gradients and moments
     if at.shards > 1:
         if not isinstance(config.tune, Full):
-            raise UserError("--shards: only full tuning is spread (distill.tune: full)")
+            raise UserError(f"--shards: only full tuning is spread ({config.stage}.tune: full)")
         # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
         whole = (2 * shape.block_parameters + shape.parameters(0)) * at.size
         weights, optimizer = weights // at.shards + whole, optimizer // at.shards
@@ -212,13 +230,14 @@ def _student_memory(config: DistillConfig, at: Setting) -> StageMemory:
     how = "none" if not anchored else way.kind
     logits = config.chunk * shape.vocab * 4 * (HEAD_COPIES_ANCHORED if anchored else HEAD_COPIES)
     per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape, config.tune)
-    runtime = {"runtime": at.runtime("distill")}
+    runtime = {"runtime": at.runtime(config.stage)}
     training = runtime | {
         "weights": weights,
         "teacher": beside,
         "adapters": adapters,
         "optimizer": optimizer,
-        "activations": tokens * (at.kept * per_block + shape.state) * at.size + tokens * shape.hidden * 8,
+        "activations": tokens * (at.kept * per_block + shape.state) * at.size
+        + tokens * shape.hidden * 8 * config.passes,
         "logits": logits,
     }
     looking = {} if shared else runtime | {"teacher": copy, "activations": tokens * shape.state * at.size}
@@ -262,7 +281,7 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
     kinds = [*config.gguf, *config.onnx]
     small = at.shape.parameters(at.kept)
     disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
-    *less, _ = config.depths or [at.kept]
+    *less, _ = at.exported(config)
     disk += len(less) * len(config.gguf) * DEPTH_GGUF * at.shape.vocab + sum(less) * len(config.onnx) * DEPTH_ONNX
     note = ", ".join(kinds) + (f" at {len(less) + 1} depths" if less else "")
     runtime = {"runtime": at.runtime("export")}
@@ -296,7 +315,8 @@ def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
 STAGE_MEMORY: dict[str, Callable[[Any, Setting], StageMemory]] = {
     "data": data_memory,
     "prune": prune_memory,
-    "distill": distill_memory,
+    "distill": training_memory,
+    "sort": training_memory,
     "merge": merge_memory,
     "export": export_memory,
     "evaluate": evaluate_memory,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
-from ...export.config import check_deepest
 from ...prune.config import PruneConfig
+from ...stage import check_deepest
 from ..recipe import LoadedRecipe
 from .devices import Device
 from .fit import Change, smallest_change
@@ -81,15 +81,21 @@ def planned_memory(
 
 def setting(loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> Setting:
     """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are, and where
-    the depths to export do not end with all that are left."""
+    the depths of a sorted training or those to export do not end with all that are left."""
     prune = loaded.recipe.prune
     dropped = _dropped(prune, shape) if prune else 0
     if dropped >= shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
-    export = loaded.recipe.export
-    if export is not None and export.depths and (prune is None or prune.blocks != "auto"):
-        check_deepest(export.depths, shape.blocks - dropped, "the pruned model" if dropped else "the model")
-    return Setting(shape, shape.blocks - dropped, dtype, cuda, heldout_targets(loaded.recipe.data), shards)
+    left, sort, export = shape.blocks - dropped, loaded.recipe.sort, loaded.recipe.export
+    where = "the pruned model" if dropped else "the model"
+    if prune is None or prune.blocks != "auto":
+        if sort is not None:
+            check_deepest("sort.depths", sort.depths, left, where)
+        if export is not None and export.depths:
+            check_deepest("export.depths", export.depths, left, where)
+    recovered = loaded.recipe.distill is not None
+    depths = tuple(sort.depths) if sort is not None else ()
+    return Setting(shape, left, dtype, cuda, heldout_targets(loaded.recipe.data), recovered, shards, depths)
 
 
 def _dropped(config: PruneConfig, shape: Geometry) -> int:

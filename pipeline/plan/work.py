@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
-from ...distill.config import Cached, DistillConfig, Full, needs_teacher
+from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
+from ...distill.sorted.config import SortConfig
 from ...evaluation.config import EvaluateConfig
 from ...export.config import ExportConfig
 from ...prune.config import PruneConfig
@@ -82,8 +83,8 @@ def stage_work(stage: str, section: Any, at: Setting, rows: Rows | None) -> Work
         return _data(section, at)
     if stage == "prune":
         return _prune(section, at)
-    if stage == "distill":
-        return _distill(section, at, rows)
+    if isinstance(section, TrainingConfig):
+        return _students(section, at, rows)
     return _export(section, at) if stage == "export" else _evaluate(section, at) if stage == "evaluate" else None
 
 
@@ -115,10 +116,11 @@ def _prune(config: PruneConfig, at: Setting) -> Work | None:
     return Work(passes * forward(at.shape, at.shape.blocks, tokens, half, 0))
 
 
-def _distill(config: DistillConfig, at: Setting, rows: Rows | None) -> Work | None:
+def _students(config: TrainingConfig, at: Setting, rows: Rows | None) -> Work | None:
     if rows is None:
         return None
-    shares = [end - start for start, end in (v.rows for v in config.variants)] if config.variants else [1.0]
+    variants = config.variants if isinstance(config, DistillConfig) else None
+    shares = [end - start for start, end in (v.rows for v in variants)] if variants else [1.0]
     flops, half = 0.0, config.length / 2
     teacher = forward(at.shape, at.shape.blocks, 1, half)
     held = rows.tokens * rows.heldout
@@ -127,17 +129,19 @@ def _distill(config: DistillConfig, at: Setting, rows: Rows | None) -> Work | No
     return Work(flops + held * teacher)
 
 
-def _training(config: DistillConfig, at: Setting, train: float, held: float, teacher: float) -> float:
+def _training(config: TrainingConfig, at: Setting, train: float, held: float, teacher: float) -> float:
     """Operations of one student's steps and measurements."""
     per_step = config.batch * config.length * config.accumulate
     steps = config.max_steps or max(1, math.ceil(config.epochs * train / per_step))
-    student = forward(at.shape, at.kept, 1, config.length / 2)
+    student = forward(at.shape, at.kept, 1, config.length / 2, config.passes)
     factor = 3 if isinstance(config.tune, Full) else 2  # forward and backward; the weights' own gradients
     factor += config.gradient_checkpointing
     flops = steps * per_step * student * factor
     if needs_teacher(config.objective) and not isinstance(config.teacher, Cached):
         flops += steps * per_step * teacher
-    return flops + held * student * (1 + math.ceil(steps / config.eval_every))
+    heads = len(config.depths) if isinstance(config, SortConfig) else 1
+    measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
+    return flops + measured * (1 + math.ceil(steps / config.eval_every))
 
 
 def _export(config: ExportConfig, at: Setting) -> Work:
@@ -146,7 +150,7 @@ def _export(config: ExportConfig, at: Setting) -> Work:
     work = Work(forward(at.shape, at.kept, tokens, 256))
     for kind in [*config.gguf, *config.onnx]:
         work = work + Work(0, 4 * small * 4)  # writing and reading back touch every weight a few times
-        for depth in config.depths or [at.kept]:
+        for depth in at.exported(config):
             weights = at.shape.parameters(depth) * EXPORT_BITS[kind] / 8
             # llama.cpp is asked position by position.
             steps = config.verify.tokens if kind in config.gguf else 1
@@ -158,7 +162,8 @@ def _export(config: ExportConfig, at: Setting) -> Work:
 def _evaluate(config: EvaluateConfig, at: Setting) -> Work:
     half = config.window / 2
     work = Work()
-    for blocks in (at.shape.blocks, at.kept, at.kept, at.kept):  # base, pruned, healed, recovered
+    # base, pruned, healed and recovered; of a sorted model the lesser depths
+    for blocks in (at.shape.blocks, at.kept, at.kept, at.kept, *at.sorted[:-1]):
         weights = at.shape.parameters(blocks) * at.size
         work = work + Work(forward(at.shape, blocks, config.tokens, half))
         if config.speed:

@@ -35,6 +35,7 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         stages=[_entry(stage) for stage in stages],
         importance=_json(folders, "prune", "importance.json"),
         curves=_lines(folders, "distill", "curves.jsonl"),
+        sort=_lines(folders, "sort", "curves.jsonl"),
         variants=_json(folders, "distill", "variants.json"),
         merge=_json(folders, "merge", "merge.json"),
         data=metrics.get("data"),

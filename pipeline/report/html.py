@@ -45,6 +45,8 @@ def render(report: Report) -> str:
             "quality": plots.quality_plot(report),
             "loss": plots.loss_plot(report),
             "heldout": plots.heldout_plot(report),
+            "depths": plots.depth_plot(report),
+            "sort": plots.sort_plot(report),
         },
         bench=bench_section(report.bench) if report.bench else None,
     )
@@ -79,9 +81,15 @@ def smallest_artifact(report: Report) -> ModelEntry | None:
 
 
 def final_model(report: Report) -> ModelEntry | None:
-    """The last torch model that was made."""
-    made = [m for role in ORDER if (m := report.model(role)) is not None]
+    """The last torch model that was made; of a sorted one its greatest depth."""
+    made = torch_models(report)
     return made[-1] if made else None
+
+
+def torch_models(report: Report) -> list[ModelEntry]:
+    """The torch models in the order in which they were made, depths ascending."""
+    made = [m for role in ORDER if (m := report.model(role)) is not None]
+    return made + sorted((m for m in report.models if m.role.startswith("depth-")), key=lambda m: m.blocks)
 
 
 def headline(report: Report) -> list[dict[str, str]]:
@@ -101,9 +109,7 @@ def headline(report: Report) -> list[dict[str, str]]:
             "figure": number(final.perplexity),
             "note": f"{final.role}; base {number(base.perplexity)}, "
             + ", ".join(
-                f"{m.role} {number(m.perplexity)}"
-                for role in ORDER[1:]
-                if role != final.role and (m := report.model(role)) is not None
+                f"{m.role} {number(m.perplexity)}" for m in torch_models(report) if m.role not in ("base", final.role)
             ),
         },
     ]

@@ -108,6 +108,78 @@ def heldout_plot(report: Report) -> str | None:
     return _svg(draw, "Held-out KL and perplexity while training")
 
 
+def sort_plot(report: Report) -> str | None:
+    """KL to the unpruned model on the held-out rows by step, a line per depth of a sorted training."""
+    points = [line for line in report.sort if "eval_depths" in line]
+    if not points:
+        return None
+
+    def draw(axes: Any) -> None:
+        x = [p["step"] for p in points]
+        series = list(zip(*(p["eval_depths"] for p in points), strict=True))
+        for own, opacity in zip(series, _opacities(len(series)), strict=True):
+            values = [figures["kl"] for figures in own]
+            axes.plot(x, values, color=BLUE, alpha=opacity, marker="o", markersize=3, linewidth=1.2)
+            axes.annotate(
+                str(own[-1]["depth"]), (x[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8,
+                color=INK, va="center",
+            )  # fmt: skip
+        axes.set_yscale("log")
+        values = [figures["kl"] for p in points for figures in p["eval_depths"]]
+        _number_axis(axes.yaxis, values)
+        axes.set_ylim(min(values) * 0.9, max(values) * 1.1)
+        axes.set_xlabel("step")
+        axes.set_ylabel("held-out KL to the unpruned model")
+        _above(axes, 0.99, "right", "a line per depth, by its number of blocks", INK)
+
+    return _svg(draw, "Held-out KL of every depth while training")
+
+
+def _opacities(count: int) -> list[float]:
+    """From faint to full: the deepest is the darkest."""
+    return [0.35 + 0.65 * (i + 1) / count for i in range(count)]
+
+
+def depth_plot(report: Report) -> str | None:
+    """Perplexity against the number of blocks: checkpoints and exported files that run at several depths."""
+    families: dict[str, list[ModelEntry]] = {}
+    for entry in report.models:
+        name = "checkpoint" if entry.role.startswith("depth-") else entry.role.partition("@")[0]
+        families.setdefault(name, []).append(entry)
+    found = {name: sorted(entries, key=lambda m: m.blocks) for name, entries in families.items() if len(entries) > 1}
+    if not found:
+        return None
+    base = report.model("base")
+
+    def draw(axes: Any) -> None:
+        for name, entries in found.items():
+            colour = BLUE if name == "checkpoint" else GREEN if name.startswith("gguf") else ORANGE
+            places = [m.blocks for m in entries], [m.perplexity for m in entries]
+            axes.plot(*places, color=colour, marker="o", markersize=4, linewidth=1.2)
+        shown = [m for entries in found.values() for m in entries]
+        values = [m.perplexity for m in shown] + ([base.perplexity] if base else [])
+        if base:
+            axes.axhline(base.perplexity, color=INK, linewidth=0.8, linestyle="--")
+            _above(axes, 0.99, "right", f"dashed: the unpruned model's {base.blocks} blocks", INK)
+        axes.set_yscale("log")
+        _number_axis(axes.yaxis, values)
+        axes.set_ylim(min(values) * 0.9, max(values) * 1.15)
+        axes.set_xticks(sorted({m.blocks for m in shown}))
+        axes.set_xlabel("depth, blocks")
+        axes.set_ylabel("perplexity")
+        at = 0.01
+        for title, colour, kind in (
+            ("checkpoint", BLUE, "checkpoint"),
+            ("GGUF", GREEN, "gguf"),
+            ("ONNX", ORANGE, "onnx"),
+        ):
+            if any(name.startswith(kind) for name in found):
+                _above(axes, at, "left", title, colour)
+                at += 0.03 + 0.012 * len(title)
+
+    return _svg(draw, "Quality against depth")
+
+
 def quality_plot(report: Report) -> str | None:
     """Perplexity against size on disk, one labelled point per model and artifact."""
     models = [entry for entry in report.models if entry.bytes]

@@ -1,0 +1,1 @@
+"""Sorted training: one set of weights that runs at several depths."""
