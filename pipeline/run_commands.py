@@ -93,9 +93,13 @@ def generate(
             else session.chat([*messages, {"role": "user", "content": text}], settings)
         )
         usage = None
-        for piece in answer:
-            print(piece.text, end="", flush=True)
-            usage = piece.usage
+        try:
+            for piece in answer:
+                print(piece.text, end="", flush=True)
+                usage = piece.usage
+        except KeyboardInterrupt:
+            print()
+            raise typer.Exit(130) from None
         print()
         if usage is not None and not quiet:
             errors.print(_summary(session, usage, time.perf_counter() - started), style="dim")

@@ -181,9 +181,20 @@ def pick(logits: np.ndarray, temperature: float, top_p: float, random: np.random
     """A token from logits (V,): the greatest at temperature 0, else drawn from the smallest set of mass `top_p`."""
     if temperature == 0:
         return int(np.argmax(logits))
-    probabilities = np.exp(log_softmax(logits / temperature).astype(np.float64))
-    order = np.argsort(-probabilities, kind="stable")
-    cumulative = np.cumsum(probabilities[order])
-    kept = order[: int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1]
-    weights = probabilities[kept] / probabilities[kept].sum()
-    return int(kept[int(np.searchsorted(np.cumsum(weights), random.random()).clip(0, len(kept) - 1))])
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    kept = np.arange(len(weights)) if top_p >= 1 else _nucleus(weights, top_p)
+    cumulative = np.cumsum(weights[kept])
+    return int(kept[int(np.searchsorted(cumulative, random.random() * cumulative[-1]).clip(0, len(kept) - 1))])
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The fewest indices of weights (V,) that hold `top_p` of their sum, greatest first; at least one."""
+    wanted, count = top_p * float(weights.sum()), 256
+    while True:
+        # Sorting a whole vocabulary takes longer than decoding a token of a small model.
+        few = np.arange(len(weights)) if count >= len(weights) else np.argpartition(-weights, count)[:count]
+        few = few[np.lexsort((few, -weights[few]))]
+        cumulative = np.cumsum(weights[few])
+        if cumulative[-1] >= wanted or count >= len(weights):
+            return few[: int(np.searchsorted(cumulative, wanted)) + 1]
+        count *= 8

@@ -254,3 +254,11 @@ def test_shared_arithmetic():
     drawn = np.bincount([pick(odds, 1.0, 0.75, random) for _ in range(4000)], minlength=4) / 4000
     np.testing.assert_allclose(drawn, [0.625, 0.375, 0, 0], atol=0.025)
     assert pick(odds, 0.0, 1.0, random) == 0
+    many = np.random.default_rng(1).normal(0, 1.5, 5000)  # a vocabulary that is not sorted whole
+    chances = np.exp(many) / np.exp(many).sum()
+    order = np.argsort(-chances)
+    for top_p in (0.05, 0.5, 0.95):
+        kept = set(order[: int(np.searchsorted(np.cumsum(chances[order]), top_p)) + 1].tolist())
+        drawn = [pick(many, 1.0, top_p, random) for _ in range(2000)]
+        assert set(drawn) <= kept and len(set(drawn)) > 0.4 * min(len(kept), 1000)
+        assert np.mean([t == order[0] for t in drawn]) == pytest.approx(chances[order[0]] / top_p, abs=0.1)
