@@ -124,8 +124,8 @@ def check_deepest(key: str, depths: Sequence[int], blocks: int, where: str) -> N
     names has."""
     if depths[-1] != blocks:
         raise UserError(
-            f"{key} ends with {depths[-1]}, but {where} has {blocks} blocks; the last depth is the whole model, so write "
-            f"[..., {blocks}]" + (f", or prune to {depths[-1]} blocks first" if depths[-1] < blocks else "")
+            f"{key} ends with {depths[-1]}, but {where} has {blocks} blocks; the last depth is the whole model, so "
+            f"write [..., {blocks}]" + (f", or prune to {depths[-1]} blocks first" if depths[-1] < blocks else "")
         )
 
 

@@ -118,10 +118,10 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def run(case: str, folder: Path) -> dict[str, float]:
+def run(case: str, folder: Path) -> Any:
     command = [sys.executable, __file__, *sys.argv[1:], "--case", case, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else None
 
 
 def main() -> None:
@@ -139,12 +139,15 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.case == "prepare":  # in a process of its own: others inherit the largest resident set of their parent
+        prepare(options.folder, options)
+        return
     if options.case:
         print("\n" + json.dumps(measure(options.case, options.folder, options)))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases(options)}
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), options)
+        run("prepare", Path(name))
         for _ in range(options.repeat):
             for case in found:
                 found[case].append(run(case, Path(name)))

@@ -17,7 +17,7 @@ NO_CODE = {"tests", "benchmarks", "docs", "build", "runs", "dist", "node_modules
 COMMON = {"errors", "stage"}
 MAY_IMPORT = {
     "errors": set(),
-    "stage": set(),
+    "stage": {"errors"},
     "modeling": COMMON,
     "runtime": COMMON,
     "data": COMMON | {"modeling"},

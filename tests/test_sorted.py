@@ -24,7 +24,7 @@ from compress.distill.sorted import stage
 from compress.distill.sorted.config import SortConfig
 from compress.distill.sorted.depths import Depths
 from compress.errors import UserError
-from compress.modeling.blocks import Decoder, depths, drop_blocks, kept_blocks
+from compress.modeling.blocks import Decoder, depths, drop_blocks, kept_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.pipeline import runner
@@ -223,6 +223,18 @@ def test_gradient_checkpointing_learns_the_same(world: World) -> None:
     assert lines[0] == pytest.approx(lines[1], rel=1e-5)
 
 
+@pytest.mark.real
+def test_every_depth_of_the_real_model_in_one_pass(smollm2: Path) -> None:
+    model = load_model(smollm2)
+    decoder, ids = Decoder(model), torch.tensor([load_tokenizer(smollm2)("The capital of France is Paris.").input_ids])
+    with torch.no_grad():
+        found = decoder.hidden_at([12, 18, 30], input_ids=ids, use_cache=False)
+        for depth, hidden in zip((12, 18, 30), found, strict=True):
+            with without_blocks(model, range(depth, 30)):
+                torch.testing.assert_close(decoder.head(hidden), model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any(block._forward_hooks for block in decoder.blocks)
+
+
 # The draw
 
 
@@ -277,6 +289,17 @@ def test_a_sampled_step_has_the_gradient_of_its_draw(world: World, monkeypatch: 
     for name, value in found.items():
         wanted = sum(dict(m.named_parameters())[name].grad for m in models if name in dict(m.named_parameters()))
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+def test_every_batch_is_drawn_for_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    plain = Depths.draw
+    monkeypatch.setattr(Depths, "draw", lambda plan, tokens, seed: seeds.append(seed) or plain(plan, tokens, seed))
+    world(depths=[1, 3, 5], sample=2, max_steps=4)
+    assert len(set(seeds)) == len(seeds) == 8  # two batches per step
+    first = list(seeds)
+    world(depths=[1, 3, 5], sample=2, max_steps=4)
+    assert seeds == first * 2
 
 
 @pytest.mark.parametrize("sample", [None, 2])
