@@ -33,7 +33,7 @@ def write_card(bundle: Path, manifest: Manifest) -> None:
         single=single,
         base=manifest.provenance.get("base"),
         base_blocks=manifest.provenance.get("base_blocks", len(manifest.kept_blocks)),
-        recovered="distill" in manifest.provenance.get("stages", {}),
+        recovered=bool({"distill", "sort"} & manifest.provenance.get("stages", {}).keys()),
         kept=ranges(manifest.kept_blocks),
     )
     (bundle / "README.md").write_text(text, encoding="utf-8")
