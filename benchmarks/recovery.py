@@ -46,6 +46,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MERGED = "ASFT, two halves merged"
 START = "nothing"
+HELD_OUT = 0.125  # of the rewritten rows, and as many gold ones: for the curves alone
 
 
 class Study:
@@ -59,8 +60,10 @@ class Study:
         rows = {"source": "dataset", "path": str(options.prompts.resolve()), "shuffle": True, "length": options.length}
         self.data = {
             # Gold answers are short, so it takes more of them to fill as many steps.
-            "gold": self.made("gold", data, DatasetConfig(**rows, rows=8 * options.rows)),
-            "self": self.made("self", data, DatasetConfig(**rows, rows=options.rows, rewrite={"kind": "general"})),
+            "gold": self.made("gold", data, DatasetConfig(**rows, rows=8 * options.rows, heldout=HELD_OUT / 8)),
+            "self": self.made(
+                "self", data, DatasetConfig(**rows, rows=options.rows, heldout=HELD_OUT, rewrite={"kind": "general"})
+            ),
         }
         texts = self.made("texts", data, TextsConfig(source="texts", rows=options.texts, batch=96))
         config = PruneConfig.model_validate(
