@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UserError
-from . import run_commands
+from . import run_commands, serve_command
 
 
 class Stopped(Exception):
@@ -272,6 +272,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as run
 
 
 run_commands.add_to(app)
+serve_command.add_to(app)
 
 
 def _split(text: str) -> list[str]:

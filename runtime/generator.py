@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, abc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from ..errors import UserError
 
 Finish = Literal["stop", "length"]
+Tokens = abc.Generator[int, None, None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Generator(ABC):
     context: int  # the longest text, in tokens, with what is written
 
     @abstractmethod
-    def generate(self, request: Request, work: Work) -> Iterator[int]:
+    def generate(self, request: Request, work: Work) -> Tokens:
         """Up to `max_tokens` new tokens, as they are made.
 
         What a text has in common with the one before it is not read again. Raises `UserError` for depths that are

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UserError
-from .generator import Generator, Request, Work
+from .generator import Generator, Request, Tokens, Work
 from .llamacpp_engine import LlamaCppEngine
 
 
@@ -36,7 +36,7 @@ class LlamaCppGenerator(Generator):
             )
         return self._engines[key]
 
-    def generate(self, request: Request, work: Work) -> Iterator[int]:
+    def generate(self, request: Request, work: Work) -> Tokens:
         self.check(request)
         if request.exits:
             raise UserError("llama.cpp has no early exit; use the onnx engine")

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .block_chain import BlockChain, CachedText
 from .early_exit import choose_at_first_confident
 from .engine import pick
-from .generator import Generator, Request, Work
+from .generator import Generator, Request, Tokens, Work
 from .speculative import DraftModel, write_verified
 
 
@@ -38,7 +38,7 @@ class OnnxGenerator(Generator):
                 "a draft needs the same vocabulary"
             )
 
-    def generate(self, request: Request, work: Work) -> Iterator[int]:
+    def generate(self, request: Request, work: Work) -> Tokens:
         self.check(request)
         with self._lock:
             text, room = self._text, self.context - len(request.ids) + 1

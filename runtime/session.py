@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, abc
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -12,7 +13,7 @@ from ..errors import UserError
 from .bundle import ArtifactEntry, Manifest, read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
-from .text import TextStream, Tokenizer, stop_tokens
+from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
 FORMATS: dict[str, str] = {"onnx": "onnx", "llama.cpp": "gguf"}  # engine -> the format it opens
@@ -27,6 +28,7 @@ class Settings:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts
     draft_depth: int | None = None
     draft_tokens: int = 4
     exits: Mapping[int, float] = field(default_factory=dict)  # depth -> probability above which its token is taken
@@ -56,11 +58,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text; the last piece of an answer says why it ended and what it took."""
+    """The text of one more token, often none; the last piece of an answer says why it ended and what it took."""
 
     text: str
     finish: Finish | None = None  # "stop": the model ended it; "length": max_tokens or the context did
     usage: Usage | None = None
+
+
+Pieces = abc.Generator[Piece, None, None]
 
 
 class Session:
@@ -124,11 +129,11 @@ class Session:
         deepest = max(artifacts)
         return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads)
 
-    def chat(self, messages: Messages, settings: Settings = Settings()) -> Iterator[Piece]:
+    def chat(self, messages: Messages, settings: Settings = Settings()) -> Pieces:
         """The assistant's answer to a conversation of {"role", "content"}, in the model's own template."""
         return self._write(self.prompt(messages), settings)
 
-    def complete(self, prompt: str, settings: Settings = Settings()) -> Iterator[Piece]:
+    def complete(self, prompt: str, settings: Settings = Settings()) -> Pieces:
         """How plain text goes on."""
         return self._write(self.tokenizer.encode(prompt, begin=True), settings)
 
@@ -138,7 +143,7 @@ class Session:
             self._template = ChatTemplate(self.path)
         return self.tokenizer.encode(self._template.render(messages))
 
-    def _write(self, ids: list[int], settings: Settings) -> Iterator[Piece]:
+    def _write(self, ids: list[int], settings: Settings) -> Pieces:
         if not ids:
             raise UserError("the prompt is empty: there is nothing to go on from")
         if len(ids) > self.context:
@@ -160,17 +165,22 @@ class Session:
             settings.exits,
         )
         self._generator.check(request)
-        return self._pieces(request)
+        return self._pieces(request, StopTexts(settings.stop))
 
-    def _pieces(self, request: Request) -> Iterator[Piece]:
+    def _pieces(self, request: Request, stop: StopTexts) -> Pieces:
         work, stream, count = Work(), TextStream(self.tokenizer), 0
-        for token in self._generator.generate(request, work):
-            count += 1
-            if text := stream.push(token):
-                yield Piece(text)
+        with closing(self._generator.generate(request, work)) as tokens:
+            for token in tokens:
+                count += 1
+                text = stop.push(stream.push(token))
+                if stop.found:
+                    break
+                yield Piece(text)  # even an empty one: whoever reads can stop after every token
+            else:
+                text = stop.push(stream.rest()) + stop.rest()
         depths = dict(sorted(Counter(work.depths).items()))
         usage = Usage(len(request.ids), count, work.reused, depths, work.drafted, work.accepted)
-        yield Piece(stream.rest(), work.finish, usage)
+        yield Piece(text, "stop" if stop.found else work.finish, usage)
 
     def tokens(self, request: Request, work: Work) -> Iterator[int]:
         """The tokens of a request, for measurements."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,41 @@ class TextStream:
         text = self._tokenizer.decode(self._ids)
         piece, self._shown = text[self._shown :], len(text)
         return piece
+
+
+class StopTexts:
+    """Pieces of text, up to where the first of some texts begins; `found` once it did.
+
+    What may be the beginning of one is held back until that is certain.
+    """
+
+    def __init__(self, texts: Collection[str]):
+        self._texts = [text for text in texts if text]
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is certain now; none after a stop."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [start for stop in self._texts if (start := text.find(stop)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        longest = max((_overlap(text, stop) for stop in self._texts), default=0)
+        self._held = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stop_tokens(folder: Path) -> frozenset[int]:

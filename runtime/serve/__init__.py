@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint over a bundle; needs starlette and uvicorn, neither torch nor transformers."""

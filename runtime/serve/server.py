@@ -1,0 +1,67 @@
+"""Listening: the socket, uvicorn around the application, and an orderly end."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from ipaddress import ip_address
+
+import uvicorn
+
+from ...errors import UserError
+from ..session import Session
+from .app import make_app
+from .worker import Worker
+
+_PATIENCE = 3  # seconds that clients have to read the last of an answer when the server ends
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. `UserError` where the port is taken, not allowed, or the host is not this machine."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be between 0 and 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"port {port} of {host} is taken: end what listens there, or give another --port"
+            ) from error
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def address(listening: socket.socket) -> str:
+    """http://HOST:PORT/v1."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def is_loopback(listening: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ip_address(listening.getsockname()[0]).is_loopback
+
+
+class _Server(uvicorn.Server):
+    """Ends answers that are being written when it is told to stop, instead of waiting for them."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker):
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.stop()
+        await super().shutdown(sockets)
+
+
+def serve(session: Session, listening: socket.socket, *, depth: int | None = None, api_key: str | None = None) -> None:
+    """Answer requests until SIGINT or SIGTERM; the signal is raised again once all has ended."""
+    worker = Worker()
+    try:
+        app = make_app(session, worker, depth=depth, api_key=api_key, local=is_loopback(listening))
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_PATIENCE
+        )
+        _Server(config, worker).run([listening])
+    finally:
+        worker.join()
