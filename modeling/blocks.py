@@ -45,6 +45,26 @@ def check_family(config: Any, where: object = "the model") -> None:
         )
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """The heads of a model's attention, the same in all its blocks."""
+
+    heads: int
+    kv_heads: int
+    size: int  # of a head
+
+    @classmethod
+    def of(cls, config: Any) -> AttentionShape:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    @property
+    def qkv(self) -> int:
+        """Width of q, k and v, concatenated."""
+        return (self.heads + 2 * self.kv_heads) * self.size
+
+
 class Decoder:
     """A view of a Hugging Face causal language model as embedding, blocks, norm and head.
 
@@ -114,6 +134,34 @@ class Decoder:
             linear.register_forward_hook(lambda _m, args, _o: seen.__setitem__("inner", args[0])),
             last.register_forward_hook(lambda _m, _a, output: seen.__setitem__("mlp", output)),  # type: ignore[union-attr]
         ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def projections(self) -> Iterator[dict[int, Tensor]]:
+        """Fills a dict during forward passes: block → (B, T, I), q, k and v concatenated as the projections give them
+        (biases added; before their norms and before rotary positions)."""
+        seen: dict[int, Tensor] = {}
+        handles = []
+        for number, block in enumerate(self.blocks):
+            attention: Any = block.self_attn
+            if hasattr(attention, "qkv_proj"):  # Phi-3: one projection for all three
+                handles.append(
+                    attention.qkv_proj.register_forward_hook(lambda _m, _a, out, n=number: seen.__setitem__(n, out))
+                )
+                continue
+            parts: list[Tensor] = []
+            for linear in (attention.q_proj, attention.k_proj):
+                handles.append(linear.register_forward_hook(lambda _m, _a, out, parts=parts: parts.append(out)))
+
+            def last(_m: Any, _a: Any, out: Tensor, n: int = number, parts: list[Tensor] = parts) -> None:
+                seen[n] = torch.cat([*parts, out], -1)
+                parts.clear()
+
+            handles.append(attention.v_proj.register_forward_hook(last))
         try:
             yield seen
         finally:

@@ -73,11 +73,10 @@ def copy_companions(source: Path, folder: Path, dtype: str) -> None:
 
 
 def link_files(source: Path, folder: Path) -> None:
-    """Make `folder` hold the same files as `source`, by hard links where the file system has them, else by copies."""
+    """Make `folder` hold the same files and folders as `source`, by hard links where the file system has them, else by
+    copies."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        link_file(file, folder / file.name)
+    shutil.copytree(source, folder, copy_function=lambda old, new: link_file(Path(old), Path(new)))
 
 
 def link_file(source: Path, target: Path) -> None:

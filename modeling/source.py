@@ -101,6 +101,7 @@ def fingerprint_source(source: Source, cache: Path) -> str:
         return hash_json([source.text, hub_commit(source)])
     assert source.path is not None
     files = [source.path] if source.kind == "gguf" else checkpoint_files(source.path)
+    files += sorted(source.path.glob("retaining/*")) if source.kind == "folder" else []
     return hash_json([[f.name, hash_file(f, cache)] for f in files])
 
 

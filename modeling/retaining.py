@@ -1,0 +1,114 @@
+"""Retaining heads (Locret, arXiv 2410.01805): a score for every token, block and KV head, that says what to keep.
+
+A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are what the projections give, biases added,
+before any norm of theirs and before rotary positions. They lie in a checkpoint's folder `retaining/`:
+`heads.safetensors` (float32; `blocks.N.w1.weight` (R, I), `blocks.N.w2.weight` (G, R)) and `settings.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .blocks import AttentionShape
+
+FOLDER = "retaining"
+WEIGHTS, SETTINGS = "heads.safetensors", "settings.json"
+
+
+@dataclass(frozen=True)
+class RetainingSettings:
+    """How the heads were meant to be used; each can be chosen anew at run time."""
+
+    budget: int = 1024  # keys and values kept per block and KV head
+    chunk: int = 256  # tokens that are read at a time
+    stabilizers: int = 64  # of the newest tokens before a chunk's end, kept whatever their score
+    local: int = 100  # last tokens of a prompt, which are read after all evictions and kept
+
+
+class RetainingHead(nn.Module):
+    """One block's head: (…, I) → scores (…, G), one per KV head."""
+
+    def __init__(self, inputs: int, kv_heads: int, width: int):
+        super().__init__()
+        self.w1 = nn.Linear(inputs, width, bias=False)
+        self.w2 = nn.Linear(width, kv_heads, bias=False)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(qkv)))
+
+
+class RetainingHeads(nn.Module):
+    """The heads of a model's blocks, all of width R."""
+
+    def __init__(self, blocks: int, shape: AttentionShape, width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(RetainingHead(shape.qkv, shape.kv_heads, width) for _ in range(blocks))
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].w1.out_features  # type: ignore[union-attr, return-value]
+
+    def score(self, block: int, qkv: Tensor) -> Tensor:
+        """Scores (B, T, G) of one block's concatenated projections (B, T, I), in the heads' precision."""
+        head = self.blocks[block]
+        return head(qkv.to(head.w1.weight.dtype))  # type: ignore[union-attr, arg-type]
+
+
+def has_heads(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder has retaining heads."""
+    return (checkpoint / FOLDER / WEIGHTS).is_file()
+
+
+def save_heads(heads: RetainingHeads, settings: RetainingSettings, checkpoint: Path) -> None:
+    """Write the heads into a checkpoint's folder; the same bytes each time."""
+    from safetensors.torch import save_file
+
+    folder = checkpoint / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.float().contiguous() for name, value in heads.state_dict().items()}, folder / WEIGHTS)
+    (folder / SETTINGS).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(checkpoint: Path) -> RetainingSettings:
+    """How a checkpoint's heads were meant to be used. `UserError` for a missing or broken file."""
+    file = checkpoint / FOLDER / SETTINGS
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        values = {field.name: int(found[field.name]) for field in fields(RetainingSettings)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the retaining heads' settings in {file}: {error}") from error
+    return RetainingSettings(**values)
+
+
+def load_heads(checkpoint: Path, config: Any) -> RetainingHeads:
+    """A checkpoint's heads, on the CPU, for a model of this configuration, which may be a lesser depth of it.
+
+    `UserError` if there are none, or they do not fit.
+    """
+    from safetensors.torch import load_file
+
+    if not has_heads(checkpoint):
+        raise UserError(
+            f"{checkpoint} has no retaining heads ({FOLDER}/{WEIGHTS}); train them with a recipe's `retain` section"
+        )
+    weights = load_file(checkpoint / FOLDER / WEIGHTS)
+    shape, blocks = AttentionShape.of(config), config.num_hidden_layers
+    first = weights.get("blocks.0.w1.weight", torch.empty(0, 0))
+    heads = RetainingHeads(blocks, shape, len(first))
+    wanted = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
+    wrong = next((name for name, size in wanted.items() if name not in weights or weights[name].shape != size), None)
+    if wrong is not None or not len(first):
+        there = tuple(weights[wrong].shape) if wrong in weights else "not there"
+        raise UserError(
+            f"the retaining heads in {checkpoint / FOLDER} do not fit a model of {blocks} blocks: {wrong} should be "
+            f"{wanted.get(wrong or '')} and is {there}"
+        )
+    heads.load_state_dict({name: weights[name] for name in wanted})
+    return heads
