@@ -14,8 +14,6 @@ to OUT/table.md.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,16 +23,9 @@ from compress.data import stage as data
 from compress.data.config import DatasetConfig, TextsConfig
 from compress.distill import stage as distill
 from compress.distill.config import DistillConfig
-from compress.evaluation.config import EvaluateConfig
-from compress.evaluation.stage import Bench, Subject
 from compress.merge import stage as merge
 from compress.merge.config import MergeConfig
-from compress.modeling.load import load_config, load_model, resolve
-from compress.pipeline.progress import ConsoleProgress
-from compress.prune import stage as prune
-from compress.prune.config import PruneConfig
-from compress.stage import WORK, Context, Inputs
-from rich.console import Console
+from study import Study, measure, written
 
 # name → which answers are learned, and what of the distill section is its own
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,14 +40,12 @@ START = "nothing"
 HELD_OUT = 0.125  # of the rewritten rows, and as many gold ones: for the curves alone
 
 
-class Study:
-    """The folders of one study, each made once."""
+class Recovery(Study):
+    """What every way starts from, and the students."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.out = options, options.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.progress = ConsoleProgress(Console())
-        self.base = resolve(options.model, self.out / "sources", progress=self.progress)
+        super().__init__(options.model, options.out)
+        self.options = options
         rows = {"source": "dataset", "path": str(options.prompts.resolve()), "shuffle": True, "length": options.length}
         self.data = {
             # Gold answers are short, so it takes more of them to fill as many steps.
@@ -66,22 +55,7 @@ class Study:
             ),
         }
         texts = self.made("texts", data, TextsConfig(source="texts", rows=options.texts, batch=96))
-        config = PruneConfig.model_validate(
-            {"blocks": options.drop, "heal": "refit", "calibration": {"tokens": options.texts * 256, "length": 256}}
-        )
-        self.start = self.made("pruned", prune, config, stages={"data": texts}) / "model"
-
-    def made(self, name: str, stage: Any, config: Any, seed: int = 7, **inputs: Any) -> Path:
-        """A stage's folder; one that was stopped goes on."""
-        folder = self.out / name
-        if not (folder / "done").exists():
-            (folder / WORK).mkdir(parents=True, exist_ok=True)
-            model = inputs.pop("model", self.base)
-            context = Context(seed=seed, progress=self.progress)
-            figures = stage.run(config, Inputs(self.base, model, **inputs), folder, context)
-            shutil.rmtree(folder / WORK)
-            (folder / "done").write_text(json.dumps(figures))
-        return folder
+        self.start = self.pruned(texts, options.drop, options.texts * 256)
 
     def section(self, seed: int, steps: int, **own: Any) -> DistillConfig:
         options = self.options
@@ -121,30 +95,6 @@ class Study:
         return self.made(f"merged-{seed}", merge, config, seed, model=halves / "model", stages=stages) / "model"
 
 
-def bench(study: Study) -> Bench:
-    options = study.options
-    tasks = ["builtin:copy", "builtin:addition", *(str(task.resolve()) for task in options.task)]
-    config = EvaluateConfig(
-        text=str(options.text.resolve()),
-        window=256,
-        tokens=options.measured,
-        tasks=tasks,
-        limit=options.limit,
-        speed=None,
-    )
-    work = study.out / "measured"
-    work.mkdir(exist_ok=True)
-    return Bench(config, Context(progress=study.progress), study.base, None, work)
-
-
-def measure(measured: Bench, role: str, folder: Path) -> dict[str, float]:
-    """Perplexity, KL to the base and the score of every task."""
-    blocks = load_config(folder).num_hidden_layers
-    found = measured.entry(Subject(role, lambda: load_model(folder), folder, blocks))
-    scores = {name: task["value"] for name, task in found["tasks"].items()}
-    return {"perplexity": found["perplexity"], "KL to base": found["kl_to_base"], **scores}
-
-
 def table(base: dict[str, float], rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: mean and spread (standard deviation over seeds) of every figure."""
     names = list(base)
@@ -153,11 +103,8 @@ def table(base: dict[str, float], rows: dict[str, list[dict[str, float]]]) -> st
         cells = []
         for name in names:
             values = [figures[name] for figures in found]
-            written = [
-                f"{value:.3g}" if name in ("perplexity", "KL to base") else f"{value:.1%}"
-                for value in (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-            ]
-            cells.append(written[0] + (f" ± {written[1]}" if len(values) > 1 else ""))
+            spread = f" ± {written(name, statistics.stdev(values))}" if len(values) > 1 else ""
+            cells.append(written(name, statistics.mean(values)) + spread)
         lines.append(f"| {way} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -179,8 +126,10 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=8192, help="tokens of the text")
     parser.add_argument("--limit", type=int, default=300, help="rows of each task")
     parser.add_argument("--out", type=Path, default=Path("build/recovery"))
-    study = Study(parser.parse_args())
-    measured = bench(study)
+    options = parser.parse_args()
+    study = Recovery(options)
+    tasks = ["builtin:copy", "builtin:addition", *(str(task.resolve()) for task in options.task)]
+    measured = study.bench(options.text, tasks, options.measured, options.limit)
     base = measure(measured, "base", study.base)
     rows: dict[str, list[dict[str, float]]] = {START: [measure(measured, START, study.start)]}
     for way, seed, folder in study.students():
