@@ -28,9 +28,7 @@ class BlockLabels:
     first: int  # first position that the answer sees; more than 0 only where attention slides a window
 
 
-def attention_labels(
-    queries: Tensor, keys: Tensor, scaling: float, window: int | None = None
-) -> tuple[Tensor, int]:
+def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int | None = None) -> tuple[Tensor, int]:
     """Labels (N, G), float32, of N keys (G, N, d), from the queries (heads, M, d) of the M positions after them; and
     the first position that any of these sees.
 
@@ -59,9 +57,7 @@ def attention_labels(
 
 
 @torch.no_grad()
-def label_row(
-    decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable[[BlockLabels], None]
-) -> None:
+def label_row(decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable[[BlockLabels], None]) -> None:
     """Run a model over a row, the first `prompt` of whose tokens are the prompt and the others the answer, and hand each
     block's inputs and labels to `visit`, in the blocks' order, while the pass goes on.
 

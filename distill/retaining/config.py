@@ -11,6 +11,7 @@ from ...stage import Section
 
 FORMAT = 1
 LONGEST = 10240  # tokens per row, as published
+SPREAD = 8  # the shortest made row is so many times shorter than the longest
 
 
 class LongRows(Columns):
@@ -58,7 +59,9 @@ class RetainConfig(Section):
     @model_validator(mode="after")
     def _stabilizers_fit(self) -> Self:
         if self.stabilizers > self.budget:
-            raise ValueError(f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer")
+            raise ValueError(
+                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
+            )
         return self
 
     def input_files(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,21 @@ from ...data.readers import Source, read_records
 from ...data.rows import Messages, Row, Split, read_rows
 from ...errors import UserError
 from ...stage import Context
-from .config import LongRows
+from .config import SPREAD, LongRows
 
 LEAD = "Read the following. A question about it comes at the end."
-SPREAD = 8  # the shortest row is so many times shorter than the longest
 LEAST = 32  # tokens of documents in a row
 BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
+PASSKEYS = (  # as it is told, asked and answered
+    ("The pass key is {0}. Remember it. {0} is the pass key.", "What is the pass key?", "The pass key is {0}."),
+    ("One of the special magic numbers is {0}.", "What is the special magic number?", "The magic number is {0}."),
+    ("Keep this code: {0}.", "Which code were you to keep?", "The code I was to keep is {0}."),
+)
+KEYS = (  # of a place
+    "The key of the {0} is {1}.",
+    "To open the {0}, enter {1}.",
+    "The {0} has the number {1}.",
+)
 PLACES = (
     "harbour", "library", "station", "garden", "workshop", "museum", "bakery", "castle", "hospital", "school", "market",
     "bridge", "theatre", "factory", "chapel", "airport", "cellar", "tower", "office", "farm",
@@ -69,19 +78,19 @@ class Asked:
 
 def passkey(draw: random.Random, _documents: list[Document]) -> Asked:
     """One number in one sentence."""
-    key = draw.randrange(10_000, 100_000)
-    fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Asked([fact], "What is the pass key?", f"The pass key is {key}.")
+    told, asked, answer = draw.choice(PASSKEYS)
+    key = _number(draw)
+    return Asked([told.format(key)], asked, answer.format(key))
 
 
 def keys(draw: random.Random, _documents: list[Document]) -> Asked:
     """Several numbers, each of a named place; one to three of them are asked for."""
     places = draw.sample(PLACES, draw.randint(4, 8))
-    numbers = {place: draw.randrange(10_000, 100_000) for place in places}
-    facts = [f"The key of the {place} is {number}." for place, number in numbers.items()]
+    told = draw.choice(KEYS)
+    facts = {place: told.format(place, _number(draw)) for place in places}
     asked = draw.sample(places, draw.randint(1, 3))
-    answer = " ".join(f"The key of the {place} is {numbers[place]}." for place in asked)
-    return Asked(facts, f"What is the key of the {_listed(asked)}?", answer)
+    question = f"Which number goes with the {_listed(asked)}?"
+    return Asked(list(facts.values()), question, " ".join(facts[place] for place in asked))
 
 
 def facts(draw: random.Random, _documents: list[Document]) -> Asked:
@@ -105,6 +114,10 @@ def again(draw: random.Random, documents: list[Document]) -> Asked:
 
 Kind = Callable[[random.Random, list[Document]], Asked]
 KINDS: tuple[Kind, ...] = (passkey, keys, facts, again)
+
+
+def _number(draw: random.Random) -> int:
+    return draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 * 10**digits)
 
 
 def _listed(names: list[str]) -> str:
@@ -263,9 +276,3 @@ def _in_turn(rows: list[LongRow], number: int, seed: int) -> LongRow:
     order = list(range(len(rows)))
     random.Random(f"retain epoch {seed} {epoch}").shuffle(order)
     return rows[order[place]]
-
-
-def mean_length(rows: Iterable[LongRow]) -> float:
-    """Tokens per row."""
-    lengths = [len(row.ids) for row in rows]
-    return sum(lengths) / len(lengths)
