@@ -1,4 +1,4 @@
-"""What the attention of each block is given during a forward pass: queries and keys after norms and rotary positions."""
+"""What the attention of each block is given during a forward pass: queries and keys, normed and rotated."""
 
 from __future__ import annotations
 

@@ -58,11 +58,11 @@ def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int 
 
 @torch.no_grad()
 def label_row(decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable[[BlockLabels], None]) -> None:
-    """Run a model over a row, the first `prompt` of whose tokens are the prompt and the others the answer, and hand each
-    block's inputs and labels to `visit`, in the blocks' order, while the pass goes on.
+    """Run a model over a row, the first `prompt` of whose tokens are the prompt and the others the answer, and hand
+    each block's inputs and labels to `visit`, in the blocks' order, while the pass goes on.
 
-    One pass over the whole row: what a block was given is held only until `visit` returns, so memory is that of a forward
-    pass without logits and without a KV cache. `visit` runs without gradients unless it enables them.
+    One pass over the whole row: what a block was given is held only until `visit` returns, so memory is that of a
+    forward pass without logits and without a KV cache. `visit` runs without gradients unless it enables them.
     """
     if not 0 < prompt < len(ids):
         raise ValueError(f"a row of {len(ids)} tokens with {prompt} of them prompt has no answer, or no prompt")

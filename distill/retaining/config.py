@@ -25,8 +25,8 @@ class LongRows(Columns):
 
 
 class RetainConfig(Section):
-    """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The model
-    itself stays as it is."""
+    """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The
+    model itself stays as it is."""
 
     budget: int = Field(1024, ge=1, description="keys and values kept per block and KV head, unless chosen at run time")
     chunk: int = Field(256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time")

@@ -87,10 +87,10 @@ def keys(draw: random.Random, _documents: list[Document]) -> Asked:
     """Several numbers, each of a named place; one to three of them are asked for."""
     places = draw.sample(PLACES, draw.randint(4, 8))
     told = draw.choice(KEYS)
-    facts = {place: told.format(place, _number(draw)) for place in places}
+    lines = {place: told.format(place, _number(draw)) for place in places}
     asked = draw.sample(places, draw.randint(1, 3))
     question = f"Which number goes with the {_listed(asked)}?"
-    return Asked(list(facts.values()), question, " ".join(facts[place] for place in asked))
+    return Asked(list(lines.values()), question, " ".join(lines[place] for place in asked))
 
 
 def facts(draw: random.Random, _documents: list[Document]) -> Asked:
@@ -262,8 +262,8 @@ def users_rows(
             break
     if len(found) <= heldout:
         raise UserError(
-            f"retain.rows: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are longer); "
-            f"{heldout} are held out (retain.heldout), and at least one more is needed"
+            f"retain.rows: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
+            f"longer); {heldout} are held out (retain.heldout), and at least one more is needed"
         )
     if longer:
         context.progress.note(f"{longer} rows of more than {length} tokens are left out")

@@ -25,16 +25,16 @@ def check(config: RetainConfig, base: Path, context: Context) -> None:
     positions = load_config(base).max_position_embeddings
     if config.length is not None and config.length > positions:
         raise UserError(
-            f"retain.length is {config.length}, but the model was trained for {positions} positions: beyond them it does "
-            f"not find what it is asked about; write {positions} or less"
+            f"retain.length is {config.length}, but the model was trained for {positions} positions: beyond them "
+            f"it does not find what it is asked about; write {positions} or less"
         )
     if config.rows is not None:
         local_file(Source(config.rows, context, "retain.rows"))
 
 
 def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `model/`, the model so far by links and its heads in `model/retaining/`, and `curves.jsonl`, a line per step
-    and per measurement. A killed run goes on from its last checkpoint."""
+    """Write `model/`, the model so far by links and its heads in `model/retaining/`, and `curves.jsonl`, a line per
+    step and per measurement. A killed run goes on from its last checkpoint."""
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     started = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ STATE, CURVES = "heads.safetensors", "curves.jsonl"
 
 
 def block_loss(scores: Tensor, labels: Tensor, smooth: float, blocks: int) -> Tensor:
-    """One block's share of the loss, from scores and labels (N, G): the mean smooth-L1 error, over the number of blocks;
-    and `smooth` times the mean squared difference of neighbours' scores."""
+    """One block's share of the loss, from scores and labels (N, G): the mean smooth-L1 error, over the number of
+    blocks; and `smooth` times the mean squared difference of neighbours' scores."""
     loss = nn.functional.smooth_l1_loss(scores, labels) / blocks
     if len(scores) > 1:
         loss = loss + smooth * (scores[1:] - scores[:-1]).square().mean()
@@ -86,10 +85,7 @@ class Trainer:
         per measurement."""
         self._load()
         self.advance(self.step)
-        if self.step == 0:
-            note = self._measure()
-        else:
-            note = _described(self.measurements()[-1])
+        note = self._measure() if self.step == 0 else _described(self.measurements()[-1])
         while self.step < self.config.steps:
             row = self.rows.train(self.step)
             loss = self._learn(row)
