@@ -19,6 +19,7 @@ from .config import SPREAD, LongRows
 
 LEAD = "Read the following. A question about it comes at the end."
 LEAST = 32  # tokens of documents in a row
+TRIES = 20  # draws of facts that are too long for the longest row
 BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
 PASSKEYS = (  # as it is told, asked and answered
     ("The pass key is {0}. Remember it. {0} is the pass key.", "What is the pass key?", "The pass key is {0}."),
@@ -138,15 +139,8 @@ class Maker:
         longest possible row has no room for documents."""
         draw = random.Random(f"{self.seed} {number}")
         length = round(self.length / SPREAD ** draw.random())
-        asked = self.kinds[number % len(self.kinds)](draw, self.askable)
+        asked, depths, bare = self._asked(self.kinds[number % len(self.kinds)], draw)
         order = draw.sample(self.documents, len(self.documents))
-        depths = [draw.random() for _ in asked.facts]
-        bare = len(self._encode("", asked, depths).ids)
-        if bare + LEAST > self.length:
-            raise UserError(
-                f"retain.length: {self.length} tokens have no room for documents: a question with what it asks about "
-                f"takes {bare}; make it longer"
-            )
         length = max(length, bare + LEAST)
         room = length - bare
         while True:
@@ -154,6 +148,19 @@ class Maker:
             if len(row.ids) <= length:
                 return row
             room -= len(row.ids) - length  # tokens that the pieces have only together
+
+    def _asked(self, kind: Kind, draw: random.Random) -> tuple[Asked, list[float], int]:
+        """What is asked, how deep each fact lies, and the row's tokens without documents."""
+        for _ in range(TRIES):
+            asked = kind(draw, self.askable)
+            depths = [draw.random() for _ in asked.facts]
+            bare = len(self._encode("", asked, depths).ids)
+            if bare + LEAST <= self.length:
+                return asked, depths, bare
+        raise UserError(
+            f"retain.length: {self.length} tokens have no room for documents beside a question and what it asks about; "
+            "make it longer"
+        )
 
     def _documents(self, order: list[Document], tokens: int, without: Document | None) -> str:
         """Documents one after another, again and again if there are too few, cut after so many tokens."""

@@ -45,7 +45,7 @@ def kept_share(scores: Tensor, labels: Tensor, budget: int) -> float:
 
 def learning_rate(config: RetainConfig, step: int) -> float:
     """The rate of step `step`, counted from 1: it rises evenly, then falls evenly to nothing, which no step has."""
-    rising = round(config.warmup * config.steps)
+    rising = max(1, round(config.warmup * config.steps))
     if step <= rising:
         return config.lr * step / rising
     return config.lr * (config.steps + 1 - step) / (config.steps + 1 - rising)
