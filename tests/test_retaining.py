@@ -156,7 +156,7 @@ def test_heads_learn_in_every_family(tiny, talks, tmp_path, family):
 def test_heads_find_what_answers_attend_to(tiny, talks, tmp_path):
     found = run(tmp_path, tiny(), talks, steps=50, eval_every=50, width=64, lr=0.01)
     assert found["before"]["eval_recall"] < 0.35  # a quarter, by chance
-    assert found["last"]["eval_recall"] > 0.45
+    assert found["last"]["eval_recall"] > 0.4
 
 
 @pytest.mark.parametrize("dead", [1, 4, 5], ids=["before any checkpoint", "at a checkpoint", "after one"])
@@ -274,7 +274,7 @@ def test_a_recipe_runs_and_runs_again(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["metrics"]["steps"] == 2 and manifest["planned_memory_bytes"]
     page = (tmp_path / "runs" / "long" / "report.html").read_text()
-    assert "Retaining heads on held-out rows" in page
+    assert "Retaining heads on held-out rows" in page and "held-out loss" in page
 
 
 def test_the_plan_counts_heads_and_rows(tiny):

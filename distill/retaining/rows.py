@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _number(draw: random.Random) -> int:
     return draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 * 10**digits)
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", the ".join(names[:-1]) + f" and the {names[-1]}"
 
 
