@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..data.config import DataConfig
 from ..distill.config import DistillConfig, needs_teacher
+from ..distill.retaining.config import RetainConfig
 from ..distill.sorted.config import SortConfig
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
@@ -48,6 +49,7 @@ class Recipe(Section):
     distill: DistillConfig | None = Field(None, description="recovery by learning from the unpruned model")
     merge: MergeConfig | None = Field(None, description="the recovered variants become one model")
     sort: SortConfig | None = Field(None, description="one set of weights learns to run at several depths")
+    retain: RetainConfig | None = Field(None, description="heads that say which keys and values to keep")
     export: ExportConfig | None = Field(None, description="GGUF and ONNX artifacts in one bundle")
     evaluate: EvaluateConfig | None = Field(None, description="measurements for the report")
 
@@ -141,7 +143,7 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except ValidationError as error:
         problems = describe_problems(error, plain, Recipe)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
-    problems += _order_problems(order) + _teacher_problems(recipe)
+    problems += _order_problems(order) + _teacher_problems(recipe) + _retain_problems(recipe)
     if recipe is not None and recipe.merge is not None:
         names = [variant.name for variant in (recipe.distill and recipe.distill.variants) or []]
         problems += _merge_problems(recipe.merge, names, "distill" in order)
@@ -272,3 +274,10 @@ def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
         and section.teacher.kind == "cached"
         and any(needs_teacher(student.objective) for student in section.students)
     ]
+
+
+def _retain_problems(recipe: Recipe | None) -> list[Problem]:
+    if recipe is None or recipe.retain is None or recipe.data is not None or recipe.retain.rows is not None:
+        return []
+    message = "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in rows"
+    return [Problem(("retain",), message)]

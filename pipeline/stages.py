@@ -34,7 +34,8 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True),
         StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill")),
         StageSpec("sort", "distill.sorted", ("data", "prune", "distill", "merge"), needs=("data",), parallel=True),
-        StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort")),
-        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "export")),
+        StageSpec("retain", "distill.retaining", ("data", "prune", "distill", "merge", "sort")),
+        StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort", "retain")),
+        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "retain", "export")),
     )
 }

@@ -66,12 +66,17 @@ def every_key() -> list[Any]:
 
 
 def test_the_shipped_recipes_are_valid():
-    assert set(SHIPPED) == {"smollm2_135m_24L", "smollm2_135m_sorted", "tiny_random", "llama8b_26L", "llama70b_64L"}
+    own = {"smollm2_135m_24L", "smollm2_135m_sorted", "smollm2_135m_locret", "tiny_random"}
+    assert set(SHIPPED) == own | {"llama8b_26L", "llama70b_64L"}
     assert len(every_key()) > 60
     for name in SHIPPED:
         loaded = load_recipe(name)
-        learns = {"llama8b_26L": ("distill", "merge"), "smollm2_135m_sorted": ("sort",)}.get(name, ("distill",))
-        assert loaded.order == ("data", "prune", *learns, "export", "evaluate")
+        learns = {
+            "llama8b_26L": ("prune", "distill", "merge"),
+            "smollm2_135m_sorted": ("prune", "sort"),
+            "smollm2_135m_locret": ("retain",),
+        }.get(name, ("prune", "distill"))
+        assert loaded.order == ("data", *learns, "export", "evaluate")
         assert load_recipe(f"{name}.yaml").recipe == load_recipe(str(loaded.path)).recipe == loaded.recipe
 
 
@@ -196,7 +201,8 @@ def test_names_that_are_no_folder_names_are_refused(write, name):
 
 def test_a_missing_recipe_lists_the_shipped_ones(tmp_path):
     with pytest.raises(
-        UserError, match=r"no recipe file 'tiny'.*llama8b_26L, smollm2_135m_24L, smollm2_135m_sorted, tiny_random"
+        UserError,
+        match=r"no recipe file 'tiny'.*llama8b_26L, smollm2_135m_24L, smollm2_135m_locret, smollm2_135m_sorted, tiny",
     ):
         load_recipe("tiny")
     with pytest.raises(UserError, match="is a folder"):

@@ -49,8 +49,12 @@ def test_the_schema_accepts_the_shipped_recipes(name):
     assert accepts(schema, recipe, schema)
     assert not accepts(schema, recipe | {"prunne": {}}, schema)
     assert not accepts(schema, recipe | {"prune": {"blocks": "2"}}, schema)
-    learns = "distill" if "distill" in recipe else "sort"
-    assert not accepts(schema, recipe | {learns: recipe[learns] | {"objective": "asfd"}}, schema)
+    learns, key, wrong = next(
+        entry
+        for entry in (("distill", "objective", "asfd"), ("sort", "objective", "asfd"), ("retain", "steps", "many"))
+        if entry[0] in recipe
+    )
+    assert not accepts(schema, recipe | {learns: recipe[learns] | {key: wrong}}, schema)
 
 
 @pytest.mark.parametrize("key", ["prune.heal", "prune.search", "distill.objective", "distill.tune", "distill.teacher"])

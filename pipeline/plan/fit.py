@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...distill.config import Copy, Lora, TrainingConfig
+from ...distill.retaining.config import RetainConfig
 from ...errors import UserError
 from ..recipe import LoadedRecipe, load_recipe
 from .memory import Setting, stage_memory
@@ -30,7 +31,7 @@ class Change:
 def smallest_change(loaded: LoadedRecipe, stage: str, at: Setting, room: int) -> Change | None:
     """The first change, or the fewest changes, with which the stage fits; None where nothing in the list is enough."""
     steps = []
-    for step in _steps(stage, loaded.section(stage)):
+    for step in _steps(stage, loaded.section(stage), at):
         memory = _peak(loaded, stage, at, step)
         if memory is not None and memory <= room:
             return Change(step, memory)
@@ -76,7 +77,7 @@ def _peak(loaded: LoadedRecipe, stage: str, at: Setting, overrides: Sequence[str
     return stage_memory(stage, changed.section(stage), at).needed
 
 
-def _steps(stage: str, config: Any) -> Iterator[tuple[str, ...]]:
+def _steps(stage: str, config: Any, at: Setting) -> Iterator[tuple[str, ...]]:
     """What may be changed in a stage, cheapest first."""
     if stage == "data" and hasattr(config, "batch"):
         yield from ((f"data.batch={size}",) for size in _halves(config.batch, 1))
@@ -84,6 +85,9 @@ def _steps(stage: str, config: Any) -> Iterator[tuple[str, ...]]:
         yield from ((f"prune.calibration.batch={size}",) for size in _halves(config.calibration.batch, 1))
     elif stage == "evaluate":
         yield from ((f"evaluate.tokens={size}",) for size in _halves(config.tokens, 512))
+    elif isinstance(config, RetainConfig):
+        longest = config.longest(at.shape.positions)
+        yield from ((f"retain.length={size}",) for size in _halves(longest, SHORTEST))
     elif isinstance(config, TrainingConfig):
         yield from _training_steps(config)
 

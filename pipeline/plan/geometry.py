@@ -25,6 +25,7 @@ class Geometry:
     head_size: int
     vocab: int
     tied: bool
+    positions: int = 1 << 30  # that the model was trained for; no limit where the configuration has none
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Geometry:
@@ -38,6 +39,7 @@ class Geometry:
             config.get("head_dim") or config["hidden_size"] // heads,
             config["vocab_size"],
             bool(config.get("tie_word_embeddings", False)),
+            config.get("max_position_embeddings") or 1 << 30,
         )
 
     @property
@@ -56,6 +58,11 @@ class Geometry:
 
     def kv_bytes(self, tokens: int, size: int) -> int:
         return 2 * self.blocks * self.kv_heads * self.head_size * tokens * size
+
+    @property
+    def qkv(self) -> int:
+        """Width of a token's q, k and v, concatenated."""
+        return (self.heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def state(self) -> int:
@@ -119,5 +126,6 @@ def _gguf_config(file: Path) -> dict[str, Any]:
     return config | {
         "num_key_value_heads": values.get(f"{arch}.attention.head_count_kv"),
         "head_dim": values.get(f"{arch}.attention.key_length"),
+        "max_position_embeddings": values.get(f"{arch}.context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }

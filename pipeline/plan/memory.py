@@ -13,6 +13,7 @@ from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
 from ...distill.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
+from ...distill.retaining.config import RetainConfig, head_width
 from ...distill.sorted.config import SortConfig
 from ...errors import UserError
 from ...evaluation.config import EvaluateConfig
@@ -36,6 +37,7 @@ RUNTIME = {
     "distill": 612e6,
     "sort": 612e6,
     "merge": 612e6,
+    "retain": 612e6,
     "export": 635e6,
     "evaluate": 640e6,
 }
@@ -46,6 +48,7 @@ TEMPLATE = 32  # tokens a chat template puts around a turn
 HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
+LABELLED = 128 * 1024  # queries and keys whose products exist at once where retaining heads get their labels
 SCORED = 128  # positions whose logits exist at once in an evaluation
 ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 
@@ -255,6 +258,28 @@ def merge_memory(config: MergeConfig, at: Setting) -> StageMemory:
     return StageMemory(worst(merging, measuring, unpruned), saved, f"{config.method}, then measured")
 
 
+def retain_memory(config: RetainConfig, at: Setting) -> StageMemory:
+    """The model, a pass over the longest row, and the heads, which learn one after another."""
+    shape, tokens = at.shape, config.longest(at.shape.positions)
+    width, heads = head_parameters(config, at)
+    parts = {
+        "runtime": at.runtime("retain"),
+        "weights": at.small,
+        "adapters": heads * 4,
+        "optimizer": heads * 12,  # gradients and moments
+        "activations": tokens * ((shape.state + shape.qkv) * at.size + (shape.qkv + 4 * width) * 4),
+        "logits": 2 * shape.heads * LABELLED * 4,
+    }
+    # The model beside them is the one before, by links.
+    return StageMemory(worst(parts), heads * 4, f"heads, {heads / 1e6:.1f} M trained; rows of up to {tokens} tokens")
+
+
+def head_parameters(config: RetainConfig, at: Setting) -> tuple[int, int]:
+    """The width of retaining heads, and how many parameters those of all blocks have."""
+    width = head_width(config.width, at.shape.hidden)
+    return width, at.kept * width * (at.shape.qkv + at.shape.kv_heads)
+
+
 def saved_per_token(shape: Geometry, tune: Lora | Full) -> int:
     """Numbers per token and block that the backward pass needs."""
     return 14 * shape.hidden + 5 * shape.intermediate
@@ -318,6 +343,7 @@ STAGE_MEMORY: dict[str, Callable[[Any, Setting], StageMemory]] = {
     "distill": training_memory,
     "sort": training_memory,
     "merge": merge_memory,
+    "retain": retain_memory,
     "export": export_memory,
     "evaluate": evaluate_memory,
 }

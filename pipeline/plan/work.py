@@ -13,12 +13,13 @@ from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
 from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
+from ...distill.retaining.config import SPREAD, RetainConfig
 from ...distill.sorted.config import SortConfig
 from ...evaluation.config import EvaluateConfig
 from ...export.config import ExportConfig
 from ...prune.config import PruneConfig
 from .geometry import Geometry
-from .memory import EXPORT_BITS, TEMPLATE, Setting
+from .memory import EXPORT_BITS, TEMPLATE, Setting, head_parameters
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def stage_work(stage: str, section: Any, at: Setting, rows: Rows | None) -> Work
         return _prune(section, at)
     if isinstance(section, TrainingConfig):
         return _students(section, at, rows)
+    if isinstance(section, RetainConfig):
+        return _retain(section, at)
     return _export(section, at) if stage == "export" else _evaluate(section, at) if stage == "evaluate" else None
 
 
@@ -142,6 +145,20 @@ def _training(config: TrainingConfig, at: Setting, train: float, held: float, te
     heads = len(config.depths) if isinstance(config, SortConfig) else 1
     measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
     return flops + measured * (1 + math.ceil(steps / config.eval_every))
+
+
+def _retain(config: RetainConfig, at: Setting) -> Work | None:
+    """Rows whose lengths are spread evenly on a scale of ratios, and measurements on held-out ones like them."""
+    if config.rows is not None:
+        return None  # as long as they are
+    longest = config.longest(at.shape.positions)
+    mean = longest * (1 - 1 / SPREAD) / math.log(SPREAD)
+    seen = longest * (1 + 1 / SPREAD) / 4  # on average by a token
+    heads = head_parameters(config, at)[1]
+    tokens = config.steps * mean
+    measured = config.heldout * mean * (1 + math.ceil(config.steps / config.eval_every))
+    flops = forward(at.shape, at.kept, tokens + measured, seen, 0)
+    return Work(flops + tokens * 6 * heads + measured * 2 * heads)
 
 
 def _export(config: ExportConfig, at: Setting) -> Work:

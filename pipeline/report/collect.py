@@ -36,6 +36,7 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         importance=_json(folders, "prune", "importance.json"),
         curves=_lines(folders, "distill", "curves.jsonl"),
         sort=_lines(folders, "sort", "curves.jsonl"),
+        retain=_lines(folders, "retain", "curves.jsonl"),
         variants=_json(folders, "distill", "variants.json"),
         merge=_json(folders, "merge", "merge.json"),
         data=metrics.get("data"),

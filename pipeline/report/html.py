@@ -47,6 +47,7 @@ def render(report: Report) -> str:
             "heldout": plots.heldout_plot(report),
             "depths": plots.depth_plot(report),
             "sort": plots.sort_plot(report),
+            "retain": plots.retain_plot(report),
         },
         bench=bench_section(report.bench) if report.bench else None,
     )

@@ -135,6 +135,25 @@ def sort_plot(report: Report) -> str | None:
     return _svg(draw, "Held-out KL of every depth while training")
 
 
+def retain_plot(report: Report) -> str | None:
+    """The heads' loss on the held-out rows by step, and the share of what answers attend to that they keep."""
+    points = [line for line in report.retain if "eval_loss" in line]
+    if not points:
+        return None
+
+    def draw(axes: Any) -> None:
+        x = [p["step"] for p in points]
+        axes.plot(x, [p["eval_loss"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
+        axes.set_xlabel("step")
+        axes.set_ylabel("held-out loss", color=BLUE)
+        right = axes.twinx()
+        right.plot(x, [p["eval_recall"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
+        _plain(right)
+        right.set_ylabel("kept of the quarter that answers attend to", color=ORANGE)
+
+    return _svg(draw, "Held-out loss and recall of the retaining heads while training")
+
+
 def _opacities(count: int) -> list[float]:
     """From faint to full: the deepest is the darkest."""
     return [0.35 + 0.65 * (i + 1) / count for i in range(count)]

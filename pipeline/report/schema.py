@@ -79,6 +79,7 @@ class Report(_Entry):
     importance: dict[str, Any] | None  # the prune stage's importance.json
     curves: list[dict[str, Any]]  # the distill stage's curves.jsonl
     sort: list[dict[str, Any]] = Field(default_factory=list)  # the sort stage's curves.jsonl
+    retain: list[dict[str, Any]] = Field(default_factory=list)  # the retain stage's curves.jsonl
     variants: dict[str, Any] | None = None  # the distill stage's variants.json
     merge: dict[str, Any] | None = None  # the merge stage's merge.json
     data: dict[str, Any] | None  # the data stage's counts

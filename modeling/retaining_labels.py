@@ -1,0 +1,81 @@
+"""What retaining heads learn (Locret, arXiv 2410.01805): how much an answer attends to each key of its prompt.
+
+The label of prompt position k and KV head j is the largest logit, before the softmax, that any answer position and any
+query head of j's group has for k. Computed from chunks: no matrix of all queries and all keys ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import Attended, watched_attention
+from .blocks import Decoder
+
+QUERIES, KEYS = 128, 1024  # whose logits exist at once
+
+
+@dataclass(frozen=True)
+class BlockLabels:
+    """One block's part of a row: what its head is given, and what it is to say of the N prompt positions."""
+
+    block: int
+    inputs: Tensor  # (N, I): q, k and v, concatenated, in the model's precision
+    labels: Tensor  # (N, G) float32
+    first: int  # first position that the answer sees; more than 0 only where attention slides a window
+
+
+def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int | None = None) -> tuple[Tensor, int]:
+    """Labels (N, G), float32, of N keys (G, N, d), from the queries (heads, M, d) of the M positions after them; and
+    the first position that any of these sees.
+
+    With a window, a query sees only the `window` newest positions, its own among them. A label counts only queries that
+    see the key. Keys that none sees get their head's lowest label: nothing that an answer needs is lost with them.
+    """
+    groups, count, size = keys.shape
+    answers = queries.shape[1]
+    grouped = queries.float().reshape(groups, -1, answers, size)
+    labels = torch.full((count, groups), -torch.inf, device=keys.device)
+    for start in range(0, count, KEYS):
+        part = keys[:, None, start : start + KEYS].float().transpose(-1, -2)  # (G, 1, d, K)
+        positions = torch.arange(start, start + part.shape[-1], device=keys.device)
+        for begin in range(0, answers, QUERIES):
+            logits = (grouped[:, :, begin : begin + QUERIES] @ part) * scaling  # (G, group, M, K)
+            if window is not None:
+                own = torch.arange(count + begin, count + begin + logits.shape[2], device=keys.device)
+                logits = logits.masked_fill(own[:, None] - positions >= window, -torch.inf)
+            best = logits.amax((1, 2)).T
+            labels[start : start + KEYS] = torch.maximum(labels[start : start + KEYS], best)
+    first = 0 if window is None else min(count, max(0, count - window + 1))
+    if first:
+        lowest = labels[first:].amin(0) if first < count else labels.new_zeros(groups)
+        labels[:first] = lowest
+    return labels, first
+
+
+@torch.no_grad()
+def label_row(decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable[[BlockLabels], None]) -> None:
+    """Run a model over a row, the first `prompt` of whose tokens are the prompt and the others the answer, and hand
+    each block's inputs and labels to `visit`, in the blocks' order, while the pass goes on.
+
+    One pass over the whole row: what a block was given is held only until `visit` returns, so memory is that of a
+    forward pass without logits and without a KV cache. `visit` runs without gradients unless it enables them.
+    """
+    if not 0 < prompt < len(ids):
+        raise ValueError(f"a row of {len(ids)} tokens with {prompt} of them prompt has no answer, or no prompt")
+    device = decoder.embedding.weight.device
+
+    with decoder.projections() as projected:
+
+        def watch(seen: Attended) -> None:
+            inputs = projected.pop(seen.block)[0, :prompt]
+            labels, first = attention_labels(
+                seen.queries[0, :, prompt:], seen.keys[0, :, :prompt], seen.scaling, seen.window
+            )
+            visit(BlockLabels(seen.block, inputs, labels, first))
+
+        with watched_attention(decoder, watch):
+            decoder.hidden(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
