@@ -67,18 +67,28 @@ def steps(length: int, settings: CacheSettings) -> list[Step]:
 
 
 def reach(length: int, new: int, settings: CacheSettings) -> tuple[int, int]:
-    """Entries held at most, and the highest rotary position, with `new` tokens read after a prompt."""
-    held = most = 0
-    for step in steps(length, settings):
-        most = max(most, held + step.end - step.start)
-        held += step.end - step.start
-        if step.evicts and settings.budget is not None:
-            held = min(held, settings.budget)
+    """Entries held at most, and the highest rotary position, with up to `new` tokens read after up to `length` of a
+    prompt."""
+    held = most = length
+    if settings.budget is not None:
+        most, held = (min(length, settings.budget + more) for more in (settings.chunk, settings.local))
     held += new
     if settings.evict_while_decoding and settings.budget is not None:
         held = min(held, settings.budget + settings.local)
-    most = max(most, held)
-    return most, (most if settings.positions == "contiguous" else length + new) - 1
+    room = max(most, held)
+    return room, (room if settings.positions == "contiguous" else length + new) - 1
+
+
+def shared_steps(prompts: Sequence[Sequence[int]], settings: CacheSettings) -> int:
+    """How many of their first steps all prompts have in common, at least the last of each left out."""
+    plans = [steps(len(prompt), settings)[:-1] for prompt in prompts]
+    count = 0
+    for together in zip(*plans, strict=False):
+        end = together[0].end
+        if any(step != together[0] for step in together) or any(p[:end] != prompts[0][:end] for p in prompts):
+            break
+        count += 1
+    return count
 
 
 @dataclass(frozen=True)
