@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import PurePath
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,6 +39,74 @@ class HarnessConfig(Section):
     batch: int = Field(default=8, ge=1, description="requests per forward pass of a checkpoint")
 
 
+Policy = Literal["full", "retaining", "recent", "snapkv", "random", "oracle"]
+RetrievalTask = Literal["passkey", "keys", "continuation"]
+
+
+class RetrievalConfig(Section):
+    """What checkpoints find again in long prompts when their KV cache is bounded."""
+
+    tasks: list[RetrievalTask] = Field(
+        ["passkey", "keys"],
+        min_length=1,
+        description="passkey: one number in a long text; keys: one at each depth; continuation: perplexity of what "
+        "follows a long prompt",
+    )
+    lengths: list[Annotated[int, Field(ge=256)]] = Field([1024, 2048], min_length=1, description="tokens of a prompt")
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="where a number stands: 0 is the beginning, 1 the end"
+    )
+    policies: list[Policy] = Field(
+        ["full", "retaining", "recent", "snapkv"],
+        min_length=1,
+        description="what chooses: nothing is evicted, trained heads, first and newest tokens, SnapKV's, chance, the "
+        "heads' labels",
+    )
+    budgets: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.125],
+        description="keys and values kept per block and KV head; below 1: as a share of the prompt's tokens",
+    )
+    rows: int = Field(4, ge=1, description="texts per length; of passkey per length and depth")
+    text: str | None = Field(
+        None, description="a text file to hide numbers in and to continue; null: made-up sentences, and no continuation"
+    )
+    continued: int = Field(128, ge=1, description="tokens of a continuation")
+    max_tokens: int = Field(24, ge=1, description="tokens written for an answer")
+    chunk: int | None = Field(None, ge=1, description="tokens read at a time; null: as the heads were meant, else 256")
+    stabilizers: int | None = Field(
+        None,
+        ge=0,
+        description="newest tokens kept whatever their score; null: as the heads were meant, else 64, and at most a "
+        "quarter of the budget",
+    )
+    local: int | None = Field(
+        None, ge=0, description="last tokens of a prompt, always kept; null: as the heads were meant, else 100"
+    )
+    positions: Literal["true", "contiguous"] = Field(
+        "true", description="contiguous: what is kept is rotated anew, for prompts beyond the trained length"
+    )
+    evict_while_decoding: bool = Field(False, description="keep the budget while the answer is written, too")
+
+    @model_validator(mode="after")
+    def _fit(self) -> RetrievalConfig:
+        for name in ("tasks", "lengths", "depths", "policies", "budgets"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names something twice")
+        if "continuation" in self.tasks and self.text is None:
+            raise ValueError("the task continuation needs a text")
+        if set(self.policies) - {"full"} and not self.budgets:
+            raise ValueError("policies other than full need budgets")
+        wrong = [budget for budget in self.budgets if budget >= 1 and budget != int(budget)]
+        if wrong:
+            raise ValueError(f"budget {wrong[0]}: write a share below 1, or whole keys")
+        return self
+
+    def entries(self, budget: float, length: int) -> int:
+        """A budget in keys per block and KV head, for prompts of so many tokens."""
+        return int(budget) if budget >= 1 else max(1, round(budget * length))
+
+
 class EvaluateConfig(Section):
     """What is measured, the same for every model and artifact."""
 
@@ -62,6 +131,9 @@ class EvaluateConfig(Section):
     harness: HarnessConfig = Field(default_factory=HarnessConfig, description="how lm-eval runs its tasks")
     speed: SpeedTest | None = Field(default_factory=SpeedTest, description="null: do not time anything")
     artifacts: bool = Field(default=True, description="measure the exported files in their runtimes too")
+    retrieval: RetrievalConfig | None = Field(
+        default=None, description="what checkpoints find again in long prompts with a bounded KV cache; null: nothing"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -92,7 +164,8 @@ class EvaluateConfig(Section):
 
     def input_files(self) -> list[str]:
         files = [task for task in self.tasks if task.endswith(".jsonl")]
-        return [*([self.text] if self.text else []), *files, *([self.harness.folder] if self.harness.folder else [])]
+        named = [self.text, self.harness.folder, self.retrieval.text if self.retrieval else None]
+        return [*(name for name in named if name), *files]
 
 
 def task_name(task: str) -> str:

@@ -1,0 +1,258 @@
+"""What a model finds again in long prompts with a bounded KV cache: every policy reads the same prompts.
+
+A measurement is one text read with one policy and budget. The text is read once; each question about it goes on from a
+copy of the cache, from the last chunk that all questions' prompts share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.calibration import read_text
+from ..errors import UserError
+from ..modeling.blocks import Decoder
+from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
+from ..stage import Advance, Context
+from .config import Policy, RetrievalConfig
+from .generation import stops, text_of
+from .kv_cache import CacheSettings, KVCache, shared_steps
+from .kv_policies import Oracle, answer_labels, make_policy
+from .retrieval_tasks import Continuation, Filler, Reading, continuation, keys, passkey
+from .statistics import wilson
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text to read."""
+
+    task: str
+    length: int  # tokens of the prompt, at most
+    row: int
+    depth: float | None  # of a passkey
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One text, read with one policy and budget."""
+
+    task: str
+    length: int
+    row: int
+    depth: float | None
+    policy: Policy
+    budget: float | None  # as asked for; None: everything is kept
+    entries: int | None  # the budget in keys per block and KV head
+    bytes: int  # of keys and values, when most were held
+    depths: list[float]  # of the numbers asked for
+    hits: list[bool]
+    nll: float = 0.0  # of a continuation, in nats
+    tokens: int = 0
+
+    @property
+    def key(self) -> str:
+        return key(Item(self.task, self.length, self.row, self.depth), self.policy, self.budget)
+
+
+def key(item: Item, policy: str, budget: float | None) -> str:
+    """A measurement's name, to know it again."""
+    return f"{item.task}/{item.length}/{item.row}/{item.depth}/{policy}/{budget}"
+
+
+class Retrieval:
+    """The texts of one evaluation, for any number of models with the same tokenizer. Raises `UserError` for a text that
+    is missing or too short."""
+
+    def __init__(self, config: RetrievalConfig, context: Context, tokenizer: Any):
+        self.config, self.seed, self.tokenizer = config, context.seed, tokenizer
+        text = read_text(_file(config, context)) if config.text is not None else None
+        self.filler = Filler(text)
+        self.text: list[int] = []
+        if "continuation" in config.tasks and text is not None:
+            self.text = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for item in self.items():
+            if item.row == 0 and item.task != "passkey":
+                self.made(item)
+
+    def items(self) -> list[Item]:
+        """All texts, the shortest first."""
+        config = self.config
+        found = []
+        for length in sorted(config.lengths):
+            for task in config.tasks:
+                depths = config.depths if task == "passkey" else [None]
+                found += [Item(task, length, row, depth) for row in range(config.rows) for depth in depths]
+        return found
+
+    def made(self, item: Item) -> Reading | Continuation:
+        seed = f"retrieval/{self.seed}/{item.row}"
+        if item.task == "continuation":
+            return continuation(self.tokenizer, self.text, item.length, self.config.continued, seed)
+        if item.depth is not None:
+            return passkey(self.tokenizer, self.filler, item.length, item.depth, seed)
+        return keys(self.tokenizer, self.filler, item.length, self.config.depths, seed)
+
+    def ways(self, policies: Collection[Policy]) -> list[tuple[Policy, float | None]]:
+        """Policies with their budgets, in the order of the configuration."""
+        found: list[tuple[Policy, float | None]] = []
+        for policy in (policy for policy in self.config.policies if policy in policies):
+            found += [(policy, None)] if policy == "full" else [(policy, budget) for budget in self.config.budgets]
+        return found
+
+    def run(
+        self, model: Any, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
+    ) -> Iterator[Measured]:
+        """Measure a model, and the heads of the checkpoint it is of, where the policies want some. What is in `done` is
+        left out."""
+        decoder, heads, meant = Decoder(model), None, RetainingSettings()
+        if checkpoint is not None and has_heads(checkpoint):
+            meant = read_settings(checkpoint)
+        if "retaining" in self.config.policies:
+            if checkpoint is None:
+                raise UserError("evaluate.retrieval: the policy retaining needs a checkpoint with retaining heads")
+            heads = load_heads(checkpoint, model.config)
+        for item in self.items():
+            todo = [way for way in self.ways(self.config.policies) if key(item, *way) not in done]
+            if todo:
+                reader = Reader(decoder, self.made(item), self, heads, meant)
+                for policy, budget in todo:
+                    yield reader.measure(item, policy, budget)
+                    advance(1)
+
+    def count(self) -> int:
+        """Measurements of one model."""
+        return len(self.items()) * len(self.ways(self.config.policies))
+
+
+class Reader:
+    """One text, to be read with several policies."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        made: Reading | Continuation,
+        retrieval: Retrieval,
+        heads: RetainingHeads | None,
+        meant: RetainingSettings,
+    ):
+        self.decoder, self.made, self.heads, self.meant = decoder, made, heads, meant
+        self.config, self.tokenizer, self.seed = retrieval.config, retrieval.tokenizer, retrieval.seed
+        whole = isinstance(made, Continuation)
+        self.prompts = [made.ids] if whole else [question.ids for question in made.questions]
+        self.answers = [made.after] if whole else [question.answer_ids for question in made.questions]
+        self.new = max(self.config.max_tokens, *map(len, self.answers))
+        self.labels: list[Tensor] | None = None
+
+    def settings(self, entries: int | None) -> CacheSettings:
+        """The configuration's, else as the heads were meant."""
+        config, meant = self.config, self.meant
+        most = meant.stabilizers if entries is None else min(meant.stabilizers, entries // 4)
+        return CacheSettings(
+            entries,
+            meant.chunk if config.chunk is None else config.chunk,
+            most if config.stabilizers is None else config.stabilizers,
+            meant.local if config.local is None else config.local,
+            config.positions,
+            config.evict_while_decoding and entries is not None,
+        )
+
+    def measure(self, item: Item, policy: Policy, budget: float | None) -> Measured:
+        entries = None if budget is None else self.config.entries(budget, item.length)
+        settings = self.settings(entries)
+        if policy == "oracle":
+            if self.labels is None:
+                self.labels = self._labels()
+            asked = Oracle(self.labels)
+        else:
+            asked = make_policy(policy, self.decoder, self.heads, self.seed)
+        caches = self._caches(asked, settings)
+        hits, depths, size, nll, tokens = [], [], 0, 0.0, 0
+        stop = stops(self.tokenizer)
+        for number, (cache, logits) in enumerate(caches):
+            if isinstance(self.made, Continuation):
+                after = self.made.after
+                found = [logits[None], cache.read_on(after[:-1])] if len(after) > 1 else [logits[None]]
+                for rows, wanted in zip(found, (after[:1], after[1:]), strict=False):
+                    logs = rows.float().log_softmax(-1)
+                    nll -= float(logs[range(len(wanted)), wanted].sum())
+                tokens = len(after)
+            else:
+                question = self.made.questions[number]
+                written = text_of(self.tokenizer, cache.write(logits, self.config.max_tokens, stop))
+                hits.append(question.is_right(written))
+                depths.append(question.depth)
+            size = max(size, cache.bytes)
+        return Measured(**asdict(item), policy=policy, budget=budget, entries=entries, bytes=size, depths=depths,
+                        hits=hits, nll=nll, tokens=tokens)  # fmt: skip
+
+    def _caches(self, policy: Any, settings: CacheSettings) -> Iterator[tuple[KVCache, Tensor]]:
+        """After each prompt: the cache, and the logits (V,). What the prompts share is read once."""
+        length = max(map(len, self.prompts))
+        common = shared_steps(self.prompts, settings) if len(self.prompts) > 1 else 0
+        first = KVCache(self.decoder, policy, settings, length, self.new)
+        if common:
+            first.read_prompt(self.prompts[0], common)
+        for number, prompt in enumerate(self.prompts):
+            cache = first if number == len(self.prompts) - 1 else first.copy()
+            yield cache, cache.read_prompt(prompt)
+
+    def _labels(self) -> list[Tensor]:
+        """What the true answers attend to, the most of all questions: the oracle knows all that will be asked."""
+        found: list[Tensor] = []
+        full = make_policy("full", self.decoder, None, self.seed)
+        for number, (cache, _) in enumerate(self._caches(full, self.settings(None))):
+            labels = answer_labels(cache, self.answers[number])
+            found = labels if not found else [_greater(a, b) for a, b in zip(found, labels, strict=True)]
+        return found
+
+
+def _greater(a: Tensor, b: Tensor) -> Tensor:
+    """The greater of labels (G, N) and (G, M), of the prompt tokens that both have."""
+    count = min(a.shape[1], b.shape[1])
+    return a[:, :count].maximum(b[:, :count])
+
+
+def summarised(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Measurements as the report has them: an entry per task, length, depth, policy and budget."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in measured:
+        parts = list(zip(one.depths, one.hits, strict=True)) or [(None, None)]
+        for depth, hit in parts:
+            place = (one.task, one.length, depth, one.policy, one.budget)
+            cell = cells.setdefault(
+                place,
+                dict(zip(("task", "length", "depth", "policy", "budget"), place, strict=True))
+                | {"entries": one.entries, "kv_bytes": 0, "hits": 0, "n": 0, "nll": 0.0, "tokens": 0},
+            )
+            cell["kv_bytes"] = max(cell["kv_bytes"], one.bytes)
+            cell["n"] += 1
+            cell["hits"] += bool(hit)
+            cell["nll"] += one.nll
+            cell["tokens"] += one.tokens
+    return [_figures(cell) for cell in cells.values()]
+
+
+def _figures(cell: dict[str, Any]) -> dict[str, Any]:
+    """`value` is a share with its Wilson interval, or a perplexity."""
+    hits, nll, tokens = (cell.pop(name) for name in ("hits", "nll", "tokens"))
+    if cell["task"] == "continuation":
+        return cell | {"value": math.exp(min(nll / tokens, 700.0)), "low": None, "high": None}
+    low, high = wilson(hits, cell["n"])
+    return cell | {"value": hits / cell["n"], "low": low, "high": high}
+
+
+def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:
+    """Refuse a text that is missing or too short, and prompts without room, before any work is done."""
+    if config.text is not None and not _file(config, context).is_file():
+        raise UserError(f"evaluate.retrieval.text: no file {_file(config, context)}")
+    Retrieval(config, context, tokenizer)
+
+
+def _file(config: RetrievalConfig, context: Context) -> Path:
+    assert config.text is not None
+    return context.resolve(config.text)

@@ -1,0 +1,118 @@
+"""Forward passes whose attention the caller computes, and rotary positions of single keys.
+
+transformers finds attention by name: `own_attention` registers one name of ours, under which no masks are made, and the
+function of the pass comes with its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .blocks import Decoder
+
+NAME = "compress_own_attention"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one block is to attend with: after its norms and rotary positions."""
+
+    block: int
+    queries: Tensor  # (heads, T, d)
+    keys: Tensor  # (KV heads, T, d)
+    values: Tensor  # (KV heads, T, d)
+    scaling: float  # of the logits: 1/√d, but in Gemma-3
+    window: int | None  # a query sees only so many of the newest positions, its own among them; None: all
+
+
+Attend = Callable[[Heads], Tensor]  # → (heads, T, d)
+
+
+def own_attention(decoder: Decoder, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    """Hidden states after the final norm, (T, H), of one row: tokens (T,) at rotary positions (T,).
+
+    `attend` is called in every block and gives what its heads have attended to; nothing is cached or masked otherwise.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    if NAME not in FUNCTIONS:
+        FUNCTIONS.register(NAME, _attention)
+    config = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        return decoder.hidden(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, compress_attend=attend
+        )[0]
+    finally:
+        config._attn_implementation = before
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, compress_attend: Attend, **options: Any
+) -> tuple[Tensor, None]:
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    heads = Heads(module.layer_idx, query[0], key[0], value[0], scaling, options.get("sliding_window"))
+    return compress_attend(heads).transpose(0, 1)[None], None
+
+
+class Rotary:
+    """Turns keys from one rotary position to another, in float32; for all families, partial rotary too."""
+
+    def __init__(self, decoder: Decoder):
+        self.module, self.config = decoder.model.model.rotary_emb, decoder.config
+
+    @property
+    def limit(self) -> int | None:
+        """Positions from this one on change the frequencies of all others (longrope); None where none do."""
+        found = [p for p in _parameters(self.config) if p.get("rope_type") == "longrope"]
+        return found[0]["original_max_position_embeddings"] if found else None
+
+    def turned(self, block: int, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (..., T, d), not rotated yet, at positions (T,), as the model rotates them."""
+        return _rotated(keys, *self._angles(block, positions))
+
+    def unturned(self, block: int, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys (..., T, d) as they were before the model rotated them to positions (T,)."""
+        cos, sin = self._angles(block, positions)
+        scale = cos**2 + sin**2  # 1, but where the rotation scales too (yarn)
+        return _rotated(keys, cos / scale, -sin / scale)
+
+    def _angles(self, block: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, device=positions.device)  # float32
+        kinds = {"layer_type": self.config.layer_types[block]} if hasattr(self.module, "layer_types") else {}
+        cos, sin = self.module(like, positions[None], **kinds)
+        return cos[0], sin[0]
+
+
+def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    size = cos.shape[-1]  # a model with partial rotary turns the first part of each key only
+    part, rest = keys[..., :size].float(), keys[..., size:]
+    first, second = part.chunk(2, -1)
+    turned = part * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned.to(keys.dtype), rest], -1)
+
+
+def _parameters(config: Any) -> list[dict[str, Any]]:
+    """A model's rotary parameters: one set, or one per kind of block (Gemma-3)."""
+    found = config.rope_parameters
+    return [found] if "rope_type" in found else [values for values in found.values() if values is not None]
+
+
+def check_positions(decoder: Decoder, last: int, what: str, hint: str) -> None:
+    """`UserError` if a position is beyond what the model was trained for, or its rotary frequencies would change."""
+    trained = decoder.config.max_position_embeddings
+    limit = Rotary(decoder).limit
+    if limit is not None and limit < trained and last >= limit:
+        raise UserError(
+            f"{what} goes up to position {last}, but the model changes its rotary frequencies at {limit} (longrope), "
+            f"which keys in a cache cannot follow; {hint}"
+        )
+    if last >= trained:
+        raise UserError(f"{what} goes up to position {last}, but the model was trained for {trained}; {hint}")
