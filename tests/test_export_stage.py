@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.data.rows import Row, write_rows
 from compress.errors import UserError
+from compress.export.bundle import settle_tokenizer
 from compress.export.config import ExportConfig
 from compress.export.imatrix import collect
 from compress.export.stage import export_checkpoint, run
@@ -74,10 +76,35 @@ def test_a_bundle_holds_every_type_verified(exported, tmp_path):
 def test_the_model_card_says_how_to_run_it(exported):
     card = (exported / "README.md").read_text()
     assert 'llama-cli -m gguf/tiny-F16.gguf -p "Hello"' in card
+    assert 'subfolder="onnx/int4", file_name="model.onnx"' in card and "\n    compress serve .\n" in card
     assert "ollama create tiny -f Modelfile" in card and 'og.Model("onnx/int4")' in card
     for artifact in read_bundle(exported).artifacts:
         assert f"| `{artifact.path}` | {artifact.type} |" in card
     assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n"
+
+
+def test_older_libraries_can_read_the_tokenizers_settings(tiny, tmp_path):
+    """The older names mean the same to transformers 5; what another class or a key says stays."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(tiny() / name, tmp_path / name)
+    file = tmp_path / "tokenizer_config.json"
+    values = json.loads((tiny() / file.name).read_text())
+    assert values["tokenizer_class"] == "TokenizersBackend"
+    file.write_text(json.dumps(values | {"extra_special_tokens": ["<one>", "<two>"], "is_local": True}))
+    text = "Hello <one>, été"
+    before = load_tokenizer(tmp_path)
+    settle_tokenizer(file)
+    settled, after = json.loads(file.read_text()), load_tokenizer(tmp_path)
+    assert settled == {key: value for key, value in values.items() if key != "extra_special_tokens"} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<one>", "<two>"],
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    assert dict(after(text)) == {key: before(text)[key] for key in ("input_ids", "attention_mask")}
+    assert after.extra_special_tokens == before.extra_special_tokens == ["<one>", "<two>"]
+    file.write_text('{"tokenizer_class": "GemmaTokenizer", "model_input_names": ["input_ids"]}')
+    settle_tokenizer(file)
+    assert json.loads(file.read_text()) == {"tokenizer_class": "GemmaTokenizer", "model_input_names": ["input_ids"]}
 
 
 def test_reading_a_bundle_finds_what_changed(shaken, tmp_path, context):
