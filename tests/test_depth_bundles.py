@@ -41,11 +41,12 @@ def config(**values: Any) -> ExportConfig:
 
 
 @pytest.fixture(scope="module")
-def exported(shaken, tmp_path_factory) -> Path:
+def exported(shaken, builder_here, tmp_path_factory) -> Path:
     """A bundle of three types at three depths, made once: to read from."""
     bundle = tmp_path_factory.mktemp("exported") / "bundle"
     wanted = config(**TYPES, depths=[1, 2, 4])
-    export_checkpoint(shaken(tied=False), bundle, wanted, Context(seed=7), name="tiny")
+    with builder_here():
+        export_checkpoint(shaken(tied=False), bundle, wanted, Context(seed=7), name="tiny")
     return bundle
 
 

@@ -17,6 +17,7 @@ from compress.data.packing import pack
 from compress.data.rows import Row, write_rows
 from compress.errors import UserError
 from compress.export.bundle import settle_tokenizer
+from compress.export.card import optimum_runs
 from compress.export.config import ExportConfig
 from compress.export.imatrix import collect
 from compress.export.stage import export_checkpoint, run
@@ -38,13 +39,16 @@ def config(**values: Any) -> ExportConfig:
     return ExportConfig.model_validate({"verify": VERIFY, "threads": 1} | values)
 
 
-@pytest.fixture
-def exported(shaken, tmp_path, context, inline_builder) -> Path:
-    export_checkpoint(shaken(tied=False), tmp_path / "bundle", config(**TYPES), context, name="tiny")
-    return tmp_path / "bundle"
+@pytest.fixture(scope="module")
+def exported(shaken, builder_here, tmp_path_factory) -> Path:
+    """A bundle of every type, made once: to read from."""
+    bundle = tmp_path_factory.mktemp("exported") / "bundle"
+    with builder_here():
+        export_checkpoint(shaken(tied=False), bundle, config(**TYPES), Context(seed=7), name="tiny")
+    return bundle
 
 
-def test_a_bundle_holds_every_type_verified(exported, tmp_path):
+def test_a_bundle_holds_every_type_verified(exported):
     manifest = read_bundle(exported, hashes=True)
     assert [a.role for a in manifest.artifacts] == [f"gguf-{t}" for t in TYPES["gguf"]] + [
         f"onnx-{t}" for t in TYPES["onnx"]
@@ -69,8 +73,8 @@ def test_a_bundle_holds_every_type_verified(exported, tmp_path):
     listed = {entry.path for entry in manifest.files}
     assert listed == {str(f.relative_to(exported)) for f in exported.rglob("*") if f.is_file()} - {"manifest.json"}
     assert listed >= {"README.md", "Modelfile", "tokenizer.json", "config.json", "chat_template.jinja"}
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert str(tmp_path) not in (exported / "manifest.json").read_text() + (exported / "README.md").read_text()
+    assert [path.name for path in exported.parent.iterdir()] == ["bundle"]
+    assert str(exported.parent) not in (exported / "manifest.json").read_text() + (exported / "README.md").read_text()
 
 
 def test_the_model_card_says_how_to_run_it(exported):
@@ -81,6 +85,22 @@ def test_the_model_card_says_how_to_run_it(exported):
     for artifact in read_bundle(exported).artifacts:
         assert f"| `{artifact.path}` | {artifact.type} |" in card
     assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({}, True),
+        ({"head_dim": 16}, True),
+        ({"head_dim": 32}, False),
+        ({"head_dim": 32, "model_type": "gemma3_text"}, True),
+        ({"model_type": "phi3"}, False),
+        ({"model_type": "phi3", "num_key_value_heads": 4}, True),
+    ],
+)
+def test_optimum_is_named_where_its_cache_fits(changes, runs):
+    plain = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert optimum_runs(plain | changes) is runs
 
 
 def test_older_libraries_can_read_the_tokenizers_settings(tiny, tmp_path):
