@@ -1,5 +1,5 @@
 # make demo: install into .venv and compress the real SmolLM2 with the default recipe (runs/smollm2-135m-24L).
-# make test: install what the tests need and run them. make lint: ruff and pyright.
+# make test: install what the tests need and run them in two processes, a file of tests in one. make lint: ruff and pyright.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
@@ -12,7 +12,7 @@ demo: $(VENV)/.model
 test: $(VENV)/.model $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python tests/fetch_vocabs.py
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.model $(VENV)/.test
 	$(VENV)/bin/ruff check .

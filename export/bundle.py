@@ -10,7 +10,9 @@ from pathlib import Path
 from ..runtime.bundle import MANIFEST, FileEntry, Manifest
 from ..stage import sha256, write_whole
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = "tokenizer_config.json"
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", TOKENIZER, "chat_template.jinja")
+OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "_name_or_path")  # where a tokenizer came from
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,30 @@ class Size:
 
 
 def copy_model_files(checkpoint: Path, bundle: Path) -> None:
-    """Configuration, tokenizer and chat template, as they are."""
+    """Configuration, tokenizer and chat template; the tokenizer's settings so that older libraries read them too."""
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, bundle / name)
+    if (bundle / TOKENIZER).is_file():
+        settle_tokenizer(bundle / TOKENIZER)
+
+
+def settle_tokenizer(file: Path) -> None:
+    """Rewrite a tokenizer_config.json without what only this machine, or only transformers 5, understands.
+
+    transformers 5 gives its one class for tokenizer.json a new name, and further special tokens a new key; it reads
+    the old ones as the same, and transformers 4 (which Optimum's ONNX side needs) reads no others. There the class
+    also makes token types, which no decoder takes, unless it is told what the model's inputs are.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for key in OF_THIS_MACHINE:
+        values.pop(key, None)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def list_files(bundle: Path) -> list[FileEntry]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ..runtime.bundle import ArtifactEntry, Manifest
 
 
 def write_card(bundle: Path, manifest: Manifest) -> None:
-    """Write README.md, and a Modelfile where there is a GGUF; both follow from the manifest alone.
+    """Write README.md, and a Modelfile where there is a GGUF; both follow from the manifest and config.json.
 
     Ollama imports no GGUF that is cut into parts (ollama/ollama issue 5245): for several depths the Modelfile names
     the single file that the card's command extracts.
@@ -35,11 +37,23 @@ def write_card(bundle: Path, manifest: Manifest) -> None:
         base_blocks=manifest.provenance.get("base_blocks", len(manifest.kept_blocks)),
         recovered=bool({"distill", "sort"} & manifest.provenance.get("stages", {}).keys()),
         kept=ranges(manifest.kept_blocks),
+        optimum=bool(onnx) and optimum_runs(json.loads((bundle / "config.json").read_text(encoding="utf-8"))),
     )
     (bundle / "README.md").write_text(text, encoding="utf-8")
     if gguf:
         file = single(gguf[0]) if several else gguf[0].path
         (bundle / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
+
+
+def optimum_runs(config: dict[str, Any]) -> bool:
+    """Whether Optimum's ORTModelForCausalLM (optimum-onnx 0.1.0) gives the graph a cache of the right shape.
+
+    It takes a head's size to be hidden size ÷ heads but for Gemma-3, and Phi-3 to have as many KV heads as heads.
+    """
+    heads, size = config["num_attention_heads"], config.get("head_dim")
+    if config["model_type"] == "phi3" and config.get("num_key_value_heads") not in (None, heads):
+        return False
+    return config["model_type"] == "gemma3_text" or size in (None, config["hidden_size"] // heads)
 
 
 def _first_type(manifest: Manifest, form: str) -> list[ArtifactEntry]:

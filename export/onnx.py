@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config
 from ..stage import Progress
+from .bundle import TOKENIZER, settle_tokenizer
 from .onnx_depths import spread
 
 PRECISIONS = ("int4", "int8", "fp32")
@@ -60,7 +61,6 @@ _IMPORTANCE = {
     "mlp/down_proj": "ffn_down",
 }
 _COPIED = ("config.json", "generation_config.json")
-_OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "_name_or_path")  # where a tokenizer came from
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,7 @@ def _finish(
     for name in _COPIED:
         if (checkpoint / name).exists():
             shutil.copyfile(checkpoint / name, made / name)
-    tokenizer = json.loads((made / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for key in _OF_THIS_MACHINE:
-        tokenizer.pop(key, None)
-    (made / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    settle_tokenizer(made / TOKENIZER)
     settings = json.loads((made / "genai_config.json").read_text(encoding="utf-8"))
     settings["model"]["decoder"]["inputs"]["position_ids"] = "position_ids"
     (made / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

@@ -310,12 +310,16 @@ def _refuse(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
-def main() -> None:
-    """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C."""
+def main(arguments: list[str] | None = None, name: str = "compress") -> None:
+    """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C.
+
+    `arguments` are the process's own if not given; `name` is what help calls the command.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     # On CPUs with AVX-512 BF16 bitsandbytes says, when it is imported, that a package of faster kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        app()  # exits by itself; misused options and commands are explained with code 2
+        app(arguments, prog_name=name)  # exits by itself; misused options and commands are explained with code 2
     except UserError as error:
         _refuse(error)
     except (Stopped, KeyboardInterrupt):
@@ -324,7 +328,7 @@ def main() -> None:
     except Exception as error:
         from .runner import readable
 
-        known = readable(error, " ".join(sys.argv[1:]))
+        known = readable(error, " ".join(arguments))
         if known is None:
             raise
         _refuse(known)

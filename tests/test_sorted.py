@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.pipeline import runner
 from compress.pipeline.plan import StagePlan, make_plan, read_geometry
 from compress.pipeline.recipe import load_recipe
-from compress.stage import WORK, Advance, Context, Inputs, Progress
+from compress.stage import WORK, Context, Inputs, Progress
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,30 +49,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class Stop(KeyboardInterrupt):
-    pass
-
-
-class Killer(Progress):
-    """Raises on the n-th call of a bar's `advance`, in place of a kill there."""
-
-    def __init__(self, calls: int):
-        self.calls = calls
-
-    @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        def advance(n: int = 1, note: str = "") -> None:
-            self.calls -= 1
-            if self.calls == 0:
-                raise Stop
-
-        yield advance
-
-
 class World:
     """A base of six blocks, the same without the third, and a data stage's folder; runs stages into fresh folders."""
 
-    def __init__(self, base: Path, folder: Path, talks: Path):
+    def __init__(self, killer: Callable[[int], Progress], base: Path, folder: Path, talks: Path):
+        self.killer = killer
         self.base, self.folder, self.runs = base, folder, 0
         model = load_model(base)
         drop_blocks(model, [2])
@@ -91,7 +71,7 @@ class World:
         plain |= {"eval_every": 3, "save_every": 2} | options
         sorts = "depths" in options
         section = SortConfig.model_validate(plain) if sorts else DistillConfig.model_validate(plain)
-        context = Context(seed=SEED, dtype=dtype, progress=Killer(calls))
+        context = Context(seed=SEED, dtype=dtype, progress=self.killer(calls))
         module = stage if sorts else distill
         module.check(section, self.base, context)
         return module.run(section, self.inputs, self.out, context)
@@ -106,9 +86,14 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(shaken: Callable[..., Path], talks: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(
+    killer: Callable[[int], Progress],
+    shaken: Callable[..., Path],
+    talks: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
     base = shaken(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=64, seed=2)
-    return World(base, tmp_path_factory.mktemp("sorted"), talks)
+    return World(killer, base, tmp_path_factory.mktemp("sorted"), talks)
 
 
 def cut(folder: Path, depth: int) -> Any:
@@ -147,11 +132,16 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_pass_is_a_model_per_depth(
-    shaken: Callable[..., Path], talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    killer: Callable[[int], Progress],
+    shaken: Callable[..., Path],
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     """Loss, each depth's figures and all gradients, as of separate models cut off at each depth, run row by row."""
     sizes = {"family": "llama", "blocks": 6, "hidden": 32, "heads": 2, "kv_heads": 1, "intermediate": 64}
-    world = World(shaken(**sizes | MODELS[name]), tmp_path, talks)
+    world = World(killer, shaken(**sizes | MODELS[name]), tmp_path, talks)
     found = gradients(monkeypatch)
     weights = {1: 1.0, 3: 2.0, 5: 5.0}
     world(depths=list(weights), weights=list(weights.values()), tune="full", max_steps=1, accumulate=99, clip=1e9)
@@ -308,7 +298,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, sample: int | None)
     metrics = world(**options, max_steps=7)
     whole, out = world.out, world.folder / f"killed-{sample}"
     for calls in (4, 3, 6):  # before the first checkpoint's end, after one, in the last step
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             world(**options, max_steps=7, out=out, calls=calls)
     again = world(**options, max_steps=7, out=out)
     for path in [*(whole / "model").iterdir(), whole / "curves.jsonl"]:
@@ -322,10 +312,10 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, sample: int | None)
 
 @pytest.mark.parametrize("train_head", [False, True])
 def test_the_teachers_teach_the_same(
-    shaken: Callable[..., Path], talks: Path, tmp_path: Path, train_head: bool
+    killer: Callable[[int], Progress], shaken: Callable[..., Path], talks: Path, tmp_path: Path, train_head: bool
 ) -> None:
     """Also where the student trains the norm and the head: the unpruned model's own stay what they were."""
-    world = World(shaken(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=64), tmp_path, talks)
+    world = World(killer, shaken(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=64), tmp_path, talks)
     data, tokenizer = world.inputs.stages["data"], load_tokenizer(world.base)
     (data / WORK).mkdir()
     write_teacher(TeacherConfig(top_k=10**6), world.base, read_rows(data), tokenizer, LENGTH, data, Context())
@@ -343,10 +333,10 @@ def test_the_teachers_teach_the_same(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_trained_beside_adapters(
-    shaken: Callable[..., Path], talks: Path, tmp_path: Path, tied: bool
+    killer: Callable[[int], Progress], shaken: Callable[..., Path], talks: Path, tmp_path: Path, tied: bool
 ) -> None:
     """What is saved is what was trained; a tied head is the embedding still, an untied one leaves it alone."""
-    world = World(shaken(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=64, tied=tied), tmp_path, talks)
+    world = World(killer, shaken(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=64, tied=tied), tmp_path, talks)
     old = load_file(world.inputs.model / "model.safetensors")
     metrics = world(depths=[2, 5], tune=LORA | {"train_norm": True, "train_head": True})
     changed = {name for name, value in world.weights.items() if not torch.equal(value, old[name])}

@@ -6,8 +6,7 @@ import json
 import random
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import load_recipe
-from compress.stage import WORK, Advance, Context, Inputs, Progress
+from compress.stage import WORK, Context, Inputs, Progress
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -48,26 +47,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gemma3_text": WINDOWED,
 }
-
-
-class Stop(KeyboardInterrupt):
-    pass
-
-
-class Killer(Progress):
-    """Raises on the n-th call of a bar's `advance`, in place of a kill there."""
-
-    def __init__(self, calls: int = 0):
-        self.calls = calls
-
-    @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        def advance(n: int = 1, note: str = "") -> None:
-            self.calls -= 1
-            if self.calls == 0:
-                raise Stop
-
-        yield advance
 
 
 def prune(base: Path, folder: Path, dropped: list[int], scale: float | None = 0.8, dtype: str = "float32") -> Path:
@@ -134,9 +113,9 @@ def test_shared_weights_are_the_base_and_the_student(shaken: Callable[..., Path]
             wanted = Decoder(model).hidden(**batch.model_inputs())
         found = shared.hidden(batch)
         assert torch.equal(found, wanted) and not found.requires_grad
-    with pytest.raises(Stop), shared.on():
+    with pytest.raises(KeyboardInterrupt), shared.on():
         assert shared.decoder.num_blocks == 6 and not torch.is_grad_enabled()
-        raise Stop
+        raise KeyboardInterrupt
     assert snapshot(shared.model) == before and torch.is_grad_enabled()
     assert torch.equal(shared.head.weight, model.lm_head.weight)
 
@@ -215,7 +194,8 @@ def test_healed_weights_are_quantized_with_the_others(tiny: Callable[..., Path],
 class World:
     """A base model, the same without two blocks, and a data stage's folder; runs the stage into fresh folders."""
 
-    def __init__(self, base: Path, folder: Path, talks: Path):
+    def __init__(self, killer: Callable[[int], Progress], base: Path, folder: Path, talks: Path):
+        self.killer = killer
         self.folder, self.base, self.runs = folder, base, 0
         shutil.copytree(talks, folder / "data")
         (folder / "data" / WORK).mkdir()
@@ -240,7 +220,7 @@ class World:
         plain |= {"max_steps": 6, "accumulate": 2, "eval_every": 3, "save_every": 2, "select": "last"}
         inputs = Inputs(self.base, self.inputs.model, {"data": self.data(k) if k else self.folder / "data"})
         config = DistillConfig.model_validate(plain | options)
-        stage.run(config, inputs, self.out, Context(seed=SEED, progress=Killer(calls)))
+        stage.run(config, inputs, self.out, Context(seed=SEED, progress=self.killer(calls)))
         return [json.loads(line) for line in (self.out / "curves.jsonl").read_text().splitlines()]
 
     def weights(self) -> dict[str, Tensor]:
@@ -248,9 +228,14 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tiny: Callable[..., Path], talks: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(
+    killer: Callable[[int], Progress],
+    tiny: Callable[..., Path],
+    talks: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
     base = tiny(blocks=6, hidden=32, heads=2, kv_heads=1, intermediate=48, seed=2)
-    return World(base, tmp_path_factory.mktemp("teacher"), talks)
+    return World(killer, base, tmp_path_factory.mktemp("teacher"), talks)
 
 
 def column(curves: list[dict[str, Any]], name: str) -> list[float]:
@@ -311,7 +296,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, teacher: str, k: in
     world(k, **options)
     whole, out = world.out, world.folder / f"killed-{teacher}"
     for calls in (4, 3):
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             world(k, out=out, calls=calls, **options)
     world(k, out=out, **options)
     for name in ("curves.jsonl", "model/model.safetensors", "model/config.json"):

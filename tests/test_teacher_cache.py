@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,10 @@ from compress.data.teacher_cache import TeacherCache, read_top_k, top_k, write_t
 from compress.errors import UserError
 from compress.modeling.agreement import response_positions
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Advance, Context, Inputs, Progress
+from compress.stage import WORK, Context, Inputs, Progress
 
 LENGTH, SEED = 64, 7
 WORDS = "the way of many people is which model time and look so é 42".split()
-
-
-class Stop(KeyboardInterrupt):
-    pass
-
-
-class Killer(Progress):
-    """Raises on the n-th call of a bar's `advance`, in place of a kill there."""
-
-    def __init__(self, calls: int = 0):
-        self.calls = calls
-
-    @contextmanager
-    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        def advance(n: int = 1, note: str = "") -> None:
-            self.calls -= 1
-            if self.calls == 0:
-                raise Stop
-
-        yield advance
 
 
 def talk(draw: random.Random) -> list[dict[str, str]]:
@@ -142,7 +121,9 @@ def test_other_windows_of_a_text_are_refused(base: Path, tmp_path: Path) -> None
     cache.find(pack([encoded], LENGTH, 1, 9)[0])
 
 
-def test_a_killed_cache_ends_with_the_same_bytes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_cache_ends_with_the_same_bytes(
+    killer: Callable[[int], Progress], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(teacher_cache, "PART", 2)
     runs: list[int] = []
     plain = teacher_cache._fill
@@ -156,12 +137,12 @@ def test_a_killed_cache_ends_with_the_same_bytes(base: Path, tmp_path: Path, mon
 
     def write(folder: Path, calls: int = 0) -> dict[str, bytes]:
         (folder / WORK).mkdir(parents=True, exist_ok=True)
-        write_teacher(TeacherConfig(top_k=3), base, rows, tokenizer, LENGTH, folder, Context(progress=Killer(calls)))
+        write_teacher(TeacherConfig(top_k=3), base, rows, tokenizer, LENGTH, folder, Context(progress=killer(calls)))
         return {file.name: file.read_bytes() for file in sorted((folder / "teacher").iterdir())}
 
     whole, parts = write(tmp_path / "whole"), len(runs)
     for calls in (1, 2):
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "killed", calls)
     assert not (tmp_path / "killed" / "teacher").exists()
     assert write(tmp_path / "killed") == whole
