@@ -97,10 +97,10 @@ class Retrieval:
             return passkey(self.tokenizer, self.filler, item.length, item.depth, seed)
         return keys(self.tokenizer, self.filler, item.length, self.config.depths, seed)
 
-    def ways(self, policies: Collection[Policy]) -> list[tuple[Policy, float | None]]:
+    def ways(self) -> list[tuple[Policy, float | None]]:
         """Policies with their budgets, in the order of the configuration."""
         found: list[tuple[Policy, float | None]] = []
-        for policy in (policy for policy in self.config.policies if policy in policies):
+        for policy in self.config.policies:
             found += [(policy, None)] if policy == "full" else [(policy, budget) for budget in self.config.budgets]
         return found
 
@@ -117,16 +117,16 @@ class Retrieval:
                 raise UserError("evaluate.retrieval: the policy retaining needs a checkpoint with retaining heads")
             heads = load_heads(checkpoint, model.config)
         for item in self.items():
-            todo = [way for way in self.ways(self.config.policies) if key(item, *way) not in done]
+            todo = [way for way in self.ways() if key(item, *way) not in done]
             if todo:
                 reader = Reader(decoder, self.made(item), self, heads, meant)
                 for policy, budget in todo:
                     yield reader.measure(item, policy, budget)
                     advance(1)
 
-    def count(self) -> int:
-        """Measurements of one model."""
-        return len(self.items()) * len(self.ways(self.config.policies))
+    def names(self) -> list[str]:
+        """Of all measurements of one model."""
+        return [key(item, *way) for item in self.items() for way in self.ways()]
 
 
 class Reader:

@@ -1,0 +1,139 @@
+"""The table of docs/retaining.md: what is found again in long prompts, policy by policy, at equal budget.
+
+    python benchmarks/retrieval.py --checkpoint runs/x/retain-0a1b2c/model --text wikitext2_valid.txt
+        [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--policies full,retaining,recent,snapkv,random,oracle]
+        [--tasks passkey,keys,continuation] [--positions true] [--out build/retrieval]
+
+Numbers are hidden among made-up sentences; the text is only continued. A fraction of 8 is a budget of an eighth of the
+prompt's tokens per block and KV head, the same for every policy; the last tokens of the prompt come on top. Each
+measurement is kept in OUT/measured.jsonl as soon as it is made, so a run that was stopped goes on, and one with more rows
+or policies adds to it; the table goes to OUT/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compress.evaluation.config import RetrievalConfig
+from compress.evaluation.retrieval import Measured, Retrieval, summarised
+from compress.evaluation.statistics import wilson
+from compress.modeling.load import load_model, load_tokenizer, resolve
+from compress.pipeline.progress import ConsoleProgress
+from compress.stage import Context
+from rich.console import Console
+
+TASKS = {
+    "passkey": "One number in the text, found (%, with its 95 % interval)",
+    "keys": "A number at each depth, found (%, with its 95 % interval)",
+    "continuation": "Perplexity of what follows",
+}
+
+
+def table(measured: Sequence[Measured], lengths: Sequence[int], fractions: Sequence[int]) -> str:
+    """Markdown: per task a line for each policy and length, a column for each fraction of the context that is kept."""
+    parts = []
+    for task, title in TASKS.items():
+        found = [one for one in measured if one.task == task]
+        if not found:
+            continue
+        parts += [f"## {title}\n", "| policy | context | " + " | ".join(f"1/{f}" for f in fractions) + " |"]
+        parts.append("|---" * (2 + len(fractions)) + "|")
+        for length in lengths:
+            for policy in dict.fromkeys(one.policy for one in found):
+                own = [one for one in found if one.length == length and one.policy == policy]
+                if policy == "full":
+                    cells = [f"all: {_written(own)}", *[""] * (len(fractions) - 1)]
+                else:
+                    cells = [_written([one for one in own if one.budget == 1 / f]) for f in fractions]
+                parts.append(f"| {policy} | {length} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _written(measured: Sequence[Measured]) -> str:
+    if not measured:
+        return ""
+    if measured[0].task == "continuation":
+        return f"{summarised(measured)[0]['value']:.3g}"
+    hits = [hit for one in measured for hit in one.hits]
+    low, high = wilson(sum(hits), len(hits))
+    return f"{100 * sum(hits) / len(hits):.0f} ({100 * low:.0f}–{100 * high:.0f}; n {len(hits)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="with heads, where the policy retaining is asked for")
+    parser.add_argument("--text", type=Path, help="to continue; none: the task continuation is left out")
+    parser.add_argument("--hide-in-text", action="store_true", help="hide the numbers in the text, too")
+    parser.add_argument("--lengths", default="2048,4096,8192")
+    parser.add_argument("--fractions", default="2,4,8,16", help="of the context that is kept: 8 is an eighth")
+    parser.add_argument("--depths", default="0.1,0.3,0.5,0.7,0.9")
+    parser.add_argument("--rows", type=int, default=10, help="texts per length; of passkey per length and depth")
+    parser.add_argument("--policies", default="full,retaining,recent,snapkv,random,oracle")
+    parser.add_argument("--tasks", default="passkey,keys,continuation")
+    parser.add_argument("--positions", default="true", choices=("true", "contiguous"))
+    parser.add_argument("--continued", type=int, default=128, help="tokens of a continuation")
+    for name in ("chunk", "stabilizers", "local"):
+        parser.add_argument(f"--{name}", type=int, help="none: as the heads were meant")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=Path("build/retrieval"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    progress = ConsoleProgress(Console())
+    lengths, fractions = (
+        [int(part) for part in text.split(",")] for text in (options.lengths, options.fractions)
+    )  # fmt: skip
+    folder = resolve(options.checkpoint, options.out / "sources", progress=progress)
+    context = Context(device=options.device, dtype=options.dtype, progress=progress)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, options.dtype, options.device)
+    tasks = [task for task in options.tasks.split(",") if task != "continuation" or options.text is not None]
+    text = str(options.text.resolve()) if options.text is not None else None
+
+    def config(tasks: list[str], text: str | None) -> RetrievalConfig:
+        values: dict[str, Any] = {
+            "tasks": tasks,
+            "lengths": lengths,
+            "depths": [float(part) for part in options.depths.split(",")],
+            "policies": options.policies.split(","),
+            "budgets": [1 / fraction for fraction in fractions],
+            "rows": options.rows,
+            "text": text,
+            "continued": options.continued,
+            "chunk": options.chunk,
+            "stabilizers": options.stabilizers,
+            "local": options.local,
+            "positions": options.positions,
+        }
+        return RetrievalConfig.model_validate(values)
+
+    file = options.out / "measured.jsonl"
+    measured: dict[str, Measured] = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            one = Measured(**json.loads(line))
+            measured[one.key] = one
+    hidden = [task for task in tasks if task != "continuation"]
+    parts = [(hidden, text if options.hide_in_text else None), (["continuation"] if "continuation" in tasks else [], text)]
+    for own, source in parts:
+        if not own:
+            continue
+        retrieval = Retrieval(config(own, source), context, tokenizer)
+        with progress.bar(" and ".join(own), len(retrieval.names())) as advance:
+            advance(sum(name in measured for name in retrieval.names()))
+            for one in retrieval.run(model, folder, advance, measured):
+                measured[one.key] = one
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(asdict(one)) + "\n")
+                written = table(list(measured.values()), lengths, fractions)
+                (options.out / "table.md").write_text(written, encoding="utf-8")
+    print(table(list(measured.values()), lengths, fractions))
+
+
+if __name__ == "__main__":
+    main()
