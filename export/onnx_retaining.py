@@ -8,12 +8,14 @@ of q and k split its product again, and separate projections are put together he
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ..errors import UserError
-from ..modeling.retaining import RetainingHeads
+from ..modeling.load import load_config
+from ..modeling.retaining import RetainingHeads, has_heads, load_heads
 
 SCORES = "retaining_scores"  # an output's name up to its block's number
 _PREFIX = "retaining.blocks."  # the heads' weights
@@ -36,6 +38,21 @@ def add_heads(model: Any, heads: RetainingHeads) -> None:
         scores.type = ir.TensorType(ir.DataType.FLOAT)
         scores.shape = ir.Shape(["batch_size", "sequence_length", head.w2.out_features])
         model.graph.outputs.append(scores)
+
+
+def check_heads(folder: Path, checkpoint: Path) -> None:
+    """`UserError` unless the heads in an exported folder of all blocks are those of its checkpoint, to the bit."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    if not has_heads(checkpoint):
+        return
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    there = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith(_PREFIX)}
+    for name, value in load_heads(checkpoint, load_config(checkpoint)).state_dict().items():
+        tensor = there.get(f"retaining.{name}")
+        if tensor is None or not (to_array(tensor, str(folder)).T == value.numpy()).all():
+            raise UserError(f"{folder}: the retaining head {name} is not the checkpoint's: it was written wrongly")
 
 
 def head_bytes(places: Mapping[str, tuple[Any, ...]]) -> int:

@@ -139,13 +139,22 @@ class Reference:
         return made
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kv")
+
+
 @pytest.fixture
-def exported(shaken, tmp_path, inline_builder) -> Callable[..., tuple[Path, Path]]:
+def exported(shaken, root, inline_builder) -> Callable[..., tuple[Path, Path]]:
+    """exported(case) -> a checkpoint with heads and its float32 ONNX folder, made once."""
+
     def make(case: str = "llama") -> tuple[Path, Path]:
         family, options = CASES[case]
-        checkpoint = with_heads(shaken(family, initializer_range=0.2, **options), tmp_path / "checkpoint")
-        write_onnx(checkpoint, tmp_path / "onnx", "fp32")
-        return checkpoint, tmp_path / "onnx"
+        folder = root / case
+        if not folder.exists():
+            checkpoint = with_heads(shaken(family, initializer_range=0.2, **options), folder / "checkpoint")
+            write_onnx(checkpoint, folder / "onnx", "fp32")
+        return folder / "checkpoint", folder / "onnx"
 
     return make
 
