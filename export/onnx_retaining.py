@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import UserError
@@ -51,7 +52,7 @@ def check_heads(folder: Path, checkpoint: Path) -> None:
     there = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith(_PREFIX)}
     for name, value in load_heads(checkpoint, load_config(checkpoint)).state_dict().items():
         tensor = there.get(f"retaining.{name}")
-        if tensor is None or not (to_array(tensor, str(folder)).T == value.numpy()).all():
+        if tensor is None or not np.array_equal(to_array(tensor, str(folder)).T, value.numpy()):
             raise UserError(f"{folder}: the retaining head {name} is not the checkpoint's: it was written wrongly")
 
 

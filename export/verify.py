@@ -61,7 +61,7 @@ class Reference:
 
     windows: list[Window]
     scores: list[list[Distribution]]  # complete ones
-    retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window's tokens per block, where there are heads
+    retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window per block, where there are heads
 
     @property
     def flat(self) -> list[Distribution]:
@@ -111,8 +111,9 @@ def check_retaining(what: str, kind: str, reference: Reference, found: Sequence[
     off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
     if not least >= RETAINING_LIMITS[kind] or (kind == "fp32" and not off <= RETAINING_ERROR):
         raise UserError(
-            f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest, with a correlation "
-            f"of {least:.4f}, where {RETAINING_LIMITS[kind]:g} is the limit for {kind}: the graph was written wrongly"
+            f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest, with a "
+            f"correlation of {least:.4f}, where {RETAINING_LIMITS[kind]:g} is the limit for {kind}: the "
+            "graph was written wrongly"
         )
     return _rounded(least)
 

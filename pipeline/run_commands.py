@@ -91,9 +91,7 @@ def generate(
     from ..runtime.session import Session, Settings
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    budget = kv_budget(
-        bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding
-    )
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
     tokens = len(text) // 3 + max_tokens
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
     where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv": budget}
@@ -155,9 +153,7 @@ def chat(
 
     from ..runtime.session import Session, Settings
 
-    budget = kv_budget(
-        bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding
-    )
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
@@ -244,9 +240,7 @@ def bench(
     }
     if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
         raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
-    budget = kv_budget(
-        bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding
-    )
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
     if budget is not None:
         if speculate:
             raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")

@@ -180,12 +180,14 @@ class BoundedText:
     def _grow(self, room: int) -> None:
         """Make room for so many entries, and bind the buffers anew."""
         heads, size = self.chain.kv_shape
-        for name, shape in (("keys", (1, heads, room, size)), ("values", (1, heads, room, size)), ("scores", (heads, room))):
+        shapes = {"keys": (1, heads, room, size), "values": (1, heads, room, size), "scores": (heads, room)}
+        for name, shape in shapes.items():
             buffers = [np.zeros(shape, np.float32) for _ in range(self.depth)]
-            if self.room:
-                for old, new in zip(getattr(self, name), buffers, strict=True):
-                    axis = new.ndim - (1 if name == "scores" else 2)
-                    new[(slice(None),) * axis + (slice(self.held),)] = old[(slice(None),) * axis + (slice(self.held),)]
+            for old, new in zip(getattr(self, name) if self.room else (), buffers, strict=False):
+                if name == "scores":
+                    new[:, : self.held] = old[:, : self.held]
+                else:
+                    new[:, :, : self.held] = old[:, :, : self.held]
             setattr(self, name, buffers)
         self.room = room
         for part, binding in zip(self.chain.parts, self._bindings, strict=False):

@@ -28,7 +28,7 @@ class Verification(_Model):
     kl: float  # mean KL(checkpoint ‖ artifact), nats
     top1_agreement: float
     tensor_error: float  # largest relative error of a row of weights
-    retaining_agreement: float | None = None  # least correlation, over blocks, of retaining scores with the checkpoint's
+    retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
 
 
 class ArtifactEntry(_Model):

@@ -57,7 +57,8 @@ class _Node:
 def cut_model(file: Path, depths: Sequence[int], blocks: int, scores: bool = False) -> list[Part]:
     """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, and behind them the head.
 
-    With `scores` they also give `retaining_scores.N` of their blocks, which are left uncomputed otherwise. Raises `UserError` for files whose graph is not as `compress export` writes it.
+    With `scores` they also give `retaining_scores.N` of their blocks, which are left uncomputed otherwise. Raises
+    `UserError` for files whose graph is not as `compress export` writes it.
     """
     try:
         graph = _Graph(file.read_bytes())

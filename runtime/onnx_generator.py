@@ -105,7 +105,9 @@ class BoundedGenerator(Generator):
     def check(self, request: Request) -> None:
         super().check(request)
         if request.draft_depth is not None or request.exits:
-            raise UserError("a KV budget cannot be combined with drafts or early exit: evicted entries do not come back")
+            raise UserError(
+                "a KV budget cannot be combined with drafts or early exit: evicted entries do not come back"
+            )
 
     def generate(self, request: Request, work: Work) -> Tokens:
         self.check(request)

@@ -57,7 +57,9 @@ def kv_bundle(checkpoint, inline_builder) -> Path:
     if out.exists():
         return out
     verify = {"tokens": 32, "window": 32, "kl": {"int4": 2.0}}
-    config = ExportConfig.model_validate({"gguf": ["F16"], "onnx": ["int4", "fp32"], "depths": [2, 4], "verify": verify})
+    config = ExportConfig.model_validate(
+        {"gguf": ["F16"], "onnx": ["int4", "fp32"], "depths": [2, 4], "verify": verify}
+    )
     export_checkpoint(checkpoint, out, config, Context(), "tiny")
     return out
 
@@ -101,7 +103,13 @@ def test_what_the_heads_take_is_not_counted_as_bits_of_the_weights(shaken, kv_bu
 
 def test_the_bundle_holds_the_heads(kv_bundle, checkpoint):
     entry = read_bundle(kv_bundle).retaining
-    assert entry is not None and (entry.width, entry.budget, entry.chunk, entry.stabilizers, entry.local) == (24, 24, 12, 6, 8)
+    assert entry is not None and (entry.width, entry.budget, entry.chunk, entry.stabilizers, entry.local) == (
+        24,
+        24,
+        12,
+        6,
+        8,
+    )
     plain = load_file(kv_bundle / entry.path)
     for name, value in load_file(checkpoint / "retaining" / "heads.safetensors").items():
         np.testing.assert_array_equal(plain[name], value)
@@ -111,7 +119,9 @@ def test_the_bundle_holds_the_heads(kv_bundle, checkpoint):
     assert len(tensors) == len(plain) == 8
     for block in range(4):
         for part in (1, 2):
-            np.testing.assert_array_equal(tensors[f"blk.{block}.retain_{part}.weight"], plain[f"blocks.{block}.w{part}.weight"])
+            np.testing.assert_array_equal(
+                tensors[f"blk.{block}.retain_{part}.weight"], plain[f"blocks.{block}.w{part}.weight"]
+            )
     values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert values["general.architecture"] == "compress-retain"
     names = ("budget", "chunk", "stabilizers", "local", "width", "block_count")
@@ -170,13 +180,16 @@ def test_heads_say_how_they_are_used_unless_the_user_does(kv_bundle, tmp_path):
     with pytest.raises(UserError, match="6 stabilizers"):
         choose_budget(kv_bundle, 5)
     assert choose_budget(tmp_path, 100, policy="recent", chunk=9) == KvBudget(100, 9, policy="recent")
-    with pytest.raises(UserError, match="no retaining heads.*`retain` section"):
+    with pytest.raises(UserError, match=r"no retaining heads.*`retain` section"):
         choose_budget(tmp_path, 100)
 
 
 def test_a_session_at_a_budget_at_every_depth(kv_bundle):
     kv = choose_budget(kv_bundle, 200)
-    with Session(kv_bundle, kind="fp32", threads=1, kv=kv) as tight, Session(kv_bundle, "onnx", "fp32", threads=1) as full:
+    with (
+        Session(kv_bundle, kind="fp32", threads=1, kv=kv) as tight,
+        Session(kv_bundle, "onnx", "fp32", threads=1) as full,
+    ):
         assert tight.engine == "onnx"
         for depth in (2, 4):
             settings = Settings(max_tokens=12, depth=depth)

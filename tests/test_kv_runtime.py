@@ -204,7 +204,9 @@ def test_hard_edges(exported, changes, prompt):
 def test_greedy_text_is_the_references(exported):
     checkpoint, folder = exported()
     generator = BoundedGenerator(folder, (2, 4), SETTINGS, 1)
-    assert list(generator.generate(Request(IDS[:40], 6, 4), Work())) == Reference(checkpoint, SETTINGS).greedy(IDS[:40], 6)
+    assert list(generator.generate(Request(IDS[:40], 6, 4), Work())) == Reference(checkpoint, SETTINGS).greedy(
+        IDS[:40], 6
+    )
 
 
 def test_a_budget_as_large_as_the_text_changes_nothing(exported):
@@ -324,7 +326,7 @@ def test_what_a_bounded_cache_cannot_do_is_refused(exported, shaken, tmp_path):
     for options in ({"draft_depth": 2}, {"exits": {2: 0.5}}):
         with pytest.raises(UserError, match="cannot be combined with drafts or early exit"):
             next(generator.generate(Request(IDS, 4, 4, **options), Work()))
-    with pytest.raises(UserError, match="longer than the model's context of 511: .* --kv-positions contiguous"):
+    with pytest.raises(UserError, match=r"longer than the model's context of 511: .* --kv-positions contiguous"):
         next(generator.generate(Request(IDS * 9, 4, 4), Work()))
     wide = BoundedGenerator(folder, (4,), KvBudget(500, positions="contiguous"), 1)
     with pytest.raises(UserError, match=r"lower --kv-budget"):
