@@ -16,7 +16,7 @@ from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
 from ..stage import Progress
-from . import gguf_family, onnx_depths
+from . import gguf_family, onnx_depths, onnx_retaining
 from .bundle import Size
 from .config import ExportConfig
 from .gguf import write_gguf
@@ -24,7 +24,7 @@ from .gguf_family import family_name, measure_gguf, write_family
 from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
 from .tensors import gguf_errors, onnx_errors
-from .verify import PROBE, Reference, check_runtime, check_tokens
+from .verify import PROBE, Reference, check_retaining, check_runtime, check_tokens
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ class Onnx(Kind):
     def check_depths(self) -> None:
         if self.several:
             onnx_depths.check_family(self.making.bundle / self.root, self.making.depths)
+        onnx_retaining.check_heads(self.file(self.making.depths[-1]), self.making.checkpoint)
 
     def errors(self) -> Iterator[tuple[str, str, float]]:
         return onnx_errors(self.file(self.making.depths[-1]), self.making.checkpoint)
@@ -179,7 +180,11 @@ class Onnx(Kind):
         making, role = self.making, self.role_at(depth)
         with OnnxEngine(self.file(depth), making.config.threads) as engine:
             found = check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
+            if reference.retaining:
+                scores = engine.retaining_scores(reference.windows[0].ids)
+                found.retaining_agreement = check_retaining(role, self.type, reference, scores)
         with GenaiEngine(self.file(depth)) as engine:
+            # Stock genai, which passes over outputs that it does not know, such as retaining scores.
             few = Reference(reference.windows[:1], reference.scores[:1])
             check_runtime(role, self.type, engine, few, making.config.verify.kl, tensor_error)
         return found

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link, count_parameters
 from ..modeling.load import load_config, load_model, load_tokenizer
+from ..modeling.retaining import has_heads, load_heads
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
 from ..stage import Context, Inputs, check_deepest, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
@@ -21,6 +22,7 @@ from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card
 from .config import ExportConfig
 from .imatrix import collect, load_imatrix, save_imatrix
+from .retaining import write_heads
 from .verify import Reference, check_weights, probe_windows, torch_reference
 
 # Bits per weight: upper estimates, for the check of free disk.
@@ -55,6 +57,7 @@ class Job:
         self._check_disk()
         self.bundle.mkdir(exist_ok=True)
         copy_model_files(self.checkpoint, self.bundle)
+        retaining = write_heads(self.checkpoint, self.bundle)
         kinds = self._kinds()
         artifacts: list[ArtifactEntry] = []
         for kind in kinds:
@@ -69,6 +72,7 @@ class Job:
             importance_matrix=self._wants_imatrix(),
             artifacts=artifacts,
             families=[self._family(kind) for kind in kinds if kind.several],
+            retaining=retaining,
             provenance={"kept_recorded": hasattr(config, KEPT_BLOCKS), **provenance},
             files=[],
         )
@@ -167,10 +171,11 @@ class Job:
         settings = self.config.verify
         data = self.inputs.stages.get("data")
         windows = probe_windows(self._tokenizer, data, settings.tokens, settings.window)
+        heads = load_heads(self.checkpoint, model.config) if has_heads(self.checkpoint) else None
         references = {}
         for depth in self.depths:
             with without_blocks(model, range(depth, self.depths[-1])):
-                references[depth] = torch_reference(model, windows)
+                references[depth] = torch_reference(model, windows, heads)
         return references, self._imatrix(model)
 
     def _wants_imatrix(self) -> bool:

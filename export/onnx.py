@@ -25,9 +25,11 @@ import numpy as np
 from ..errors import UserError
 from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config
+from ..modeling.retaining import has_heads, load_heads
 from ..stage import Progress
 from .bundle import TOKENIZER, settle_tokenizer
-from .onnx_depths import spread
+from .onnx_depths import spread, weights_read
+from .onnx_retaining import add_heads, head_bytes
 
 PRECISIONS = ("int4", "int8", "fp32")
 # model_type -> the architecture name the builder knows it by.
@@ -108,8 +110,9 @@ def write_onnx(
     """Write `checkpoint` as an ONNX folder at `precision`: int4, int8 or fp32.
 
     int4 holds the blocks' matrices at 4 bits with zero points and head and embedding at 8 bits; int8 holds all at 8
-    bits. Head and embedding are one tensor where the model ties them. `imatrix` gives the mean squared activations
-    of each matrix's inputs, (in_features,) float32 by llama.cpp tensor name, and improves int4.
+    bits. Head and embedding are one tensor where the model ties them. A checkpoint's retaining heads stay float32 and
+    become outputs (`onnx_retaining`). `imatrix` gives the mean squared activations of each matrix's inputs,
+    (in_features,) float32 by llama.cpp tensor name, and improves int4.
 
     With several `depths`, ascending to all blocks, `out_dir` becomes a family (`onnx_depths`); what is returned, and
     the weights file, are then those of all blocks.
@@ -228,11 +231,15 @@ def _finish(
     model.producer_version = version("onnxruntime-genai")
     _add_position_ids(model)
     data = made / "model.onnx.data"
-    if precision == "fp32":
+    heads = load_heads(checkpoint, load_config(checkpoint)) if has_heads(checkpoint) else None
+    if precision == "fp32" and heads is None:
         (built / data.name).rename(data)
         ir.save(model, made / "model.onnx")
     else:
-        _quantize(model, precision, imatrix, progress)
+        if precision != "fp32":
+            _quantize(model, precision, imatrix, progress)
+        if heads is not None:  # after quantization: their weights stay float32
+            add_heads(model, heads)
         ir.save(model, made / "model.onnx", external_data=data.name, size_threshold_bytes=0)
     for path in sorted(built.iterdir()):
         if path.is_file() and not path.name.startswith("model.onnx"):
@@ -298,7 +305,8 @@ def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | No
 
 def _describe(folder: Path, checkpoint: Path) -> OnnxInfo:
     files = sorted(folder.iterdir())
-    bits = 8 * (folder / "model.onnx.data").stat().st_size / count_parameters(checkpoint)
+    size = (folder / "model.onnx.data").stat().st_size - head_bytes(weights_read(folder / "model.onnx"))
+    bits = 8 * size / count_parameters(checkpoint)
     return OnnxInfo(tuple(path.name for path in files), sum(path.stat().st_size for path in files), bits)
 
 

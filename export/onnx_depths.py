@@ -24,6 +24,7 @@ from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
 from ..runtime.onnx_engine import WEIGHTS
 from .bundle import Size
+from .onnx_retaining import SCORES, head_bytes
 
 GRAPH = "model.onnx"
 SETTINGS = "genai_config.json"
@@ -108,7 +109,7 @@ def cut_graph(model: Any, depth: int) -> None:
 def _block(name: str) -> int:
     """Of an input or output such as past_key_values.3.key; -1 of those that belong to no block."""
     parts = name.split(".")
-    return int(parts[1]) if parts[0] in ("past_key_values", "present") else -1
+    return int(parts[1]) if parts[0] in ("past_key_values", "present", SCORES) else -1
 
 
 def weights_read(graph: Path) -> dict[str, tuple[Any, ...]]:
@@ -144,7 +145,7 @@ def measure_onnx(folder: Path, parameters: int) -> Size:
     if graph.name == GRAPH:  # all of it, gaps between tensors included
         weights = graph.with_name(WEIGHTS).stat().st_size
     others = sum(file.stat().st_size for file in [graph, *companions(folder)])
-    return Size(weights + others, parameters, 8 * weights / parameters)
+    return Size(weights + others, parameters, 8 * (weights - head_bytes(weights_read(graph))) / parameters)
 
 
 def extract_depth(folder: Path, out: Path) -> None:

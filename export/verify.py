@@ -17,6 +17,7 @@ import torch
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..modeling.retaining import RetainingHeads
 from ..runtime.bundle import Verification
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
 from .config import GgufType
@@ -27,6 +28,10 @@ from .tensors import LIMITS
 # 0.004, Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8 0.005, fp32 below 1e-6; worse models have more.
 KL_LIMITS = {"F16": 0.001, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.25, "Q4_0": 0.8}
 KL_LIMITS |= {"int4": 0.8, "int8": 0.02, "fp32": 0.0001}
+# Least correlation of retaining scores, and in float32 the largest difference as a share of the largest score. Heads
+# themselves are not quantized; they read what quantized blocks give.
+RETAINING_LIMITS = {"fp32": 0.9999, "int8": 0.95, "int4": 0.5}
+RETAINING_ERROR = 1e-3
 TOP_K = 256
 ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
 
@@ -56,6 +61,7 @@ class Reference:
 
     windows: list[Window]
     scores: list[list[Distribution]]  # complete ones
+    retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window per block, where there are heads
 
     @property
     def flat(self) -> list[Distribution]:
@@ -76,8 +82,9 @@ def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -
 
 
 @torch.no_grad()
-def torch_reference(model: Any, windows: Sequence[Window]) -> Reference:
-    """The checkpoint's distributions; logits are computed for the asked positions only."""
+def torch_reference(model: Any, windows: Sequence[Window], heads: RetainingHeads | None = None) -> Reference:
+    """The checkpoint's distributions, and what its retaining heads say; logits are computed for the asked positions
+    only."""
     decoder = Decoder(model)
     scores = []
     for window in windows:
@@ -85,7 +92,30 @@ def torch_reference(model: Any, windows: Sequence[Window]) -> Reference:
         hidden = decoder.hidden(input_ids=ids, use_cache=False)[0]
         logits = decoder.head(hidden[[p - 1 for p in window.positions]]).float().cpu().numpy()
         scores.append(distributions(logits, window.ids, window.positions))
-    return Reference(list(windows), scores)
+    return Reference(list(windows), scores, _retaining(decoder, windows[0], heads) if heads is not None else ())
+
+
+def _retaining(decoder: Decoder, window: Window, heads: RetainingHeads) -> tuple[np.ndarray, ...]:
+    with decoder.projections() as projected:
+        decoder.hidden(input_ids=torch.tensor([list(window.ids)], device=decoder.model.device), use_cache=False)
+    return tuple(heads.score(block, projected[block].cpu())[0].numpy() for block in range(decoder.num_blocks))
+
+
+def check_retaining(what: str, kind: str, reference: Reference, found: Sequence[np.ndarray]) -> float:
+    """The least correlation, over blocks, of a runtime's retaining scores, (T, G) each, with the checkpoint's.
+
+    `UserError` where it is below the limit for the type, or in float32 where a score differs.
+    """
+    pairs = list(zip(found, reference.retaining, strict=True))
+    least = min(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) for a, b in pairs)
+    off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    if not least >= RETAINING_LIMITS[kind] or (kind == "fp32" and not off <= RETAINING_ERROR):
+        raise UserError(
+            f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest, with a "
+            f"correlation of {least:.4f}, where {RETAINING_LIMITS[kind]:g} is the limit for {kind}: the "
+            "graph was written wrongly"
+        )
+    return _rounded(least)
 
 
 def compare(reference: Reference, scores: list[list[Distribution]]) -> dict[str, float]:

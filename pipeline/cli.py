@@ -194,8 +194,8 @@ def extract(
     """Write one depth of a bundle as a single GGUF file, or an ONNX folder, of its own."""
     from .direct import extract_command
 
-    extract_command(bundle, kind, depth, out)
-    console.print(f"written: {out}")
+    heads = extract_command(bundle, kind, depth, out)
+    console.print(f"written: {out}{heads}")
 
 
 @app.command(

@@ -52,13 +52,20 @@ def export_command(
         export_checkpoint(folder, out, config, Context(progress=progress), name)
 
 
-def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> None:
-    """Write one depth of a bundle's type as a file or folder of its own."""
+def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> str:
+    """Write one depth of a bundle's type as a file or folder of its own; what became of its retaining heads, if any."""
     from ..export.extract import extract
+    from ..runtime.bundle import read_bundle
     from .runner import readable_errors
 
     with readable_errors(f"extract, writing to {out}"):
-        extract(bundle, kind, depth, out)
+        artifact = extract(bundle, kind, depth, out)
+    retaining = read_bundle(bundle).retaining
+    if retaining is None:
+        return ""
+    if artifact.format == "gguf":
+        return f"; the retaining heads are not in it, but in {bundle / retaining.gguf}"
+    return "; it gives retaining scores"
 
 
 def merge_command(

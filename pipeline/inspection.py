@@ -79,6 +79,12 @@ def _checkpoint(path: Path) -> tuple[str, Rows]:
         rows.append(("kept blocks", ", ".join(map(str, config["compress_kept_blocks"]))))
     if "compress_depths" in config:
         rows.append(("depths", ", ".join(map(str, config["compress_depths"]))))
+    heads = path / "retaining" / "heads.safetensors"
+    if heads.is_file():
+        shapes = [tensor["shape"] for name, tensor in safetensors_header(heads).items() if name.endswith("w1.weight")]
+        settings = _json(heads.with_name("settings.json"))
+        used = ", ".join(f"{key} {value}" for key, value in settings.items())
+        rows.append(("retaining heads", f"{len(shapes)} of width {shapes[0][0] if shapes else 0}; {used}"))
     return f"checkpoint {path}", rows
 
 
@@ -162,6 +168,7 @@ def _onnx(path: Path) -> tuple[str, Rows]:
     bits = {
         a.i for node in model.graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"
     }
+    scores = sum(value.name.startswith("retaining_scores.") for value in model.graph.output)
     return f"ONNX {path}", [
         ("family", config["type"]),
         ("blocks", config["decoder"]["num_hidden_layers"]),
@@ -171,6 +178,7 @@ def _onnx(path: Path) -> tuple[str, Rows]:
         ("context", config["context_length"]),
         ("operators", ", ".join(f"{count} {name}" for name, count in operators.most_common(8))),
         ("inputs", ", ".join(i.name for i in model.graph.input[:3]) + " …"),
+        *([("retaining scores", f"{scores} blocks")] if scores else []),
     ]
 
 
@@ -183,6 +191,10 @@ def _bundle(path: Path) -> tuple[str, Rows]:
         ("parameters", f"{manifest.parameters:,}"),
         ("depths", ", ".join(map(str, manifest.depths))),
     ]
+    if manifest.retaining is not None:
+        r = manifest.retaining
+        used = f"budget {r.budget}, chunk {r.chunk}, stabilizers {r.stabilizers}, local {r.local}"
+        rows.append(("retaining heads", f"{r.path}, width {r.width}; {used}"))
     for family in manifest.families:
         depths = ", ".join(map(str, family.depths))
         size = f"{megabytes(family.bytes)} ({megabytes(family.bytes_without_links)} without links)"

@@ -13,8 +13,19 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError
+from .kv_options import (
+    BudgetOption,
+    ChunkOption,
+    EvictDecodingOption,
+    LocalOption,
+    PolicyOption,
+    PositionsOption,
+    StabilizersOption,
+    kv_budget,
+)
 
 if TYPE_CHECKING:
+    from ..runtime.kv_budget import KvBudget
     from ..runtime.session import Session, Settings, Usage
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as compress export writes it.")]
@@ -67,14 +78,24 @@ def generate(
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
+    kv: BudgetOption = None,
+    kv_chunk: ChunkOption = None,
+    kv_stabilizers: StabilizersOption = None,
+    kv_local: LocalOption = None,
+    kv_policy: PolicyOption = None,
+    kv_positions: PositionsOption = None,
+    kv_evict_decoding: EvictDecodingOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on standard error.")] = False,
 ) -> None:
     """Answer a prompt with a bundle, streaming; at any of its depths, in ONNX Runtime or llama.cpp."""
     from ..runtime.session import Session, Settings
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, len(text) // 3 + max_tokens, threads)
-    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, draft=draft) as session:
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    tokens = len(text) // 3 + max_tokens
+    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
+    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv": budget}
+    with Session(bundle, engine, kind, **where) as session:
         settings = Settings(
             max_tokens=max_tokens,
             depth=fixed,
@@ -119,17 +140,25 @@ def chat(
     system: SystemOption = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
+    kv: BudgetOption = None,
+    kv_chunk: ChunkOption = None,
+    kv_stabilizers: StabilizersOption = None,
+    kv_local: LocalOption = None,
+    kv_policy: PolicyOption = None,
+    kv_positions: PositionsOption = None,
+    kv_evict_decoding: EvictDecodingOption = False,
 ) -> None:
     """Talk with a bundle. What was said stays in its cache; /depth N switches depth, /exit ends."""
     from dataclasses import replace
 
     from ..runtime.session import Session, Settings
 
-    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads)
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest) as session:
+    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv=budget) as session:
         shown = ", ".join(map(str, session.depths))
         errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
         errors.print("/depth N switches depth, /reset forgets what was said, /exit or Ctrl-D ends", style="dim")
@@ -186,6 +215,13 @@ def bench(
     ] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
     threads: ThreadsOption = 0,
+    kv: BudgetOption = None,
+    kv_chunk: ChunkOption = None,
+    kv_stabilizers: StabilizersOption = None,
+    kv_local: LocalOption = None,
+    kv_policy: PolicyOption = None,
+    kv_positions: PositionsOption = None,
+    kv_evict_decoding: EvictDecodingOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write a page (.html) or the figures (.json).")] = None,
 ) -> None:
@@ -204,12 +240,18 @@ def bench(
     }
     if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
         raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    if budget is not None:
+        if speculate:
+            raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")
+        engine = engine or "onnx"
     with errors.status("measuring") as status:
         found = measure_all(
             bundle,
             engine,
             kind,
             done=lambda f: status.update(f"measured {f.engine} {f.type} at depth {f.depth}"),
+            kv=budget,
             **how,
         )
         drafts = []
@@ -229,11 +271,14 @@ def bench(
                     )
                 )
     report = bench_entries(read_bundle(bundle), found, [asdict(draft) for draft in drafts])
+    if budget is not None:
+        report["kv"] = asdict(budget)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         show_bench(report)
-    for file in [*write_bench(report, out), *keep_in_run(report, bundle)]:
+    # A run's report sets speed against quality, which a budget changes.
+    for file in [*write_bench(report, out), *([] if budget else keep_in_run(report, bundle))]:
         errors.print(str(file))
 
 
@@ -246,6 +291,7 @@ def _depth(
     memory_mb: float | None,
     tokens: int,
     threads: int,
+    kv: KvBudget | None,
 ) -> tuple[int | None, int | None]:
     """(the depth to run, the greatest to load); with auto, measured for a text of about `tokens`."""
     limited = latency_ms is not None or memory_mb is not None
@@ -272,6 +318,7 @@ def _depth(
             new_tokens=24,
             repeat=2,
             threads=threads,
+            kv=kv,
         )
     errors.print(
         f"depth {found.depth}: {found.latency_ms:.1f} ms per token, {found.peak_memory_bytes / 1e6:.0f} MB", style="dim"
@@ -299,6 +346,8 @@ def _summary(session: Session, usage: Usage, seconds: float) -> str:
             f"{depth}: {count}" if len(usage.depths) > 1 else str(depth) for depth, count in usage.depths.items()
         ),
     ]
+    if session.kv is not None:
+        parts.append(f"{session.kv.budget} keys and values per head ({session.kv.policy})")
     if usage.drafted:
         parts.append(f"{usage.accepted} of {usage.drafted} drafted tokens accepted")
     return "; ".join(parts)

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 from .bundle import read_bundle
 from .generator import Request, Work
+from .kv_budget import KvBudget
 from .measure import answer, in_own_process, peak_memory
 from .session import Session, Settings, choose_artifact, depth_artifacts
 
@@ -68,10 +69,15 @@ def measure_depth(
     new_tokens: int = 64,
     repeat: int = 1,
     threads: int = 0,
+    kv: KvBudget | None = None,
 ) -> DepthFigures:
-    """Open the bundle in a fresh process at this depth alone and time it; the best of the repetitions counts."""
+    """Open the bundle in a fresh process at this depth alone and time it; the best of the repetitions counts.
+
+    `kv` bounds the cache.
+    """
     settings = {"engine": engine, "kind": kind, "depth": depth, "threads": threads}
     settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
+    settings |= {"kv": None if kv is None else asdict(kv)}
     return DepthFigures(**in_own_process(__name__, bundle, settings))
 
 
@@ -128,6 +134,8 @@ def choose_depth(
     if latency_ms is None and memory_bytes is None:
         raise UserError("--depth auto needs a limit to choose by: --latency-ms, --memory-mb, or both")
     manifest = read_bundle(bundle)
+    if settings.get("kv") is not None:
+        engine = engine or "onnx"  # as a session does
     engine, kind = choose_artifact(manifest, engine, kind)
     tried = []
     for depth in reversed(depth_artifacts(manifest, engine, kind)):
@@ -147,7 +155,8 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     prompt_tokens, new_tokens = values["prompt_tokens"], values["new_tokens"]
     started = time.perf_counter()
     where = {"threads": values["threads"], "context": prompt_tokens + new_tokens + 8, "deepest": values["depth"]}
-    with Session(bundle, values["engine"], values["kind"], **where) as session:
+    kv = None if values["kv"] is None else KvBudget(**values["kv"])
+    with Session(bundle, values["engine"], values["kind"], kv=kv, **where) as session:
         prompt_tokens = min(prompt_tokens, session.context - new_tokens)
         if prompt_tokens < 1:
             raise UserError(f"{new_tokens} new tokens leave no room for a prompt in a context of {session.context}")

@@ -25,10 +25,11 @@ class BlockChain:
     """The blocks between depths, and the head, each in a session of its own; holds no text.
 
     `folder` is an ONNX folder with the graph of the deepest model; `depths` ascend and end at the greatest depth
-    wanted, blocks beyond which are not loaded. `threads` 0 is one per core. `UserError` for missing or broken files.
+    wanted, blocks beyond which are not loaded. `threads` 0 is one per core. With `scores` the parts give their blocks'
+    retaining scores as well. `UserError` for missing or broken files.
     """
 
-    def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0):
+    def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0, scores: bool = False):
         config = read_genai_config(folder)["model"]
         decoder = config["decoder"]
         self.folder = Path(folder)
@@ -37,7 +38,7 @@ class BlockChain:
         self.hidden, self.vocabulary = int(decoder["hidden_size"]), int(config["vocab_size"])
         self.kv_shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
         file = self.folder / decoder["filename"]
-        *self.parts, self.head = cut_model(file, self.depths, int(decoder["num_hidden_layers"]))
+        *self.parts, self.head = cut_model(file, self.depths, int(decoder["num_hidden_layers"]), scores)
         self.sessions: list[Any] = [self._open(part, file, threads) for part in (*self.parts, self.head)]
         self.takes_positions = [
             "position_ids" in {value.name for value in session.get_inputs()} for session in self.sessions
@@ -57,6 +58,18 @@ class BlockChain:
             return onnxruntime.InferenceSession(part.model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise UserError(f"ONNX Runtime cannot load {file}: {first_line(error)}") from error
+
+    def run_head(self, binding: Any, states: np.ndarray) -> np.ndarray:
+        """Logits (T, V) float32 of hidden states (1, T, H) behind the last block, the final norm not yet applied."""
+        count = states.shape[1]
+        zeros = np.zeros((1, count, self.hidden), np.float32)
+        found = np.empty((1, count, self.vocabulary), np.float32)
+        assert self.head.start is not None
+        bind_array(binding.bind_input, self.head.start.residual, states)
+        bind_array(binding.bind_input, self.head.start.addition, zeros)
+        bind_array(binding.bind_output, "logits", found)
+        self.sessions[-1].run_with_iobinding(binding)
+        return found[0]
 
     def close(self) -> None:
         self.sessions = []
@@ -107,16 +120,7 @@ class CachedText:
         while self._read[last] < length:
             for part in range(last + 1):
                 self._run(part, self._read[part - 1] if part else length)
-        states = self._states[last][None, length - count : length]
-        head = self.chain.head
-        binding = self._bindings[-1]
-        assert head.start is not None
-        _bind(binding.bind_input, head.start.residual, states)
-        _bind(binding.bind_input, head.start.addition, self._zeros[:, :count])
-        found = np.empty((1, count, self.chain.vocabulary), np.float32)
-        _bind(binding.bind_output, "logits", found)
-        self.chain.sessions[-1].run_with_iobinding(binding)
-        return found[0]
+        return self.chain.run_head(self._bindings[-1], self._states[last][None, length - count : length])
 
     def _run(self, number: int, available: int) -> None:
         """Have a part read what it has not read of the first `available` tokens, at most a chunk."""
@@ -129,17 +133,17 @@ class CachedText:
         positions = np.arange(start, end + 1, dtype=np.int64)[None]
         ids = np.asarray([self.tokens[start:end]], np.int64)
         residual, addition = (np.empty((1, end - start, self.chain.hidden), np.float32) for _ in range(2))
-        _bind(binding.bind_input, "attention_mask", mask)
+        bind_array(binding.bind_input, "attention_mask", mask)
         if self.chain.takes_positions[number]:
-            _bind(binding.bind_input, "position_ids", positions)
+            bind_array(binding.bind_input, "position_ids", positions)
         if part.start is None:
-            _bind(binding.bind_input, "input_ids", ids)
+            bind_array(binding.bind_input, "input_ids", ids)
         else:
-            _bind(binding.bind_input, part.start.residual, self._states[number - 1][None, start:end])
-            _bind(binding.bind_input, part.start.addition, self._zeros[:, : end - start])
+            bind_array(binding.bind_input, part.start.residual, self._states[number - 1][None, start:end])
+            bind_array(binding.bind_input, part.start.addition, self._zeros[:, : end - start])
         assert part.end is not None
-        _bind(binding.bind_output, part.end.residual, residual)
-        _bind(binding.bind_output, part.end.addition, addition)
+        bind_array(binding.bind_output, part.end.residual, residual)
+        bind_array(binding.bind_output, part.end.addition, addition)
         self.chain.sessions[number].run_with_iobinding(binding)
         np.add(residual[0], addition[0], out=self._states[number][start:end])
         self._read[number] = end
@@ -159,9 +163,10 @@ class CachedText:
             for block in range(part.first, part.last):
                 for name, cache in (("key", caches[2 * block]), ("value", caches[2 * block + 1])):
                     # One buffer for past and present: the kernel writes new entries into it and copies nothing.
-                    _bind(binding.bind_input, f"past_key_values.{block}.{name}", cache)
-                    _bind(binding.bind_output, f"present.{block}.{name}", cache)
+                    bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
+                    bind_array(binding.bind_output, f"present.{block}.{name}", cache)
 
 
-def _bind(bind: Any, name: str, array: np.ndarray) -> None:
+def bind_array(bind: Any, name: str, array: np.ndarray) -> None:
+    """Bind an array to an input or output; only its address is handed on, so it must live until the run is over."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -28,6 +28,7 @@ class Verification(_Model):
     kl: float  # mean KL(checkpoint ‖ artifact), nats
     top1_agreement: float
     tensor_error: float  # largest relative error of a row of weights
+    retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
 
 
 class ArtifactEntry(_Model):
@@ -54,6 +55,18 @@ class FamilyEntry(_Model):
     bytes_without_links: int  # as after copying with a tool that does not keep links
 
 
+class RetainingEntry(_Model):
+    """Retaining heads, and how they were meant to be used (`kv_budget`)."""
+
+    path: str  # within the bundle: the heads as safetensors
+    gguf: str  # the same as a GGUF beside a model's
+    width: int
+    budget: int
+    chunk: int
+    stabilizers: int
+    local: int
+
+
 class FileEntry(_Model):
     path: str
     bytes: int
@@ -73,6 +86,7 @@ class Manifest(_Model):
     importance_matrix: bool
     artifacts: list[ArtifactEntry]
     families: list[FamilyEntry] = Field(default_factory=list)  # types that were exported at several depths
+    retaining: RetainingEntry | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
     files: list[FileEntry]
 

@@ -54,10 +54,11 @@ class _Node:
     outputs: list[str] = field(default_factory=list)
 
 
-def cut_model(file: Path, depths: Sequence[int], blocks: int) -> list[Part]:
+def cut_model(file: Path, depths: Sequence[int], blocks: int, scores: bool = False) -> list[Part]:
     """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, and behind them the head.
 
-    Raises `UserError` for files whose graph is not as `compress export` writes it.
+    With `scores` they also give `retaining_scores.N` of their blocks, which are left uncomputed otherwise. Raises
+    `UserError` for files whose graph is not as `compress export` writes it.
     """
     try:
         graph = _Graph(file.read_bytes())
@@ -67,12 +68,15 @@ def cut_model(file: Path, depths: Sequence[int], blocks: int) -> list[Part]:
     missing = [depth for depth, cut in cuts.items() if cut is None]
     if missing:
         raise UserError(f"{file} cannot be run at depth {missing[0]}: its graph has no block boundary there")
+    if scores and not graph.gives(f"retaining_scores.{depths[-1] - 1}"):
+        raise UserError(f"{file} gives no retaining scores: it was exported from a checkpoint without retaining heads")
     parts, start, first = [], None, 0
     for depth in depths:
         end = cuts[depth]
         assert end is not None
         presents = [f"present.{i}.{part}" for i in range(first, depth) for part in ("key", "value")]
-        parts.append(Part(graph.part([*end, *presents], start or ()), first, depth, start, end))
+        retaining = [f"retaining_scores.{i}" for i in range(first, depth)] if scores else []
+        parts.append(Part(graph.part([*end, *presents, *retaining], start or ()), first, depth, start, end))
         start, first = end, depth
     final = cuts[blocks]
     assert final is not None
@@ -109,6 +113,10 @@ class _Graph:
             if pattern.fullmatch(node.name):
                 return Cut(node.inputs[0], node.inputs[1])
         return None
+
+    def gives(self, name: str) -> bool:
+        """Whether an output of that name is declared."""
+        return name in self._named[_OUTPUT]
 
     def part(self, outputs: Sequence[str], given: Iterable[str]) -> bytes:
         """The model that computes `outputs` from the tensors `given` and the inputs that it needs."""

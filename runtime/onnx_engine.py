@@ -73,6 +73,17 @@ class OnnxEngine(Engine):
 
         A past is key, value, key, value … of each block, each (1, KV heads, tokens so far, head size).
         """
+        result = self._session.run(self._outputs, self._feed(ids, past))
+        return result[0][0].astype(np.float32), result[1:]
+
+    def retaining_scores(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """Scores (T, KV heads) float32 per block of a text read in one pass; `UserError` where the graph gives none."""
+        names = [f"retaining_scores.{i}" for i in range(self._blocks)]
+        if names[-1] not in {value.name for value in self._session.get_outputs()}:
+            raise UserError(f"{self.path} gives no retaining scores: its checkpoint had no retaining heads")
+        return [scores[0] for scores in self._session.run(names, self._feed(ids, None))]
+
+    def _feed(self, ids: Sequence[int], past: list[np.ndarray] | None) -> dict[str, np.ndarray]:
         past = past if past is not None else [self._empty] * (2 * self._blocks)
         seen = past[0].shape[2]
         feed = {
@@ -83,8 +94,7 @@ class OnnxEngine(Engine):
             feed["position_ids"] = np.arange(seen, seen + len(ids), dtype=np.int64)[None]
         for i in range(self._blocks):
             feed[f"past_key_values.{i}.key"], feed[f"past_key_values.{i}.value"] = past[2 * i], past[2 * i + 1]
-        result = self._session.run(self._outputs, feed)
-        return result[0][0].astype(np.float32), result[1:]
+        return feed
 
     def _chunks(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
         past = None

@@ -10,9 +10,11 @@ import numpy as np
 
 from ..errors import UserError
 from .block_chain import BlockChain, CachedText
+from .bounded_text import BoundedText
 from .early_exit import choose_at_first_confident
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
+from .kv_budget import KvBudget
 from .speculative import DraftModel, write_verified
 
 
@@ -82,3 +84,48 @@ def _write_singly(
         yield token
         if made + 1 < limit:
             text.add([token])
+
+
+class BoundedGenerator(Generator):
+    """As `OnnxGenerator`, with a cache of fixed size: how much memory a text takes does not depend on its length.
+
+    A request that extends the text before it goes on from there; any other, and another depth, is read from its
+    beginning. No drafts, no early exits.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, folder: Path, depths: Sequence[int], settings: KvBudget, threads: int = 0):
+        self._chain = BlockChain(folder, depths, threads, scores=settings.policy == "retaining")
+        self._text = BoundedText(self._chain, settings)
+        self._lock = threading.Lock()
+        self.depths = self._chain.depths
+        self.context = self._chain.context if settings.positions == "true" else 2**31
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if request.draft_depth is not None or request.exits:
+            raise UserError(
+                "a KV budget cannot be combined with drafts or early exit: evicted entries do not come back"
+            )
+
+    def generate(self, request: Request, work: Work) -> Tokens:
+        self.check(request)
+        random = np.random.default_rng(request.seed)
+        with self._lock:
+            text = self._text
+            work.reused = text.begin(request.ids, request.depth)
+            logits = text.read_prompt(request.ids[work.reused :])
+            limit = min(request.max_tokens, text.left() + 1)
+            for made in range(limit):
+                token = pick(logits, request.temperature, request.top_p, random)
+                work.depths[request.depth] += 1
+                if token in request.stop:
+                    work.finish = "stop"
+                    return
+                yield token
+                if made + 1 < limit:
+                    logits = text.read_token(token)
+
+    def close(self) -> None:
+        self._chain.close()

@@ -13,6 +13,7 @@ from ..errors import UserError
 from .bundle import ArtifactEntry, Manifest, read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
+from .kv_budget import KvBudget
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -73,6 +74,7 @@ class Session:
 
     `engine` None takes llama.cpp where the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
     `deepest` leaves greater depths out of memory. `draft` names another bundle whose deepest model drafts (onnx only).
+    `kv` bounds the cache: any text takes the same memory (onnx only, which is then the engine of None).
     Raises `UserError` for broken bundles, and for engines, types and depths that are not in it.
     """
 
@@ -86,9 +88,13 @@ class Session:
         context: int = 4096,
         deepest: int | None = None,
         draft: Path | None = None,
+        kv: KvBudget | None = None,
     ):
         self.path = Path(bundle)
         self.manifest = read_bundle(self.path)
+        self.kv = kv
+        if kv is not None and engine is None:
+            engine = "onnx"
         self.engine, self.kind = choose_artifact(self.manifest, engine, kind)
         artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
         if deepest is not None:
@@ -101,18 +107,24 @@ class Session:
         self.depths, self.context = self._generator.depths, self._generator.context
 
     def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
+        if self.kv is not None and draft is not None:
+            raise UserError("a KV budget cannot be combined with a draft: evicted entries do not come back")
         if self.engine == "llama.cpp":
+            if self.kv is not None:
+                raise UserError("a KV budget is kept by the onnx engine only: give --engine onnx")
             from .llamacpp_generator import LlamaCppGenerator
 
             if draft is not None:
                 raise UserError("another bundle can draft for the onnx engine only; for llama.cpp name a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
             return LlamaCppGenerator(files, threads, context)
-        from .onnx_generator import OnnxGenerator
+        from .onnx_generator import BoundedGenerator, OnnxGenerator
 
         # The graph of the deepest model holds all others.
         every = depth_artifacts(self.manifest, self.engine, self.kind)
         folder = self.path / every[max(every)].path
+        if self.kv is not None:
+            return BoundedGenerator(folder, sorted(artifacts), self.kv, threads)
         drafter = None if draft is None else self._drafter(draft, threads)
         return OnnxGenerator(folder, sorted(artifacts), threads, drafter)
 
@@ -149,6 +161,7 @@ class Session:
         if len(ids) > self.context:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the context has room for {self.context}: shorten it"
+                + (", or give --kv-positions contiguous" if self.kv is not None else "")
                 + ("" if self.engine == "onnx" else ", or give a greater --context")
             )
         depth = self.depths[-1] if settings.depth is None else settings.depth
