@@ -1,0 +1,78 @@
+"""Which tokens a cache of bounded size keeps, where a token is kept or dropped in all heads at once.
+
+A retaining head predicts, for every KV head, the greatest logit with which a later token will attend to this one
+(Locret, arXiv 2410.01805). Logits of different heads have no common scale. exp(score), divided by the head's sum over
+all tokens read, has: it estimates the share of the head's attention that is lost with the token, and the shares of all
+heads add up. So a token stays that one head looks at sharply before one that many heads look at as at any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens are held. `local` of a prompt's last are read after all evictions and stay."""
+
+    budget: int
+    chunk: int
+    stabilizers: int
+    local: int
+    while_decoding: bool = False  # hold at most budget + local tokens then too
+
+    def __post_init__(self) -> None:
+        for name, least in (("budget", 1), ("chunk", 1), ("stabilizers", 0), ("local", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"KV cache: {name} {getattr(self, name)} is too few; at least {least}")
+
+    def most(self, prompt: int, new: int) -> int:
+        """The most tokens that are ever held, of a prompt of so many tokens and so many new ones."""
+        room = self.budget + max(self.chunk, self.local + (1 if self.while_decoding else new))
+        return min(room, prompt + new)
+
+
+class HeldTokens:
+    """The tokens in a cache: their positions, ascending, and the scores (heads,) that each was given when it was
+    read, which are never computed again."""
+
+    def __init__(self, heads: int):
+        self.positions: NDArray[np.int64] = np.empty(0, np.int64)
+        self._scores: Floats = np.empty((0, heads), np.float32)
+        self._total: Floats = np.full(heads, -np.inf, np.float32)  # log of Σ exp(score) over all that was read
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def add(self, positions: range, scores: Floats) -> None:
+        """Tokens that were read, with scores (tokens, heads)."""
+        self.positions = np.concatenate([self.positions, np.asarray(positions, np.int64)])
+        self._scores = np.concatenate([self._scores, scores])
+        self._total = np.logaddexp(self._total, np.logaddexp.reduce(scores, axis=0))
+
+    def combined(self) -> Floats:
+        """One score per token held: its share of what was read, the mean over the heads."""
+        return np.exp(self._scores - self._total).mean(1)
+
+    def evict(self, budget: int, newest: int) -> NDArray[np.int64]:
+        """Keep the `budget` best; the `newest` tokens count as infinitely good. Returns the positions dropped.
+
+        Of equals the lower position wins. The very last token always stays: llama.cpp goes on from there only.
+        """
+        if len(self) <= max(budget, 1):
+            return np.empty(0, np.int64)
+        scores = self.combined()
+        scores[len(scores) - newest :] = np.inf
+        best = np.argsort(-scores[:-1], kind="stable")[: max(budget, 1) - 1]
+        kept = np.zeros(len(scores), bool)
+        kept[best], kept[-1] = True, True
+        dropped = self.positions[~kept]
+        self.positions, self._scores = self.positions[kept], self._scores[kept]
+        return dropped
