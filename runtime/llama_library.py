@@ -224,7 +224,6 @@ class Cache:
         threads: int,
         wanted: Callable[[bytes, str], bool],
         observe: Observe,
-        kind: int = _F16,
     ):
         self.model, self._library, self.batch = model, model.library, batch
         self._wanted, self._observe, self._error = wanted, observe, None
@@ -233,7 +232,6 @@ class Cache:
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_outputs_max = cells, batch, batch, 1
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = kind
         params.cb_eval = self._callback = _EVAL(self._evaluated)  # kept: C holds a bare pointer to it
         self.handle = llama.llama_init_from_model(model.handle, params)
         if not self.handle:

@@ -234,7 +234,7 @@ class BoundedText:
 def _longest_text(file: Path) -> int:
     """Tokens up to which llama.cpp rotates positions as the model does.
 
-    Of a model with two sets of rotary factors it takes the one for the cache's size, which here is that for short texts.
+    Of a model with two sets of rotary factors it takes the one for the cache's size: here that for short texts.
     """
     header = read_header(file)
     name = header.get("general.architecture")
