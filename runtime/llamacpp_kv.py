@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArra
 class LlamaCppKvGenerator(Generator):
     """`files` maps depths to GGUF files, `heads` is the bundle's `heads.gguf`; of the depths one is open at a time.
 
-    The memory of the cache depends on `limits` and the tokens to write, not on the prompt. Nothing is kept from one
-    text to the next: what was dropped would be missing.
+    The memory of the cache depends on `limits` and the tokens to write, not on the prompt. A text that goes on where
+    the one before it ended is read on; any other is read from its beginning, since what was dropped is missing.
     """
 
     runtime = "llama.cpp"
@@ -135,7 +135,11 @@ class LlamaCppKvGenerator(Generator):
         self._files, self._heads, self.limits = files, heads, limits
         self._threads = threads or os.cpu_count() or 1
         self._lock = threading.Lock()
-        self._depth, self._model, self._cache, self._scorer = 0, None, None, None
+        self._depth = 0
+        self._model: Model | None = None
+        self._scorer: TokenScorer | None = None
+        self._cache: Cache | None = None
+        self._text: BoundedText | None = None
         self._open(self.depths[-1])
         self.context = min(_longest_text(path) for path in files.values())
 
@@ -149,8 +153,13 @@ class LlamaCppKvGenerator(Generator):
             self._depth = depth
         return self._model, self._scorer
 
-    def _empty_cache(self, depth: int, cells: int) -> tuple[Cache, TokenScorer]:
-        model, scorer = self._open(depth)
+    def _begin(self, request: Request, cells: int) -> BoundedText:
+        """The text before, if it is the beginning of this one; else an empty one."""
+        text = self._text
+        if text is not None and request.depth == self._depth and text.cells >= cells and text.begins(request.ids):
+            return text
+        self._text = None
+        model, scorer = self._open(request.depth)
         scorer.forget()
         if self._cache is not None and self._cache.cells < cells:
             self._cache.close()
@@ -159,7 +168,8 @@ class LlamaCppKvGenerator(Generator):
             batch = min(BATCH, max(self.limits.chunk, self.limits.local))
             self._cache = Cache(model, cells, batch, self._threads, scorer.wanted, scorer.observe)
         self._cache.clear()
-        return self._cache, scorer
+        self._text = BoundedText(self._cache, scorer, self.limits)
+        return self._text
 
     def check(self, request: Request) -> None:
         super().check(request)
@@ -171,10 +181,10 @@ class LlamaCppKvGenerator(Generator):
         with self._lock:
             room = self.context - len(request.ids) + 1
             limit = min(request.max_tokens, room)
-            cells = self.limits.most(len(request.ids), limit)
-            text = BoundedText(*self._empty_cache(request.depth, cells), self.limits)
+            text = self._begin(request, self.limits.most(limit, self.context))
+            work.reused = len(text.tokens)
             random = np.random.default_rng(request.seed)
-            logits = text.read_prompt([int(token) for token in request.ids])
+            logits = text.read_prompt([int(token) for token in request.ids[work.reused :]])
             for made in range(limit):
                 token = pick(logits, request.temperature, request.top_p, random)
                 if token in request.stop:
@@ -189,21 +199,32 @@ class LlamaCppKvGenerator(Generator):
         for part in (self._cache, self._model):
             if part is not None:
                 part.close()
-        self._cache = self._model = self._scorer = None
+        self._cache = self._model = self._scorer = self._text = None
 
 
 class BoundedText:
-    """One text in a cache that holds the tokens worth keeping."""
+    """One text in a cache that holds the tokens of it worth keeping."""
 
     def __init__(self, cache: Cache, scorer: TokenScorer, limits: TokenBudget):
         self._cache, self._scorer, self._limits = cache, scorer, limits
+        self.cells = cache.cells
         self.held = HeldTokens(scorer.heads)
-        self.length = 0  # tokens read
+        self.tokens: list[int] = []  # that were read
+        self._whole = True  # no read was broken off
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether a longer text begins with this one."""
+        read = len(self.tokens)
+        return self._whole and read < len(ids) and list(ids[:read]) == self.tokens
 
     def read_prompt(self, ids: list[int]) -> Floats:
-        """Read a prompt chunk by chunk, then its local tail; the logits (V,) after it."""
+        """Read a prompt, or what comes after the text so far, chunk by chunk and then its local tail; the logits (V,)
+        after it."""
         limits = self._limits
         body = max(len(ids) - limits.local, 0)
+        if len(self.held) + len(ids) - body > limits.budget + limits.local:
+            # Answers were written since the last eviction: short turns alone must not let the cache grow.
+            self._evict(limits.budget, limits.stabilizers if body else 0)
         logits: Floats = np.empty(0, np.float32)
         for start in range(0, body, limits.chunk):
             end = min(start + limits.chunk, body)
@@ -220,11 +241,13 @@ class BoundedText:
 
     def _read(self, ids: list[int]) -> Floats:
         logits: Floats = np.empty(0, np.float32)
+        self._whole = False
         for start in range(0, len(ids), self._cache.batch):
-            piece = ids[start : start + self._cache.batch]
-            logits = self._cache.decode(piece, self.length)
-            self.held.add(range(self.length, self.length + len(piece)), self._scorer.take())
-            self.length += len(piece)
+            piece, first = ids[start : start + self._cache.batch], len(self.tokens)
+            logits = self._cache.decode(piece, first)
+            self.held.add(range(first, first + len(piece)), self._scorer.take())
+            self.tokens += piece
+        self._whole = True
         return logits
 
     def _evict(self, budget: int, newest: int) -> None:

@@ -33,10 +33,9 @@ class TokenBudget:
             if getattr(self, name) < least:
                 raise UserError(f"KV cache: {name} {getattr(self, name)} is too few; at least {least}")
 
-    def most(self, prompt: int, new: int) -> int:
-        """The most tokens that are ever held, of a prompt of so many tokens and so many new ones."""
-        room = self.budget + max(self.chunk, self.local + (1 if self.while_decoding else new))
-        return min(room, prompt + new)
+    def most(self, new: int, context: int) -> int:
+        """The most tokens that are ever held of a text of at most `context` tokens, `new` of them written at a time."""
+        return min(context, self.budget + max(self.chunk, self.local + (1 if self.while_decoding else new)))
 
 
 class HeldTokens:
