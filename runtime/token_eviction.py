@@ -8,34 +8,17 @@ heads add up. So a token stays that one head looks at sharply before one that ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from .kv_budget import KvBudget
 
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class TokenBudget:
-    """How many tokens are held. `local` of a prompt's last are read after all evictions and stay."""
-
-    budget: int
-    chunk: int
-    stabilizers: int
-    local: int
-    while_decoding: bool = False  # hold at most budget + local tokens then too
-
-    def __post_init__(self) -> None:
-        for name, least in (("budget", 1), ("chunk", 1), ("stabilizers", 0), ("local", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"KV cache: {name} {getattr(self, name)} is too few; at least {least}")
-
-    def most(self, new: int, context: int) -> int:
-        """The most tokens that are ever held of a text of at most `context` tokens, `new` of them written at a time."""
-        return min(context, self.budget + max(self.chunk, self.local + (1 if self.while_decoding else new)))
+def most_tokens(limits: KvBudget, new: int, context: int) -> int:
+    """The most tokens that are ever held of a text of at most `context` tokens, `new` of them written at a time."""
+    return min(context, limits.budget + max(limits.chunk, limits.local + (1 if limits.evict_decoding else new)))
 
 
 class HeldTokens:

@@ -7,6 +7,7 @@ and this one compares. All cases share that process: it takes longer to start th
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -25,13 +26,13 @@ from compress.modeling.blocks import AttentionShape, Decoder, without_blocks
 from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
 from compress.runtime import llama_library
+from compress.runtime.kv_budget import KvBudget
 from compress.runtime.llamacpp_engine import LlamaCppEngine
-from compress.runtime.llamacpp_kv import heads_budget
-from compress.runtime.token_eviction import HeldTokens, TokenBudget
+from compress.runtime.token_eviction import HeldTokens, most_tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
-LIMITS = TokenBudget(budget=12, chunk=7, stabilizers=3, local=5)
-ROOMY = TokenBudget(budget=100, chunk=7, stabilizers=3, local=5)
+LIMITS = KvBudget(budget=12, chunk=7, stabilizers=3, local=5)
+ROOMY = KvBudget(budget=100, chunk=7, stabilizers=3, local=5)
 NEW = 12
 FORCED = [11, 190, 33, 7, 120, 64, 9, 201, 77, 15]  # read one by one after the prompt
 
@@ -42,7 +43,7 @@ loaded = cache(load_model)
 @dataclass(frozen=True)
 class Case:
     family: str
-    limits: TokenBudget
+    limits: KvBudget
     prompt: int = 60
     options: dict[str, Any] = field(default_factory=dict)
     depth: int | None = None  # of a file that is cut into parts; None: all blocks, in one file
@@ -62,15 +63,16 @@ class Case:
 
 CASES: dict[str, Case] = {
     **{family: Case(family, LIMITS) for family in FAMILIES},
-    **{f"{family}, evicting while it writes": Case(family, TokenBudget(12, 7, 3, 5, True)) for family in FAMILIES},
+    **{
+        f"{family}, evicting while it writes": Case(family, KvBudget(12, 7, 3, 5, evict_decoding=True))
+        for family in FAMILIES
+    },
     **{f"{family}, nothing to evict": Case(family, ROOMY) for family in FAMILIES},
     "one block, untied, as many KV heads": Case("llama", LIMITS, options={"blocks": 1, "kv_heads": 4, "tied": False}),
-    "far more tokens than cells": Case("qwen2", TokenBudget(40, 64, 8, 16), 700, {"max_positions": 1024}),
-    "a chunk in several batches, no tail": Case(
-        "llama", TokenBudget(30, 600, 0, 0, True), 700, {"max_positions": 1024}
-    ),
+    "far more tokens than cells": Case("qwen2", KvBudget(40, 64, 8, 16), 700, {"max_positions": 1024}),
+    "a chunk in several batches, no tail": Case("llama", KvBudget(30, 600, 0, 0), 700, {"max_positions": 1024}),
     "a prompt that is all tail": Case("llama", LIMITS, prompt=4),
-    "a budget of one token": Case("llama", TokenBudget(1, 7, 0, 0, True), prompt=20),
+    "a budget of one token": Case("llama", KvBudget(1, 7, 0, 1, evict_decoding=True), prompt=20),
     "half the blocks of a model in parts": Case("llama", LIMITS, depth=2),
 }
 
@@ -80,12 +82,13 @@ import numpy as np
 from pathlib import Path
 from compress.runtime.generator import Request, Work
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
-from compress.runtime.token_eviction import TokenBudget
+from compress.runtime.kv_budget import KvBudget
+from compress.runtime.token_eviction import most_tokens
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    limits, depth, ids = TokenBudget(**job["limits"]), job["depth"], job["ids"]
+    limits, depth, ids = KvBudget(**job["limits"]), job["depth"], job["ids"]
     kv = LlamaCppKvGenerator({depth: Path(job["model"])}, Path(job["heads"]), limits, threads=1)
-    text = kv._begin(Request(ids, job["new"], depth), limits.most(job["new"], kv.context))
+    text = kv._begin(Request(ids, job["new"], depth), most_tokens(limits, job["new"], kv.context))
     cache, scorer = text._cache, text._scorer
     scores, logits, held, most = [], [], [], 0
     take, decode = scorer.take, cache.decode
@@ -189,7 +192,7 @@ class Reference:
             self.evict(self.limits.budget, self.limits.stabilizers if end < body else 0)
         self.read(body, case.prompt)
         for position in range(case.prompt, len(self.ids)):
-            if self.limits.while_decoding:
+            if self.limits.evict_decoding:
                 self.evict(max(self.limits.budget + self.limits.local - 1, 1), self.limits.local)
             self.held.append(list(self.alive))
             self.read(position, position + 1)
@@ -244,10 +247,10 @@ def test_llama_cpp_with_a_bounded_cache_is_the_torch_model_without_those_tokens(
 @pytest.mark.parametrize("name", CASES)
 def test_memory_does_not_grow_with_the_prompt(runs, name):
     found, case = runs[name], CASES[name]
-    assert found["most"] <= case.limits.most(NEW, 4096) <= found["cells"]
+    assert found["most"] <= most_tokens(case.limits, NEW, 4096) <= found["cells"]
     if case.prompt > 256:  # llama.cpp makes caches of multiples of 256 cells
-        assert found["cells"] == 256 * -(-case.limits.most(NEW, 4096) // 256)
-    if case.limits.while_decoding:
+        assert found["cells"] == 256 * -(-most_tokens(case.limits, NEW, 4096) // 256)
+    if case.limits.evict_decoding:
         assert found["most"] <= case.limits.budget + max(case.limits.chunk, case.limits.local + 1)
 
 
@@ -275,13 +278,14 @@ from compress.errors import UserError
 from compress.runtime import llama_library
 from compress.runtime.generator import Request, Work
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
-from compress.runtime.token_eviction import TokenBudget
+from compress.runtime.kv_budget import KvBudget
+from compress.runtime.token_eviction import most_tokens
 
 model, heads, others, broken, second = map(Path, sys.argv[1:6])
 
-def refused(file, heads, depth, why):
+def refused(file, heads, depth, why, **options):
     try:
-        LlamaCppKvGenerator({depth: file}, heads, TokenBudget(4, 4, 0, 2), threads=1)
+        LlamaCppKvGenerator({depth: file}, heads, KvBudget(4, 4, 0, 2, **options), threads=1)
     except UserError as error:
         assert why in str(error), error
     else:
@@ -292,7 +296,9 @@ refused(second, heads, 2, "name the first")
 refused(model, others, 4, "do not fit the model")
 refused(model, heads, 5, "do not fit the model")
 refused(model, model, 4, "holds no retaining heads")
-kv = LlamaCppKvGenerator({4: model}, heads, TokenBudget(4, 4, 0, 2), threads=1)
+refused(model, heads, 4, "at true positions only", positions="contiguous")
+refused(model, heads, 4, "by retaining heads", policy="recent")
+kv = LlamaCppKvGenerator({4: model}, heads, KvBudget(4, 4, 0, 2), threads=1)
 for options in ({"draft_depth": 4}, {"exits": {4: 0.5}}, {"depth": 3}):
     try:
         next(kv.generate(Request(**{"ids": [5, 6], "max_tokens": 2, "depth": 4, **options}), Work()))
@@ -343,6 +349,39 @@ def test_what_cannot_work_is_refused(runs, shaken, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+SESSIONS = """
+import sys
+from pathlib import Path
+from compress.runtime.kv_budget import choose_budget
+from compress.runtime.session import Session, Settings
+
+bundle, prompt = Path(sys.argv[1]), "the way of many people is which model " * 12
+texts = {}
+for depth in (2, 4):
+    for budget in (None, 400, 16):
+        kv = None if budget is None else choose_budget(bundle, budget, evict_decoding=True)
+        with Session(bundle, "llama.cpp", threads=1, context=512, deepest=depth, kv=kv) as session:
+            texts[depth, budget] = "".join(piece.text for piece in session.complete(prompt, Settings(24)))
+    assert texts[depth, None] == texts[depth, 400], texts
+    assert texts[depth, 16], texts
+assert any(texts[depth, 16] != texts[depth, 400] for depth in (2, 4)), texts
+"""
+
+
+def test_a_bundle_writes_with_a_budget_at_each_depth(bundle, tmp_path):
+    """Beside the llama.cpp that runs without one, in the same process."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    (folder / "retaining").mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(5)
+    shape = AttentionShape(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
+    write_heads(RetainingHeads(config["num_hidden_layers"], shape, 8), folder / "retaining" / "heads.gguf")
+    (folder / "retaining" / "settings.json").write_text('{"budget": 16, "chunk": 7, "stabilizers": 3, "local": 5}')
+    done = run_python(SESSIONS, folder)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_ggml_in_the_process_is_noticed():
     """Quantizing loads libggml-python's; llama.cpp would be linked to it without a word."""
     code = (
@@ -364,22 +403,6 @@ def test_the_missing_extra_is_named(monkeypatch):
     llama_library.open_library.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'compress\[llama-kv\]'"):
         llama_library.open_library()
-
-
-def test_the_sidecar_says_how_it_is_used(tmp_path, shaken):
-    write_heads(CASES["llama"].torch_model(shaken)[1], tmp_path / "heads.gguf")
-    assert heads_budget(tmp_path / "heads.gguf") == LIMITS
-    assert heads_budget(tmp_path / "heads.gguf", 99, True) == TokenBudget(99, 7, 3, 5, True)
-    gguf_without = tmp_path / "other.gguf"
-    write_gguf(shaken("llama"), gguf_without, "F16")
-    with pytest.raises(UserError, match=r"compress\.retain\.budget is missing"):
-        heads_budget(gguf_without)
-
-
-@pytest.mark.parametrize("name", ["budget", "chunk", "stabilizers", "local"])
-def test_limits_below_their_least_are_refused(name):
-    with pytest.raises(UserError, match=f"{name} -1 is too few"):
-        TokenBudget(**{"budget": 1, "chunk": 1, "stabilizers": 0, "local": 0, name: -1})
 
 
 def held(scores: list[list[float]]) -> HeldTokens:
