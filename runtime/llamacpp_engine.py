@@ -16,6 +16,7 @@ import queue
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -250,16 +251,25 @@ class LlamaCppEngine(Engine):
         self._server = None
 
 
-def _import_xllamacpp() -> Any:
-    # GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on
-    # the machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
+@contextmanager
+def short_spins() -> Iterator[None]:
+    """Load a library of llama.cpp in here.
+
+    GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
+    machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
+    """
     before = os.environ.get("GOMP_SPINCOUNT")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        import xllamacpp
+        yield
     finally:
         if before is None:
             os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+def _import_xllamacpp() -> Any:
+    with short_spins():
+        import xllamacpp
     return xllamacpp
 
 

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .bundle import ArtifactEntry, Manifest, read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
-from .kv_budget import KvBudget
+from .kv_budget import FOLDER, KvBudget
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -74,7 +74,7 @@ class Session:
 
     `engine` None takes llama.cpp where the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
     `deepest` leaves greater depths out of memory. `draft` names another bundle whose deepest model drafts (onnx only).
-    `kv` bounds the cache: any text takes the same memory (onnx only, which is then the engine of None).
+    `kv` bounds the cache: any text takes the same memory; the engine of None is onnx then.
     Raises `UserError` for broken bundles, and for engines, types and depths that are not in it.
     """
 
@@ -110,13 +110,14 @@ class Session:
         if self.kv is not None and draft is not None:
             raise UserError("a KV budget cannot be combined with a draft: evicted entries do not come back")
         if self.engine == "llama.cpp":
-            if self.kv is not None:
-                raise UserError("a KV budget is kept by the onnx engine only: give --engine onnx")
             from .llamacpp_generator import LlamaCppGenerator
+            from .llamacpp_kv import HEADS, LlamaCppKvGenerator
 
             if draft is not None:
                 raise UserError("another bundle can draft for the onnx engine only; for llama.cpp name a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
+            if self.kv is not None:
+                return LlamaCppKvGenerator(files, self.path / FOLDER / HEADS, self.kv, threads)
             return LlamaCppGenerator(files, threads, context)
         from .onnx_generator import BoundedGenerator, OnnxGenerator
 

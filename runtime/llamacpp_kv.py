@@ -1,0 +1,264 @@
+"""Writing text with llama.cpp and a KV cache of bounded size: retaining heads say which tokens stay.
+
+While llama.cpp reads tokens, its evaluation callback hands out every block's queries, keys and values as the
+projections give them; the heads score them here, in numpy. Positions stay what they were in the text.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from .engine import pick
+from .generator import Generator, Request, Tokens, Work
+from .gguf_header import read_header, split_files
+from .kv_budget import KvBudget
+from .llama_library import Cache, Model
+from .token_eviction import HeldTokens, most_tokens
+
+HEADS = "heads.gguf"  # in a bundle's folder of retaining heads
+BATCH = 512  # tokens read at once at most; a chunk may take several
+Floats = NDArray[np.float32]
+_PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
+# What the projections give is a product or, with a bias, a sum; norms and rotations of the same name come later.
+_PROJECTIONS = ("MUL_MAT", "ADD")
+
+
+class TokenScorer:
+    """Retaining heads from a `heads.gguf` for a model's first `blocks` blocks: collects what llama.cpp computes.
+
+    `header` is the model's. `pairs_adjacent`: its query and key rows are reordered, so that pairs that are rotated
+    together are neighbours; the heads were trained on the halves' order, and their columns are reordered alike.
+    """
+
+    def __init__(self, file: Path, header: Mapping[str, Any], blocks: int, pairs_adjacent: bool):
+        name = header["general.architecture"]
+        heads = header[f"{name}.attention.head_count"]
+        groups = header.get(f"{name}.attention.head_count_kv", heads)
+        size = header.get(f"{name}.attention.key_length", header[f"{name}.embedding_length"] // heads)
+        order = _columns(heads, groups, size, pairs_adjacent)
+        weights = read_heads(file)
+        self._weights: list[tuple[Floats, Floats]] = []
+        for block in range(blocks):
+            w1, w2 = (weights.get(f"blk.{block}.retain_{layer}.weight") for layer in (1, 2))
+            if w1 is None or w2 is None or w1.shape[1] != len(order) or w2.shape != (groups, w1.shape[0]):
+                raise UserError(f"the retaining heads in {file} do not fit the model: see its block {block}")
+            self._weights.append((np.ascontiguousarray(w1[:, order].T), np.ascontiguousarray(w2.T)))
+        self.heads = blocks * groups
+        self._block, self._parts = 0, {}
+        self._scores: list[Floats] = []
+
+    @staticmethod
+    def wanted(name: bytes, operation: str) -> bool:
+        """Whether a tensor of llama.cpp's graph is what a projection of a block gives."""
+        return name[:4] in _PARTS and name[4:5] == b"-" and operation in _PROJECTIONS
+
+    def observe(self, name: bytes, values: Floats) -> None:
+        """A block's part; the blocks come in order, and a sum with a bias after the product."""
+        block = int(name[5:])
+        if block != self._block:
+            self._finish()
+            self._block = block
+        self._parts[_PARTS[name[:4]]] = values
+
+    def _finish(self) -> None:
+        if self._block != len(self._scores):
+            raise RuntimeError(f"llama.cpp computed block {self._block} out of order")
+        qkv = np.concatenate([self._parts[part] for part in sorted(self._parts)], axis=1)
+        self._parts = {}
+        w1, w2 = self._weights[self._block]
+        hidden = qkv @ w1
+        with np.errstate(over="ignore"):  # exp of a large number is inf, and x / inf is 0, as it should be
+            hidden /= 1 + np.exp(-hidden)
+        self._scores.append(hidden @ w2)
+
+    def take(self) -> Floats:
+        """Scores (tokens, blocks · KV heads) of what was read since the last time."""
+        self._finish()
+        scores, self._scores, self._block = self._scores, [], 0
+        if len(scores) != len(self._weights):
+            raise RuntimeError(f"llama.cpp computed {len(scores)} of {len(self._weights)} blocks")
+        return np.concatenate(scores, axis=1)
+
+    def forget(self) -> None:
+        """Whatever a read that failed has left."""
+        self._block, self._parts, self._scores = 0, {}, []
+
+
+def read_heads(file: Path) -> dict[str, Floats]:
+    """The tensors of a `heads.gguf` by name. `UserError` for anything else."""
+    if read_header(file).get("general.architecture") != "compress-retain":
+        raise UserError(f"{file} holds no retaining heads")
+    from gguf import GGUFReader
+
+    return {tensor.name: np.asarray(tensor.data, np.float32) for tensor in GGUFReader(file).tensors}
+
+
+def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArray[np.int64]:
+    """For each of llama.cpp's concatenated queries, keys and values the number of the same one in the heads' order."""
+    order = np.arange((heads + 2 * groups) * size)
+    if pairs_adjacent:
+        rotated = (heads + groups) * size
+        halves = order[:rotated].reshape(heads + groups, 2, size // 2)
+        order[:rotated] = halves.swapaxes(1, 2).reshape(-1)
+    return order
+
+
+class LlamaCppKvGenerator(Generator):
+    """`files` maps depths to GGUF files, `heads` is the bundle's `heads.gguf`; of the depths one is open at a time.
+
+    The memory of the cache depends on `limits` and the tokens to write, not on the prompt. A text that goes on where
+    the one before it ended is read on; any other is read from its beginning, since what was dropped is missing.
+    """
+
+    runtime = "llama.cpp"
+
+    def __init__(self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0):
+        if limits.policy != "retaining" or limits.positions != "true":
+            raise UserError(
+                f"llama.cpp keeps a KV budget by retaining heads and at true positions only, not by {limits.policy} at "
+                f"{limits.positions} ones: use the onnx engine"
+            )
+        self.depths = tuple(sorted(files))
+        self._files, self._heads, self.limits = files, heads, limits
+        self._threads = threads or os.cpu_count() or 1
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._model: Model | None = None
+        self._scorer: TokenScorer | None = None
+        self._cache: Cache | None = None
+        self._text: BoundedText | None = None
+        self._open(self.depths[-1])
+        self.context = min(_longest_text(path) for path in files.values())
+
+    def _open(self, depth: int) -> tuple[Model, TokenScorer]:
+        if self._model is None or self._scorer is None or depth != self._depth:
+            self.close()
+            file = self._files[depth]
+            split_files(file)  # names a part that is missing; llama.cpp finds them by itself
+            model = self._model = Model(file)
+            self._scorer = TokenScorer(self._heads, read_header(file), depth, model.pairs_adjacent)
+            self._depth = depth
+        return self._model, self._scorer
+
+    def _begin(self, request: Request, cells: int) -> BoundedText:
+        """The text before, if it is the beginning of this one; else an empty one."""
+        text = self._text
+        if text is not None and request.depth == self._depth and text.cells >= cells and text.begins(request.ids):
+            return text
+        self._text = None
+        model, scorer = self._open(request.depth)
+        scorer.forget()
+        if self._cache is not None and self._cache.cells < cells:
+            self._cache.close()
+            self._cache = None
+        if self._cache is None:
+            batch = min(BATCH, max(self.limits.chunk, self.limits.local))
+            self._cache = Cache(model, cells, batch, self._threads, scorer.wanted, scorer.observe)
+        self._cache.clear()
+        self._text = BoundedText(self._cache, scorer, self.limits)
+        return self._text
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if request.exits or request.draft_depth is not None:
+            raise UserError("llama.cpp with a bounded KV cache neither drafts nor exits early: leave that out")
+
+    def generate(self, request: Request, work: Work) -> Tokens:
+        self.check(request)
+        with self._lock:
+            room = self.context - len(request.ids) + 1
+            limit = min(request.max_tokens, room)
+            text = self._begin(request, most_tokens(self.limits, limit, self.context))
+            work.reused = len(text.tokens)
+            random = np.random.default_rng(request.seed)
+            logits = text.read_prompt([int(token) for token in request.ids[work.reused :]])
+            for made in range(limit):
+                token = pick(logits, request.temperature, request.top_p, random)
+                if token in request.stop:
+                    work.finish = "stop"
+                    return
+                work.depths[request.depth] += 1
+                yield token
+                if made + 1 < limit:
+                    logits = text.read_one(token)
+
+    def close(self) -> None:
+        for part in (self._cache, self._model):
+            if part is not None:
+                part.close()
+        self._cache = self._model = self._scorer = self._text = None
+
+
+class BoundedText:
+    """One text in a cache that holds the tokens of it worth keeping."""
+
+    def __init__(self, cache: Cache, scorer: TokenScorer, limits: KvBudget):
+        self._cache, self._scorer, self._limits = cache, scorer, limits
+        self.cells = cache.cells
+        self.held = HeldTokens(scorer.heads)
+        self.tokens: list[int] = []  # that were read
+        self._whole = True  # no read was broken off
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether a longer text begins with this one."""
+        read = len(self.tokens)
+        return self._whole and read < len(ids) and list(ids[:read]) == self.tokens
+
+    def read_prompt(self, ids: list[int]) -> Floats:
+        """Read a prompt, or what comes after the text so far, chunk by chunk and then its local tail; the logits (V,)
+        after it."""
+        limits = self._limits
+        body = max(len(ids) - limits.local, 0)
+        if len(self.held) + len(ids) - body > limits.budget + limits.local:
+            # Answers were written since the last eviction: short turns alone must not let the cache grow.
+            self._evict(limits.budget, limits.stabilizers if body else 0)
+        logits: Floats = np.empty(0, np.float32)
+        for start in range(0, body, limits.chunk):
+            end = min(start + limits.chunk, body)
+            logits = self._read(ids[start:end])
+            self._evict(limits.budget, limits.stabilizers if end < body else 0)
+        return self._read(ids[body:]) if body < len(ids) else logits
+
+    def read_one(self, token: int) -> Floats:
+        """Read a token that was written; the logits (V,) after it."""
+        limits = self._limits
+        if limits.evict_decoding:
+            self._evict(limits.budget + limits.local - 1, limits.local)
+        return self._read([token])
+
+    def _read(self, ids: list[int]) -> Floats:
+        logits: Floats = np.empty(0, np.float32)
+        self._whole = False
+        for start in range(0, len(ids), self._cache.batch):
+            piece, first = ids[start : start + self._cache.batch], len(self.tokens)
+            logits = self._cache.decode(piece, first)
+            self.held.add(range(first, first + len(piece)), self._scorer.take())
+            self.tokens += piece
+        self._whole = True
+        return logits
+
+    def _evict(self, budget: int, newest: int) -> None:
+        self._cache.drop(self.held.evict(budget, newest))
+
+
+def _longest_text(file: Path) -> int:
+    """Tokens up to which llama.cpp rotates positions as the model does.
+
+    Of a model with two sets of rotary factors it takes the one for the cache's size: here that for short texts.
+    """
+    header = read_header(file)
+    name = header.get("general.architecture")
+    trained = header.get(f"{name}.context_length")
+    if not isinstance(trained, int):
+        raise UserError(f"{file} is not a language model: its header names no context length")
+    if header.get(f"{name}.rope.scaling.type") == "longrope":
+        trained = min(trained, header.get(f"{name}.rope.scaling.original_context_length", trained))
+    return trained
