@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--stabilizers", type=int, default=64)
     parser.add_argument("--local", type=int, default=100)
     parser.add_argument("--policy", default="retaining")
+    parser.add_argument("--evict-decoding", action="store_true", help="moves and turns keys at every token")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
@@ -80,7 +81,8 @@ def main() -> None:
         print(json.dumps(measure_cell(options.bundle, json.loads(options.cell))))
         return
     settings = {"chunk": options.chunk, "stabilizers": options.stabilizers, "local": options.local}
-    settings |= {"budget": options.budget, "policy": options.policy, "positions": "contiguous", "evict_decoding": True}
+    settings |= {"budget": options.budget, "policy": options.policy, "positions": "contiguous"}
+    settings |= {"evict_decoding": options.evict_decoding}
     how = {"type": options.type, "new_tokens": options.new_tokens, "threads": options.threads}
     report = {"bundle": options.bundle.name, "kv": settings, **how, "cells": []}
     if options.out.exists():

@@ -171,10 +171,10 @@ class BoundedText:
         for block in range(self.depth):
             for head, gone in enumerate(worst(self.scores[block][:, : end - self.settings.local])):
                 for buffer in (self.keys[block][0], self.values[block][0], self.scores[block]):
-                    buffer[head, gone : end - 1] = buffer[head, gone + 1 : end].copy()
+                    buffer[head, gone : end - 1] = buffer[head, gone + 1 : end]  # numpy minds the overlap
                 if self.frequencies is not None:
                     moved = self.keys[block][0, head : head + 1, gone : end - 1]
-                    turn(moved, np.full((1, end - 1 - gone), -1), self.frequencies)
+                    turn(moved, np.array([[-1]]), self.frequencies)
         self.held -= 1
 
     def _grow(self, room: int) -> None:

@@ -145,10 +145,10 @@ def rotary_frequencies(config: dict[str, Any], head_size: int) -> np.ndarray:
 
 
 def turn(keys: np.ndarray, by: np.ndarray, frequencies: np.ndarray) -> None:
-    """Turn rotated keys (G, n, D) on by so many positions, (G, n), in place."""
-    half = len(frequencies)
-    angles = by[..., None] * frequencies
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    """Turn rotated keys (G, n, D) on by so many positions, (G, n) or what fits it, in place."""
+    half, least = len(frequencies), by.min()
+    angles = np.arange(least, by.max() + 1)[:, None] * frequencies  # few turns are made by many keys
+    cos, sin = (function(angles).astype(np.float32)[by - least] for function in (np.cos, np.sin))
     first, second = keys[..., :half].copy(), keys[..., half : 2 * half]
     keys[..., :half] = first * cos - second * sin
     keys[..., half : 2 * half] = second * cos + first * sin

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from compress.modeling.blocks import AttentionShape, Decoder
 from compress.modeling.checkpoint import link_files
 from compress.modeling.load import load_config, load_model
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
+from compress.pipeline import cli
 from compress.pipeline.direct import extract_command
 from compress.pipeline.inspection import inspect_path
 from compress.runtime.bundle import read_bundle
@@ -64,9 +63,8 @@ def kv_bundle(checkpoint, inline_builder) -> Path:
     return out
 
 
-def compress(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "compress", *map(str, arguments)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+def compress(*arguments: object) -> None:
+    cli.app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def torch_scores(checkpoint: Path) -> list[np.ndarray]:
@@ -153,7 +151,7 @@ def shown(path: Path) -> str:
     return out.getvalue()
 
 
-def test_inspect_and_the_card_tell_of_heads(kv_bundle, checkpoint):
+def test_inspect_and_the_card_tell_of_heads(kv_bundle, checkpoint, capsys, monkeypatch):
     for text in (shown(checkpoint), shown(kv_bundle)):
         assert "retaining heads" in text and "width 24" in text and "budget" in text
     assert "retaining scores │ 4 blocks" in shown(kv_bundle / "onnx/int4/d2/d4")
@@ -161,9 +159,9 @@ def test_inspect_and_the_card_tell_of_heads(kv_bundle, checkpoint):
     command = re.search(r"    (compress generate \. .*--kv-budget .*) < text", (kv_bundle / "README.md").read_text())
     assert command is not None
     where = [str(kv_bundle) if word == "." else word for word in command[1].split()[1:]]
-    done = compress(*where, "--max-tokens", 4, text="the way of many people " * 40)
-    assert done.returncode == 0, done.stderr
-    assert "24 keys and values per head (retaining)" in done.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO("the way of many people " * 40))
+    compress(*where, "--max-tokens", 4)
+    assert "24 keys and values per head (retaining)" in capsys.readouterr().err
 
 
 def test_an_extracted_onnx_folder_keeps_its_scores(kv_bundle, tmp_path):
@@ -215,18 +213,19 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
 )
 def test_misuse_is_one_message(kv_bundle, arguments, message):
     command, *rest = arguments
-    done = compress(command, kv_bundle, *rest, *(["--prompt", "hi"] if command == "generate" else []))
-    assert done.returncode != 0 and message in done.stderr.replace("\n", " ")
+    with pytest.raises(UserError, match=message):
+        compress(command, kv_bundle, *rest, *(["--prompt", "hi"] if command == "generate" else []))
 
 
-def test_chat_and_bench_keep_a_budget(kv_bundle):
+def test_chat_and_bench_keep_a_budget(kv_bundle, capsys, monkeypatch):
     talk = "the way of many people and the water\nwhat time is it\n/depth 2\nand now\n"
-    done = compress("chat", kv_bundle, "--kv-budget", 24, "--kv-evict-decoding", "--max-tokens", 6, text=talk)
-    assert done.returncode == 0 and len(done.stdout.strip("\n").splitlines()) >= 3, done.stderr
-    done = compress(
+    monkeypatch.setattr("sys.stdin", io.StringIO(talk))
+    compress("chat", kv_bundle, "--kv-budget", 24, "--kv-evict-decoding", "--max-tokens", 6, "--engine", "onnx")
+    said = capsys.readouterr()
+    assert said.out.count("\n") >= 3 and "error" not in said.err
+    compress(
         *("bench", kv_bundle, "--type", "int4", "--kv-budget", 24, "--kv-positions", "contiguous", "--json"),
         *("--prompt-tokens", 700, "--new-tokens", 4, "--repeat", 1),
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(capsys.readouterr().out)
     assert found["kv"]["budget"] == 24 and [entry["prompt_tokens"] for entry in found["depths"]] == [700, 700]

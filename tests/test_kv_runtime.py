@@ -145,7 +145,7 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def exported(shaken, root, inline_builder) -> Callable[..., tuple[Path, Path]]:
+def exported(shaken, root, inline_builder) -> Callable[..., Any]:
     """exported(case) -> a checkpoint with heads and its float32 ONNX folder, made once."""
 
     def make(case: str = "llama") -> tuple[Path, Path]:
