@@ -1,8 +1,8 @@
 """The table of docs/retaining.md: what is found again in long prompts, policy by policy, at equal budget.
 
     python benchmarks/retrieval.py --checkpoint runs/x/retain-0a1b2c/model --text wikitext2_valid.txt
-        [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--policies full,retaining,recent,snapkv,random,oracle]
-        [--tasks passkey,keys,continuation] [--positions true] [--out build/retrieval]
+        [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--tasks passkey,keys,continuation]
+        [--policies full,retaining,recent,snapkv,random,oracle] [--positions true] [--out build/retrieval]
 
 Numbers are hidden among made-up sentences; the text is only continued. A fraction of 8 is a budget of an eighth of the
 prompt's tokens per block and KV head, the same for every policy; the last tokens of the prompt come on top. Each
@@ -114,10 +114,8 @@ def main() -> None:
         }
         return RetrievalConfig.model_validate(values)
 
-    what = {
-        name: str(getattr(options, name))
-        for name in ("checkpoint", "text", "hide_in_text", "depths", "positions", "continued", "chunk", "stabilizers", "local")
-    }
+    free = {"lengths", "fractions", "rows", "policies", "tasks", "out", "device", "dtype"}  # may change from run to run
+    what = {name: str(value) for name, value in vars(options).items() if name not in free}
     settings = options.out / "settings.json"
     if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != what:
         raise SystemExit(f"{options.out} holds measurements with other settings ({settings}); choose another --out")
