@@ -1,12 +1,12 @@
 """The table of docs/retaining.md: what is found again in long prompts, policy by policy, at equal budget.
 
     python benchmarks/retrieval.py --checkpoint runs/x/retain-0a1b2c/model --text wikitext2_valid.txt
-        [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--policies full,retaining,recent,snapkv,random,oracle]
-        [--tasks passkey,keys,continuation] [--positions true] [--out build/retrieval]
+        [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--tasks passkey,keys,continuation]
+        [--policies full,retaining,recent,snapkv,random,oracle] [--positions true] [--out build/retrieval]
 
 Numbers are hidden among made-up sentences; the text is only continued. A fraction of 8 is a budget of an eighth of the
 prompt's tokens per block and KV head, the same for every policy; the last tokens of the prompt come on top. Each
-measurement is kept in OUT/measured.jsonl as soon as it is made, so a run that was stopped goes on, and one with more rows
+measurement is kept in OUT as soon as it is made, so a run that was stopped goes on, and one with more rows
 or policies adds to it; the table goes to OUT/table.md.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def _written(measured: Sequence[Measured]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="with heads, where the policy retaining is asked for")
-    parser.add_argument("--text", type=Path, help="to continue; none: the task continuation is left out")
+    parser.add_argument("--text", type=Path, help="to continue")
     parser.add_argument("--hide-in-text", action="store_true", help="hide the numbers in the text, too")
     parser.add_argument("--lengths", default="2048,4096,8192")
     parser.add_argument("--fractions", default="2,4,8,16", help="of the context that is kept: 8 is an eighth")
@@ -92,7 +91,10 @@ def main() -> None:
     folder = resolve(options.checkpoint, options.out / "sources", progress=progress)
     context = Context(device=options.device, dtype=options.dtype, progress=progress)
     tokenizer, model = load_tokenizer(folder), load_model(folder, options.dtype, options.device)
-    tasks = [task for task in options.tasks.split(",") if task != "continuation" or options.text is not None]
+    asked = options.tasks.split(",")
+    if "continuation" in asked and options.text is None:
+        raise SystemExit("the task continuation needs a --text")
+    tasks = [task for task in TASKS if task in asked]  # the continuation last
     text = str(options.text.resolve()) if options.text is not None else None
 
     def config(tasks: list[str], text: str | None) -> RetrievalConfig:
@@ -112,27 +114,28 @@ def main() -> None:
         }
         return RetrievalConfig.model_validate(values)
 
-    file = options.out / "measured.jsonl"
-    measured: dict[str, Measured] = {}
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            one = Measured(**json.loads(line))
-            measured[one.key] = one
+    free = {"lengths", "fractions", "rows", "policies", "tasks", "out", "device", "dtype"}  # may change from run to run
+    what = {name: str(value) for name, value in vars(options).items() if name not in free}
+    settings = options.out / "settings.json"
+    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != what:
+        raise SystemExit(f"{options.out} holds measurements with other settings ({settings}); choose another --out")
+    settings.write_text(json.dumps(what, indent=2), encoding="utf-8")
     hidden = [task for task in tasks if task != "continuation"]
-    parts = [(hidden, text if options.hide_in_text else None), (["continuation"] if "continuation" in tasks else [], text)]
-    for own, source in parts:
+    found: dict[str, list[Measured]] = {}
+    for own, source in ((hidden, text if options.hide_in_text else None), (tasks[len(hidden) :], text)):
         if not own:
             continue
+        name = "continuation" if own == ["continuation"] else "hidden"
         retrieval = Retrieval(config(own, source), context, tokenizer)
+
+        def told(measured: list[Measured], name: str = name) -> None:
+            found[name] = measured
+            both = [one for part in found.values() for one in part]
+            (options.out / "table.md").write_text(table(both, lengths, fractions), encoding="utf-8")
+
         with progress.bar(" and ".join(own), len(retrieval.names())) as advance:
-            advance(sum(name in measured for name in retrieval.names()))
-            for one in retrieval.run(model, folder, advance, measured):
-                measured[one.key] = one
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(asdict(one)) + "\n")
-                written = table(list(measured.values()), lengths, fractions)
-                (options.out / "table.md").write_text(written, encoding="utf-8")
-    print(table(list(measured.values()), lengths, fractions))
+            told(retrieval.collect(model, folder, options.out / f"{name}.json", advance, told))
+    print((options.out / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

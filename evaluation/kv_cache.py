@@ -1,9 +1,9 @@
 """A KV cache of fixed size in torch: what is held of a long prompt, per block and KV head, is chosen by a policy.
 
-The prompt is read in chunks; after each, the `budget` best-scored entries of every head stay, in their original order, the
-newest `stabilizers` among them whatever their score, but after the last one. The prompt's last `local` tokens are read
-after that, and nothing of them goes (Locret, arXiv 2410.01805). Shapes are of one row; T tokens are read at once, n
-entries are held by each of G KV heads.
+The prompt is read in chunks; after each, the `budget` best-scored entries of every head stay, in their original order,
+and after each but the last the newest `stabilizers` are among them whatever their score. The last `local` tokens of a
+prompt are read after that, and nothing of them goes (Locret, arXiv 2410.01805). Shapes are of one row; T tokens are
+read at once, n entries are held by each of G KV heads.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def best(scores: Tensor, budget: int, protected: int = 0) -> Tensor:
 
 
 def all_but_worst(scores: Tensor, local: int) -> Tensor:
-    """Indices (G, n - 1), ascending, without the smallest of scores (G, n), the last `local` left out; of equal ones the
-    last goes."""
+    """Indices (G, n - 1), ascending, without the smallest of scores (G, n) but the last `local`; of equal ones the last
+    goes."""
     count = scores.shape[1]
     worst = count - local - 1 - scores[:, : count - local].flip(1).argmin(1, keepdim=True)
     index = torch.arange(count - 1, device=scores.device).expand(len(scores), -1)
@@ -233,7 +233,7 @@ class KVCache:
 
     @torch.inference_mode()
     def read_on(self, ids: Sequence[int]) -> Tensor:
-        """Read tokens after the prompt; logits (T, V) after each. One by one where they evict, else `chunk` at a time."""
+        """Read tokens after the prompt; logits (T, V) after each. One by one where they evict, else in chunks."""
         size = 1 if self.settings.evict_while_decoding else self.settings.chunk
         found = []
         for start in range(0, len(ids), size):
@@ -272,9 +272,8 @@ class KVCache:
                 mask = mask.repeat_interleave(len(heads.queries) // len(heads.keys), 0)
             found = _attention(heads, layer.keys[:, :n], layer.values[:, :n], mask)
             before = layer.scores[:, : n - len(ids)]
-            view = View(
-                heads, _row(projected.pop(heads.block, None)), layer.keys[:, :n], layer.positions[:, :n], before, step is None
-            )  # fmt: skip
+            qkv = projected.pop(heads.block)[0] if self.policy.needs_projections else None
+            view = View(heads, qkv, layer.keys[:, :n], layer.positions[:, :n], before, step is None)
             layer.scores[:, :n] = self.policy.score(view)
             budget = self.settings.budget
             if step is not None and step.evicts and budget is not None and n > budget:
@@ -292,7 +291,7 @@ class KVCache:
         return hidden
 
     def _shared_mask(self, tokens: int, device: Any) -> Tensor | None:
-        """(T, n): what T new tokens see where no window slides, the same for all heads; None: everything before them."""
+        """(T, n): what T new tokens see where no window slides, the same for all heads; None: all before them."""
         if tokens == 1 or self.held == 0:
             return None
         columns = torch.arange(self.held + tokens, device=device)
@@ -313,12 +312,8 @@ class KVCache:
             layer.keys[:, : layer.count] = self.rotary.turned(block, layer.unturned[:, : layer.count], places)
 
 
-def _row(projections: Tensor | None) -> Tensor | None:
-    return None if projections is None else projections[0]
-
-
 def _attention(heads: Heads, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """(heads, T, d). Without a mask the first tokens of all see what is before them, and a single token all there is."""
+    """(heads, T, d). Without a mask a prompt's first tokens see those before them, and a single token all there is."""
     causal = mask is None and heads.queries.shape[1] > 1
     return torch.nn.functional.scaled_dot_product_attention(
         heads.queries[None], keys[None], values[None], mask, is_causal=causal, scale=heads.scaling, enable_gqa=True

@@ -6,8 +6,9 @@ copy of the cache, from the last chunk that all questions' prompts share.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..data.calibration import read_text
 from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
-from ..stage import Advance, Context
+from ..stage import Advance, Context, write_whole
 from .config import Policy, RetrievalConfig
 from .generation import stops, text_of
 from .kv_cache import CacheSettings, KVCache, shared_steps
@@ -104,17 +105,36 @@ class Retrieval:
             found += [(policy, None)] if policy == "full" else [(policy, budget) for budget in self.config.budgets]
         return found
 
+    def collect(
+        self,
+        model: Any,
+        checkpoint: Path | None,
+        file: Path,
+        advance: Advance,
+        told: Callable[[list[Measured]], None] = lambda _: None,
+    ) -> list[Measured]:
+        """`run`, with everything kept in `file` as soon as it is measured, so that a killed run goes on; what the file
+        has of other texts or policies stays in it. `told` is called with all of it, after each measurement."""
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        found = {one.key: one for one in (Measured(**values) for values in before)}
+        advance(sum(name in found for name in self.names()))
+        for one in self.run(model, checkpoint, advance, list(found)):
+            found[one.key] = one
+            write_whole(file, json.dumps([asdict(one) for one in found.values()]))
+            told(list(found.values()))
+        return [found[name] for name in self.names()]
+
     def run(
         self, model: Any, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
     ) -> Iterator[Measured]:
-        """Measure a model, and the heads of the checkpoint it is of, where the policies want some. What is in `done` is
-        left out."""
+        """Measure a model, with the heads that a checkpoint has (of this model, or of a deeper one that it is a lesser
+        depth of), where the policies want some. What is in `done` is left out."""
         decoder, heads, meant = Decoder(model), None, RetainingSettings()
         if checkpoint is not None and has_heads(checkpoint):
             meant = read_settings(checkpoint)
         if "retaining" in self.config.policies:
             if checkpoint is None:
-                raise UserError("evaluate.retrieval: the policy retaining needs a checkpoint with retaining heads")
+                raise ValueError("the policy retaining needs a checkpoint with retaining heads")
             heads = load_heads(checkpoint, model.config)
         for item in self.items():
             todo = [way for way in self.ways() if key(item, *way) not in done]

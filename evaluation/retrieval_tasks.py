@@ -24,12 +24,19 @@ PEOPLE = (
     "Mason", "Norton", "Owens", "Parker", "Quinn", "Reeves", "Saunders", "Turner",
 )  # fmt: skip
 SENTENCES = (
-    "The leaves move a little in the wind.", "A boat goes slowly down the river.", "It rains for a while and then stops.",
-    "Somebody closes a window on the other side of the street.", "The road leads over a hill and back to the village.",
-    "Bread lies on the table, with butter beside it.", "In the evening the lamps are lit, one after another.",
-    "A dog sleeps in front of the door.", "The clouds are white and the sky is blue.", "Two children play with a ball.",
-    "The train stops, waits a little, and goes on.", "Grass grows between the stones of the yard.",
-)  # fmt: skip
+    "The leaves move a little in the wind.",
+    "A boat goes slowly down the river.",
+    "It rains for a while and then stops.",
+    "Somebody closes a window on the other side of the street.",
+    "The road leads over a hill and back to the village.",
+    "Bread lies on the table, with butter beside it.",
+    "In the evening the lamps are lit, one after another.",
+    "A dog sleeps in front of the door.",
+    "The clouds are white and the sky is blue.",
+    "Two children play with a ball.",
+    "The train stops, waits a little, and goes on.",
+    "Grass grows between the stones of the yard.",
+)
 BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
 FIRST_NUMBER = re.compile(r"\d+")
 

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from ..data.chat import Encoded
 from ..errors import UserError
 from ..modeling.blocks import depths, drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
+from ..modeling.retaining import has_heads
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
 from ..stage import WORK, Context, Inputs, write_whole
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
+from .retrieval import Retrieval, summarised
+from .retrieval import check as check_retrieval
 from .speed import torch_speed
 from .suite import EnginePlayer, Suite, TorchPlayer, as_json, side_by_side, write_answers
 
@@ -34,6 +37,8 @@ def check(config: EvaluateConfig, base: Path, context: Context) -> None:
         raise UserError(f"evaluate.text: no file {context.resolve(config.text)}")
     if config.tasks:
         Suite(config, context, load_tokenizer(base))
+    if config.retrieval:
+        check_retrieval(config.retrieval, context, load_tokenizer(base))
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Subject:
     parameters: int | None = None
     bits_per_weight: float | None = None
     bytes: int | None = None  # of an artifact, with all that it reads
+    heads: Path | None = None  # a checkpoint folder with retaining heads for it
+    retrieves: bool = False  # whether retrieval is measured
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -56,12 +63,13 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
     """
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
-    subjects = [*checkpoints(inputs, context), *(artifacts(inputs) if config.artifacts else [])]
+    models = retrieving(config, checkpoints(inputs, context))
+    subjects = [*models, *(artifacts(inputs) if config.artifacts else [])]
     bench = Bench(config, context, inputs.base, inputs.stages.get("data"), work)
-    models = [bench.entry(subject) for subject in subjects]
-    write_answers(side_by_side(models), out_dir / "answers.jsonl")
-    (out_dir / "models.json").write_text(json.dumps(models, indent=2) + "\n", encoding="utf-8")
-    return {"models": len(models), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
+    entries = [bench.entry(subject) for subject in subjects]
+    write_answers(side_by_side(entries), out_dir / "answers.jsonl")
+    (out_dir / "models.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    return {"models": len(entries), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
@@ -95,7 +103,25 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
         found.append(Subject("merged", loader(folder), folder, load_config(folder).num_hidden_layers))
     if "sort" in inputs.stages:
         found += depth_subjects(inputs.stages["sort"] / "model", context)
+    if "retain" in inputs.stages:  # its heads are of the last model, at each depth it has
+        last = "depth-" if "sort" in inputs.stages else found[-1].role
+        heads = inputs.stages["retain"] / "model"
+        found = [replace(subject, heads=heads) if subject.role.startswith(last) else subject for subject in found]
     return found
+
+
+def retrieving(config: EvaluateConfig, subjects: list[Subject]) -> list[Subject]:
+    """Checkpoints, with retrieval to be measured on those that have heads; on all where none has. `UserError` where the
+    policies want heads, and there are none."""
+    if config.retrieval is None:
+        return subjects
+    headed = any(subject.heads is not None for subject in subjects)
+    if "retaining" in config.retrieval.policies and not headed:
+        raise UserError(
+            "evaluate.retrieval.policies has retaining, but there are no retaining heads: train them with a `retain` "
+            "section, or name other policies"
+        )
+    return [replace(subject, retrieves=subject.heads is not None or not headed) for subject in subjects]
 
 
 def depth_subjects(folder: Path, context: Context) -> list[Subject]:
@@ -156,6 +182,7 @@ class Bench:
         self.tokens = positions
         self.base = BaseLogProbs(work / "base.float32", positions, load_config(base).vocab_size)
         self.suite = Suite(config, context, self.tokenizer)
+        self.retrieval = Retrieval(config.retrieval, context, self.tokenizer) if config.retrieval else None
 
     def entry(self, subject: Subject) -> dict[str, Any]:
         """All figures of one subject, kept in the working folder once measured."""
@@ -183,6 +210,7 @@ class Bench:
                     language = measure_model(model, self.rows, self.base if self.base.complete else None, advance)
             tasks = as_json(self.suite.run(subject.role, TorchPlayer(model, self.tokenizer)))
             speed = torch_speed(model, self.config.speed) if self.config.speed else {}
+        found = self._retrieval(model, subject)
         parameters = sum(p.numel() for p in model.parameters())
         size = parameters * next(model.parameters()).element_size()
         return {
@@ -198,7 +226,15 @@ class Bench:
             "prefill_tokens_per_second": speed.get("prefill_tokens_per_second"),
             "peak_memory_bytes": peak[0],
             "tasks": tasks,
+            "retrieval": found,
         }
+
+    def _retrieval(self, model: Any, subject: Subject) -> list[dict[str, Any]]:
+        if self.retrieval is None or not subject.retrieves:
+            return []
+        file = self.work / f"{subject.role}.retrieval.json"
+        with self.context.progress.bar(f"{subject.role} long prompts", len(self.retrieval.names())) as advance:
+            return summarised(self.retrieval.collect(model, subject.heads, file, advance))
 
     def _artifact(self, subject: Subject) -> dict[str, Any]:
         assert subject.files is not None
@@ -265,19 +301,19 @@ def evaluate_path(
     bundle = (path / "manifest.json").is_file() and not any(path.glob("*.safetensors"))
     reference = base or path
     bench = Bench(config, context, reference, None, work)
-    found = []
+    subjects = []
     if base is not None:
         blocks = load_config(base).num_hidden_layers
-        found.append(
-            bench.entry(Subject("base", lambda: load_model(base, context.dtype, context.device), base, blocks))
-        )
+        subjects.append(Subject("base", lambda: load_model(base, context.dtype, context.device), base, blocks))
     if bundle:
-        found += [bench.entry(subject) for subject in bundle_subjects(path)]
-    elif len(depths(load_config(path))) > 1:
-        found += [bench.entry(subject) for subject in depth_subjects(path, context)]
+        subjects += bundle_subjects(path)
     else:
         blocks = load_config(path).num_hidden_layers
-        model = Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)
-        found.append(bench.entry(model))
+        models = [Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)]
+        if len(depths(load_config(path))) > 1:
+            models = depth_subjects(path, context)
+        heads = path if has_heads(path) else None
+        subjects = retrieving(config, [*subjects, *(replace(model, heads=heads) for model in models)])
+    found = [bench.entry(subject) for subject in subjects]
     side_by_side(found)
     return found

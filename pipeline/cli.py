@@ -237,18 +237,28 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option("--task-folder", help="A folder with lm-eval task files (YAML) of your own.")
     ] = None,
+    retrieval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Also measure what is found again in long prompts with a bounded KV cache: keys of a recipe's "
+            "evaluate.retrieval, such as lengths=[1024,2048]. May be repeated.",
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed."""
+    """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed, retrieval."""
     from .direct import eval_command
 
     _check_dtype(dtype)
     settings = {"text": text, "tasks": task or [], "tokens": tokens, "window": window, "limit": limit}
     if task_folder is not None:
         settings["harness"] = {"folder": str(task_folder.resolve())}
+    if retrieval:
+        settings["retrieval"] = retrieval
     eval_command(path, base, settings, device, dtype, runs / ".sources", _progress(errors), console, as_json)
 
 

@@ -104,6 +104,18 @@ def merge_command(
         merge_checkpoints(config, folders, out, context)
 
 
+def _retrieval(overrides: list[str]) -> dict[str, Any]:
+    """KEY=VALUE of `evaluate.retrieval`; a text is a path as the command line has it."""
+    from .recipe import apply_override
+
+    tree = CommentedMap()
+    for override in overrides:
+        apply_override(tree, override, {})
+    if isinstance(tree.get("text"), str):
+        tree["text"] = str(Path(tree["text"]).resolve())
+    return dict(tree)
+
+
 def eval_command(
     path: str,
     base: str | None,
@@ -119,6 +131,8 @@ def eval_command(
     text = settings["text"]
     values = settings | {"text": str(text.resolve()) if text else None}
     values["tasks"] = [str(Path(task).resolve()) if task.endswith(".jsonl") else task for task in settings["tasks"]]
+    if "retrieval" in settings:
+        values["retrieval"] = _retrieval(settings["retrieval"])
     config = _config(EvaluateConfig, values)
     if text is None:
         raise UserError("name a text file to measure perplexity on: --text FILE")
@@ -137,8 +151,9 @@ def eval_command(
         print(json.dumps(entries, indent=2))
         return
     from .report.schema import ModelEntry
-    from .summary import model_table, show_tasks
+    from .summary import model_table, show_retrieval, show_tasks
 
     models = [ModelEntry.model_validate(entry) for entry in entries]
     console.print(model_table(models, str(path)))
     show_tasks(models, console)
+    show_retrieval(models, console)

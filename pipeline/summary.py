@@ -14,6 +14,7 @@ from rich.table import Table
 from ..errors import UserError
 from .report.collect import StageRecord, build_report
 from .report.html import final_model, megabytes, number, percent, smallest_artifact, write_report
+from .report.retrieval import retrieval_lengths, retrieval_lines
 from .report.schema import ModelEntry, Report
 from .report.tasks import task_lines
 from .runner import Run
@@ -56,6 +57,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
         bold = {m.role for m in (smallest_artifact(report), final_model(report)) if m is not None}
         console.print(model_table(report.models, f"{report.name}: what was won", bold))
         show_tasks(report.models, console)
+        show_retrieval(report.models, console)
     for stage in report.stages:
         if stage.name == "export":
             console.print(f"bundle: {folder / stage.folder / 'bundle'}", markup=False, highlight=False)
@@ -96,4 +98,19 @@ def show_tasks(models: list[ModelEntry], console: Console) -> None:
         assert table is not None  # the first line of all is the first of its task
         table.add_row(line.role, line.score, line.interval, line.difference, line.kept, line.kept_above_chance)
     if table is not None:
+        console.print(table)
+
+
+def show_retrieval(models: list[ModelEntry], console: Console) -> None:
+    """What was found again in long prompts: a table per task, a line per model, policy and budget."""
+    tables: list[Table] = []
+    for line in retrieval_lines(models):
+        if line.first:
+            tables.append(Table(title=line.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)))
+            tables[-1].add_column("model", no_wrap=True)
+            tables[-1].add_column("policy", no_wrap=True)
+            for length in retrieval_lengths(models):
+                tables[-1].add_column(f"{length} tokens", justify="right", no_wrap=True)
+        tables[-1].add_row(line.role, line.way, *line.cells)
+    for table in tables:
         console.print(table)

@@ -1,4 +1,4 @@
-"""The bounded KV cache against references that know nothing of caches: masks over the whole text, built step by step."""
+"""The bounded KV cache against references that know no caches: masks over the whole text, built step by step."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def read(decoder: Decoder, policy: Any, settings: CacheSettings, ids: list[int] 
     return torch.cat([first[None], cache.read_on(ids[LENGTH:-1])])
 
 
-# A slow, obvious reference. Evicting an entry is hiding its key from all later queries of its head: a whole forward pass
-# with a mask per block and head, (T, T), which the steps of the contract fill in one by one.
+# A slow, obvious reference. Evicting an entry is hiding its key from all later queries of its head: a whole forward
+# pass with a mask per block and head, (T, T), which the steps of the contract fill in one by one.
 
 
 @torch.no_grad()
@@ -209,9 +209,7 @@ def test_snapkv_is_what_a_chunk_s_last_queries_attend_to(decoders, family):
 def test_recent_and_random_as_masks(decoders):
     decoder = decoders("llama")
     settings = CacheSettings(12, 16, 0, 10)
-    recent = reference(
-        decoder, lambda _b, _g, held, *_: [math.inf if p < SINKS else p for p in held], settings, False
-    )
+    recent = reference(decoder, lambda _b, _g, held, *_: [math.inf if p < SINKS else p for p in held], settings, False)
     torch.testing.assert_close(read(decoder, Recent(), settings), recent, atol=1e-4, rtol=1e-4)
     found = [read(decoder, Random(seed), settings) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])

@@ -334,7 +334,10 @@ def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     answering = dict(parts)
     if config.tasks:
         answering["kv"] = shape.kv_bytes(ANSWERS * (PROMPT + config.max_tokens), at.size)
-    return StageMemory(worst(parts, answering), 0, f"{megabytes(scratch)} of scratch disk")
+    reading = dict(parts)
+    if config.retrieval:  # the full cache, and a copy for each question about one text
+        reading["kv"] = shape.kv_bytes(2 * max(config.retrieval.lengths), at.size)
+    return StageMemory(worst(parts, answering, reading), 0, f"{megabytes(scratch)} of scratch disk")
 
 
 STAGE_MEMORY: dict[str, Callable[[Any, Setting], StageMemory]] = {

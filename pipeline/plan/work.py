@@ -15,7 +15,7 @@ from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
 from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
 from ...distill.retaining.config import SPREAD, RetainConfig
 from ...distill.sorted.config import SortConfig
-from ...evaluation.config import EvaluateConfig
+from ...evaluation.config import EvaluateConfig, RetrievalConfig
 from ...export.config import ExportConfig
 from ...prune.config import PruneConfig
 from .geometry import Geometry
@@ -186,4 +186,16 @@ def _evaluate(config: EvaluateConfig, at: Setting) -> Work:
         if config.speed:
             new = config.speed.new_tokens * (config.speed.repeat + 1)
             work = work + decoding(at, blocks, 1, 1, config.speed.prompt_tokens, new, weights)
+    return work + _retrieval(config.retrieval, at) if config.retrieval else work
+
+
+def _retrieval(config: RetrievalConfig, at: Setting) -> Work:
+    """Long prompts, read once by each policy at each budget; questions about one text share most of it."""
+    work = Work()
+    texts = config.rows * sum(len(config.depths) if task == "passkey" else 1 for task in config.tasks)
+    for length in config.lengths:
+        for policy in config.policies:
+            for budget in [length] if policy == "full" else [config.entries(b, length) for b in config.budgets]:
+                keys = min(budget, length / 2)
+                work = work + Work(texts * forward(at.shape, at.kept, length, keys, heads=1))
     return work

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .retrieval import heat_map, memory_plot, retrieval_lengths, retrieval_lines
 from .schema import ModelEntry, Report
 from .tasks import task_lines
 
@@ -37,6 +38,8 @@ def render(report: Report) -> str:
         headline=headline(report),
         students=students(report),
         tasks=task_lines(report.models),
+        retrieval=retrieval_lines(report.models),
+        lengths=retrieval_lengths(report.models),
         total_seconds=sum(stage.seconds for stage in report.stages),
         longest=max((stage.seconds for stage in report.stages), default=1.0) or 1.0,
         figures={
@@ -48,6 +51,9 @@ def render(report: Report) -> str:
             "depths": plots.depth_plot(report),
             "sort": plots.sort_plot(report),
             "retain": plots.retain_plot(report),
+            "passkey": heat_map(report, "passkey"),
+            "keys": heat_map(report, "keys"),
+            "kv_memory": memory_plot(report),
         },
         bench=bench_section(report.bench) if report.bench else None,
     )

@@ -29,6 +29,22 @@ class TaskResult(_Entry):
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
+class RetrievalResult(_Entry):
+    """What a checkpoint finds again in long prompts with one policy and budget of its KV cache."""
+
+    task: Literal["passkey", "keys", "continuation"]
+    length: int  # tokens of the prompts
+    depth: float | None  # where the number stands: 0 is the beginning, 1 the end
+    policy: str
+    budget: float | None  # as asked for: below 1 a share of the length; none where everything is kept
+    entries: int | None  # the same in keys per block and KV head
+    kv_bytes: int  # of keys and values, when most were held
+    n: int
+    value: float  # the share of numbers found; the perplexity of a continuation
+    low: float | None = None  # the 95 % interval of a share
+    high: float | None = None
+
+
 class ModelEntry(_Entry):
     """One model or artifact."""
 
@@ -46,6 +62,7 @@ class ModelEntry(_Entry):
     prefill_tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     tasks: dict[str, TaskResult] = Field(default_factory=dict)
+    retrieval: list[RetrievalResult] = Field(default_factory=list)
 
 
 class StageEntry(_Entry):
