@@ -6,9 +6,9 @@
     python benchmarks/kvpress_check.py ours                            [--out build/kvpress_check]
     build/kvpress/bin/python benchmarks/kvpress_check.py theirs        [--out build/kvpress_check]
 
-kvpress wants another transformers, so each side runs in an environment of its own. A random model reads one prompt as one
-chunk, without a local tail: then SnapKV is the published one. What kvpress keeps is read off the keys that are left in
-its cache. The second command prints, per policy and budget, the share of entries that both keep.
+kvpress wants another transformers, so each side runs in an environment of its own. A random model reads one prompt as
+one chunk, without a local tail: then SnapKV is the published one. What kvpress keeps is read off the keys that are left
+in its cache. The second command prints, per policy and budget, the share of entries that both keep.
 """
 
 from __future__ import annotations
