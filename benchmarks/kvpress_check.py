@@ -1,12 +1,12 @@
 """Two policies of evaluation/kv_policies.py against kvpress 0.5.5: which entries of a prompt each keeps.
 
     python -m venv build/kvpress
-    build/kvpress/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    build/kvpress/bin/pip install torch==2.13.0  # the CPU build will do
     build/kvpress/bin/pip install kvpress==0.5.5 "transformers==5.2.*"
     python benchmarks/kvpress_check.py ours                            [--out build/kvpress_check]
     build/kvpress/bin/python benchmarks/kvpress_check.py theirs        [--out build/kvpress_check]
 
-kvpress wants another transformers, so each side runs in an environment of its own. A random model reads one prompt as one
+kvpress wants another transformers, so each side runs in an environment of its own. A random model reads a prompt as one
 chunk, without a local tail: then SnapKV is the published one. What kvpress keeps is read off the keys that are left in
 its cache. The second command prints, per policy and budget, the share of entries that both keep.
 """
