@@ -1,14 +1,14 @@
 """Two policies of evaluation/kv_policies.py against kvpress 0.5.5: which entries of a prompt each keeps.
 
     python -m venv build/kvpress
-    build/kvpress/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    build/kvpress/bin/pip install torch==2.13.0  # the CPU build will do
     build/kvpress/bin/pip install kvpress==0.5.5 "transformers==5.2.*"
     python benchmarks/kvpress_check.py ours                            [--out build/kvpress_check]
     build/kvpress/bin/python benchmarks/kvpress_check.py theirs        [--out build/kvpress_check]
 
-kvpress wants another transformers, so each side runs in an environment of its own. A random model reads one prompt as
-one chunk, without a local tail: then SnapKV is the published one. What kvpress keeps is read off the keys that are left
-in its cache. The second command prints, per policy and budget, the share of entries that both keep.
+kvpress wants another transformers, so each side runs in an environment of its own. A random model reads a prompt as one
+chunk, without a local tail: then SnapKV is the published one. What kvpress keeps is read off the keys that are left in
+its cache. The second command prints, per policy and budget, the share of entries that both keep.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def theirs(out: Path) -> None:
             else:
                 with press(model):
                     model.model(ids, past_key_values=cache)
-        return [layer.keys[0] for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return [layer.keys[0] for layer in layers]
 
     for family in FAMILIES:
         model = AutoModelForCausalLM.from_pretrained(out / family, attn_implementation="sdpa").eval()

@@ -125,7 +125,8 @@ def measure(
     scores = find_scores(model, heads, ids, prompt, options.noise, row)[:, :, :read]
     cache = DynamicCache()
     model.model(torch.tensor([ids[:read]]), past_key_values=cache)
-    whole = [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    whole = [(layer.keys, layer.values) for layer in layers]
     found = {("full cache", 1): answer_quality(model, whole, ids, read, prompt)}
     blocks, groups, _ = scores.shape
     for part in options.parts:

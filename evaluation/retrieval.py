@@ -102,7 +102,8 @@ class Retrieval:
         """Policies with their budgets, in the order of the configuration."""
         found: list[tuple[Policy, float | None]] = []
         for policy in self.config.policies:
-            found += [(policy, None)] if policy == "full" else [(policy, budget) for budget in self.config.budgets]
+            budgets: list[float | None] = [None] if policy == "full" else [*self.config.budgets]
+            found += [(policy, budget) for budget in budgets]
         return found
 
     def collect(

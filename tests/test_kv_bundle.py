@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,8 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
             assert same[0] == same[1]
         with pytest.raises(UserError, match="--kv-positions contiguous"):
             tight.complete("the way of many people " * 200)
-    with pytest.raises(UserError, match="onnx engine only"):
-        Session(kv_bundle, "llama.cpp", kv=kv)
+    with pytest.raises(UserError, match="retaining heads and at true positions only"):
+        Session(kv_bundle, "llama.cpp", kv=replace(kv, policy="recent"))
     with pytest.raises(UserError, match="cannot be combined with a draft"):
         Session(kv_bundle, "onnx", kv=kv, draft=kv_bundle)
 
@@ -206,7 +207,7 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
     [
         (["generate", "--kv-chunk", 9], "--kv-chunk says how a KV budget is kept: give it with --kv-budget"),
         (["generate", "--kv-budget", 30, "--draft-depth", 2], "cannot be combined with drafts or early exit"),
-        (["generate", "--kv-budget", 30, "--engine", "llama.cpp"], "onnx engine only"),
+        (["generate", "--kv-budget", 30, "--engine", "llama.cpp", "--kv-policy", "recent"], "use the onnx engine"),
         (["bench", "--kv-budget", 30, "--speculate"], "--speculate drafts"),
     ],
     ids=str,

@@ -198,7 +198,8 @@ def test_scores_and_evictions_are_the_references(exported, case):
     ids=str,
 )
 def test_hard_edges(exported, changes, prompt):
-    compare(*exported(), replace(SETTINGS, **changes), prompt)
+    checkpoint, folder = exported()
+    compare(checkpoint, folder, replace(SETTINGS, **changes), prompt)
 
 
 def test_greedy_text_is_the_references(exported):

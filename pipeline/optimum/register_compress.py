@@ -22,7 +22,8 @@ class CompressCommand(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs=REMAINDER)
 
     def run(self) -> None:
-        from compress.pipeline.cli import main
+        assert self.args is not None
+        from compress.pipeline.cli import main  # pyright: ignore[reportMissingImports]
 
         main(self.args.arguments, "optimum-cli compress")
 
