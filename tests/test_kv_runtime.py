@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from compress.errors import UserError
+from compress.evaluation.kv_cache import CacheSettings, KVCache
+from compress.evaluation.kv_policies import make_policy
 from compress.export.onnx import FAMILIES, write_onnx
 from compress.modeling.blocks import AttentionShape, Decoder
 from compress.modeling.checkpoint import link_files
@@ -181,6 +183,31 @@ def test_scores_and_evictions_are_the_references(exported, case):
     compare(checkpoint, folder, SETTINGS, 55, chain)
     if case in ("llama", "phi3", "qwen3", "llama3 rope", "linear rope", "gemma3_text"):
         compare(checkpoint, folder, replace(SETTINGS, positions="contiguous", evict_decoding=True), 45, chain)
+
+
+@pytest.mark.parametrize("evict", [False, True], ids=["prefill", "decoding"])
+@pytest.mark.parametrize("positions", ["true", "contiguous"])
+@pytest.mark.parametrize("policy", ["retaining", "recent", "random"])
+def test_torch_and_the_runtime_hold_the_same(exported, policy, positions, evict):
+    """The cache that policies are measured in, and the one that ships: the same entries after every token."""
+    checkpoint, folder = exported("qwen3")
+    settings = replace(SETTINGS, policy=policy, positions=positions, evict_decoding=evict)
+    text = BoundedText(BlockChain(folder, (2, 4), 1, scores=policy == "retaining"), settings)
+    text.begin(IDS, 4)
+    decoder = Decoder(load_model(checkpoint))
+    rules = make_policy(policy, decoder, load_heads(checkpoint, decoder.config), seed=0)
+    limits = CacheSettings(12, chunk=9, stabilizers=4, local=5, positions=positions, evict_while_decoding=evict)
+    cache = KVCache(decoder, rules, limits, 45, len(IDS) - 45)
+    found, expected = [text.read_prompt(IDS[:45])], [cache.read_prompt(IDS[:45]).numpy()]
+    for token in (None, *IDS[45:]):
+        if token is not None:
+            found.append(text.read_token(token))
+            expected.append(cache.read_on([token])[0].numpy())
+        assert text.held == cache.held
+        for block, layer in enumerate(cache.layers):
+            scores = layer.scores[:, : cache.held].numpy()
+            np.testing.assert_allclose(text.scores[block][:, : text.held], scores, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
