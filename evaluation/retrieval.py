@@ -103,7 +103,8 @@ class Retrieval:
         found: list[tuple[Policy, float | None]] = []
         for policy in self.config.policies:
             budgets: list[float | None] = [None] if policy == "full" else [*self.config.budgets]
-            found += [(policy, budget) for budget in budgets]
+            for budget in budgets:
+                found.append((policy, budget))
         return found
 
     def collect(

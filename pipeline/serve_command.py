@@ -6,6 +6,16 @@ from typing import Annotated
 
 import typer
 
+from .kv_options import (
+    BudgetOption,
+    ChunkOption,
+    EvictDecodingOption,
+    LocalOption,
+    PolicyOption,
+    PositionsOption,
+    StabilizersOption,
+    kv_budget,
+)
 from .run_commands import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption, errors
 
 
@@ -24,6 +34,13 @@ def serve(
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
+    kv: BudgetOption = None,
+    kv_chunk: ChunkOption = None,
+    kv_stabilizers: StabilizersOption = None,
+    kv_local: LocalOption = None,
+    kv_policy: PolicyOption = None,
+    kv_positions: PositionsOption = None,
+    kv_evict_decoding: EvictDecodingOption = False,
 ) -> None:
     """Serve a bundle as OpenAI's API; NAME@18 as the model's name runs 18 blocks. Ctrl-C ends it."""
     from ..errors import UserError
@@ -34,9 +51,10 @@ def serve(
 
     if api_key is not None and not api_key.strip():
         raise UserError("--api-key: the key is empty")
+    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
     with listen(host, port) as listening:
         try:
-            with Session(bundle, engine, kind, threads=threads, context=context) as session:
+            with Session(bundle, engine, kind, threads=threads, context=context, kv=budget) as session:
                 if depth is not None:
                     check_depth(depth, session.depths)
                 if not is_loopback(listening):

@@ -218,6 +218,13 @@ def test_misuse_is_one_message(kv_bundle, arguments, message):
         compress(command, kv_bundle, *rest, *(["--prompt", "hi"] if command == "generate" else []))
 
 
+def test_a_server_keeps_a_budget(kv_bundle, monkeypatch):
+    seen = []
+    monkeypatch.setattr("compress.runtime.serve.server.serve", lambda session, *_, **__: seen.append(session.kv))
+    compress("serve", kv_bundle, "--port", 0, "--kv-budget", 30, "--kv-policy", "recent")
+    assert seen[0].budget == 30 and seen[0].policy == "recent"
+
+
 def test_chat_and_bench_keep_a_budget(kv_bundle, capsys, monkeypatch):
     talk = "the way of many people and the water\nwhat time is it\n/depth 2\nand now\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(talk))
