@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..modeling.attention import Heads, own_attention
 from ..modeling.blocks import AttentionShape, Decoder
-from ..modeling.own_attention import Heads, Rotary, check_positions, own_attention
+from ..modeling.rotary import Rotary, check_positions
 
 Positions = Literal["true", "contiguous"]
 

@@ -1,4 +1,8 @@
-"""What the attention of each block is given during a forward pass: queries and keys, normed and rotated."""
+"""The attention of every block during a forward pass: watched, or computed by the caller.
+
+transformers finds attention by name. `watched_attention` wraps the function of the model's name; `own_attention`
+registers one name of ours, under which no masks are made, and the function of the pass comes with its arguments.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,59 @@ from torch import Tensor
 
 from .blocks import Decoder
 
+NAME = "compress_own_attention"
+
 
 @dataclass(frozen=True)
-class Attended:
-    """One block's queries (B, heads, T, d) and keys (B, KV heads, T, d) as they are multiplied."""
+class Heads:
+    """What one block attends with, of one row: after its norms and rotary positions."""
 
     block: int
-    queries: Tensor
-    keys: Tensor
-    scaling: float  # of the products: 1/√d, but in Gemma-3
-    window: int | None  # a query sees only so many of the newest keys, its own among them; None: all
+    queries: Tensor  # (heads, T, d)
+    keys: Tensor  # (KV heads, T, d)
+    values: Tensor  # (KV heads, T, d)
+    scaling: float  # of the logits: 1/√d, but in Gemma-3
+    window: int | None  # a query sees only so many of the newest positions, its own among them; None: all
+
+
+Attend = Callable[[Heads], Tensor]  # → (heads, T, d)
+
+
+def own_attention(decoder: Decoder, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    """Hidden states after the final norm, (T, H), of one row: tokens (T,) at rotary positions (T,).
+
+    `attend` is called in every block and gives what its heads have attended to; nothing is cached or masked otherwise.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    if NAME not in FUNCTIONS:
+        FUNCTIONS.register(NAME, _attention)
+    config = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        return decoder.hidden(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, compress_attend=attend
+        )[0]
+    finally:
+        config._attn_implementation = before
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, compress_attend: Attend, **options: Any
+) -> tuple[Tensor, None]:
+    heads = _heads(module.layer_idx, query, key, value, options)
+    return compress_attend(heads).transpose(0, 1)[None], None
+
+
+def _heads(block: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Heads:
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    return Heads(block, query[0], key[0], value[0], scaling, options.get("sliding_window"))
 
 
 @contextmanager
-def watched_attention(decoder: Decoder, watch: Callable[[Attended], None]) -> Iterator[None]:
-    """Call `watch` in every block of every forward pass, after q, k and v are projected and before they are attended.
+def watched_attention(decoder: Decoder, watch: Callable[[Heads], None]) -> Iterator[None]:
+    """Call `watch` in every block of every forward pass of one row, once its q, k and v are normed and rotated.
 
     transformers finds attention by name; the function of the model's name is wrapped for as long as the context lasts.
     Raises `ValueError` for a model loaded with `eager` attention, which has no name there.
@@ -40,8 +82,7 @@ def watched_attention(decoder: Decoder, watch: Callable[[Attended], None]) -> It
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if id(module) in numbers:
-            scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            watch(Attended(numbers[id(module)], query, key, scaling, options.get("sliding_window")))
+            watch(_heads(numbers[id(module)], query, key, value, options))
         return plain(module, query, key, value, mask, **options)
 
     before = FUNCTIONS._local_mapping.get(name)

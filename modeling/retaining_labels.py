@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Attended, watched_attention
+from .attention import Heads, watched_attention
 from .blocks import Decoder
 
 QUERIES, KEYS = 128, 1024  # whose logits exist at once
@@ -70,11 +70,9 @@ def label_row(decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable
 
     with decoder.projections() as projected:
 
-        def watch(seen: Attended) -> None:
+        def watch(seen: Heads) -> None:
             inputs = projected.pop(seen.block)[0, :prompt]
-            labels, first = attention_labels(
-                seen.queries[0, :, prompt:], seen.keys[0, :, :prompt], seen.scaling, seen.window
-            )
+            labels, first = attention_labels(seen.queries[:, prompt:], seen.keys[:, :prompt], seen.scaling, seen.window)
             visit(BlockLabels(seen.block, inputs, labels, first))
 
         with watched_attention(decoder, watch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compress.modeling import retaining_labels
-from compress.modeling.attention import Attended, watched_attention
+from compress.modeling.attention import Heads, watched_attention
 from compress.modeling.blocks import AttentionShape, Decoder, drop_blocks
 from compress.modeling.random import FAMILY_CLASSES, random_model
 from compress.modeling.retaining_labels import BlockLabels, attention_labels, label_row
@@ -127,12 +127,12 @@ def test_q_k_and_v_lie_where_attention_takes_them_from(family):
     decoder = shaken_decoder(family)
     shape, seen = AttentionShape.of(decoder.config), []
 
-    def watch(given: Attended) -> None:
+    def watch(given: Heads) -> None:
         parts = projected[given.block][0, 0].split(
             [n * shape.size for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
         )
         for part, states in zip(parts, (given.queries, given.keys), strict=False):
-            torch.testing.assert_close(part, states[0, :, 0].flatten())
+            torch.testing.assert_close(part, states[:, 0].flatten())
         seen.append(given.block)
 
     with torch.no_grad(), decoder.projections() as projected, watched_attention(decoder, watch):

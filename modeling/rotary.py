@@ -1,13 +1,7 @@
-"""Forward passes whose attention the caller computes, and rotary positions of single keys.
-
-transformers finds attention by name: `own_attention` registers one name of ours, under which no masks are made, and the
-function of the pass comes with its arguments.
-"""
+"""Rotary positions of single keys, and how far a model's reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,51 +9,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from .blocks import Decoder
-
-NAME = "compress_own_attention"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What one block is to attend with: after its norms and rotary positions."""
-
-    block: int
-    queries: Tensor  # (heads, T, d)
-    keys: Tensor  # (KV heads, T, d)
-    values: Tensor  # (KV heads, T, d)
-    scaling: float  # of the logits: 1/√d, but in Gemma-3
-    window: int | None  # a query sees only so many of the newest positions, its own among them; None: all
-
-
-Attend = Callable[[Heads], Tensor]  # → (heads, T, d)
-
-
-def own_attention(decoder: Decoder, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    """Hidden states after the final norm, (T, H), of one row: tokens (T,) at rotary positions (T,).
-
-    `attend` is called in every block and gives what its heads have attended to; nothing is cached or masked otherwise.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
-
-    if NAME not in FUNCTIONS:
-        FUNCTIONS.register(NAME, _attention)
-    config = decoder.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        return decoder.hidden(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, compress_attend=attend
-        )[0]
-    finally:
-        config._attn_implementation = before
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, compress_attend: Attend, **options: Any
-) -> tuple[Tensor, None]:
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    heads = Heads(module.layer_idx, query[0], key[0], value[0], scaling, options.get("sliding_window"))
-    return compress_attend(heads).transpose(0, 1)[None], None
 
 
 class Rotary:
