@@ -64,7 +64,8 @@ def serve(
                 print(f"{model} at {address(listening)}; Ctrl-C ends", flush=True)
                 run(session, listening, depth=depth, api_key=api_key)
         except KeyboardInterrupt:  # uvicorn raises it again once every connection is closed
-            errors.print("stopped")
+            pass
+        errors.print("stopped")  # also where a shell has SIGINT ignored, and nothing is raised
 
 
 def _warn(api_key: str | None) -> None:
