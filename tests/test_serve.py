@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import shutil
@@ -19,7 +20,8 @@ import openai
 import pytest
 from compress.errors import UserError
 from compress.runtime.serve.server import listen
-from compress.runtime.session import Piece, Session, Settings
+from compress.runtime.serve.worker import Job, Stopping, Worker
+from compress.runtime.session import Piece, Pieces, Session, Settings
 from compress.runtime.text import StopTexts
 
 TALK: Any = [{"role": "system", "content": "the way"}, {"role": "user", "content": "what would you say, été 42?"}]
@@ -232,18 +234,37 @@ def test_who_goes_away_ends_the_work(bundle):
         ticks = cpu_ticks(server.process.pid)
         time.sleep(0.5)
         assert cpu_ticks(server.process.pid) - ticks < 20  # of 10 ms: it is idle
-        waiting = []
-        for _ in range(20):  # the tiny model fills its context in no time: the last one in the queue is not done
-            waiting.append(http.client.HTTPConnection("127.0.0.1", port, timeout=60))
-            body = json.dumps(endless | {"stream": True})
-            waiting[-1].request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        answer = server.client.completions.create(stream=True, **endless)
-        code, err = server.end()  # while answers are being written
-        assert (code, err) == (0, "stopped\n")
-        with pytest.raises(openai.APIError, match="the server is stopping"):
-            list(answer)
+        server.client.completions.create(stream=True, **endless)
+        assert server.end() == (0, "stopped\n")  # while an answer may still be being written
     finally:
         server.process.kill()
+
+
+def test_who_waits_when_the_server_stops_is_told():
+    """The answer that is being written and the one behind it."""
+
+    def endless() -> Pieces:
+        while True:
+            time.sleep(0.001)
+            yield Piece("the ")
+
+    async def stopped(job: Job) -> str:
+        with pytest.raises(Stopping, match="the server is stopping"):
+            async for piece in job.read():
+                assert piece.text == "the "
+        return "told"
+
+    async def ask() -> list[str]:
+        worker = Worker()
+        jobs = [worker.submit(endless()) for _ in range(2)]
+        async for _ in jobs[0].read():
+            break
+        worker.stop()
+        found = await asyncio.wait_for(asyncio.gather(*map(stopped, jobs)), 10)
+        worker.join()
+        return found
+
+    assert asyncio.run(ask()) == ["told", "told"]
 
 
 def cpu_ticks(pid: int) -> int:
