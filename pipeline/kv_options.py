@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -37,30 +41,59 @@ EvictDecodingOption = Annotated[
 ]
 
 
-def kv_budget(
-    bundle: Path,
-    budget: int | None,
-    chunk: int | None,
-    stabilizers: int | None,
-    local: int | None,
-    policy: str | None,
-    positions: str | None,
-    evict_decoding: bool,
-) -> KvBudget | None:
-    """What the options ask for; None without a budget, of which the others say how."""
-    how = {
-        "chunk": chunk,
-        "stabilizers": stabilizers,
-        "local": local,
-        "policy": policy,
-        "positions": positions,
-        "evict_decoding": evict_decoding or None,
-    }
-    if budget is None:
-        asked = [f"--kv-{key.replace('_', '-')}" for key, value in how.items() if value is not None]
-        if asked:
-            raise UserError(f"{', '.join(asked)} says how a KV budget is kept: give it with --kv-budget")
-        return None
-    from ..runtime.kv_budget import choose_budget
+@dataclass(frozen=True)
+class KvOptions:
+    """What the options were given; each field is one."""
 
-    return choose_budget(bundle, budget, **how)
+    kv: BudgetOption = None
+    kv_chunk: ChunkOption = None
+    kv_stabilizers: StabilizersOption = None
+    kv_local: LocalOption = None
+    kv_policy: PolicyOption = None
+    kv_positions: PositionsOption = None
+    kv_evict_decoding: EvictDecodingOption = False
+
+    def budget(self, bundle: Path) -> KvBudget | None:
+        """What they ask for; None without a budget, of which the others say how."""
+        how = {
+            "chunk": self.kv_chunk,
+            "stabilizers": self.kv_stabilizers,
+            "local": self.kv_local,
+            "policy": self.kv_policy,
+            "positions": self.kv_positions,
+            "evict_decoding": self.kv_evict_decoding or None,
+        }
+        if self.kv is None:
+            asked = [f"--kv-{key.replace('_', '-')}" for key, value in how.items() if value is not None]
+            if asked:
+                raise UserError(f"{', '.join(asked)} says how a KV budget is kept: give it with --kv-budget")
+            return None
+        from ..runtime.kv_budget import choose_budget
+
+        return choose_budget(bundle, self.kv, **how)
+
+
+NO_BUDGET = KvOptions()
+
+
+def with_kv_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with these options in the place of its parameter `options`, a `KvOptions`."""
+    names = [field.name for field in fields(KvOptions)]
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(KvOptions, include_extras=True)
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name == "options":
+            own = [Parameter(f.name, parameter.kind, default=f.default) for f in fields(KvOptions)]
+        else:
+            own = [parameter]
+        parameters += [each.replace(annotation=hints[each.name]) for each in own]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = KvOptions(**{name: given.pop(name) for name in names})
+        command(**given, options=options)
+
+    # typer reads both.
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -13,16 +13,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError
-from .kv_options import (
-    BudgetOption,
-    ChunkOption,
-    EvictDecodingOption,
-    LocalOption,
-    PolicyOption,
-    PositionsOption,
-    StabilizersOption,
-    kv_budget,
-)
+from .kv_options import NO_BUDGET, KvOptions, with_kv_options
 
 if TYPE_CHECKING:
     from ..runtime.kv_budget import KvBudget
@@ -51,6 +42,7 @@ SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
 errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
+@with_kv_options
 def generate(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer; - reads it from standard input.")],
@@ -78,20 +70,14 @@ def generate(
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
-    kv: BudgetOption = None,
-    kv_chunk: ChunkOption = None,
-    kv_stabilizers: StabilizersOption = None,
-    kv_local: LocalOption = None,
-    kv_policy: PolicyOption = None,
-    kv_positions: PositionsOption = None,
-    kv_evict_decoding: EvictDecodingOption = False,
+    options: KvOptions = NO_BUDGET,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on standard error.")] = False,
 ) -> None:
     """Answer a prompt with a bundle, streaming; at any of its depths, in ONNX Runtime or llama.cpp."""
     from ..runtime.session import Session, Settings
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    budget = options.budget(bundle)
     tokens = len(text) // 3 + max_tokens
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
     where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv": budget}
@@ -126,6 +112,7 @@ def generate(
             errors.print(_summary(session, usage, time.perf_counter() - started), style="dim")
 
 
+@with_kv_options
 def chat(
     bundle: BundleArgument,
     depth: DepthOption = None,
@@ -140,20 +127,14 @@ def chat(
     system: SystemOption = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
-    kv: BudgetOption = None,
-    kv_chunk: ChunkOption = None,
-    kv_stabilizers: StabilizersOption = None,
-    kv_local: LocalOption = None,
-    kv_policy: PolicyOption = None,
-    kv_positions: PositionsOption = None,
-    kv_evict_decoding: EvictDecodingOption = False,
+    options: KvOptions = NO_BUDGET,
 ) -> None:
     """Talk with a bundle. What was said stays in its cache; /depth N switches depth, /exit ends."""
     from dataclasses import replace
 
     from ..runtime.session import Session, Settings
 
-    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    budget = options.budget(bundle)
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
@@ -203,6 +184,7 @@ def _read_line() -> str | None:
     return None if line in ("/exit", "/quit") else line
 
 
+@with_kv_options
 def bench(
     bundle: BundleArgument,
     engine: EngineOption = None,
@@ -215,13 +197,7 @@ def bench(
     ] = False,
     draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
     threads: ThreadsOption = 0,
-    kv: BudgetOption = None,
-    kv_chunk: ChunkOption = None,
-    kv_stabilizers: StabilizersOption = None,
-    kv_local: LocalOption = None,
-    kv_policy: PolicyOption = None,
-    kv_positions: PositionsOption = None,
-    kv_evict_decoding: EvictDecodingOption = False,
+    options: KvOptions = NO_BUDGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write a page (.html) or the figures (.json).")] = None,
 ) -> None:
@@ -240,7 +216,7 @@ def bench(
     }
     if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
         raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
-    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    budget = options.budget(bundle)
     if budget is not None:
         if speculate:
             raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")

@@ -6,19 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .kv_options import (
-    BudgetOption,
-    ChunkOption,
-    EvictDecodingOption,
-    LocalOption,
-    PolicyOption,
-    PositionsOption,
-    StabilizersOption,
-    kv_budget,
-)
+from .kv_options import NO_BUDGET, KvOptions, with_kv_options
 from .run_commands import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption, errors
 
 
+@with_kv_options
 def serve(
     bundle: BundleArgument,
     engine: EngineOption = None,
@@ -34,13 +26,7 @@ def serve(
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
-    kv: BudgetOption = None,
-    kv_chunk: ChunkOption = None,
-    kv_stabilizers: StabilizersOption = None,
-    kv_local: LocalOption = None,
-    kv_policy: PolicyOption = None,
-    kv_positions: PositionsOption = None,
-    kv_evict_decoding: EvictDecodingOption = False,
+    options: KvOptions = NO_BUDGET,
 ) -> None:
     """Serve a bundle as OpenAI's API; NAME@18 as the model's name runs 18 blocks. Ctrl-C ends it."""
     from ..errors import UserError
@@ -51,7 +37,7 @@ def serve(
 
     if api_key is not None and not api_key.strip():
         raise UserError("--api-key: the key is empty")
-    budget = kv_budget(bundle, kv, kv_chunk, kv_stabilizers, kv_local, kv_policy, kv_positions, kv_evict_decoding)
+    budget = options.budget(bundle)
     with listen(host, port) as listening:
         try:
             with Session(bundle, engine, kind, threads=threads, context=context, kv=budget) as session:

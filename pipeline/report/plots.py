@@ -91,21 +91,31 @@ def loss_plot(report: Report) -> str | None:
 
 def heldout_plot(report: Report) -> str | None:
     """KL to the unpruned model, and perplexity, on the held-out rows."""
-    points = [line for line in report.curves if "eval_kl" in line]
+    return _two_curves(
+        report.curves,
+        ("eval_kl", "held-out KL to the unpruned model"),
+        ("eval_perplexity", "held-out perplexity"),
+        "Held-out KL and perplexity while training",
+    )
+
+
+def _two_curves(lines: list[dict[str, Any]], left: tuple[str, str], right: tuple[str, str], title: str) -> str | None:
+    """Two figures of the measurements by step, each (key, label) with an axis of its own."""
+    points = [line for line in lines if left[0] in line]
     if not points:
         return None
 
     def draw(axes: Any) -> None:
         x = [p["step"] for p in points]
-        axes.plot(x, [p["eval_kl"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
+        axes.plot(x, [p[left[0]] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
         axes.set_xlabel("step")
-        axes.set_ylabel("held-out KL to the unpruned model", color=BLUE)
-        right = axes.twinx()
-        right.plot(x, [p["eval_perplexity"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
-        _plain(right)
-        right.set_ylabel("held-out perplexity", color=ORANGE)
+        axes.set_ylabel(left[1], color=BLUE)
+        other = axes.twinx()
+        other.plot(x, [p[right[0]] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
+        _plain(other)
+        other.set_ylabel(right[1], color=ORANGE)
 
-    return _svg(draw, "Held-out KL and perplexity while training")
+    return _svg(draw, title)
 
 
 def sort_plot(report: Report) -> str | None:
@@ -137,21 +147,12 @@ def sort_plot(report: Report) -> str | None:
 
 def retain_plot(report: Report) -> str | None:
     """The heads' loss on the held-out rows by step, and the share of what answers attend to that they keep."""
-    points = [line for line in report.retain if "eval_loss" in line]
-    if not points:
-        return None
-
-    def draw(axes: Any) -> None:
-        x = [p["step"] for p in points]
-        axes.plot(x, [p["eval_loss"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
-        axes.set_xlabel("step")
-        axes.set_ylabel("held-out loss", color=BLUE)
-        right = axes.twinx()
-        right.plot(x, [p["eval_recall"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
-        _plain(right)
-        right.set_ylabel("kept of the quarter that answers attend to", color=ORANGE)
-
-    return _svg(draw, "Held-out loss and recall of the retaining heads while training")
+    return _two_curves(
+        report.retain,
+        ("eval_loss", "held-out loss"),
+        ("eval_recall", "kept of the quarter that answers attend to"),
+        "Held-out loss and recall of the retaining heads while training",
+    )
 
 
 def _opacities(count: int) -> list[float]:
