@@ -8,22 +8,18 @@ its cache, so that each position costs one decoded token, and several slots are 
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
 import os
 import queue
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..errors import UserError
+from ..llamacpp import SEEDS, open_server, post
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
 from .gguf_header import read_header, split_files
 
@@ -34,7 +30,6 @@ MARGIN = 10.0  # nats between two lifted tokens, so that the upper one is drawn 
 # they would cost a request each; asked for as a stream they would come without those that end inside a character.
 STEPS = (1, 1, 2, 4, 8)
 DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the end of each request
-_SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
 class LlamaCppEngine(Engine):
@@ -70,9 +65,7 @@ class LlamaCppEngine(Engine):
         threads = threads or os.cpu_count() or 1
         # One token more: the server wants room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
-        self._server: Any = _open(self.path, threads, slots, self.context + 1, draft, draft_tokens)
-        # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
-        self._send({"prompt": [0], "n_predict": 0, "cache_prompt": False})
+        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens)
 
     def score(
         self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
@@ -211,7 +204,7 @@ class LlamaCppEngine(Engine):
         limit = min(max_tokens, self.context - len(text) + 1)
         while made < limit:
             count = min(self._steps[min(turn, len(self._steps) - 1)], limit - made)
-            settings = {"n_predict": count, "seed": (seed + made) % _SEEDS, "return_tokens": True, **sampling}
+            settings = {"n_predict": count, "seed": (seed + made) % SEEDS, "return_tokens": True, **sampling}
             answer = self._post("/completion", {"prompt": text, "id_slot": 0, "cache_prompt": True, **settings})
             if note:
                 note(answer["timings"])
@@ -235,88 +228,8 @@ class LlamaCppEngine(Engine):
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        """A request over HTTP: what the server answers in this process names no token ids."""
-        address = urlsplit(self._server.listening_address)
-        assert address.hostname is not None
-        # A connection each: kept open, every answer would wait 40 ms for the acknowledgement of its header.
-        connection = http.client.HTTPConnection(address.hostname, address.port)
-        try:
-            headers = {"Content-Type": "application/json", "Connection": "close"}
-            connection.request("POST", path, json.dumps(request), headers)
-            return self._checked(json.load(connection.getresponse()))
-        finally:
-            connection.close()
+        """Over HTTP: what the server answers in this process names no token ids."""
+        return self._checked(post(self._server, path, request))
 
     def close(self) -> None:
         self._server = None
-
-
-@contextmanager
-def short_spins() -> Iterator[None]:
-    """Load a library of llama.cpp in here.
-
-    GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
-    machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
-    """
-    before = os.environ.get("GOMP_SPINCOUNT")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("GOMP_SPINCOUNT", None)
-
-
-def _import_xllamacpp() -> Any:
-    with short_spins():
-        import xllamacpp
-    return xllamacpp
-
-
-def _open(path: Path, threads: int, slots: int, context: int, draft: Path | None, draft_tokens: int) -> Any:
-    xllamacpp = _import_xllamacpp()
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx = context * slots
-    parameters.n_parallel = slots
-    parameters.kv_unified = False
-    parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
-    parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
-    parameters.fit_params = False
-    parameters.warmup = False
-    parameters.endpoint_slots = False
-    parameters.ui = False
-    parameters.cpuparams.n_threads = threads
-    parameters.cpuparams_batch.n_threads = threads
-    if draft is not None:
-        guess = parameters.speculative
-        guess.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        guess.draft.mparams.path = str(draft)
-        guess.draft.n_max = draft_tokens
-        guess.draft.cpuparams.n_threads = threads
-        guess.draft.cpuparams_batch.n_threads = threads
-    parameters.verbosity = 0  # llama.cpp writes nothing to the terminal
-    try:
-        return xllamacpp.Server(parameters)
-    except RuntimeError as error:
-        parameters.verbosity = 1  # errors only: load again to learn why, catching what it writes
-        raise UserError(f"llama.cpp cannot load {path}: {_reason(xllamacpp, parameters)}") from error
-
-
-def _reason(xllamacpp: Any, parameters: Any) -> str:
-    """Why loading fails, from what llama.cpp writes to file descriptor 2."""
-    with tempfile.TemporaryFile() as log:
-        kept = os.dup(2)
-        os.dup2(log.fileno(), 2)
-        try:
-            xllamacpp.Server(parameters)
-        except RuntimeError:
-            pass
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        log.seek(0)
-        lines = log.read().decode(errors="replace").splitlines()
-    marker = "error loading model: "
-    reasons = [line.split(marker, 1)[1] for line in lines if marker in line]
-    return reasons[0].removeprefix("llama_model_loader: ") if reasons else "the file is broken or unsupported"

@@ -19,9 +19,10 @@ COMMON = {"errors", "stage"}
 MAY_IMPORT = {
     "errors": set(),
     "stage": {"errors"},
+    "llamacpp": {"errors"},
     "modeling": COMMON,
-    "runtime": COMMON,
-    "data": COMMON | {"modeling"},
+    "runtime": COMMON | {"llamacpp"},
+    "data": COMMON | {"modeling", "llamacpp"},
     "prune": COMMON | {"modeling", "data"},
     "distill": COMMON | {"modeling", "data"},
     "merge": COMMON | {"modeling", "data"},

@@ -6,22 +6,18 @@ beginning that all prompts share is read once per place.
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...llamacpp import SEEDS, open_server, post
 from ...modeling.gguf import read_fields
 from ...modeling.load import load_config
 from ..sampling import Sampled, Sampling
 from . import settle
-
-_SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
 class LlamaCpp:
@@ -33,11 +29,10 @@ class LlamaCpp:
     def __init__(self, file: Path, base: Path, length: int, threads: int = 0, slots: int = 8):
         _check_same_model(file, base)
         self.file, self.slots = file, slots
-        self._server: Any = _open(file, length + 1, threads or os.cpu_count() or 1, slots)
-        # Never through a proxy, whatever the environment says: the server is this process.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
-        self._ask({"prompt": [0], "n_predict": 0})
+        try:
+            self._server: Any = open_server(file, threads or os.cpu_count() or 1, slots, length + 1)
+        except UserError as error:
+            raise UserError(f"data.engine.gguf: {error}") from error
 
     def sample(
         self,
@@ -62,7 +57,7 @@ class LlamaCpp:
         }
 
         def draw(prompt: list[int], seed: int) -> Sampled:
-            answer = self._ask({"prompt": list(prompt), "seed": seed % _SEEDS, **shared})
+            answer = self._ask({"prompt": list(prompt), "seed": seed % SEEDS, **shared})
             found = settle(answer["tokens"], stop, how.max_tokens)
             # llama.cpp ends texts by its file's own list of tokens, too.
             found.ended = found.ended or (answer["stop_type"] == "eos" and not found.looped)
@@ -72,15 +67,10 @@ class LlamaCpp:
             return list(pool.map(draw, prompts, seeds))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        body = json.dumps(request).encode()
-        address = f"{self._server.listening_address}/completion"
-        try:
-            with self._opener.open(
-                urllib.request.Request(address, body, {"Content-Type": "application/json"})
-            ) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"llama.cpp refused a prompt for {self.file}: {error.read().decode()[:300]}") from error
+        answer = post(self._server, "/completion", request)
+        if "error" in answer:
+            raise UserError(f"llama.cpp refused a prompt for {self.file}: {answer['error'].get('message')}")
+        return answer
 
     def close(self) -> None:
         self._server = None
@@ -99,38 +89,3 @@ def _check_same_model(file: Path, base: Path) -> None:
             f"data.engine.gguf: {file} is not the recipe's model: it has {shape[0]} blocks of width {shape[1]} and "
             f"{size} tokens, the model has {expected[0]} of width {expected[1]} and {config.vocab_size}"
         )
-
-
-def _import_xllamacpp() -> Any:
-    # GNU OpenMP's threads spin at a graph's barriers, which is slow where anything else runs on the machine; the
-    # setting is read once, on loading.
-    before = os.environ.get("GOMP_SPINCOUNT")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        import xllamacpp
-    finally:
-        if before is None:
-            os.environ.pop("GOMP_SPINCOUNT", None)
-    return xllamacpp
-
-
-def _open(file: Path, context: int, threads: int, slots: int) -> Any:
-    xllamacpp = _import_xllamacpp()
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(file)
-    parameters.n_ctx = context * slots
-    parameters.n_parallel = slots
-    parameters.kv_unified = False
-    parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
-    parameters.cache_ram_mib = 0
-    parameters.fit_params = False
-    parameters.warmup = False
-    parameters.endpoint_slots = False
-    parameters.ui = False
-    parameters.cpuparams.n_threads = threads
-    parameters.cpuparams_batch.n_threads = threads
-    parameters.verbosity = 0
-    try:
-        return xllamacpp.Server(parameters)
-    except RuntimeError as error:
-        raise UserError(f"data.engine.gguf: llama.cpp cannot load {file}: {error}") from error
