@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import shutil
@@ -18,7 +17,7 @@ from ..errors import UserError
 from ..modeling.blocks import forget_depths, record_depths
 from ..modeling.checkpoint import link_files, quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
-from ..stage import Context, Inputs
+from ..stage import Context, Inputs, give_back_memory
 from .config import Copy, DistillConfig, Lora, TrainingConfig
 from .recorder import read_lines
 from .sorted.config import SortConfig
@@ -109,7 +108,7 @@ def _recover(
     started = time.monotonic()
     with quiet(bars=True):
         figures = _train(job, preparation, train, later)
-    gc.collect()  # the trainer's objects refer to each other: what was trained would be held beside what comes next
+    give_back_memory()  # the trainer's objects refer to each other
     if job.context.rank:
         return {}
     seconds = time.monotonic() - started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
-from ..stage import WORK, Context, Inputs, write_whole
+from ..stage import WORK, Context, Inputs, give_back_memory, write_whole
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .retrieval import Retrieval, summarised
@@ -191,7 +190,7 @@ class Bench:
             return json.loads(record.read_text(encoding="utf-8"))
         found = self._torch(subject) if subject.load is not None else self._artifact(subject)
         write_whole(record, json.dumps(found))
-        gc.collect()
+        give_back_memory()
         perplexity = found["perplexity"]
         self.context.progress.note(f"{subject.role}: perplexity {perplexity:.2f}")
         return found

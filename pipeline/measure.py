@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 import threading
 import time
@@ -60,15 +58,3 @@ def _resident(process: psutil.Process) -> int:
 def _cuda():
     torch = sys.modules.get("torch")  # never import it just to measure
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-def give_back_memory() -> None:
-    """Collect garbage and return freed memory to the system.
-
-    glibc keeps what is freed between blocks still in use, here hundreds of megabytes of key-value caches, and the next
-    stage would have them on top of its own.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc; other C libraries give back by themselves or not at all
-        trim(0)

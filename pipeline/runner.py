@@ -17,10 +17,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..modeling.source import fingerprint_source, hash_file, parse_source
-from ..stage import Context, Group, Inputs, Progress
+from ..stage import Context, Group, Inputs, Progress, give_back_memory
 from .group import check_same, check_shared, in_turn
 from .inspection import check_weights
-from .measure import Meter, give_back_memory
+from .measure import Meter
 from .plan import Geometry, planned_memory, read_geometry, setting
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
