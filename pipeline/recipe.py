@@ -188,6 +188,7 @@ def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, .
         value = YAML(typ="safe").load(text) if text.strip() else None
     except YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML") from error
+    _make_room(tree, parts[0])
     node: Any = tree
     for depth, part in enumerate(parts[:-1], start=1):
         child = _child(node, part)
@@ -202,6 +203,13 @@ def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, .
         node = child
     _put(node, parts[-1], _from_here(value), override)
     origins[tuple(parts)] = f"--set {override}"
+
+
+def _make_room(tree: CommentedMap, stage: str) -> None:
+    """A stage that the recipe does not have gets its place before the first stage that reads what it makes."""
+    if stage in STAGES and stage not in tree:
+        readers = [i for i, name in enumerate(tree) if name in STAGES and stage in STAGES[name].reads]
+        tree.insert(min(readers, default=len(tree)), stage, None)
 
 
 def _child(node: Any, part: str) -> Any:

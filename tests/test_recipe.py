@@ -232,6 +232,13 @@ def test_an_override_adds_and_removes_stages(write):
     recipe = write(SMALL)
     assert load_recipe(recipe, ["prune.blocks=2", "prune.heal=none"]).order == ("prune",)
     assert load_recipe("tiny_random", ["export=null"]).order == ("data", "prune", "distill", "evaluate")
+    added = load_recipe("tiny_random", ["retain.steps=8", "export=null"])  # before what reads it
+    assert added.order == ("data", "prune", "distill", "retain", "evaluate")
+    assert load_recipe(recipe, ["evaluate={}", "retain={}", "data={source: magpie}"]).order == (
+        "data",
+        "retain",
+        "evaluate",
+    )
 
 
 @pytest.mark.parametrize(

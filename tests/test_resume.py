@@ -20,11 +20,12 @@ from compress.modeling.source import hash_file
 KILLS = 10
 SHORT = (
     "data.rows=16 data.batch=4 data.max_prompt_tokens=16 data.max_tokens=16 prune.calibration.tokens=256 "
-    "distill.select=last distill.max_steps=6 distill.save_every=2 export.onnx=[] export.verify.tokens=8 "
+    "distill.select=last distill.max_steps=6 distill.save_every=2 retain.length=480 retain.steps=6 retain.heldout=2 "
+    "retain.eval_every=2 retain.save_every=2 export.onnx=[] export.verify.tokens=8 "
     "export.verify.window=16 evaluate.speed=null evaluate.tokens=64"
 ).split()
 # The processes are forked from one that has imported everything, so that the kills strike work and not imports.
-PRELOAD = ["data", "prune", "distill", "export", "evaluation"]
+PRELOAD = ["data", "prune", "distill", "distill.retaining", "export", "evaluation"]
 PRELOAD = [f"compress.{name}.stage" for name in PRELOAD] + ["compress.pipeline.summary", "accelerate", "peft"]
 PRELOAD += [
     "compress.pipeline.report.plots",
@@ -137,9 +138,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, 
 
 def test_an_uninterrupted_run_makes_what_is_compared(whole):
     names = {Path(name).name for name in whole[0]}
-    assert {"rows.parquet", "model.safetensors", "importance.json", "curves.jsonl", "models.json"} <= names
+    assert {
+        "rows.parquet",
+        "model.safetensors",
+        "importance.json",
+        "curves.jsonl",
+        "heads.safetensors",
+        "models.json",
+    } <= names
     assert any(name.endswith("Q8_0.gguf") for name in names)
-    assert sum(name.endswith("/manifest.json") for name in whole[0]) == 6  # five stages and the bundle's own
+    assert sum(name.endswith("/manifest.json") for name in whole[0]) == 7  # six stages and the bundle's own
 
 
 def test_ten_kills_at_random_moments_change_no_byte(whole, tmp_path):
@@ -187,9 +195,18 @@ def test_training_goes_on_from_its_checkpoint(whole, tmp_path):
     assert artifacts(command.runs).items() <= whole[0].items()
 
 
+def test_heads_go_on_from_their_checkpoint(whole, tmp_path):
+    command = Command(tmp_path / "runs", until="retain")
+    command.die("/.work/heads.safetensors", fatal=2)  # the second checkpoint of three is written, but not in place
+    curves = command.partial("retain") / ".work" / "curves.jsonl"
+    assert [line["step"] for line in map(json.loads, curves.read_text().splitlines())][-1] == 4
+    assert len(command.finish("/.work/heads.safetensors")) == 2  # the second and the third, not the first
+    assert artifacts(command.runs).items() <= whole[0].items()
+
+
 def test_stages_killed_just_before_their_manifests_are_made_again_over_what_lies_there(whole, tmp_path):
     command = Command(tmp_path / "runs")
-    for number, stage in enumerate(("data", "prune", "distill", "export", "evaluate")):
+    for number, stage in enumerate(("data", "prune", "distill", "retain", "export", "evaluate")):
         command.die(".partial/manifest.json", fatal=min(number + 1, 2))  # the stage before is finished first
         assert not (command.partial(stage) / "manifest.json").exists()
         assert any(command.partial(stage).iterdir())
