@@ -273,6 +273,14 @@ def test_the_headline_takes_the_smallest_artifact_that_is_good(report):
     assert "100 tokens/s" in cards["decoding"]["figure"]
 
 
+def test_the_headline_of_an_export_alone_is_about_the_artifact(report):
+    models = [m for m in report.models if m.role in ("base", "gguf-Q4_K_M")]
+    cards = {card["label"]: card for card in html.headline(report.model_copy(update={"models": models}))}
+    base, small = models
+    assert cards["perplexity"]["note"] == f"gguf-Q4_K_M; base {html.number(base.perplexity)}"
+    assert cards["same next token as the unpruned model"]["figure"] == html.percent(small.top1_agreement) != "100.0 %"
+
+
 def test_a_sorted_model_is_shown_at_every_depth(report):
     """A line per family that has several depths; the deepest checkpoint is the model that was made."""
     assert plots.depth_plot(report) is None and plots.sort_plot(report) is None

@@ -105,6 +105,8 @@ def headline(report: Report) -> list[dict[str, str]]:
     if base is None or final is None:
         return []
     last = small or final
+    changed = last if final is base else final  # a recipe may only export
+    others = [base] + [m for m in torch_models(report) if m.role not in ("base", changed.role)]
     cards = [
         {
             "label": "size",
@@ -113,11 +115,8 @@ def headline(report: Report) -> list[dict[str, str]]:
         },
         {
             "label": "perplexity",
-            "figure": number(final.perplexity),
-            "note": f"{final.role}; base {number(base.perplexity)}, "
-            + ", ".join(
-                f"{m.role} {number(m.perplexity)}" for m in torch_models(report) if m.role not in ("base", final.role)
-            ),
+            "figure": number(changed.perplexity),
+            "note": f"{changed.role}; " + ", ".join(f"{m.role} {number(m.perplexity)}" for m in others),
         },
     ]
     if last.tokens_per_second and base.tokens_per_second:
@@ -128,12 +127,12 @@ def headline(report: Report) -> list[dict[str, str]]:
                 "note": f"{last.role} in {last.runtime}; base in torch {base.tokens_per_second:.0f} tokens/s",
             }
         )
-    if final.top1_agreement is not None:
+    if changed.top1_agreement is not None:
         cards.append(
             {
                 "label": "same next token as the unpruned model",
-                "figure": percent(final.top1_agreement),
-                "note": f"{final.role}, KL {number(final.kl_to_base)} nats",
+                "figure": percent(changed.top1_agreement),
+                "note": f"{changed.role}, KL {number(changed.kl_to_base)} nats",
             }
         )
     return cards

@@ -150,7 +150,7 @@ def retain_plot(report: Report) -> str | None:
     return _two_curves(
         report.retain,
         ("eval_loss", "held-out loss"),
-        ("eval_recall", "kept of the quarter that answers attend to"),
+        ("eval_recall", "kept of the best quarter"),
         "Held-out loss and recall of the retaining heads while training",
     )
 

@@ -86,14 +86,14 @@ def heat_map(report: Report, task: str) -> str | None:
             y = depths.index(one.depth or 0.0)
             axes.add_patch(Rectangle((x, y), 0.96, 0.94, color=BLUE, alpha=0.06 + 0.94 * one.value, linewidth=0))
         axes.set_xlim(-0.1, step * len(ways) - 0.4)
-        axes.set_ylim(len(depths), -0.05)  # the beginning of the text on top
+        axes.set_ylim(len(depths), -0.17 * len(depths))  # the beginning of the text on top; room for names above it
         axes.set_yticks([i + 0.47 for i in range(len(depths))], [f"{depth:.0%}" for depth in depths])
         places = [i * step + j + 0.48 for i in range(len(ways)) for j in range(len(lengths))]
         names = [f"{length / 1024:.3g}k" for _ in ways for length in lengths]
         axes.set_xticks(places, names, rotation=90 if len(places) > 16 else 0, fontsize=7)
         for i, way in enumerate(ways):
             axes.text(
-                i * step + len(lengths) / 2, -0.12, way_name(way).replace(" ", "\n", 1), ha="center", va="bottom",
+                i * step + len(lengths) / 2, -0.02 * len(depths), way_name(way).replace(" ", "\n", 1), ha="center", va="bottom",
                 fontsize=7 if len(ways) < 9 else 5, color=INK,
             )  # fmt: skip
         axes.set_ylabel("depth of the number")
