@@ -303,9 +303,13 @@ def _number_axis(axis: Any, values: list[float]) -> None:
     from matplotlib.ticker import NullFormatter
 
     low, high = min(values), max(values)
-    steps = [m * 10**e for e in range(-2, 7) for m in (1, 1.5, 2, 3, 5, 7)]
-    ticks = [s for s in steps if low * 0.85 <= s <= high * 1.2]
-    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    ticks: list[float] = []
+    for tenths in ((10, 15, 20, 30, 50, 70), range(10, 100, 5), range(10, 100)):  # closer where values lie close
+        steps = [m * 10.0**e for e in range(-3, 6) for m in tenths]
+        ticks = [step for step in steps if low * 0.85 <= step <= high * 1.2]
+        if len(ticks) > 2:
+            break
+    axis.set_ticks(ticks, [f"{tick:.4g}" for tick in ticks])
     axis.set_minor_formatter(NullFormatter())
 
 
