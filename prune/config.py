@@ -53,6 +53,13 @@ class Scored(Section):
     healed: bool | None = Field(
         default=None, description="score cuts as linear healing would leave them; null: if the recipe heals at all"
     )
+    copying: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the rows cuts are tried on in which a text is read twice, so that cuts which can no "
+        "longer copy from what they have read score worse",
+    )
     guard: bool = Field(
         default=True, description="take the angular window or the lowest influence where held-out rows find it better"
     )

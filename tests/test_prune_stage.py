@@ -18,6 +18,7 @@ from compress.modeling.load import load_model, load_tokenizer
 from compress.prune.config import LinearHeal, PruneConfig
 from compress.prune.importance import Distances, scan
 from compress.prune.stage import candidate_blocks, check, run
+from compress.prune.study import Study
 from compress.stage import Context, Inputs
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -294,3 +295,27 @@ def test_an_interrupted_search_goes_on_where_it_was(stage: Stage, monkeypatch: p
 def test_too_few_rows_to_hold_any_out_are_refused(stage: Stage) -> None:
     with pytest.raises(UserError, match=r"prune\.calibration: \d+ tokens are too few to heal on"):
         stage(blocks=1, search="greedy", calibration={"tokens": 300})
+
+
+def test_cuts_are_tried_on_rows_read_twice_where_asked_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share reaches scoring and held-out rows, not those that healing is fitted on."""
+    seen: list[Study] = []
+
+    class Watched(Study):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            seen.append(self)
+
+    monkeypatch.setattr("compress.prune.stage.Study", Watched)
+    calibration = {"scoring": 100, "held_out": 100, "batch": 1}
+    for share in (0.0, 1.0):
+        stage(blocks=1, heal="none", search={"kind": "greedy", "copying": share}, calibration=calibration)
+    plain, twice = seen
+    for rows in ("scoring", "held_out"):
+        for before, after in zip(getattr(plain, rows), getattr(twice, rows), strict=True):
+            assert not torch.equal(before.input_ids, after.input_ids)
+            (ids,) = after.input_ids
+            half = after.tokens // 2
+            assert half and torch.equal(ids[:half], ids[half : 2 * half])
+    for before, after in zip(plain.batches, twice.batches, strict=True):
+        assert torch.equal(before.input_ids, after.input_ids)

@@ -17,6 +17,7 @@ from compress.errors import UserError
 from compress.modeling.blocks import without_blocks
 from compress.modeling.load import load_model
 from compress.prune.config import PruneConfig, SearchConfig
+from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, gaps
 from compress.prune.importance import Distances
 from compress.prune.metrics import windows
@@ -364,3 +365,28 @@ def test_without_rows_nothing_is_searched(model: Any, kind: str) -> None:
     with pytest.raises(UserError, match="needs two packed calibration rows"):
         few = Study(model, packed(rows([40], 1)), scoring=packed(rows(*SCORED)), held_out=packed(rows(*HELD_OUT)))
         choose(few, config(kind, heal="linear"), 2, INNER)
+
+
+def test_a_text_is_read_twice_within_its_segment(model: Any) -> None:
+    batches = packed(rows([20, 21, 48, 1, 30, 44, 9], 4))
+    both = list(zip(batches, read_twice(batches, 1.0), strict=True))
+    for before, after in both:
+        for row, segments in enumerate(before.segment_ids.tolist()):
+            places: dict[int, list[int]] = {}
+            for place, segment in enumerate(segments):
+                places.setdefault(segment, []).append(place)
+            for segment, where in places.items():
+                old = before.input_ids[row, where].tolist()
+                half = 0 if segment < 0 else len(old) // 2  # padding stays
+                wanted = old[:half] + old[:half] + old[2 * half :]
+                assert after.input_ids[row, where].tolist() == wanted
+        assert after.segment_ids is before.segment_ids and after.position_ids is before.position_ids
+    assert any(not torch.equal(before.input_ids, after.input_ids) for before, after in both)
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, []), (0.5, [1, 3, 5]), (0.34, [2, 5]), (1.0, [0, 1, 2, 3, 4, 5])])
+def test_the_share_of_rows_read_twice_is_spread(share: float, wanted: list[int]) -> None:
+    batches = packed(rows([48] * 6, 5))
+    pairs = zip(batches, read_twice(batches, share), strict=True)
+    same = torch.cat([(before.input_ids == after.input_ids).all(1) for before, after in pairs])
+    assert (~same).nonzero().flatten().tolist() == wanted

@@ -93,8 +93,8 @@ def heat_map(report: Report, task: str) -> str | None:
         axes.set_xticks(places, names, rotation=90 if len(places) > 16 else 0, fontsize=7)
         for i, way in enumerate(ways):
             axes.text(
-                i * step + len(lengths) / 2, -0.02 * len(depths), way_name(way).replace(" ", "\n", 1), ha="center", va="bottom",
-                fontsize=7 if len(ways) < 9 else 5, color=INK,
+                i * step + len(lengths) / 2, -0.02 * len(depths), way_name(way).replace(" ", "\n", 1), ha="center",
+                va="bottom", fontsize=7 if len(ways) < 9 else 5, color=INK,
             )  # fmt: skip
         axes.set_ylabel("depth of the number")
         axes.tick_params(length=0)
