@@ -26,11 +26,14 @@ from compress.data import stage as data_stage
 from compress.data.calibration import calibration_batches, read_text
 from compress.data.chat import encode_text
 from compress.data.config import TextsConfig
+from compress.evaluation.builtin import exercises
+from compress.evaluation.generation import judge, prepare, write_with_model
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
 from compress.modeling.blocks import Decoder, replaced, without_blocks
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.pipeline.progress import ConsoleProgress
 from compress.prune.config import PruneConfig
+from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, describe, gaps
 from compress.prune.heal import fit_gaps
 from compress.prune.heal.patch import patch_matrix
@@ -41,6 +44,8 @@ from compress.prune.study import Study
 from compress.stage import Context, Inputs
 from rich.console import Console
 
+FIGURES = ("perplexity", "accuracy", "copying")
+COPIES = 64  # cases of builtin:copy
 METRICS = ("angular", "influence", "magnitude", "taylor", "perplexity", "kl")
 LINEAR = {"kind": "linear", "toward": "zero"}
 # name → what chooses the blocks, and how they are healed
@@ -55,6 +60,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Any]] = {
 OURS: dict[str, tuple[dict[str, Any], Any]] = {
     "greedy, KL as healed": ({"search": {"kind": "greedy"}}, "refit"),
     "beam, KL as healed": ({"search": {"kind": "beam", "width": 2, "patience": 0}}, "refit"),
+    "greedy, half read twice": ({"search": {"kind": "greedy", "copying": 0.5}}, "refit"),
 }
 
 
@@ -93,15 +99,15 @@ class Bench:
         rows = encode_text(self.tokenizer, read_text(text), 256)
         return torch.tensor([row.input_ids for row in rows if len(row.input_ids) == 256][: tokens // 256])
 
-    def study(self, position: str, longest: int) -> Study:
+    def study(self, position: str, copying: float, longest: int) -> Study:
         return Study(
             self.model,
             self.fitting,
-            scoring=self.scoring,
-            held_out=self.held_out,
+            scoring=read_twice(self.scoring, copying),
+            held_out=read_twice(self.held_out, copying),
             position=position,
             longest=longest,
-            ledger=self.out / f"search-{position}-{longest}.jsonl",
+            ledger=self.out / f"search-{position}-{longest}{f'-{copying}' if copying else ''}.jsonl",
             progress=self.progress,
         )
 
@@ -184,6 +190,13 @@ class Bench:
             right += max(range(len(scores)), key=lambda i: scores[i] / sizes[i]) == row.answer
         return right / len(self.task)
 
+    def copying(self) -> float:
+        """The share of `builtin:copy` that is right: four words repeated, after three examples."""
+        rows = exercises("builtin:copy", COPIES)
+        prompts = [prepare(self.tokenizer, row, None) for row in rows]
+        written = write_with_model(self.model, self.tokenizer, prompts, 32, 16, lambda n=1, note="": None)
+        return judge(rows, prompts, written).value
+
     @contextmanager
     def variant(self, cut: Cut, heal: Any) -> Iterator[None]:
         """The model without the blocks, healed that way."""
@@ -210,11 +223,9 @@ class Bench:
             handle.remove()
 
     def measure(self, cut: Cut, heal: Any, *, task: bool) -> dict[str, float]:
-        """Perplexity, and accuracy where asked for; what is known is not measured again."""
+        """Perplexity, and both tasks where asked for; what is known is not measured again."""
         key = f"{list(cut)} {json.dumps(heal)}"
-        needed = [
-            name for name in ("perplexity", *(["accuracy"] if task else [])) if f"{key} {name}" not in self.figures
-        ]
+        needed = [name for name in (FIGURES if task else FIGURES[:1]) if f"{key} {name}" not in self.figures]
         if needed:
             with self.variant(cut, heal):
                 for name in needed:
@@ -224,11 +235,7 @@ class Bench:
                         f"{describe(cut)}, {heal}: {name} {value:.4g} ({time.perf_counter() - started:.0f} s)"
                     )
         gc.collect()
-        return {
-            name: self.figures[f"{key} {name}"]
-            for name in ("perplexity", "accuracy")
-            if f"{key} {name}" in self.figures
-        }
+        return {name: self.figures[f"{key} {name}"] for name in FIGURES if f"{key} {name}" in self.figures}
 
 
 def methods() -> dict[str, tuple[dict[str, Any], Any]]:
@@ -243,7 +250,8 @@ def methods() -> dict[str, tuple[dict[str, Any], Any]]:
 
 def find(bench: Bench, choice: dict[str, Any], count: int, studies: dict[Any, Study], most: int) -> Cut:
     config = PruneConfig.model_validate({"blocks": count, "heal": "linear", **choice})
-    study = studies.setdefault(config.position, bench.study(config.position, most))
+    copying = getattr(config.search, "copying", 0.0)
+    study = studies.setdefault((config.position, copying), bench.study(config.position, copying, most))
 
     def search() -> list[int]:
         started = time.perf_counter()
@@ -255,14 +263,15 @@ def find(bench: Bench, choice: dict[str, Any], count: int, studies: dict[Any, St
 
 
 def table(bench: Bench, base: dict[str, float], cuts: dict[tuple[str, int], Cut], drop: list[int]) -> str:
-    """Markdown: a row per method, for each count the blocks, and perplexity and accuracy pruned and healed."""
+    """Markdown: a row per method, for each count the blocks, perplexity and accuracy pruned and healed, and copies."""
     lines = []
     for count in drop:
         lines += [
             f"### {count} of {bench.decoder.num_blocks} blocks dropped",
             "",
-            "| way | blocks dropped | perplexity, pruned | healed | × base | accuracy, pruned | healed | of base's |",
-            "|---|---|---|---|---|---|---|---|",
+            "| way | blocks dropped | perplexity, pruned | healed | × base | accuracy, pruned | healed | of base's "
+            "| copies |",
+            "|---" * 9 + "|",
         ]
         for name, (_, heal) in methods().items():
             if (name, count) not in cuts:
@@ -281,6 +290,7 @@ def table(bench: Bench, base: dict[str, float], cuts: dict[tuple[str, int], Cut]
                 f"{plain['accuracy']:.1%}" if "accuracy" in plain else "–",
                 f"{healed['accuracy']:.1%}" if "accuracy" in healed else "–",
                 share,
+                f"{last['copying']:.0%}" if "copying" in last else "–",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -297,22 +307,27 @@ def main() -> None:
     parser.add_argument("--scoring", type=int, default=4096, help="of these, scored on; as many again held out")
     parser.add_argument("--measured", type=int, default=8192, help="tokens of the text, in windows of 256")
     parser.add_argument("--limit", type=int, default=500, help="questions of the task")
-    parser.add_argument("--accuracy-of", type=int, nargs="*", default=None, help="counts to answer questions for")
+    parser.add_argument("--accuracy-of", type=int, nargs="*", default=None, help="counts to do the tasks for")
+    parser.add_argument("--only", nargs="+", choices=list(methods()), help="these rows of the table alone")
     parser.add_argument("--out", type=Path, default=Path("build/pruning"))
     options = parser.parse_args()
     bench = Bench(options)
-    base = {name: bench.known(f"base {name}", getattr(bench, name)) for name in ("perplexity", "accuracy")}
+    base = {name: bench.known(f"base {name}", getattr(bench, name)) for name in FIGURES}
     bench.progress.note(f"base: {base}")
     studies: dict[Any, Study] = {}
     cuts: dict[tuple[str, int], Cut] = {}
     asked = options.drop if options.accuracy_of is None else options.accuracy_of
     for count in options.drop:
         for name, (choice, heal) in methods().items():
+            if options.only and name not in options.only:
+                continue
             cut = cuts[name, count] = find(bench, choice, count, studies, max(options.drop))
             for way in ("none", heal) if heal != "none" else ("none",):
                 bench.measure(cut, way, task=count in asked)
         (bench.out / "table.md").write_text(table(bench, base, cuts, options.drop), encoding="utf-8")
-    head = f"base: perplexity {base['perplexity']:.2f}, accuracy {base['accuracy']:.1%}\n\n"
+    head = (
+        f"base: perplexity {base['perplexity']:.2f}, accuracy {base['accuracy']:.1%}, copies {base['copying']:.0%}\n\n"
+    )
     (bench.out / "table.md").write_text(head + table(bench, base, cuts, options.drop), encoding="utf-8")
     print((bench.out / "table.md").read_text(encoding="utf-8"))
 

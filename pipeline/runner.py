@@ -191,6 +191,7 @@ def _make(
     source = parse_source(run.loaded.source, run.loaded.folder)
     inputs = Inputs(base, _current_model(base, done), dict(done), source.title)
     metrics: dict[str, Any] = {}
+    give_back_memory()  # of the stage before, or of reading a GGUF file
     with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
         if group.rank == 0 or stage.spec.parallel:
             metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
@@ -198,7 +199,6 @@ def _make(
     if group.rank == 0:
         _finish(run, stage, context, meter, metrics, begun == RESUMED, planned)
     group.barrier()
-    give_back_memory()
 
 
 NEW, RESUMED, SEALED = "new", "resumed", "sealed"

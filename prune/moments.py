@@ -29,15 +29,11 @@ class _States:
     """Hidden states of N tokens around every block, (N, H) each."""
 
     mlp: list[Tensor]  # what the block's MLP adds
-    residual: list[Tensor]  # what it is added to
-    after: list[Tensor]  # their sum
-
-    def select(self, index: Tensor) -> _States:
-        return _States(*([state[index] for state in part] for part in (self.mlp, self.residual, self.after)))
+    after: list[Tensor]  # the stream that it has been added to
 
     def wanted(self, block: int, last: int) -> Tensor:
         """What the MLP of `block` would have to add for the stream to be as after block `last`."""
-        return self.after[last] - self.residual[block]
+        return self.after[last] - (self.after[block] - self.mlp[block])
 
 
 class Moments:
@@ -105,31 +101,32 @@ class Moments:
             row += len(numbers)
             held = (numbers % every == every - 1)[:, None].expand_as(batch.segment_ids)
             real = batch.segment_ids >= 0
-            self._add(states.select((real & ~held).flatten().nonzero()[:, 0]))
-            room = HELD - sum(len(part.mlp[0]) for part in kept)
-            kept.append(states.select((real & held).flatten().nonzero()[:room, 0]))
+            self._add(states, (real & ~held).flatten().nonzero()[:, 0])
+            index = (real & held).flatten().nonzero()[: HELD - sum(len(part.mlp[0]) for part in kept), 0]
+            kept.append(_States([state[index] for state in states.mlp], [state[index] for state in states.after]))
+            del states  # before the next batch's
             advance(batch.tokens)
-        parts = ([part.mlp for part in kept], [part.residual for part in kept], [part.after for part in kept])
+        parts = ([part.mlp for part in kept], [part.after for part in kept])
         return _States(*([torch.cat(block).float() for block in zip(*part, strict=True)] for part in parts))
 
     def _states(self, batch: Batch) -> _States:
         """Of every position of a batch, in one forward pass."""
-        decoder, states = self.decoder, _States([], [], [])
+        decoder, states = self.decoder, _States([], [])
         hidden = decoder.embed(batch.input_ids)
         for block in range(decoder.num_blocks):
             with decoder.mlp_addition(block) as seen:
                 hidden = decoder.run(hidden, [block], batch.position_ids)
             states.mlp.append(seen["mlp"].flatten(0, 1))
-            states.residual.append((hidden - seen["mlp"]).flatten(0, 1))
             states.after.append(hidden.flatten(0, 1))
         return states
 
-    def _add(self, states: _States) -> None:
-        for block, u in enumerate(states.mlp):
-            u = u.double()
+    def _add(self, states: _States, index: Tensor) -> None:
+        """Add the positions `index` of a batch."""
+        for block, mlp in enumerate(states.mlp):
+            u = mlp[index].double()
             self._uu[block] += u.T @ u if self._full else u.square().sum(0)
             for last in range(block + 1, min(block + self.longest, self.decoder.num_blocks - 1) + 1):
-                d = states.wanted(block, last).double()
+                d = states.wanted(block, last)[index].double()
                 self._ud[block, last] += u.T @ d if self._full else (u * d).sum(0)
 
 

@@ -49,6 +49,8 @@ HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
 LABELLED = 128 * 1024  # queries and keys whose products exist at once where retaining heads get their labels
+SCORED_CUTS = 256  # positions whose logits exist at once where cuts are scored
+HELD_STATES = 1024  # tokens whose states around every block are kept to choose ridges by
 SCORED = 128  # positions whose logits exist at once in an evaluation
 ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 
@@ -170,11 +172,6 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
     note = f"{at.kept} of {shape.blocks} blocks stay"
     if config.blocks == "auto" and at.kept == shape.blocks:
         note = "as many blocks go as the goal allows"
-    if config.splits and config.scores_healed:  # prune/moments.py
-        longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
-        statistics = (longest + 1) * shape.blocks * shape.hidden**2 * 4
-        sums += statistics
-        note += f"; statistics of all gaps {megabytes(statistics)}"
     states = (shape.blocks + 1) * tokens * shape.hidden * at.size
     parts = {
         "runtime": at.runtime("prune"),
@@ -182,7 +179,20 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
         "activations": states + tokens * shape.state * at.size,
         "other": sums,
     }
-    return StageMemory(worst(parts), at.small, note)
+    searching = dict(parts)
+    if config.splits:
+        searching["logits"] = SCORED_CUTS * shape.vocab * 4 * 2
+        searching["other"] = 0
+    if config.splits and config.scores_healed:  # prune/moments.py
+        longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
+        square = shape.blocks * shape.hidden**2 * 4
+        statistics = (longest + 1) * square
+        held = 2 * shape.blocks * min(HELD_STATES, config.calibration.tokens // 8) * shape.hidden * 4
+        kept = statistics + held  # until the stage ends
+        searching["other"] = kept + max(2 * states, longest * square // 2)  # one batch's states; the maps tried out
+        parts["other"] += kept
+        note += f"; statistics of all gaps {megabytes(statistics)}"
+    return StageMemory(worst(parts, searching), at.small, note)
 
 
 def training_memory(config: TrainingConfig, at: Setting) -> StageMemory:
