@@ -53,7 +53,7 @@ def open_server(
         parameters.verbosity = 1  # errors only: load again to learn why, catching what it writes
         raise UserError(f"llama.cpp cannot load {file}: {_reason(xllamacpp, parameters)}") from error
     # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
-    post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False})
+    checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
     return server
 
 
@@ -69,6 +69,13 @@ def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:
         return json.load(connection.getresponse())
     finally:
         connection.close()
+
+
+def checked(answer: dict[str, Any], what: object) -> dict[str, Any]:
+    """A server's answer; `UserError` where it refused `what`, with its reason."""
+    if "error" in answer:
+        raise UserError(f"llama.cpp refused {what}: {answer['error'].get('message', answer['error'])}")
+    return answer
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from compress.data import stage as data_stage
 from compress.data.calibration import calibration_batches, read_text
 from compress.data.chat import encode_text
 from compress.data.config import TextsConfig
-from compress.evaluation.builtin import exercises
-from compress.evaluation.generation import judge, prepare, write_with_model
+from compress.evaluation.config import EvaluateConfig
+from compress.evaluation.suite import Suite, TorchPlayer
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
 from compress.modeling.blocks import Decoder, replaced, without_blocks
 from compress.modeling.load import load_model, load_tokenizer, resolve
@@ -84,6 +84,8 @@ class Bench:
         self.scoring, self.fitting = take(rest, options.scoring)
         self.windows = self._windows(options.text, options.measured)
         self.task = read_questions(options.task, options.limit)
+        config = EvaluateConfig(tasks=["builtin:copy"], limit=COPIES)
+        self.copies = Suite(config, Context(progress=self.progress), self.tokenizer)
         self._check_choices()
 
     def _self_data(self, folder: Path, options: argparse.Namespace) -> Path:
@@ -192,10 +194,7 @@ class Bench:
 
     def copying(self) -> float:
         """The share of `builtin:copy` that is right: four words repeated, after three examples."""
-        rows = exercises("builtin:copy", COPIES)
-        prompts = [prepare(self.tokenizer, row, None) for row in rows]
-        written = write_with_model(self.model, self.tokenizer, prompts, 32, 16, lambda n=1, note="": None)
-        return judge(rows, prompts, written).value
+        return self.copies.run("model", TorchPlayer(self.model, self.tokenizer))["builtin:copy"].value
 
     @contextmanager
     def variant(self, cut: Cut, heal: Any) -> Iterator[None]:
@@ -250,8 +249,10 @@ def methods() -> dict[str, tuple[dict[str, Any], Any]]:
 
 def find(bench: Bench, choice: dict[str, Any], count: int, studies: dict[Any, Study], most: int) -> Cut:
     config = PruneConfig.model_validate({"blocks": count, "heal": "linear", **choice})
-    copying = getattr(config.search, "copying", 0.0)
-    study = studies.setdefault((config.position, copying), bench.study(config.position, copying, most))
+    key = config.position, config.copying
+    if key not in studies:
+        studies[key] = bench.study(*key, most)
+    study = studies[key]
 
     def search() -> list[int]:
         started = time.perf_counter()

@@ -199,6 +199,11 @@ class PruneConfig(Section):
         return self.blocks == "auto" or isinstance(self.search, Scored)
 
     @property
+    def copying(self) -> float:
+        """The share of scoring and held-out rows in which a text is read twice."""
+        return self.search.copying if isinstance(self.search, Scored) else 0.0
+
+    @property
     def scores_healed(self) -> bool:
         """Whether a search scores cuts as healed."""
         wanted = self.search.healed if isinstance(self.search, Scored) else None

@@ -31,9 +31,9 @@ class _States:
     mlp: list[Tensor]  # what the block's MLP adds
     after: list[Tensor]  # the stream that it has been added to
 
-    def wanted(self, block: int, last: int) -> Tensor:
-        """What the MLP of `block` would have to add for the stream to be as after block `last`."""
-        return self.after[last] - (self.after[block] - self.mlp[block])
+    def residual(self, block: int) -> Tensor:
+        """The stream that the MLP of `block` adds to."""
+        return self.after[block] - self.mlp[block]
 
 
 class Moments:
@@ -65,7 +65,7 @@ class Moments:
         """T, (H, H) or (H,), float32, behind the MLP of block `first` − 1 for the gap `first` … `last`."""
         if (first, last) not in self._maps:
             block = first - 1
-            u, d = self._held.mlp[block], self._held.wanted(block, last)
+            u, d = self._held.mlp[block], self._held.after[last] - self._held.residual(block)
             maps = [self._solve(block, last, ridge) for ridge in self.ridges]
             errors = [float((apply_map(u, map) - d).square().sum()) for map in maps]
             self._maps[first, last] = maps[errors.index(min(errors))]
@@ -123,10 +123,10 @@ class Moments:
     def _add(self, states: _States, index: Tensor) -> None:
         """Add the positions `index` of a batch."""
         for block, mlp in enumerate(states.mlp):
-            u = mlp[index].double()
+            u, residual = mlp[index].double(), states.residual(block)[index]
             self._uu[block] += u.T @ u if self._full else u.square().sum(0)
             for last in range(block + 1, min(block + self.longest, self.decoder.num_blocks - 1) + 1):
-                d = states.wanted(block, last)[index].double()
+                d = (states.after[last][index] - residual).double()  # what the MLP would have to add
                 self._ud[block, last] += u.T @ d if self._full else (u * d).sum(0)
 
 

@@ -15,7 +15,7 @@ from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..stage import WORK, Context, Inputs
 from .auto import decide
-from .config import PruneConfig, Scored
+from .config import PruneConfig
 from .copying import read_twice
 from .cuts import describe
 from .heal import heal
@@ -111,9 +111,7 @@ def _study(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, 
             f"hold out ({calibration.held_out}), in batches of {calibration.batch} rows of {calibration.length}; "
             "raise tokens or lower the others"
         )
-    scoring = scoring[::-1]
-    if isinstance(config.search, Scored) and config.search.copying:
-        scoring, held_out = (read_twice(rows, config.search.copying) for rows in (scoring, held_out))
+    scoring, held_out = (read_twice(rows, config.copying) for rows in (scoring[::-1], held_out))
     return Study(model, rest[::-1], scoring=scoring, held_out=held_out, **options)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..llamacpp import SEEDS, open_server, post
+from ..llamacpp import SEEDS, checked, open_server, post
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
 from .gguf_header import read_header, split_files
 
@@ -166,12 +166,7 @@ class LlamaCppEngine(Engine):
         return logprobs["content"][0] if logprobs else None
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
-        return self._checked(self._server.handle_completions(request))
-
-    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
-        if "error" in answer:
-            raise UserError(f"llama.cpp refused {self.path}: {answer['error'].get('message', answer['error'])}")
-        return answer
+        return checked(self._server.handle_completions(request), self.path)
 
     def generate(
         self,
@@ -229,7 +224,7 @@ class LlamaCppEngine(Engine):
 
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
         """Over HTTP: what the server answers in this process names no token ids."""
-        return self._checked(post(self._server, path, request))
+        return checked(post(self._server, path, request), self.path)
 
     def close(self) -> None:
         self._server = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...llamacpp import SEEDS, open_server, post
+from ...llamacpp import SEEDS, checked, open_server, post
 from ...modeling.gguf import read_fields
 from ...modeling.load import load_config
 from ..sampling import Sampled, Sampling
@@ -67,10 +67,7 @@ class LlamaCpp:
             return list(pool.map(draw, prompts, seeds))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        answer = post(self._server, "/completion", request)
-        if "error" in answer:
-            raise UserError(f"llama.cpp refused a prompt for {self.file}: {answer['error'].get('message')}")
-        return answer
+        return checked(post(self._server, "/completion", request), f"a prompt for {self.file}")
 
     def close(self) -> None:
         self._server = None
