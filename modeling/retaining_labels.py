@@ -6,6 +6,7 @@ query head of j's group has for k. Computed from chunks: no matrix of all querie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,23 @@ def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int 
         lowest = labels[first:].amin(0) if first < count else labels.new_zeros(groups)
         labels[:first] = lowest
     return labels, first
+
+
+def detrended(labels: Tensor) -> Tensor:
+    """Labels (N, G) without what comes of distance alone: per head, less the cubic in the logarithm of the distance to
+    the answer that fits them best (least squares).
+
+    Rotary positions make a key the likelier to have a large logit the nearer it is, whatever it says. A head can tell
+    early tokens from late ones a little, and would give those that lay near the answer in its rows the greater scores;
+    but when keys compete for the cache, the answer is equally far from all of them, or not known to be near any.
+    """
+    count = len(labels)
+    distance = torch.arange(count, 0, -1, dtype=torch.float64, device=labels.device)
+    steps = (distance + 1).log() / math.log(count + 1)
+    basis = torch.stack([steps**power for power in range(4)], 1)
+    ridge = 1e-9 * count * torch.eye(4, dtype=torch.float64, device=labels.device)  # for rows of fewer than four tokens
+    fitted = basis @ torch.linalg.solve(basis.T @ basis + ridge, basis.T @ labels.double())
+    return (labels - fitted).to(labels.dtype)
 
 
 @torch.no_grad()

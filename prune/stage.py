@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..modeling.blocks import drop_blocks, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..stage import WORK, Context, Inputs
+from ..stage import WORK, Context, Inputs, give_back_memory
 from .auto import decide
 from .config import PruneConfig
 from .copying import read_twice
@@ -50,7 +50,21 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     model = load_model(inputs.model, context.dtype, context.device)
     tokenizer = load_tokenizer(inputs.model)
     batches = _batches(config, inputs, tokenizer, context)
-    study = _study(config, model, batches, out_dir / WORK / LEDGER, context)
+    record = _choose(config, model, batches, out_dir / WORK / LEDGER, context)
+    give_back_memory()  # of the search's statistics; healing has sums of its own
+    dropped = record["dropped"]
+    context.progress.note(f"dropping {len(dropped)} of {record['blocks']} blocks: {describe(dropped)}")
+    healings = heal(model, dropped, batches, config.heal, context.progress)
+    drop_blocks(model, dropped)
+    save_checkpoint(model, tokenizer, out_dir / "model")
+    record |= {"kept": kept_blocks(model.config), "healing": [dataclasses.asdict(healing) for healing in healings]}
+    (out_dir / "importance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return {key: record[key] for key in ("blocks", "dropped", "tokens", "healing")}
+
+
+def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> dict[str, Any]:
+    """The blocks to drop, and what was measured on the way; what it takes to find them is let go."""
+    study = _study(config, model, batches, ledger, context)
     blocks = study.num_blocks
     distances = study.distances
     candidates = candidate_blocks(config, blocks)
@@ -58,27 +72,18 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
         dropped, curve = decide(study, config, candidates)
     else:
         dropped, curve = choose(study, config, config.blocks, candidates), []
-    values = windows(config.importance, study, 1)
-    context.progress.note(f"dropping {len(dropped)} of {blocks} blocks: {describe(dropped)}")
-    healings = heal(model, dropped, batches, config.heal, context.progress)
-    drop_blocks(model, dropped)
-    save_checkpoint(model, tokenizer, out_dir / "model")
-    record = {
+    return {
         "blocks": blocks,
         "dropped": list(dropped),
-        "kept": kept_blocks(model.config),
         "importance": config.importance,
         "position": config.position,
         "search": config.search.kind,
         "tokens": sum(batch.tokens for batch in batches),
-        "values": values,
+        "values": windows(config.importance, study, 1),
         "distances": {name: table(value, blocks) for name, value in distances.items()},
         "trials": study.notes,
         "curve": curve,
-        "healing": [dataclasses.asdict(healing) for healing in healings],
     }
-    (out_dir / "importance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return {key: record[key] for key in ("blocks", "dropped", "tokens", "healing")}
 
 
 def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Any, context: Context) -> list[Batch]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress.modeling import retaining_labels
 from compress.modeling.attention import Heads, watched_attention
 from compress.modeling.blocks import AttentionShape, Decoder, drop_blocks
 from compress.modeling.random import FAMILY_CLASSES, random_model
-from compress.modeling.retaining_labels import BlockLabels, attention_labels, label_row
+from compress.modeling.retaining_labels import BlockLabels, attention_labels, detrended, label_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -219,3 +220,27 @@ def test_edges():
     assert first == 5 and not labels.any()  # a window of the query itself sees nothing of the prompt
     half = attention_labels(torch.ones(2, 3, 4).bfloat16(), torch.ones(2, 5, 4).bfloat16(), 0.5)[0]
     assert half.dtype == torch.float32 and half.tolist() == [[2.0, 2.0]] * 5
+
+
+def test_what_comes_of_distance_alone_is_taken_out():
+    """Against NumPy's fit of a cubic; what stands out at any distance still does."""
+    random = np.random.default_rng(3)
+    logs = np.log(np.arange(500, 0, -1) + 1.0)
+    trend = np.stack([-4 * logs, 0.3 * logs**3 - logs**2 + 5], 1)
+    labels = trend + random.normal(size=(500, 2))
+    labels[[3, 240, 490]] += 6
+    found = detrended(torch.from_numpy(labels).float())
+    assert found.dtype == torch.float32
+    expected = [column - np.polyval(np.polyfit(logs, column, 3), logs) for column in labels.T]
+    np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), atol=1e-3)
+    assert sorted(found.topk(3, 0).indices[:, 0].tolist()) == [3, 240, 490]
+    assert 3 not in torch.from_numpy(labels).topk(100, 0).indices[:, 0]  # before, any hundred nearer ones hid it
+    assert detrended(torch.from_numpy(trend).float()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_a_few_tokens_have_a_trend_too(count):
+    labels = torch.randn(count, 2, generator=torch.Generator().manual_seed(count))
+    found = detrended(labels)
+    assert found.shape == labels.shape and found.isfinite().all()
+    assert found.square().sum() <= labels.square().sum()

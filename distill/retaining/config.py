@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ...data.config import Columns
 from ...stage import Section
 
-FORMAT = 1
+FORMAT = 2
 LONGEST = 10240  # tokens per row, as published
 SPREAD = 8  # the shortest made row is so many times shorter than the longest
 
@@ -40,6 +40,10 @@ class RetainConfig(Section):
         None,
         ge=128,
         description="tokens in the longest row; null: 10,240, or as many as the model was trained for if that is less",
+    )
+    labels: Literal["detrended", "published"] = Field(
+        "detrended",
+        description="what heads learn: logits less what comes of a key's distance to the answer alone, or as published",
     )
     steps: int = Field(3000, ge=1, description="optimizer steps, of one row each")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...modeling.blocks import AttentionShape, Decoder
 from ...modeling.retaining import RetainingHeads
-from ...modeling.retaining_labels import BlockLabels, label_row
+from ...modeling.retaining_labels import BlockLabels, detrended, label_row
 from ...stage import Advance, write_whole
 from ..recorder import read_lines
 from ..weights import save_whole
@@ -111,7 +111,7 @@ class Trainer:
 
         def learn(seen: BlockLabels) -> None:
             with torch.enable_grad():
-                loss = self._loss(seen, self._scores(seen))
+                loss = self._loss(self._scores(seen), self._labels(seen))
                 loss.backward()
             losses.append(loss.detach())
 
@@ -126,17 +126,21 @@ class Trainer:
     def _scores(self, seen: BlockLabels) -> Tensor:
         return self.heads.score(seen.block, seen.inputs[seen.first :])
 
-    def _loss(self, seen: BlockLabels, scores: Tensor) -> Tensor:
-        return block_loss(scores, seen.labels[seen.first :], self.config.smooth, self.decoder.num_blocks)
+    def _labels(self, seen: BlockLabels) -> Tensor:
+        labels = seen.labels[seen.first :]
+        return detrended(labels) if self.config.labels == "detrended" and len(labels) else labels
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return block_loss(scores, labels, self.config.smooth, self.decoder.num_blocks)
 
     def _measure(self) -> str:
         """Measure on the held-out rows and write it down; in words."""
         losses, shares = [], []
 
         def look(seen: BlockLabels) -> None:
-            scores = self._scores(seen)
-            losses.append(self._loss(seen, scores).item())
-            shares.append(kept_share(scores, seen.labels[seen.first :], -(-len(scores) // SHARE)))
+            scores, labels = self._scores(seen), self._labels(seen)
+            losses.append(self._loss(scores, labels).item())
+            shares.append(kept_share(scores, labels, -(-len(scores) // SHARE)))
 
         for row in self.rows.heldout:
             label_row(self.decoder, row.ids, row.prompt, look)
