@@ -188,9 +188,10 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
         square = shape.blocks * shape.hidden**2 * 4
         statistics = (longest + 1) * square
         held = 2 * shape.blocks * min(HELD_STATES, config.calibration.tokens // 8) * shape.hidden * 4
-        kept = statistics + held  # until the stage ends
+        kept = statistics + held  # until the blocks are chosen
         searching["other"] = kept + max(2 * states, longest * square // 2)  # one batch's states; the maps tried out
-        parts["other"] += kept
+        if config.blocks == "auto":  # heals cuts while it chooses
+            parts["other"] += kept
         note += f"; statistics of all gaps {megabytes(statistics)}"
     return StageMemory(worst(parts, searching), at.small, note)
 
