@@ -61,9 +61,9 @@ def detrended(labels: Tensor) -> Tensor:
     """Labels (N, G) without what comes of distance alone: per head, less the cubic in the logarithm of the distance to
     the answer that fits them best (least squares).
 
-    Rotary positions make a key the likelier to have a large logit the nearer it is, whatever it says. A head can tell
-    early tokens from late ones a little, and would give those that lay near the answer in its rows the greater scores;
-    but when keys compete for the cache, the answer is equally far from all of them, or not known to be near any.
+    Rotary positions make a key the likelier to have a large logit the nearer it is, whatever it says. A head is not
+    told where a token stands, so to it that is noise beside what it can learn; and when keys compete for the cache,
+    the answer may be far from all of them.
     """
     count = len(labels)
     distance = torch.arange(count, 0, -1, dtype=torch.float64, device=labels.device)
