@@ -323,9 +323,8 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             cut = cuts[name, count] = find(bench, choice, count, studies, max(options.drop))
-            if heal != "none":
-                bench.measure(cut, "none", task=False)
-            bench.measure(cut, heal, task=count in asked)
+            for way in ("none", heal) if heal != "none" else ("none",):
+                bench.measure(cut, way, task=count in asked)
         (bench.out / "table.md").write_text(table(bench, base, cuts, options.drop), encoding="utf-8")
     head = (
         f"base: perplexity {base['perplexity']:.2f}, accuracy {base['accuracy']:.1%}, copies {base['copying']:.0%}\n\n"

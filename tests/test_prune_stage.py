@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from compress.data.rows import Row, write_rows
 from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
 from compress.prune.config import LinearHeal, PruneConfig
+from compress.prune.heal import heal
 from compress.prune.importance import Distances, scan
 from compress.prune.stage import candidate_blocks, check, run
 from compress.prune.study import Study
@@ -319,3 +321,21 @@ def test_cuts_are_tried_on_rows_read_twice_where_asked_for(stage: Stage, monkeyp
             assert half and torch.equal(ids[:half], ids[half : 2 * half])
     for before, after in zip(plain.batches, twice.batches, strict=True):
         assert torch.equal(before.input_ids, after.input_ids)
+
+
+def test_what_a_search_held_is_gone_when_healing_begins(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies: list[weakref.ref[Study]] = []
+
+    class Watched(Study):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            studies.append(weakref.ref(self))
+
+    def watched_heal(*args: Any) -> Any:
+        assert [study() for study in studies] == [None]
+        return heal(*args)
+
+    monkeypatch.setattr("compress.prune.stage.Study", Watched)
+    monkeypatch.setattr("compress.prune.stage.heal", watched_heal)
+    calibration = {"scoring": 100, "held_out": 100, "batch": 1}
+    assert stage(blocks=2, search="greedy", calibration=calibration)["healing"]
