@@ -27,8 +27,8 @@ from compress.stage import Context
 from rich.console import Console
 
 TASKS = {
-    "passkey": "One number in the text, found (%, with its 95 % interval)",
-    "keys": "A number at each depth, found (%, with its 95 % interval)",
+    "passkey": "One number in the text, found (%, with its 95 % interval); nats per token of the true answer",
+    "keys": "A number at each depth, found (%, with its 95 % interval); nats per token of the true answer",
     "continuation": "Perplexity of what follows",
 }
 
@@ -61,7 +61,8 @@ def _written(measured: Sequence[Measured]) -> str:
         return f"{summarised(measured)[0]['value']:.3g}"
     hits = [hit for one in measured for hit in one.hits]
     low, high = wilson(sum(hits), len(hits))
-    return f"{100 * sum(hits) / len(hits):.0f} ({100 * low:.0f}–{100 * high:.0f}; n {len(hits)})"
+    nats = sum(sum(one.nll) for one in measured) / sum(sum(one.tokens) for one in measured)
+    return f"{100 * sum(hits) / len(hits):.0f} ({100 * low:.0f}–{100 * high:.0f}; n {len(hits)}); {nats:.2f}"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.calibration import read_text
@@ -52,8 +53,8 @@ class Measured:
     bytes: int  # of keys and values, when most were held
     depths: list[float]  # of the numbers asked for
     hits: list[bool]
-    nll: float = 0.0  # of a continuation, in nats
-    tokens: int = 0
+    nll: list[float]  # in nats, of each true answer, or of the continuation
+    tokens: list[int]  # of these
 
     @property
     def key(self) -> str:
@@ -193,24 +194,20 @@ class Reader:
         else:
             asked = make_policy(policy, self.decoder, self.heads, self.seed)
         caches = self._caches(asked, settings)
-        hits, depths, size, nll, tokens = [], [], 0, 0.0, 0
+        hits, depths, size, nll = [], [], 0, []
         stop = stops(self.tokenizer)
         for number, (cache, logits) in enumerate(caches):
-            if isinstance(self.made, Continuation):
-                after = self.made.after
-                found = [logits[None], cache.read_on(after[:-1])] if len(after) > 1 else [logits[None]]
-                for rows, wanted in zip(found, (after[:1], after[1:]), strict=False):
-                    logs = rows.float().log_softmax(-1)
-                    nll -= float(logs[range(len(wanted)), wanted].sum())
-                tokens = len(after)
-            else:
+            if not isinstance(self.made, Continuation):
                 question = self.made.questions[number]
-                written = text_of(self.tokenizer, cache.write(logits, self.config.max_tokens, stop))
+                free = cache.copy()
+                written = text_of(self.tokenizer, free.write(logits, self.config.max_tokens, stop))
+                size = max(size, free.bytes)
                 hits.append(question.is_right(written))
                 depths.append(question.depth)
+            nll.append(nll_after(cache, logits, self.answers[number]))
             size = max(size, cache.bytes)
         return Measured(**asdict(item), policy=policy, budget=budget, entries=entries, bytes=size, depths=depths,
-                        hits=hits, nll=nll, tokens=tokens)  # fmt: skip
+                        hits=hits, nll=nll, tokens=[len(answer) for answer in self.answers])  # fmt: skip
 
     def _caches(self, policy: Any, settings: CacheSettings) -> Iterator[tuple[KVCache, Tensor]]:
         """After each prompt: the cache, and the logits (V,). What the prompts share is read once."""
@@ -233,6 +230,12 @@ class Reader:
         return found
 
 
+def nll_after(cache: KVCache, logits: Tensor, after: Sequence[int]) -> float:
+    """Nats that the tokens `after` cost behind what the cache has read, whose last logits (V,) are given."""
+    found = torch.cat([logits[None], cache.read_on(after[:-1])]) if len(after) > 1 else logits[None]
+    return -float(found.float().log_softmax(-1)[range(len(after)), list(after)].sum())
+
+
 def _greater(a: Tensor, b: Tensor) -> Tensor:
     """The greater of labels (G, N) and (G, M), of the prompt tokens that both have."""
     count = min(a.shape[1], b.shape[1])
@@ -243,8 +246,8 @@ def summarised(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Measurements as the report has them: an entry per task, length, depth, policy and budget."""
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in measured:
-        parts = list(zip(one.depths, one.hits, strict=True)) or [(None, None)]
-        for depth, hit in parts:
+        asked = (one.depths, one.hits) if one.depths else ([None], [None])
+        for depth, hit, nll, tokens in zip(*asked, one.nll, one.tokens, strict=True):
             place = (one.task, one.length, depth, one.policy, one.budget)
             cell = cells.setdefault(
                 place,
@@ -254,18 +257,18 @@ def summarised(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             cell["kv_bytes"] = max(cell["kv_bytes"], one.bytes)
             cell["n"] += 1
             cell["hits"] += bool(hit)
-            cell["nll"] += one.nll
-            cell["tokens"] += one.tokens
+            cell["nll"] += nll
+            cell["tokens"] += tokens
     return [_figures(cell) for cell in cells.values()]
 
 
 def _figures(cell: dict[str, Any]) -> dict[str, Any]:
-    """`value` is a share with its Wilson interval, or a perplexity."""
-    hits, nll, tokens = (cell.pop(name) for name in ("hits", "nll", "tokens"))
+    """`value` is a share with its Wilson interval, or a perplexity; `nats` are those of a token of the true answer."""
+    hits, nats = cell.pop("hits"), cell.pop("nll") / cell.pop("tokens")
     if cell["task"] == "continuation":
-        return cell | {"value": math.exp(min(nll / tokens, 700.0)), "low": None, "high": None}
+        return cell | {"value": math.exp(min(nats, 700.0)), "low": None, "high": None, "nats": nats}
     low, high = wilson(hits, cell["n"])
-    return cell | {"value": hits / cell["n"], "low": low, "high": high}
+    return cell | {"value": hits / cell["n"], "low": low, "high": high, "nats": nats}
 
 
 def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:

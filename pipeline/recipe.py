@@ -285,7 +285,9 @@ def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
 
 
 def _retain_problems(recipe: Recipe | None) -> list[Problem]:
-    if recipe is None or recipe.retain is None or recipe.data is not None or recipe.retain.rows is not None:
+    if recipe is None or recipe.retain is None or recipe.data is not None or recipe.retain.dataset is not None:
         return []
-    message = "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in rows"
+    message = (
+        "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in dataset"
+    )
     return [Problem(("retain",), message)]

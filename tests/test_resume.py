@@ -20,8 +20,8 @@ from compress.modeling.source import hash_file
 KILLS = 10
 SHORT = (
     "data.rows=16 data.batch=4 data.max_prompt_tokens=16 data.max_tokens=16 prune.calibration.tokens=256 "
-    "distill.select=last distill.max_steps=6 distill.save_every=2 retain.length=480 retain.steps=6 retain.heldout=2 "
-    "retain.eval_every=2 retain.save_every=2 export.onnx=[] export.verify.tokens=8 "
+    "distill.select=last distill.max_steps=6 distill.save_every=2 retain.length=480 retain.rows=3 retain.steps=6 "
+    "retain.heldout=2 retain.eval_every=2 export.onnx=[] export.verify.tokens=8 "
     "export.verify.window=16 evaluate.speed=null evaluate.tokens=64"
 ).split()
 # The processes are forked from one that has imported everything, so that the kills strike work and not imports.
@@ -195,12 +195,17 @@ def test_training_goes_on_from_its_checkpoint(whole, tmp_path):
     assert artifacts(command.runs).items() <= whole[0].items()
 
 
-def test_heads_go_on_from_their_checkpoint(whole, tmp_path):
+def test_heads_go_on_behind_the_last_row_and_the_last_head(whole, tmp_path):
     command = Command(tmp_path / "runs", until="retain")
-    command.die("/.work/heads.safetensors", fatal=2)  # the second checkpoint of three is written, but not in place
-    curves = command.partial("retain") / ".work" / "curves.jsonl"
-    assert [line["step"] for line in map(json.loads, curves.read_text().splitlines())][-1] == 4
-    assert len(command.finish("/.work/heads.safetensors")) == 2  # the second and the third, not the first
+    command.die("/.work/rows/", fatal=3)
+    work = command.partial("retain") / ".work"
+    assert sorted(file.stem for file in work.glob("rows/*.safetensors")) == ["train-0", "train-1"]
+    command.die("/.work/heads/", fatal=2)
+    assert len(list(work.glob("rows/*.safetensors"))) == 3 + 2
+    assert [file.stem for file in work.glob("heads/*.safetensors")] == ["0"]
+    written = [Path(path).name for path in command.finish("/.work/")]
+    assert "0.safetensors" not in written and "1.safetensors" in written
+    assert not [name for name in written if name.startswith(("train", "heldout"))]
     assert artifacts(command.runs).items() <= whole[0].items()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,27 @@ from typing import Any
 import pytest
 import torch
 from compress.data.rows import Row, write_rows
-from compress.distill.retaining import stage, train
-from compress.distill.retaining.config import RetainConfig, head_width
-from compress.distill.retaining.rows import LongRow, Rows
-from compress.distill.retaining.train import Trainer, block_loss, fresh_heads, kept_share, learning_rate
+from compress.distill.retaining import samples, stage, train
+from compress.distill.retaining.config import RetainConfig, head_width, measured_after
+from compress.distill.retaining.rows import LongRow
+from compress.distill.retaining.samples import Pairs, draw_pairs, keep_pairs, read_pairs
+from compress.distill.retaining.train import (
+    batches,
+    block_loss,
+    fresh_heads,
+    kept_share,
+    kept_shares,
+    learn,
+    learning_rate,
+)
 from compress.errors import UserError
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.random import FAMILY_CLASSES
-from compress.modeling.retaining import RetainingSettings, load_heads, read_settings
-from compress.modeling.retaining_labels import detrended, label_row
+from compress.modeling.retaining import RetainingHead, RetainingSettings, load_heads, read_settings
+from compress.modeling.retaining_labels import BlockLabels, detrended, label_row
 from compress.pipeline.plan.geometry import Geometry
-from compress.pipeline.plan.memory import Setting, stage_memory
+from compress.pipeline.plan.memory import Setting, megabytes, stage_memory
 from compress.pipeline.plan.work import stage_work
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
@@ -33,7 +42,8 @@ from rich.console import Console
 from torch import nn
 
 SHORT: dict[str, Any] = {
-    "steps": 6, "length": 480, "width": 16, "lr": 5e-3, "heldout": 2, "eval_every": 3, "save_every": 2,
+    "rows": 4, "tokens": 64, "steps": 6, "batch": 64, "length": 480, "width": 16, "lr": 5e-3, "heldout": 2,
+    "eval_every": 3,
 }  # fmt: skip
 
 
@@ -55,27 +65,26 @@ def run(out: Path, base: Path, talks: Path, **options: Any) -> dict[str, Any]:
     return stage.run(config(**options), Inputs(base, base, {"data": talks}), out, Context(seed=7))
 
 
-def slow_loss(scores: list[list[list[float]]], labels: list[list[list[float]]], smooth: float) -> float:
-    """The published formula: scores and labels by block, position and head."""
+def slow_loss(scores: list[Any], labels: list[Any], smooth: float) -> float:
+    """The published formula: scores and labels by block, pair, token of the pair and head."""
     errors, smoothness = [], 0.0
     for own, wanted in zip(scores, labels, strict=True):
         squares = []
-        for k, row in enumerate(own):
-            for j, score in enumerate(row):
-                off = abs(score - wanted[k][j])
-                errors.append(off * off / 2 if off < 1 else off - 0.5)
-                if k + 1 < len(own):
-                    squares.append((score - own[k + 1][j]) ** 2)
+        for pair, asked in zip(own, wanted, strict=True):
+            for place in (0, 1):
+                for score, label in zip(pair[place], asked[place], strict=True):
+                    off = abs(score - label)
+                    errors.append(off * off / 2 if off < 1 else off - 0.5)
+            squares += [(one - two) ** 2 for one, two in zip(*pair, strict=True)]
         smoothness += sum(squares) / len(squares)
     return sum(errors) / len(errors) + smooth * smoothness
 
 
 def test_the_loss_is_the_published_one():
     torch.manual_seed(0)
-    scores, labels = 3 * torch.randn(4, 11, 2), 3 * torch.randn(4, 11, 2)
+    scores, labels = 3 * torch.randn(4, 11, 2, 3), 3 * torch.randn(4, 11, 2, 3)
     found = sum(block_loss(s, y, 0.0025, 4).item() for s, y in zip(scores, labels, strict=True))
     assert found == pytest.approx(slow_loss(scores.tolist(), labels.tolist(), 0.0025), rel=1e-5)
-    assert block_loss(scores[0, :1], labels[0, :1], 0.5, 1).isfinite()  # one token has no neighbour
 
 
 def test_the_rate_rises_for_two_thirds_and_falls():
@@ -99,39 +108,109 @@ def test_the_share_kept_is_that_of_the_greatest_labels():
     assert kept_share(labels, labels, 10) == 1.0
 
 
+def test_pairs_are_neighbours_and_none_is_drawn_twice():
+    draw = random.Random(0)
+    for count, tokens in ((0, 8), (1, 8), (2, 8), (3, 8), (9, 8), (10, 100), (300, 64), (300, 65)):
+        starts = draw_pairs(count, tokens, draw)
+        places = [place for start in starts for place in (start, start + 1)]
+        assert len(set(places)) == len(places) and places == sorted(places)
+        assert all(0 <= place < count for place in places)
+        assert (count - 1) // 2 <= len(starts) <= count // 2 or len(starts) == tokens // 2
+    seen = {place for _ in range(50) for start in draw_pairs(21, 8, draw) for place in (start, start + 1)}
+    assert seen == set(range(21))  # the first and the last too
+
+
 @pytest.mark.parametrize("labels", ["published", "detrended"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_step_is_that_of_the_whole_loss_at_once(shaken, tmp_path, family, labels):
-    """Blocks learn one after another in the pass; the step is that of one graph of all of them."""
+def test_what_is_kept_of_a_row_is_what_the_model_gives(shaken, tmp_path, family, labels):
     decoder = Decoder(load_model(shaken(family, sliding_window=16) if family == "gemma3_text" else shaken(family)))
     row = LongRow(torch.randint(3, 400, (60,), generator=torch.Generator().manual_seed(2)).tolist(), 50)
-    options = config(steps=1, clip=0.002, lr=0.01, labels=labels)
-    heads, slow = (fresh_heads(decoder, 16, 3) for _ in range(2))
-    trainer = Trainer(decoder, heads, options, Rows(lambda _: row, [row]), tmp_path, lambda n=1, note="": None)
-    trainer.train()
-    seen: list[Any] = []
+    keep_pairs(decoder, row, tmp_path / "a", config(tokens=8, labels=labels), "row")
+    keep_pairs(decoder, row, tmp_path / "b", config(tokens=8, labels=labels), "row")
+    keep_pairs(decoder, row, tmp_path / "c", config(tokens=8, labels=labels), "another")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+    seen: list[BlockLabels] = []
     label_row(decoder, row.ids, row.prompt, seen.append)
-    scores = [slow.blocks[s.block](s.inputs[s.first :]) for s in seen]
-    wanted = [s.labels[s.first :] if labels == "published" else detrended(s.labels[s.first :]) for s in seen]
-    loss = torch.stack(
-        [nn.functional.smooth_l1_loss(a, b) for a, b in zip(scores, wanted, strict=True)]
-    ).mean() + 0.0025 * sum((a[1:] - a[:-1]).square().mean() for a in scores)
-    (line,) = (line for line in curves(tmp_path) if "loss" in line)
-    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["tokens"] == 50
+    firsts = set()
+    for block in seen:
+        wanted = block.labels[block.first :] if labels == "published" else detrended(block.labels[block.first :])
+        inputs = block.inputs[block.first :].to(torch.bfloat16)
+        pairs = read_pairs([tmp_path / "a", tmp_path / "c"], block.block)
+        assert len(pairs) == 2 * 4
+        for one, two in zip(pairs.inputs, pairs.labels, strict=True):
+            (place,) = (k for k in range(len(inputs)) if torch.equal(inputs[k], one[0]))
+            assert torch.equal(inputs[place + 1], one[1])
+            torch.testing.assert_close(wanted[place : place + 2], two)
+        firsts.add(block.first)
+    assert firsts == ({50 - 16 + 1} if family == "gemma3_text" else {0})
+
+
+def some_pairs(count: int, seed: int) -> Pairs:
+    draw = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 2, 24, generator=draw).to(torch.bfloat16)
+    return Pairs(inputs, inputs[..., :3].float() + torch.randn(count, 2, 3, generator=draw))
+
+
+def test_every_pair_is_drawn_as_often_as_any_other():
+    drawn = [places.tolist() for places in batches(10, 4, 5, torch.Generator().manual_seed(0))]
+    assert [len(places) for places in drawn] == [4] * 5
+    flat = [place for places in drawn for place in places]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == [*range(10)] and flat[:10] != flat[10:]
+    assert [len(places) for places in batches(3, 7, 2, torch.Generator().manual_seed(0))] == [7, 7]
+
+
+def test_a_head_learns_as_torch_would_teach_it():
+    """Steps of all pairs at once against torch's own optimizer, clamping and schedule."""
+    asked = config(steps=4, batch=80, clip=0.003, lr=0.01, eval_every=3, warmup=0.5, smooth=0.1)
+    head, slow = (RetainingHead(24, 3, 16) for _ in range(2))
+    slow.load_state_dict(head.state_dict())
+    train, held = some_pairs(40, 1), some_pairs(7, 2)
+    curve = learn(head, train, held, asked, 5, "seed")
+
+    def loss_of(pairs: Pairs) -> torch.Tensor:
+        scores = slow.w2(nn.functional.silu(slow.w1(pairs.inputs.float())))
+        error = nn.functional.smooth_l1_loss(scores, pairs.labels) / 5
+        return error + 0.1 * (scores[:, 0] - scores[:, 1]).square().mean()
+
     optimizer = torch.optim.AdamW(slow.parameters(), lr=0.01, betas=(0.9, 0.95))  # decay and the rest as torch has them
-    loss.backward()
-    gradients = torch.cat([p.grad.flatten() for p in slow.parameters() if p.grad is not None])
-    assert (gradients.abs() > 0.002).any(), "nothing to clip"
-    for p in slow.parameters():
-        assert p.grad is not None
-        p.grad.clamp_(-0.002, 0.002)
-    optimizer.step()
-    fresh = fresh_heads(decoder, 16, 3).state_dict()
-    for (name, one), other in zip(heads.state_dict().items(), slow.state_dict().values(), strict=True):
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [0.5, 1.0, 2 / 3, 1 / 3, 0][step])
+    losses, heldout, clipped = [], [loss_of(held).item()], False
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        loss = loss_of(train)
+        loss.backward()
+        for p in slow.parameters():
+            assert p.grad is not None
+            clipped |= bool((p.grad.abs() > 0.003).any())
+            p.grad.clamp_(-0.003, 0.003)
+        optimizer.step()
+        rates.step()
+        losses.append(loss.item())
+        if step in (3, 4):
+            heldout.append(loss_of(held).item())
+    assert clipped, "nothing to clip"
+    assert curve.losses.tolist() == pytest.approx(losses, rel=1e-5)
+    assert (
+        curve.heldout.tolist() == pytest.approx(heldout, rel=1e-4) and len(heldout) == len(measured_after(asked)) == 3
+    )
+    for one, other in zip(head.parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
-        assert not torch.equal(one, fresh[name])
-    if family == "gemma3_text":
-        assert seen[0].first == 50 - 16 + 1 and seen[5 % len(seen)].first >= 0
+
+
+def test_the_share_kept_of_whole_rows(tiny):
+    decoder = Decoder(load_model(tiny()))
+    rows = [LongRow(torch.randint(3, 400, (n,)).tolist(), n - 6) for n in (40, 61)]
+    several = [fresh_heads(decoder, 8, seed) for seed in (1, 2)]
+    slow: list[list[float]] = [[], []]
+    for row in rows:
+        seen: list[BlockLabels] = []
+        label_row(decoder, row.ids, row.prompt, seen.append)
+        for block in seen:
+            for heads, own in zip(several, slow, strict=True):
+                scores = heads.score(block.block, block.inputs)
+                own.append(kept_share(scores, detrended(block.labels), math.ceil(len(scores) / 4)))
+    assert kept_shares(decoder, rows, config(), *several) == pytest.approx([sum(own) / len(own) for own in slow])
+    assert slow[0] != slow[1]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CLASSES))
@@ -139,7 +218,7 @@ def test_heads_learn_in_every_family(tiny, talks, tmp_path, family):
     base = tiny(family)
     # Of a random model's labels, distance is what can be learned.
     options = {"budget": 77, "stabilizers": 3, "chunk": 50, "local": 9, "labels": "published"}
-    found = run(tmp_path, base, talks, steps=12, eval_every=6, **options)
+    found = run(tmp_path, base, talks, steps=30, eval_every=20, **options)
     assert found["last"]["eval_loss"] < 0.6 * found["before"]["eval_loss"]
     model = tmp_path / "model"
     heads = load_heads(model, load_model(model).config)
@@ -152,46 +231,49 @@ def test_heads_learn_in_every_family(tiny, talks, tmp_path, family):
     assert inside.keys() - content(base).keys() == {"retaining/heads.safetensors", "retaining/settings.json"}
     assert (model / "model.safetensors").samefile(base / "model.safetensors")
     lines = curves(tmp_path)
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 12]
-    assert all(math.isfinite(line["loss"]) and 0 < line["tokens"] < 480 for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 20, 30]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert [lines[0], lines[-1]] == [found["before"], found["last"]]
 
 
 def test_heads_find_what_answers_attend_to(tiny, talks, tmp_path):
-    found = run(tmp_path, tiny(), talks, steps=50, eval_every=50, width=64, lr=0.01)
+    found = run(tmp_path, tiny(), talks, rows=24, tokens=256, steps=120, batch=512, width=64, lr=0.01)
     assert found["before"]["eval_recall"] < 0.35  # a quarter, by chance
     assert found["last"]["eval_recall"] > 0.4
 
 
-@pytest.mark.parametrize("dead", [1, 4, 5], ids=["before any checkpoint", "at a checkpoint", "after one"])
+@pytest.mark.parametrize(
+    "dead", ["train-1.safetensors", "heldout-1.safetensors", "heads/0.safetensors", "heads/2.safetensors"]
+)
 def test_a_killed_training_ends_with_the_same_bytes(tiny, talks, tmp_path, monkeypatch, dead):
-    base, calls = tiny(), 0
+    base = tiny()
     run(tmp_path / "whole", base, talks)
+    written: list[str] = []
 
-    def fatal(self: Trainer, row: LongRow) -> float:
-        if self.step == dead:
+    def fatal(state: dict[str, torch.Tensor], file: Path) -> None:
+        if str(file).endswith(dead):
+            file.with_name(file.name + ".tmp").write_bytes(b"cut short")
             raise KeyboardInterrupt
-        nonlocal calls
-        calls += 1
-        return learn(self, row)
+        written.append(file.name)
+        save(state, file)
 
-    learn = Trainer._learn
+    save = samples.save_whole
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_learn", fatal)
+        for module in (samples, train):
+            patch.setattr(module, "save_whole", fatal)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", base, talks)
-    work = tmp_path / "killed" / WORK
-    with (work / "curves.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # cut short
-    bars: list[int] = []
+    again: list[str] = []
 
-    class Bars(Progress):
-        def bar(self, label: str, total: int | None = None) -> Any:
-            return contextlib.nullcontext(lambda n=1, note="": bars.append(n))
+    def count(state: dict[str, torch.Tensor], file: Path) -> None:
+        again.append(file.name)
+        save(state, file)
 
-    context = Context(seed=7, progress=Bars())
-    stage.run(config(), Inputs(base, base, {"data": talks}), tmp_path / "killed", context)
-    assert bars[0] == dead // 2 * 2 and sum(bars) == 6  # it went on from the checkpoint
+    for module in (samples, train):
+        monkeypatch.setattr(module, "save_whole", count)
+    run(tmp_path / "killed", base, talks)
+    assert len(written) + len(again) == 4 + 2 + 4 and not set(written) & set(again)  # rows, held-out ones, blocks
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
@@ -211,7 +293,7 @@ def test_divergence_and_half_precision(tiny, talks, tmp_path, monkeypatch):
     found = stage.run(config(steps=3), inputs, tmp_path / "half", Context(seed=7, dtype="bfloat16"))
     assert math.isfinite(found["last"]["eval_loss"])
     monkeypatch.setattr(train, "block_loss", lambda scores, *_: scores.sum() * math.nan)
-    with pytest.raises(UserError, match=r"loss is nan at step 1: training diverged; lower retain\.lr"):
+    with pytest.raises(UserError, match=r"not a number: training diverged; lower retain\.lr"):
         run(tmp_path / "bad", tiny(), talks)
 
 
@@ -220,8 +302,8 @@ def test_what_is_refused_before_any_work(tiny, tmp_path):
     stage.check(config(length=512), tiny(), context)
     with pytest.raises(UserError, match=r"retain\.length is 600, but the model was trained for 512 positions"):
         stage.check(config(length=600), tiny(), context)
-    with pytest.raises(UserError, match=r"retain\.rows\.path: there is no file .*none\.jsonl"):
-        stage.check(config(rows={"path": "none.jsonl"}), tiny(), context)
+    with pytest.raises(UserError, match=r"retain\.dataset\.path: there is no file .*none\.jsonl"):
+        stage.check(config(dataset={"path": "none.jsonl"}), tiny(), context)
     assert RetainConfig().longest(8192) == 8192 and RetainConfig().longest(1 << 17) == 10240
     assert [head_width(None, hidden) for hidden in (4096, 576, 64)] == [1024, 192, 64] and head_width(5, 576) == 5
 
@@ -241,7 +323,7 @@ name: long
 model: random:llama
 seed: 3
 data: {source: dataset, path: talks.jsonl, length: 128}
-retain: {steps: 2, length: 480, width: 8, heldout: 1, eval_every: 2}
+retain: {rows: 2, steps: 2, length: 480, width: 8, heldout: 1}
 """
 
 
@@ -256,12 +338,12 @@ def problems(folder: Path, text: str) -> str:
 def test_a_recipe_needs_something_to_make_rows_of(tmp_path):
     alone = "name: x\nmodel: random:llama\nretain: {steps: 2}\n"
     assert "retain: it makes its rows of the data stage's, and there is none" in problems(tmp_path, alone)
-    message = problems(tmp_path, "name: x\nmodel: random:llama\nretain: {rows: {path: a.jsonl, text: t}}\n")
-    assert "retain.rows" in message and "prompts with answers" in message
+    message = problems(tmp_path, "name: x\nmodel: random:llama\nretain: {dataset: {path: a.jsonl, text: t}}\n")
+    assert "retain.dataset" in message and "prompts with answers" in message
     late = RECIPE + "sort: {depths: [4, 8]}\n"
     assert "the stage retain reads what sort makes, so sort must come before it" in problems(tmp_path, late)
     assert "stabilizers (64) are part of the budget (32)" in problems(tmp_path, alone.replace("steps: 2", "budget: 32"))
-    (tmp_path / "r.yaml").write_text(alone.replace("steps: 2", "rows: {path: a.jsonl}"))
+    (tmp_path / "r.yaml").write_text(alone.replace("steps: 2", "dataset: {path: a.jsonl}"))
     assert load_recipe(str(tmp_path / "r.yaml")).section("retain").input_files() == ["a.jsonl"]
 
 
@@ -278,7 +360,7 @@ def test_a_recipe_runs_and_runs_again(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["metrics"]["steps"] == 2 and manifest["planned_memory_bytes"]
     page = (tmp_path / "runs" / "long" / "report.html").read_text()
-    assert "Retaining heads on held-out rows" in page and "held-out loss" in page
+    assert "Retaining heads on held-out rows" in page and "Kept of the best quarter" in page
 
 
 def test_the_plan_counts_heads_and_rows(tiny):
@@ -287,11 +369,15 @@ def test_the_plan_counts_heads_and_rows(tiny):
     short, long = (config(length=length) for length in (256, 512))
     heads = fresh_heads(Decoder(load_model(tiny())), 16, 0)
     found = stage_memory("retain", short, at)
-    assert found.disk == found.parts["adapters"] == 4 * sum(p.numel() for p in heads.parameters())
+    assert found.disk == found.parts["adapters"] / 2 == 4 * sum(p.numel() for p in heads.parameters())
     assert stage_memory("retain", long, at).parts["activations"] == 2 * found.parts["activations"]
+    many = stage_memory("retain", config(rows=100_000), at)  # a block's pairs are what is most: as they lie in memory
+    pairs = Pairs(torch.zeros(32, 2, at.shape.qkv, dtype=torch.bfloat16), torch.zeros(32, 2, at.shape.kv_heads))
+    assert many.parts["other"] == 100_002 * (pairs.inputs.nbytes + pairs.labels.nbytes)
+    assert f"up to {megabytes(many.parts['other'] * at.kept)} of scratch disk" in many.note
     works = [stage_work("retain", section, at, None) for section in (short, long)]
     assert works[0] is not None and works[1] is not None and works[1].flops > 2 * works[0].flops
-    assert stage_work("retain", config(rows={"path": "a.jsonl"}), at, None) is None  # nobody knows how long they are
+    assert stage_work("retain", config(dataset={"path": "a.jsonl"}), at, None) is None  # nobody knows how long they are
     assert RetainConfig().longest(at.shape.positions) == 512
 
 

@@ -146,12 +146,12 @@ def test_documents_of_a_data_stage(tmp_path):
     assert (two.text, two.question) == ("Who?\nYou.\nWho?\nYou.", "")
     assert (three.text, three.question) == ("plain text", "")
     assert [d.text for d in read_documents(TOKENIZER, tmp_path, "heldout")] == ["held"]
-    made = made_rows(TOKENIZER, tmp_path, LENGTH, 2, 3)
+    made = made_rows(TOKENIZER, tmp_path, LENGTH, 5, 2, 3)
     assert all("held" in TOKENIZER.decode(row.ids) for row in made.heldout)
     assert "plain text" in TOKENIZER.decode(made.train(0).ids) and "held" not in TOKENIZER.decode(made.train(0).ids)
     write_rows(tmp_path, rows[:3])
     with pytest.raises(UserError, match=r"no heldout row of .* has a text to make long rows of"):
-        made_rows(TOKENIZER, tmp_path, LENGTH, 2, 3)
+        made_rows(TOKENIZER, tmp_path, LENGTH, 5, 2, 3)
 
 
 def test_a_model_without_chat_reads_on():
@@ -181,9 +181,9 @@ def test_a_users_rows(tmp_path):
     rows = [{"q": f"question {n}", "a": f"answer {n}", "long": "the way " * (10 if n % 3 else 400)} for n in range(12)]
     found = users(tmp_path, rows, prompt="q", context="long", response="a")
     assert len(found.heldout) == 2 and "4 rows of more than 300 tokens are left out" in Notes.texts[-1]
-    train = [found.train(n) for n in range(10)]
+    train = [found.train(n) for n in range(found.count)]
     texts = [TOKENIZER.decode(row.ids) for row in train]
-    assert set(texts[:5]) == set(texts[5:]) and len(set(texts[:5])) == 5 and texts[:5] != texts[5:]  # two epochs
+    assert len(set(texts)) == len(texts) == 5
     assert not set(texts) & {TOKENIZER.decode(row.ids) for row in found.heldout}
     for row in train + found.heldout:
         answer = TOKENIZER.decode(row.ids[row.prompt :])

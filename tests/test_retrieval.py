@@ -137,15 +137,38 @@ def test_every_policy_is_measured_and_full_is_the_model_itself(headed, text):
     with torch.no_grad():
         logs = model(torch.tensor([made.ids + made.after])).logits[0, 319:-1].log_softmax(-1)
     wanted = -float(logs[range(9), made.after].sum())
-    assert full.policy == "full" and full.nll == pytest.approx(wanted, rel=1e-5) and full.tokens == 9
+    assert full.policy == "full" and full.nll == pytest.approx([wanted], rel=1e-5) and full.tokens == [9]
     others = [one for one in measured if one.task == "continuation"][1:]
-    assert len({round(one.nll, 4) for one in others}) == 5
+    assert len({round(one.nll[0], 4) for one in others}) == 5
     assert all(one.bytes < full.bytes for one in others)
     # As large a budget as the prompt: every policy is the full cache.
     wide = Retrieval(config.model_copy(update={"budgets": [320.0]}), Context(), load_tokenizer(headed))
     for one in wide.run(model, headed, silent):
         if one.task == "continuation":
-            assert one.nll == pytest.approx(wanted, rel=1e-5)
+            assert one.nll == pytest.approx([wanted], rel=1e-5)
+
+
+def test_the_nats_of_an_answer_are_the_models_own(headed):
+    """Of each question by itself, whatever else was asked, and whatever was written."""
+    model, config = load_model(headed), RetrievalConfig.model_validate(SMALL | {"policies": ["full"]})
+    retrieval = Retrieval(config, Context(), TOKENIZER)
+    measured = list(retrieval.run(model, None, silent))
+    for item, one in zip(retrieval.items(), measured, strict=True):
+        questions = retrieval.made(item).questions
+        for question, nll, tokens in zip(questions, one.nll, one.tokens, strict=True):
+            ids = torch.tensor([[*question.ids, *question.answer_ids]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(question.ids) - 1 : -1]
+            wanted = torch.nn.functional.cross_entropy(logits, ids[0, len(question.ids) :], reduction="sum")
+            assert nll == pytest.approx(wanted.item(), rel=1e-4) and tokens == len(question.answer_ids)
+    for cell in summarised(measured):
+        own = [
+            (nll, tokens)
+            for one in measured
+            for depth, nll, tokens in zip(one.depths, one.nll, one.tokens, strict=True)
+            if (one.task, depth) == (cell["task"], cell["depth"])
+        ]
+        assert cell["nats"] == pytest.approx(sum(nll for nll, _ in own) / sum(tokens for _, tokens in own))
 
 
 def test_a_perfect_model_finds_everything_and_the_share_has_its_interval(headed, monkeypatch):
@@ -164,7 +187,7 @@ def test_summaries_add_up(headed, text):
     retrieval = Retrieval(RetrievalConfig.model_validate(values), Context(), TOKENIZER)
     measured = list(retrieval.run(load_model(headed), None, silent))
     (cell,) = summarised(measured)
-    assert cell["value"] == pytest.approx(math.exp(sum(one.nll for one in measured) / 15)) and cell["n"] == 3
+    assert cell["value"] == pytest.approx(math.exp(sum(one.nll[0] for one in measured) / 15)) and cell["n"] == 3
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(headed, tmp_path):

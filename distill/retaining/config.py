@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ...data.config import Columns
 from ...stage import Section
 
-FORMAT = 2
+FORMAT = 3
 LONGEST = 10240  # tokens per row, as published
 SPREAD = 8  # the shortest made row is so many times shorter than the longest
 
@@ -33,9 +33,11 @@ class RetainConfig(Section):
     stabilizers: int = Field(64, ge=0, description="newest tokens of a chunk that are kept whatever their score")
     local: int = Field(100, ge=1, description="last tokens of a prompt, which are read last and kept")
     width: int | None = Field(None, ge=1, description="of the heads; null: a quarter of the model's hidden size")
-    rows: LongRows | None = Field(
-        None, description="a data set of long prompts with answers; null: rows made of the data stage's"
+    dataset: LongRows | None = Field(
+        None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
     )
+    rows: int = Field(1000, ge=1, description="long rows that are read, each once; of a data set at most so many")
+    tokens: int = Field(128, ge=2, description="tokens of each row that heads learn from, in pairs of neighbours")
     length: int | None = Field(
         None,
         ge=128,
@@ -45,7 +47,8 @@ class RetainConfig(Section):
         "detrended",
         description="what heads learn: logits less what comes of a key's distance to the answer alone, or as published",
     )
-    steps: int = Field(3000, ge=1, description="optimizer steps, of one row each")
+    steps: int = Field(3000, ge=1, description="optimizer steps of every head")
+    batch: int = Field(1024, ge=2, description="tokens of a step, drawn from all rows")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="of AdamW"
@@ -58,7 +61,6 @@ class RetainConfig(Section):
     smooth: float = Field(0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
     heldout: int = Field(8, ge=1, description="rows to measure on")
     eval_every: int = Field(100, ge=1, description="steps between measurements on them")
-    save_every: int = Field(100, ge=1, description="steps between checkpoints that a killed run resumes from")
 
     @model_validator(mode="after")
     def _stabilizers_fit(self) -> Self:
@@ -69,7 +71,7 @@ class RetainConfig(Section):
         return self
 
     def input_files(self) -> list[str]:
-        return [self.rows.path] if self.rows is not None and self.rows.local else []
+        return [self.dataset.path] if self.dataset is not None and self.dataset.local else []
 
     def longest(self, positions: int) -> int:
         """Tokens in the longest row, for a model trained for so many positions."""
@@ -79,3 +81,8 @@ class RetainConfig(Section):
 def head_width(width: int | None, hidden: int) -> int:
     """The heads' width: a quarter of the hidden size, as published for Llama-3.1-8B, up to a multiple of 64."""
     return width or -(-hidden // 4 // 64) * 64 or 64
+
+
+def measured_after(config: RetainConfig) -> list[int]:
+    """The steps after which the loss is measured on held-out rows."""
+    return [*range(0, config.steps, config.eval_every), config.steps]

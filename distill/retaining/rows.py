@@ -236,25 +236,26 @@ def _document(tokenizer: Any, row: Row) -> Document:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to learn from, by number, and rows to measure on."""
+    """Rows to learn from, by number below `count`, and rows to measure on."""
 
     train: Callable[[int], LongRow]
+    count: int
     heldout: list[LongRow]
 
 
-def made_rows(tokenizer: Any, folder: Path, length: int, heldout: int, seed: int) -> Rows:
+def made_rows(tokenizer: Any, folder: Path, length: int, count: int, heldout: int, seed: int) -> Rows:
     """Rows made of a data stage's documents: its training rows' to learn from, its held-out rows' to measure on."""
     train = Maker(tokenizer, read_documents(tokenizer, folder, "train"), length, f"retain {seed}")
     held = Maker(tokenizer, read_documents(tokenizer, folder, "heldout"), length, f"retain heldout {seed}")
-    return Rows(train.row, [held.row(number) for number in range(heldout)])
+    return Rows(train.row, count, [held.row(number) for number in range(heldout)])
 
 
 def users_rows(
     tokenizer: Any, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
 ) -> Rows:
     """A user's rows in an order drawn from the seed: the first `heldout` to measure on, then at most `wanted` to learn
-    from, over and over. Longer ones are left out. Raises `UserError` where too few are left."""
-    source = Source(config, context, "retain.rows")
+    from. Longer ones are left out. Raises `UserError` where too few are left."""
+    source = Source(config, context, "retain.dataset")
     found: list[LongRow] = []
     longer = 0
     for record in read_records(source, cache, shuffle=f"retain rows {context.seed}"):
@@ -269,17 +270,12 @@ def users_rows(
             break
     if len(found) <= heldout:
         raise UserError(
-            f"retain.rows: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
+            f"retain.dataset: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
             f"longer); {heldout} are held out (retain.heldout), and at least one more is needed"
         )
     if longer:
         context.progress.note(f"{longer} rows of more than {length} tokens are left out")
     train = found[heldout:]
-    return Rows(lambda number: _in_turn(train, number, context.seed), found[:heldout])
-
-
-def _in_turn(rows: list[LongRow], number: int, seed: int) -> LongRow:
-    epoch, place = divmod(number, len(rows))
-    order = list(range(len(rows)))
-    random.Random(f"retain epoch {seed} {epoch}").shuffle(order)
-    return rows[order[place]]
+    if len(train) < wanted:
+        context.progress.note(f"{len(train)} rows to learn from, not {wanted} (retain.rows): there are no more")
+    return Rows(train.__getitem__, len(train), found[:heldout])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from ...modeling.checkpoint import link_file
 from ...modeling.load import load_config, load_model, load_tokenizer
 from ...modeling.retaining import RetainingSettings, save_heads
 from ...modeling.source import checkpoint_files
-from ...stage import WORK, Context, Inputs
+from ...stage import WORK, Context, Inputs, write_whole
 from .config import RetainConfig, head_width
 from .rows import Rows, made_rows, users_rows
-from .train import CURVES, Trainer, fresh_heads
+from .samples import keep_all
+from .train import fresh_heads, kept_shares, train_heads
+
+CURVES = "curves.jsonl"
 
 
 def check(config: RetainConfig, base: Path, context: Context) -> None:
@@ -28,13 +33,13 @@ def check(config: RetainConfig, base: Path, context: Context) -> None:
             f"retain.length is {config.length}, but the model was trained for {positions} positions: beyond them "
             f"it does not find what it is asked about; write {positions} or less"
         )
-    if config.rows is not None:
-        local_file(Source(config.rows, context, "retain.rows"))
+    if config.dataset is not None:
+        local_file(Source(config.dataset, context, "retain.dataset"))
 
 
 def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `model/`, the model so far by links and its heads in `model/retaining/`, and `curves.jsonl`, a line per
-    step and per measurement. A killed run goes on from its last checkpoint."""
+    step and per measurement. A killed run goes on behind the last row it read, or the last head it trained."""
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     started = time.monotonic()
@@ -42,20 +47,28 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
     decoder = Decoder(model)
     rows = _rows(config, inputs, work, context)
     width = head_width(config.width, decoder.hidden_size)
-    heads = fresh_heads(decoder, width, context.seed)
-    with context.progress.bar("retaining heads", config.steps) as advance:
-        trainer = Trainer(decoder, heads, config, rows, work, advance)
-        trainer.train()
+    heads, fresh = (fresh_heads(decoder, width, context.seed).to(context.device) for _ in range(2))
+    named = {f"train-{number}": partial(rows.train, number) for number in range(rows.count)}
+    named |= {f"heldout-{number}": partial(rows.heldout.__getitem__, number) for number in range(len(rows.heldout))}
+    with context.progress.bar("long rows", len(named)) as advance:
+        files = keep_all(decoder, named, work / "rows", config, context.seed, advance)
+    with context.progress.bar("retaining heads", decoder.num_blocks) as advance:
+        train, held = files[: rows.count], files[rows.count :]
+        lines = train_heads(heads, train, held, config, work / "heads", context.seed, advance)
+    shares = kept_shares(decoder, rows.heldout, config, fresh, heads)
+    measured = [line for line in lines if "eval_loss" in line]
+    before, last = measured[0], measured[-1]
+    before["eval_recall"], last["eval_recall"] = shares
     link_model(inputs.model, out_dir / "model")
     settings = RetainingSettings(config.budget, config.chunk, config.stabilizers, config.local)
     save_heads(heads.cpu(), settings, out_dir / "model")
-    shutil.copyfile(work / CURVES, out_dir / CURVES)
-    before, last = trainer.measurements()[0], trainer.measurements()[-1]
+    write_whole(out_dir / CURVES, "".join(json.dumps(line) + "\n" for line in lines))
     context.progress.note(
         f"of the quarter of a prompt that answers attend to most, the heads keep "
-        f"{100 * before['eval_recall']:.0f} % → {100 * last['eval_recall']:.0f} %"
+        f"{100 * shares[0]:.0f} % → {100 * shares[1]:.0f} %"
     )
     return {
+        "rows": rows.count,
         "steps": config.steps,
         "width": width,
         "trainable_parameters": sum(p.numel() for p in heads.parameters()),
@@ -68,11 +81,15 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
 def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) -> Rows:
     tokenizer = load_tokenizer(inputs.model)
     length = config.longest(load_config(inputs.model).max_position_embeddings)
-    if config.rows is not None:
-        return users_rows(tokenizer, config.rows, length, config.steps, config.heldout, context, work / "datasets")
+    if config.dataset is not None:
+        return users_rows(
+            tokenizer, config.dataset, length, config.rows, config.heldout, context, work / "datasets"
+        )  # fmt: skip
     if "data" not in inputs.stages:
-        raise UserError("retain makes its rows of the data stage's, and there is none; name a data set in retain.rows")
-    return made_rows(tokenizer, inputs.stages["data"], length, config.heldout, context.seed)
+        raise UserError(
+            "retain makes its rows of the data stage's, and there is none; name a data set in retain.dataset"
+        )
+    return made_rows(tokenizer, inputs.stages["data"], length, config.rows, config.heldout, context.seed)
 
 
 def link_model(source: Path, folder: Path) -> None:

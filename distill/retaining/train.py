@@ -1,10 +1,10 @@
-"""Training retaining heads: one frozen forward pass per row, in which every block's head learns on the spot."""
+"""Training retaining heads, one block's after the other, on pairs of tokens drawn from all rows that were read."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, field
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,22 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...modeling.blocks import AttentionShape, Decoder
 from ...modeling.retaining import RetainingHeads
-from ...modeling.retaining_labels import BlockLabels, detrended, label_row
-from ...stage import Advance, write_whole
-from ..recorder import read_lines
+from ...modeling.retaining_labels import BlockLabels, label_row
+from ...stage import Advance
 from ..weights import save_whole
-from .config import RetainConfig
-from .rows import LongRow, Rows
+from .config import RetainConfig, measured_after
+from .rows import LongRow
+from .samples import Pairs, learned_labels, read_pairs
 
-SHARE = 4  # recall is measured at a budget of the prompt's so-manieth part
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its names
-STATE, CURVES = "heads.safetensors", "curves.jsonl"
+SHARE = 4  # recall is measured at a budget of a quarter of the prompt
+MEASURED = 4096  # held-out pairs whose scores exist at once
 
 
 def block_loss(scores: Tensor, labels: Tensor, smooth: float, blocks: int) -> Tensor:
-    """One block's share of the loss, from scores and labels (N, G): the mean smooth-L1 error, over the number of
-    blocks; and `smooth` times the mean squared difference of neighbours' scores."""
-    loss = nn.functional.smooth_l1_loss(scores, labels) / blocks
-    if len(scores) > 1:
-        loss = loss + smooth * (scores[1:] - scores[:-1]).square().mean()
-    return loss
+    """One block's share of the published loss, from scores and labels (P, 2, G) of pairs of neighbours: the mean
+    smooth-L1 error, over the number of blocks; and `smooth` times the mean squared difference of neighbours' scores."""
+    error = nn.functional.smooth_l1_loss(scores, labels) / blocks
+    return error + smooth * (scores[:, 1] - scores[:, 0]).square().mean()
 
 
 def kept_share(scores: Tensor, labels: Tensor, budget: int) -> float:
@@ -41,6 +38,24 @@ def kept_share(scores: Tensor, labels: Tensor, budget: int) -> float:
     scores; (N, G) each, the mean over heads."""
     wanted = torch.zeros_like(labels, dtype=torch.bool).scatter_(0, labels.topk(budget, 0).indices, True)
     return wanted.gather(0, scores.topk(budget, 0).indices).float().mean().item()
+
+
+def kept_shares(
+    decoder: Decoder, rows: Sequence[LongRow], config: RetainConfig, *several: RetainingHeads
+) -> list[float]:
+    """The share of each row's best quarter that each of several sets of heads keeps: the mean over rows, blocks and KV
+    heads. One pass per row."""
+    shares: list[list[float]] = [[] for _ in several]
+
+    def look(seen: BlockLabels) -> None:
+        labels = learned_labels(config, seen)
+        for heads, own in zip(several, shares, strict=True):
+            scores = heads.score(seen.block, seen.inputs[seen.first :])
+            own.append(kept_share(scores, labels, -(-len(labels) // SHARE)))
+
+    for row in rows:
+        label_row(decoder, row.ids, row.prompt, look)
+    return [sum(own) / len(own) for own in shares]
 
 
 def learning_rate(config: RetainConfig, step: int) -> float:
@@ -58,122 +73,103 @@ def fresh_heads(decoder: Decoder, width: int, seed: int) -> RetainingHeads:
         return RetainingHeads(decoder.num_blocks, AttentionShape.of(decoder.config), width)
 
 
-@dataclass
-class Trainer:
-    """Heads, their optimizer, and what has been written down."""
+def batches(count: int, size: int, steps: int, draw: torch.Generator) -> Iterator[Tensor]:
+    """Numbers of pairs, `size` for each step: all `count` in an order drawn anew each time round."""
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(count, generator=draw)])
+        yield order[:size]
+        order = order[size:]
 
-    decoder: Decoder
-    heads: RetainingHeads
-    config: RetainConfig
-    rows: Rows
-    work: Path
-    advance: Advance
-    optimizer: torch.optim.AdamW = field(init=False)
-    step: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        self.heads.to(self.decoder.embedding.weight.device).float()
-        self.optimizer = torch.optim.AdamW(
-            self.heads.parameters(),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-        )
+@dataclass(frozen=True)
+class Curve:
+    """A block's share of the loss: of every step, and on held-out pairs before the first, after every `eval_every`-th
+    and after the last."""
 
-    def train(self) -> None:
-        """Train to the last step, from the last checkpoint if there is one; `curves.jsonl` has a line per step, and one
-        per measurement."""
-        self._load()
-        self.advance(self.step)
-        note = self._measure() if self.step == 0 else _described(self.measurements()[-1])
-        while self.step < self.config.steps:
-            row = self.rows.train(self.step)
-            loss = self._learn(row)
-            self._line({"loss": loss, "lr": learning_rate(self.config, self.step), "tokens": row.prompt})
-            last = self.step == self.config.steps
-            if self.step % self.config.eval_every == 0 or last:
-                note = self._measure()
-            if self.step % self.config.save_every == 0 or last:
-                self._save()
-            self.advance(1, f"loss {loss:.3f}  {note}")
+    losses: Tensor  # (steps,)
+    heldout: Tensor  # (measurements,)
 
-    def measurements(self) -> list[dict[str, Any]]:
-        """What has been measured on the held-out rows."""
-        return [line for line in read_lines(self.work / CURVES) if "eval_loss" in line]
 
-    def _learn(self, row: LongRow) -> float:
-        """One step on one row; its loss."""
-        self.step += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
+def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, blocks: int, seed: str) -> Curve:
+    """Train one block's head in place. Raises `UserError` where training diverges."""
+    device = next(head.parameters()).device
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )  # fmt: skip
 
-        def learn(seen: BlockLabels) -> None:
-            with torch.enable_grad():
-                loss = self._loss(self._scores(seen), self._labels(seen))
-                loss.backward()
-            losses.append(loss.detach())
+    def loss_of(pairs: Pairs, places: Tensor) -> Tensor:
+        inputs, labels = pairs.inputs[places].to(device).float(), pairs.labels[places].to(device)
+        return block_loss(head(inputs), labels, config.smooth, blocks)
 
-        label_row(self.decoder, row.ids, row.prompt, learn)
-        total = torch.stack(losses).sum().item()
-        if not math.isfinite(total):
-            raise UserError(f"the loss is {total} at step {self.step}: training diverged; lower retain.lr")
-        nn.utils.clip_grad_value_(self.heads.parameters(), self.config.clip)
-        self.optimizer.step()
-        return total
+    @torch.no_grad()
+    def measure() -> float:
+        parts = torch.arange(len(held)).split(MEASURED)
+        return sum(loss_of(held, part).item() * len(part) for part in parts) / len(held)
 
-    def _scores(self, seen: BlockLabels) -> Tensor:
-        return self.heads.score(seen.block, seen.inputs[seen.first :])
+    losses, heldout, measured = [], [measure()], measured_after(config)
+    draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    for step, places in enumerate(batches(len(train), config.batch // 2, config.steps, draw), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(train, places)
+        loss.backward()
+        nn.utils.clip_grad_value_(head.parameters(), config.clip)
+        optimizer.step()
+        losses.append(loss.detach())
+        if step in measured:
+            heldout.append(measure())
+    curve = Curve(torch.stack(losses).cpu(), torch.tensor(heldout))
+    if not (curve.losses.isfinite().all() and curve.heldout.isfinite().all()):
+        raise UserError("the loss of retaining heads is not a number: training diverged; lower retain.lr")
+    return curve
 
-    def _labels(self, seen: BlockLabels) -> Tensor:
-        labels = seen.labels[seen.first :]
-        return detrended(labels) if self.config.labels == "detrended" and len(labels) else labels
 
-    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return block_loss(scores, labels, self.config.smooth, self.decoder.num_blocks)
-
-    def _measure(self) -> str:
-        """Measure on the held-out rows and write it down; in words."""
-        losses, shares = [], []
-
-        def look(seen: BlockLabels) -> None:
-            scores, labels = self._scores(seen), self._labels(seen)
-            losses.append(self._loss(scores, labels).item())
-            shares.append(kept_share(scores, labels, -(-len(scores) // SHARE)))
-
-        for row in self.rows.heldout:
-            label_row(self.decoder, row.ids, row.prompt, look)
-        found = {"eval_loss": sum(losses) / len(self.rows.heldout), "eval_recall": sum(shares) / len(shares)}
-        self._line(found)
-        return _described(found)
-
-    def _line(self, values: dict[str, Any]) -> None:
-        with (self.work / CURVES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
-
-    def _save(self) -> None:
-        """Heads and moments in one file, which is whole or not there."""
-        state = {}
-        for name, parameter in self.heads.named_parameters():
-            state[name] = parameter.detach().cpu().contiguous()
-            for moment in MOMENTS:
-                state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu().contiguous()
-        save_whole(state | {"step": torch.tensor(self.step)}, self.work / STATE)
-
-    def _load(self) -> None:
-        """Go on from the checkpoint; curves of steps after it are forgotten."""
-        file = self.work / STATE
+def train_heads(
+    heads: RetainingHeads,
+    train: Sequence[Path],
+    held: Sequence[Path],
+    config: RetainConfig,
+    work: Path,
+    seed: int,
+    advance: Advance,
+) -> list[dict[str, Any]]:
+    """Train every block's head in place on the pairs in files; the loss of all blocks as lines, one per step and one
+    per measurement. Each head is written to `work` when it is trained; those found there are not trained again."""
+    work.mkdir(exist_ok=True)
+    curves = []
+    for block, head in enumerate(heads.blocks):
+        file = work / f"{block}.safetensors"
         if file.exists():
-            with safe_open(file, framework="pt") as saved, torch.no_grad():
-                self.step = int(saved.get_tensor("step"))
-                for name, parameter in self.heads.named_parameters():
-                    parameter.copy_(saved.get_tensor(name))
-                    moments = {moment: saved.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                    self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
-        keep = [line for line in read_lines(self.work / CURVES) if line["step"] <= self.step > 0]
-        write_whole(self.work / CURVES, "".join(json.dumps(line) + "\n" for line in keep))
+            curves.append(_load(head, file))
+        else:
+            pairs, checked = read_pairs(train, block), read_pairs(held, block)
+            if not len(pairs) or not len(checked):
+                raise UserError(f"no two neighbouring tokens of a row are seen by its answer in block {block}")
+            name = f"retain {seed} {block}"
+            curves.append(curve := learn(head, pairs, checked, config, len(heads.blocks), name))
+            state = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
+            save_whole(state | {"losses": curve.losses, "heldout": curve.heldout}, file)
+        falls = f"{curves[-1].heldout[0]:.4f} → {curves[-1].heldout[-1]:.4f}"
+        advance(1, f"held-out loss of block {block}: {falls}")
+    return _lines(curves, config)
 
 
-def _described(found: dict[str, Any]) -> str:
-    return f"held-out loss {found['eval_loss']:.3f}, kept {100 * found['eval_recall']:.0f} %"
+def _load(head: nn.Module, file: Path) -> Curve:
+    with safe_open(file, framework="pt") as saved, torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(saved.get_tensor(name))
+        return Curve(saved.get_tensor("losses"), saved.get_tensor("heldout"))
+
+
+def _lines(curves: Sequence[Curve], config: RetainConfig) -> list[dict[str, Any]]:
+    """The blocks' shares added up."""
+    losses = torch.stack([curve.losses for curve in curves]).double().sum(0).tolist()
+    heldout = torch.stack([curve.heldout for curve in curves]).double().sum(0).tolist()
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": loss, "lr": learning_rate(config, step)} for step, loss in enumerate(losses, start=1)
+    ]
+    lines += [{"step": step, "eval_loss": loss} for step, loss in zip(measured_after(config), heldout, strict=True)]
+    return sorted(lines, key=lambda line: (line["step"], "eval_loss" in line))

@@ -88,6 +88,7 @@ def _steps(stage: str, config: Any, at: Setting) -> Iterator[tuple[str, ...]]:
     elif isinstance(config, RetainConfig):
         longest = config.longest(at.shape.positions)
         yield from ((f"retain.length={size}",) for size in _halves(longest, SHORTEST))
+        yield from ((f"retain.tokens={size}",) for size in _halves(config.tokens, 2))
     elif isinstance(config, TrainingConfig):
         yield from _training_steps(config)
 

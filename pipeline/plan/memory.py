@@ -270,19 +270,30 @@ def merge_memory(config: MergeConfig, at: Setting) -> StageMemory:
 
 
 def retain_memory(config: RetainConfig, at: Setting) -> StageMemory:
-    """The model, a pass over the longest row, and the heads, which learn one after another."""
+    """The model, and a pass over the longest row; then, one after another, a block's pairs and its head."""
     shape, tokens = at.shape, config.longest(at.shape.positions)
     width, heads = head_parameters(config, at)
-    parts = {
+    own = heads // at.kept
+    pair = shape.qkv * 2 + shape.kv_heads * 4  # bytes of a token: bfloat16, and float32 labels
+    kept = (config.rows + config.heldout) * config.tokens * pair  # of a block, at most
+    holding = {
         "runtime": at.runtime("retain"),
         "weights": at.small,
-        "adapters": heads * 4,
-        "optimizer": heads * 12,  # gradients and moments
-        "activations": tokens * ((shape.state + shape.qkv) * at.size + (shape.qkv + 4 * width) * 4),
+        "adapters": 2 * heads * 4,  # and the untrained ones they are compared with
+    }
+    reading = holding | {
+        "activations": tokens * (shape.state + shape.qkv) * at.size,
         "logits": 2 * shape.heads * LABELLED * 4,
     }
+    learning = holding | {
+        "optimizer": own * 12,  # gradients and moments
+        "activations": config.batch * (shape.qkv * 6 + 4 * width * 4),
+        "other": kept,
+    }
+    note = f"heads, {heads / 1e6:.1f} M trained; rows of up to {tokens} tokens"
+    note += f"; up to {megabytes(kept * at.kept)} of scratch disk"
     # The model beside them is the one before, by links.
-    return StageMemory(worst(parts), heads * 4, f"heads, {heads / 1e6:.1f} M trained; rows of up to {tokens} tokens")
+    return StageMemory(worst(reading, learning), heads * 4, note)
 
 
 def head_parameters(config: RetainConfig, at: Setting) -> tuple[int, int]:
@@ -346,8 +357,8 @@ def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     if config.tasks:
         answering["kv"] = shape.kv_bytes(ANSWERS * (PROMPT + config.max_tokens), at.size)
     reading = dict(parts)
-    if config.retrieval:  # the full cache, and a copy for each question about one text
-        reading["kv"] = shape.kv_bytes(2 * max(config.retrieval.lengths), at.size)
+    if config.retrieval:  # the full cache, a copy for each question about one text, and one of that to write on
+        reading["kv"] = shape.kv_bytes(3 * max(config.retrieval.lengths), at.size)
     return StageMemory(worst(parts, answering, reading), 0, f"{megabytes(scratch)} of scratch disk")
 
 

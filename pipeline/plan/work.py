@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
 from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
-from ...distill.retaining.config import SPREAD, RetainConfig
+from ...distill.retaining.config import SPREAD, RetainConfig, measured_after
 from ...distill.sorted.config import SortConfig
 from ...evaluation.config import EvaluateConfig, RetrievalConfig
 from ...export.config import ExportConfig
@@ -148,17 +148,17 @@ def _training(config: TrainingConfig, at: Setting, train: float, held: float, te
 
 
 def _retain(config: RetainConfig, at: Setting) -> Work | None:
-    """Rows whose lengths are spread evenly on a scale of ratios, and measurements on held-out ones like them."""
-    if config.rows is not None:
+    """Rows whose lengths are spread evenly on a scale of ratios, held-out ones like them, which are read twice, and the
+    heads' steps."""
+    if config.dataset is not None:
         return None  # as long as they are
     longest = config.longest(at.shape.positions)
     mean = longest * (1 - 1 / SPREAD) / math.log(SPREAD)
     seen = longest * (1 + 1 / SPREAD) / 4  # on average by a token
     heads = head_parameters(config, at)[1]
-    tokens = config.steps * mean
-    measured = config.heldout * mean * (1 + math.ceil(config.steps / config.eval_every))
-    flops = forward(at.shape, at.kept, tokens + measured, seen, 0)
-    return Work(flops + tokens * 6 * heads + measured * 2 * heads)
+    held = config.heldout * min(config.tokens, mean) * len(measured_after(config))
+    flops = forward(at.shape, at.kept, mean * (config.rows + 2 * config.heldout), seen, 0)
+    return Work(flops + heads * (config.steps * config.batch * 6 + held * 2))
 
 
 def _export(config: ExportConfig, at: Setting) -> Work:

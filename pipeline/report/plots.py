@@ -90,32 +90,22 @@ def loss_plot(report: Report) -> str | None:
 
 
 def heldout_plot(report: Report) -> str | None:
-    """KL to the unpruned model, and perplexity, on the held-out rows."""
-    return _two_curves(
-        report.curves,
-        ("eval_kl", "held-out KL to the unpruned model"),
-        ("eval_perplexity", "held-out perplexity"),
-        "Held-out KL and perplexity while training",
-    )
-
-
-def _two_curves(lines: list[dict[str, Any]], left: tuple[str, str], right: tuple[str, str], title: str) -> str | None:
-    """Two figures of the measurements by step, each (key, label) with an axis of its own."""
-    points = [line for line in lines if left[0] in line]
+    """KL to the unpruned model, and perplexity, on the held-out rows; each has an axis of its own."""
+    points = [line for line in report.curves if "eval_kl" in line]
     if not points:
         return None
 
     def draw(axes: Any) -> None:
         x = [p["step"] for p in points]
-        axes.plot(x, [p[left[0]] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
+        axes.plot(x, [p["eval_kl"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
         axes.set_xlabel("step")
-        axes.set_ylabel(left[1], color=BLUE)
+        axes.set_ylabel("held-out KL to the unpruned model", color=BLUE)
         other = axes.twinx()
-        other.plot(x, [p[right[0]] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
+        other.plot(x, [p["eval_perplexity"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
         _plain(other)
-        other.set_ylabel(right[1], color=ORANGE)
+        other.set_ylabel("held-out perplexity", color=ORANGE)
 
-    return _svg(draw, title)
+    return _svg(draw, "Held-out KL and perplexity while training")
 
 
 def sort_plot(report: Report) -> str | None:
@@ -146,13 +136,29 @@ def sort_plot(report: Report) -> str | None:
 
 
 def retain_plot(report: Report) -> str | None:
-    """The heads' loss on the held-out rows by step, and the share of what answers attend to that they keep."""
-    return _two_curves(
-        report.retain,
-        ("eval_loss", "held-out loss"),
-        ("eval_recall", "kept of the best quarter"),
-        "Held-out loss and recall of the retaining heads while training",
-    )
+    """The heads' loss by step, on what they learn from and on held-out rows, and what they keep before and after."""
+    points = [line for line in report.retain if "eval_loss" in line]
+    if not points:
+        return None
+
+    def draw(axes: Any) -> None:
+        learned = [line for line in report.retain if "loss" in line]
+        axes.plot([p["step"] for p in learned], [p["loss"] for p in learned], color=INK, alpha=0.35, linewidth=0.8)
+        axes.plot(
+            [p["step"] for p in points],
+            [p["eval_loss"] for p in points],
+            color=BLUE,
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+        )
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, held out", color=BLUE)
+        first, last = (100 * point["eval_recall"] for point in (points[0], points[-1]))
+        kept = f"grey: of the training's batches. Kept of the best quarter: {first:.0f} % → {last:.0f} %"
+        _above(axes, 0.99, "right", kept, INK)
+
+    return _svg(draw, "Loss of the retaining heads while training")
 
 
 def _opacities(count: int) -> list[float]:

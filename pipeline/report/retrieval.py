@@ -12,8 +12,8 @@ from .schema import ModelEntry, Report, RetrievalResult
 
 Way = tuple[str, float | None]  # policy and budget
 TITLES = {
-    "passkey": "one number in the text, found",
-    "keys": "a number at each depth, found",
+    "passkey": "one number in the text, found; nats per token of the true answer",
+    "keys": "a number at each depth, found; nats per token of the true answer",
     "continuation": "perplexity of what follows",
 }
 
@@ -61,7 +61,8 @@ def _cell(results: Sequence[RetrievalResult]) -> str:
     n = sum(one.n for one in results)
     hits = round(sum(one.value * one.n for one in results))
     low, high = wilson(hits, n)
-    return f"{100 * hits / n:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    nats = sum(one.nats * one.n for one in results) / n
+    return f"{100 * hits / n:.0f} % ({100 * low:.0f} to {100 * high:.0f}), {nats:.2f}"
 
 
 def shown(report: Report) -> list[RetrievalResult]:

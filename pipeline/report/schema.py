@@ -41,6 +41,7 @@ class RetrievalResult(_Entry):
     kv_bytes: int  # of keys and values, when most were held
     n: int
     value: float  # the share of numbers found; the perplexity of a continuation
+    nats: float  # per token of the true answer, or of the continuation
     low: float | None = None  # the 95 % interval of a share
     high: float | None = None
 
