@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..modeling.blocks import Decoder
-from ..modeling.retaining import RetainingHeads
+from ..modeling.retaining import RetainingHeads, RetainingSettings
 from .kv_cache import KVCache, Policy, View, visible
 
 Name = Literal["full", "retaining", "recent", "snapkv", "random", "oracle"]
@@ -36,16 +36,19 @@ class Full:
 
 
 class Retaining:
-    """Trained heads (Locret, arXiv 2410.01805); a score, once given, stays."""
+    """Trained heads (Locret, arXiv 2410.01805): means over `pool` neighbouring tokens of those read together; the first
+    `sinks` tokens stay. A score, once given, stays."""
 
     needs_projections = True
 
-    def __init__(self, heads: RetainingHeads):
-        self.heads = heads
+    def __init__(self, heads: RetainingHeads, pool: int = 1, sinks: int = 0):
+        self.heads, self.pool, self.sinks = heads, pool, sinks
 
     def score(self, view: View) -> Tensor:
         assert view.projections is not None
-        return _appended(view, self.heads.score(view.heads.block, view.projections).T)
+        scores = self.heads.score(view.heads.block, view.projections).T
+        pooled = nn.functional.avg_pool1d(scores, self.pool, 1, self.pool // 2, count_include_pad=False)
+        return _appended(view, torch.where(view.new < self.sinks, torch.inf, pooled))
 
 
 class Recent:
@@ -106,7 +109,7 @@ class SnapKV:
         if count > observed:
             # Where the kernel reaches over an end, the missing neighbours count as zero.
             mean = attention[..., : count - observed].mean(2)
-            pooled = torch.nn.functional.avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
+            pooled = nn.functional.avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
             scores[:, : count - observed] = pooled.mean(1)
         return scores
 
@@ -156,13 +159,16 @@ def answer_labels(cache: KVCache, answer: Sequence[int]) -> list[Tensor]:
     return [labels for labels in observer.labels if labels is not None]
 
 
-def make_policy(name: Name, decoder: Decoder, heads: RetainingHeads | None, seed: int) -> Policy:
-    """A policy by its name, but for `oracle`, which needs an answer's labels. `ValueError` for `retaining` without
-    heads."""
+def make_policy(
+    name: Name, decoder: Decoder, heads: RetainingHeads | None, seed: int, meant: RetainingSettings | None = None
+) -> Policy:
+    """A policy by its name, but for `oracle`, which needs an answer's labels; heads are used as they were meant.
+    `ValueError` for `retaining` without heads."""
     if name == "retaining":
         if heads is None:
             raise ValueError("the policy `retaining` needs heads")
-        return Retaining(heads.to(decoder.embedding.weight.device))
+        meant = meant or RetainingSettings()
+        return Retaining(heads.to(decoder.embedding.weight.device), meant.pool, meant.sinks)
     simple: dict[str, Any] = {"full": Full, "recent": Recent, "snapkv": SnapKV}
     if name == "random":
         return Random(seed)

@@ -192,7 +192,7 @@ class Reader:
                 self.labels = self._labels()
             asked = Oracle(self.labels)
         else:
-            asked = make_policy(policy, self.decoder, self.heads, self.seed)
+            asked = make_policy(policy, self.decoder, self.heads, self.seed, self.meant)
         caches = self._caches(asked, settings)
         hits, depths, size, nll = [], [], 0, []
         stop = stops(self.tokenizer)

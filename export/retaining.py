@@ -2,7 +2,8 @@
 
 `retaining/heads.gguf` is no model (`general.architecture` is `compress-retain`). Of block N it holds, float32,
 `blk.N.retain_1.weight` (R, I) and `blk.N.retain_2.weight` (G, R): scores = W2 · SiLU(W1 · [q; k; v]). The metadata are
-`compress.retain.budget`, `.chunk`, `.stabilizers`, `.local`, `.width` (R) and `.block_count`, all uint32.
+`compress.retain.budget`, `.chunk`, `.stabilizers`, `.local`, `.pool`, `.sinks`, `.width` (R) and `.block_count`, all
+uint32.
 
 I runs over q, k and v as transformers lays them out, biases added, before norms and rotary positions. llama.cpp's q and
 k of llama and mistral have their rows in another order (the pairs that turn together lie side by side): who takes them
@@ -12,6 +13,7 @@ from its graph puts the columns of W1 in that order.
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -35,14 +37,7 @@ def write_heads(checkpoint: Path, bundle: Path) -> RetainingEntry | None:
     for name in (WEIGHTS, SETTINGS):
         shutil.copyfile(checkpoint / FOLDER / name, folder / name)
     writer = gguf.GGUFWriter(folder / GGUF, ARCHITECTURE)
-    numbers = {
-        "budget": settings.budget,
-        "chunk": settings.chunk,
-        "stabilizers": settings.stabilizers,
-        "local": settings.local,
-        "width": heads.width,
-        "block_count": len(heads.blocks),
-    }
+    numbers = {**asdict(settings), "width": heads.width, "block_count": len(heads.blocks)}
     for key, value in numbers.items():
         writer.add_uint32(f"compress.retain.{key}", value)
     for name, value in heads.state_dict().items():
@@ -58,8 +53,5 @@ def write_heads(checkpoint: Path, bundle: Path) -> RetainingEntry | None:
         path=f"{FOLDER}/{WEIGHTS}",
         gguf=f"{FOLDER}/{GGUF}",
         width=heads.width,
-        budget=settings.budget,
-        chunk=settings.chunk,
-        stabilizers=settings.stabilizers,
-        local=settings.local,
+        **asdict(settings),
     )

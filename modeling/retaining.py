@@ -1,7 +1,9 @@
 """Retaining heads (Locret, arXiv 2410.01805): a score for every token, block and KV head, that says what to keep.
 
 A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are what the projections give, biases added,
-before any norm of theirs and before rotary positions. They lie in a checkpoint's folder `retaining/`:
+before any norm of theirs and before rotary positions. What is kept goes by means over neighbours' scores
+(`RetainingSettings.pool`): a fact is several tokens in a row, which are of no use without each other, and what a head
+says of one token is noisy (SnapKV, 2404.14469, pools for the same reason). Heads lie in a checkpoint's `retaining/`:
 `heads.safetensors` (float32; `blocks.N.w1.weight` (R, I), `blocks.N.w2.weight` (G, R)) and `settings.json`.
 """
 
@@ -30,6 +32,8 @@ class RetainingSettings:
     chunk: int = 256  # tokens that are read at a time
     stabilizers: int = 64  # of the newest tokens before a chunk's end, kept whatever their score
     local: int = 100  # last tokens of a prompt, which are read after all evictions and kept
+    pool: int = 9  # a token's score is the mean over so many neighbours read with it, itself in the middle
+    sinks: int = 4  # first tokens of a text, kept whatever their score
 
 
 class RetainingHead(nn.Module):

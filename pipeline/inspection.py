@@ -193,7 +193,8 @@ def _bundle(path: Path) -> tuple[str, Rows]:
     ]
     if manifest.retaining is not None:
         r = manifest.retaining
-        used = f"budget {r.budget}, chunk {r.chunk}, stabilizers {r.stabilizers}, local {r.local}"
+        names = ("budget", "chunk", "stabilizers", "local", "pool", "sinks")
+        used = ", ".join(f"{name} {getattr(r, name)}" for name in names)
         rows.append(("retaining heads", f"{r.path}, width {r.width}; {used}"))
     for family in manifest.families:
         depths = ", ".join(map(str, family.depths))

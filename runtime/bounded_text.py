@@ -14,7 +14,17 @@ import numpy as np
 
 from ..errors import UserError
 from .block_chain import BlockChain, bind_array
-from .kv_budget import KvBudget, best, check_windows, random_scores, recent_scores, rotary_frequencies, turn, worst
+from .kv_budget import (
+    KvBudget,
+    best,
+    check_windows,
+    pooled,
+    random_scores,
+    recent_scores,
+    rotary_frequencies,
+    turn,
+    worst,
+)
 from .onnx_engine import PREFILL_CHUNK
 
 
@@ -108,7 +118,18 @@ class BoundedText:
         for start in range(0, len(ids), PREFILL_CHUNK):
             states = self._pass(ids[start : start + PREFILL_CHUNK])
         assert states is not None
+        if self.settings.policy == "retaining":
+            self._finish_scores(len(ids))
         return states
+
+    def _finish_scores(self, count: int) -> None:
+        """Pool what the heads say of the newest tokens, which were read together; the text's first ones stay."""
+        sinks = max(0, self.settings.sinks - (len(self.tokens) - count))  # among these
+        if sinks or (count > 1 and self.settings.pool > 1):
+            for scores in self.scores:
+                new = scores[:, self.held - count : self.held]
+                new[:] = pooled(new, self.settings.pool)
+                new[:, :sinks] = np.inf
 
     def _pass(self, ids: Sequence[int]) -> np.ndarray:
         chain, count, held = self.chain, len(ids), self.held

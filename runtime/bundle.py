@@ -65,6 +65,8 @@ class RetainingEntry(_Model):
     chunk: int
     stabilizers: int
     local: int
+    pool: int
+    sinks: int
 
 
 class FileEntry(_Model):

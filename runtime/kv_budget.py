@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import UserError
 from .generator import KvPolicy, KvPositions
 
+HEADS_SETTINGS = ("chunk", "stabilizers", "local", "pool", "sinks")  # how a bundle's heads were meant to be used
 FOLDER, SETTINGS = "retaining", "settings.json"  # of a bundle with retaining heads
 POLICIES, POSITIONS = get_args(KvPolicy), get_args(KvPositions)
 SINKS = 4  # first tokens that `recent` keeps
@@ -31,6 +32,8 @@ class KvBudget:
     policy: KvPolicy = "retaining"
     evict_decoding: bool = False  # then budget + local entries are held at most; else every new one stays
     positions: KvPositions = "true"  # contiguous: what is held is rotated anew to 0, 1, 2, …
+    pool: int = 1  # of retaining heads' scores, the mean over so many neighbours read together; odd
+    sinks: int = 0  # with retaining heads, first tokens of a text that stay whatever their score
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -69,7 +72,7 @@ def choose_budget(bundle: Path, budget: int, **values: Any) -> KvBudget:
         return KvBudget(budget, **given)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        made_for = {key: int(found[key]) for key in ("chunk", "stabilizers", "local")}
+        made_for = {key: int(found[key]) for key in HEADS_SETTINGS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the retaining heads' settings in {file}: {error}") from error
     return replace(KvBudget(budget, stabilizers=0), **(made_for | given))
@@ -87,6 +90,16 @@ def best(scores: np.ndarray, budget: int, protected: int = 0) -> np.ndarray:
 def worst(scores: np.ndarray) -> np.ndarray:
     """Index (G,) of the smallest of scores (G, n); of equal ones the last."""
     return scores.shape[1] - 1 - scores[:, ::-1].argmin(axis=1)
+
+
+def pooled(scores: np.ndarray, kernel: int) -> np.ndarray:
+    """Means of scores (G, T) of tokens in a row over the `kernel` around each (an odd number), or those there are."""
+    count, reach = scores.shape[1], kernel // 2
+    sums = np.zeros((len(scores), count + 1))
+    np.cumsum(scores, axis=1, dtype=np.float64, out=sums[:, 1:])
+    first = np.maximum(np.arange(count) - reach, 0)
+    end = np.minimum(np.arange(count) + reach + 1, count)
+    return ((sums[:, end] - sums[:, first]) / (end - first)).astype(np.float32)
 
 
 def recent_scores(heads: int, places: np.ndarray) -> np.ndarray:

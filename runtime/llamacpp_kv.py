@@ -19,7 +19,7 @@ from ..errors import UserError
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
 from .gguf_header import read_header, split_files
-from .kv_budget import KvBudget
+from .kv_budget import KvBudget, pooled
 from .llama_library import Cache, Model
 from .token_eviction import HeldTokens, most_tokens
 
@@ -203,7 +203,7 @@ class BoundedText:
     def __init__(self, cache: Cache, scorer: TokenScorer, limits: KvBudget):
         self._cache, self._scorer, self._limits = cache, scorer, limits
         self.cells = cache.cells
-        self.held = HeldTokens(scorer.heads)
+        self.held = HeldTokens(scorer.heads, limits.sinks)
         self.tokens: list[int] = []  # that were read
         self._whole = True  # no read was broken off
 
@@ -237,11 +237,13 @@ class BoundedText:
     def _read(self, ids: list[int]) -> Floats:
         logits: Floats = np.empty(0, np.float32)
         self._whole = False
+        first, scores = len(self.tokens), []
         for start in range(0, len(ids), self._cache.batch):
-            piece, first = ids[start : start + self._cache.batch], len(self.tokens)
-            logits = self._cache.decode(piece, first)
-            self.held.add(range(first, first + len(piece)), self._scorer.take())
+            piece = ids[start : start + self._cache.batch]
+            logits = self._cache.decode(piece, len(self.tokens))
+            scores.append(self._scorer.take())
             self.tokens += piece
+        self.held.add(range(first, len(self.tokens)), pooled(np.concatenate(scores).T, self._limits.pool).T)
         self._whole = True
         return logits
 

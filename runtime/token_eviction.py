@@ -25,7 +25,8 @@ class HeldTokens:
     """The tokens in a cache: their positions, ascending, and the scores (heads,) that each was given when it was
     read, which are never computed again."""
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, sinks: int = 0):
+        self.sinks = sinks  # first tokens of the text, which are never dropped
         self.positions: NDArray[np.int64] = np.empty(0, np.int64)
         self._scores: Floats = np.empty((0, heads), np.float32)
         self._total: Floats = np.full(heads, -np.inf, np.float32)  # log of Σ exp(score) over all that was read
@@ -52,6 +53,7 @@ class HeldTokens:
             return np.empty(0, np.int64)
         scores = self.combined()
         scores[len(scores) - newest :] = np.inf
+        scores[self.positions < self.sinks] = np.inf
         best = np.argsort(-scores[:-1], kind="stable")[: max(budget, 1) - 1]
         kept = np.zeros(len(scores), bool)
         kept[best], kept[-1] = True, True

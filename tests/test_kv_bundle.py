@@ -102,13 +102,8 @@ def test_what_the_heads_take_is_not_counted_as_bits_of_the_weights(shaken, kv_bu
 
 def test_the_bundle_holds_the_heads(kv_bundle, checkpoint):
     entry = read_bundle(kv_bundle).retaining
-    assert entry is not None and (entry.width, entry.budget, entry.chunk, entry.stabilizers, entry.local) == (
-        24,
-        24,
-        12,
-        6,
-        8,
-    )
+    assert entry is not None and entry.width == 24
+    assert (entry.budget, entry.chunk, entry.stabilizers, entry.local, entry.pool, entry.sinks) == (24, 12, 6, 8, 9, 4)
     plain = load_file(kv_bundle / entry.path)
     for name, value in load_file(checkpoint / "retaining" / "heads.safetensors").items():
         np.testing.assert_array_equal(plain[name], value)
@@ -123,8 +118,8 @@ def test_the_bundle_holds_the_heads(kv_bundle, checkpoint):
             )
     values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert values["general.architecture"] == "compress-retain"
-    names = ("budget", "chunk", "stabilizers", "local", "width", "block_count")
-    assert [values[f"compress.retain.{name}"] for name in names] == [24, 12, 6, 8, 24, 4]
+    names = ("budget", "chunk", "stabilizers", "local", "pool", "sinks", "width", "block_count")
+    assert [values[f"compress.retain.{name}"] for name in names] == [24, 12, 6, 8, 9, 4, 24, 4]
 
 
 def test_a_wrong_graph_is_not_delivered(checkpoint, tmp_path, inline_builder, monkeypatch):
@@ -174,8 +169,8 @@ def test_an_extracted_onnx_folder_keeps_its_scores(kv_bundle, tmp_path):
 
 
 def test_heads_say_how_they_are_used_unless_the_user_does(kv_bundle, tmp_path):
-    assert choose_budget(kv_bundle, 30) == KvBudget(30, 12, 6, 8)
-    assert choose_budget(kv_bundle, 5, stabilizers=2, local=None) == KvBudget(5, 12, 2, 8)
+    assert choose_budget(kv_bundle, 30) == KvBudget(30, 12, 6, 8, pool=9, sinks=4)
+    assert choose_budget(kv_bundle, 5, stabilizers=2, local=None) == KvBudget(5, 12, 2, 8, pool=9, sinks=4)
     with pytest.raises(UserError, match="6 stabilizers"):
         choose_budget(kv_bundle, 5)
     assert choose_budget(tmp_path, 100, policy="recent", chunk=9) == KvBudget(100, 9, policy="recent")

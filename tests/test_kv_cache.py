@@ -159,6 +159,26 @@ def test_eviction_is_a_mask_over_the_whole_text(decoders, family):
     assert not torch.allclose(found, read(decoder, Full(), CacheSettings(None, 16, 0, 10)), atol=1e-2)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_means_over_neighbours_read_together_and_the_first_tokens_stay(decoders, family):
+    decoder, chunk, body = decoders(family), 16, LENGTH - 10
+    heads = heads_for(decoder)
+
+    def scores_of(block: int, group: int, held: list[int], _watched: Any, qkv: Tensor) -> list[float]:
+        raw, found = heads.score(block, qkv)[:, group].tolist(), []
+        for place in held:
+            start = place // chunk * chunk
+            near = [p for p in range(start, min(start + chunk, body)) if abs(p - place) <= 2]
+            found.append(math.inf if place < 3 else sum(raw[p] for p in near) / len(near))
+        return found
+
+    settings = CacheSettings(12, chunk, 4, 10)
+    found = read(decoder, Retaining(heads, pool=5, sinks=3), settings)
+    torch.testing.assert_close(found, reference(decoder, scores_of, settings, False), atol=1e-4, rtol=1e-4)
+    for other in (Retaining(heads), Retaining(heads, 5), Retaining(heads, 1, 3)):
+        assert not torch.allclose(found, read(decoder, other, settings), atol=1e-2)
+
+
 def test_eviction_goes_on_while_decoding(decoders):
     decoder = decoders("llama")
     heads = heads_for(decoder)

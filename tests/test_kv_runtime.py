@@ -27,7 +27,7 @@ from compress.runtime.onnx_generator import BoundedGenerator, OnnxGenerator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IDS = [(37 * i) % 440 + 3 for i in range(61)]
-SETTINGS = KvBudget(12, chunk=9, stabilizers=4, local=5)
+SETTINGS = KvBudget(12, chunk=9, stabilizers=4, local=5, pool=3, sinks=2)
 FULL = ["full_attention"] * 4  # a KV budget is not kept for sliding windows
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +55,7 @@ class Held:
 
     settings: KvBudget
     entries: list[tuple[int, float]] = field(default_factory=list)
+    given: list[float] = field(default_factory=list)  # the score of every token read, means and all
 
     def evict(self, protected: int) -> None:
         count = len(self.entries)
@@ -78,7 +79,9 @@ class Held:
             if start >= prompt and s.evict_decoding and len(self.entries) >= s.budget + s.local:
                 self.drop()
             for place in range(start, end):
-                self.entries.append((place, scores[place]))
+                near = [scores[p] for p in range(start, end) if abs(p - place) <= s.pool // 2]
+                self.given.append(float("inf") if place < s.sinks else sum(near) / len(near))
+                self.entries.append((place, self.given[place]))
                 found.append([p for p, _ in self.entries])
             if start < body and len(self.entries) > s.budget:
                 self.evict(s.stabilizers if end < body else 0)
@@ -95,18 +98,15 @@ class Reference:
         self.heads = heads or load_heads(checkpoint, self.model.config)
         self.model.config._attn_implementation = "slow_bounded"
         self.held: dict[tuple[int, int], Held] = {}
-        self.scores: list[torch.Tensor] = []
 
     @torch.no_grad()
     def logits(self, ids: list[int], prompt: int) -> torch.Tensor:
         """(T, V) after each token, where the first `prompt` are read as a prompt and the others one by one."""
-        self.scores = []
         with Decoder(self.model).projections() as projected:
 
             def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any) -> Any:
                 block = module.layer_idx
                 scores = self.heads.score(block, projected[block])[0]
-                self.scores.append(scores)
                 out = torch.zeros_like(query)
                 group = query.shape[1] // key.shape[1]
                 for head in range(key.shape[1]):
@@ -172,8 +172,11 @@ def compare(checkpoint: Path, folder: Path, settings: KvBudget, prompt: int, cha
     for (block, head), held in reference.held.items():
         scores = text.scores[block][head, : text.held]
         np.testing.assert_allclose(scores, [score for _, score in held.entries], atol=1e-5)
-        values = reference.scores[block][:, head]
-        assert [int((values - s).abs().argmin()) for s in scores] == [place for place, _ in held.entries]
+        places = [place for place, _ in held.entries]
+        assert places[: settings.sinks] == [*range(settings.sinks)] and np.isinf(scores[: settings.sinks]).all()
+        given = np.array(held.given[settings.sinks :])
+        own = [settings.sinks + int(np.abs(given - s).argmin()) for s in scores[settings.sinks :]]
+        assert own == places[settings.sinks :]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,7 +198,8 @@ def test_torch_and_the_runtime_hold_the_same(exported, policy, positions, evict)
     text = BoundedText(BlockChain(folder, (2, 4), 1, scores=policy == "retaining"), settings)
     text.begin(IDS, 4)
     decoder = Decoder(load_model(checkpoint))
-    rules = make_policy(policy, decoder, load_heads(checkpoint, decoder.config), seed=0)
+    meant = RetainingSettings(pool=3, sinks=2)
+    rules = make_policy(policy, decoder, load_heads(checkpoint, decoder.config), seed=0, meant=meant)
     limits = CacheSettings(12, chunk=9, stabilizers=4, local=5, positions=positions, evict_while_decoding=evict)
     cache = KVCache(decoder, rules, limits, 45, len(IDS) - 45)
     found, expected = [text.read_prompt(IDS[:45])], [cache.read_prompt(IDS[:45]).numpy()]
@@ -218,6 +222,8 @@ def test_torch_and_the_runtime_hold_the_same(exported, policy, positions, evict)
         ({"stabilizers": 12}, 50),  # the budget is all stabilizers
         ({"stabilizers": 0, "local": 0}, 50),
         ({"chunk": 1}, 40),
+        ({"pool": 1, "sinks": 0}, 50),  # as published
+        ({"pool": 5, "sinks": 12, "stabilizers": 0}, 50),  # the budget is all first tokens
         ({"chunk": 50}, 58),
         ({"budget": 300, "chunk": 300}, 61),
         ({"local": 30, "positions": "contiguous"}, 20),  # all of it is the local tail

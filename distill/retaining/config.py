@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...data.config import Columns
 from ...stage import Section
@@ -32,6 +32,10 @@ class RetainConfig(Section):
     chunk: int = Field(256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time")
     stabilizers: int = Field(64, ge=0, description="newest tokens of a chunk that are kept whatever their score")
     local: int = Field(100, ge=1, description="last tokens of a prompt, which are read last and kept")
+    pool: int = Field(
+        9, ge=1, description="a token's score is the mean over so many neighbours, itself in the middle; published: 1"
+    )
+    sinks: int = Field(4, ge=0, description="first tokens of a text that are kept whatever their score; published: 0")
     width: int | None = Field(None, ge=1, description="of the heads; null: a quarter of the model's hidden size")
     dataset: LongRows | None = Field(
         None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
@@ -69,6 +73,13 @@ class RetainConfig(Section):
                 f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
             )
         return self
+
+    @field_validator("pool")
+    @classmethod
+    def _odd(cls, pool: int) -> int:
+        if pool % 2 == 0:
+            raise ValueError(f"{pool} neighbours have no middle; write an odd number")
+        return pool
 
     def input_files(self) -> list[str]:
         return [self.dataset.path] if self.dataset is not None and self.dataset.local else []

@@ -60,7 +60,9 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
     before, last = measured[0], measured[-1]
     before["eval_recall"], last["eval_recall"] = shares
     link_model(inputs.model, out_dir / "model")
-    settings = RetainingSettings(config.budget, config.chunk, config.stabilizers, config.local)
+    settings = RetainingSettings(
+        config.budget, config.chunk, config.stabilizers, config.local, config.pool, config.sinks
+    )
     save_heads(heads.cpu(), settings, out_dir / "model")
     write_whole(out_dir / CURVES, "".join(json.dumps(line) + "\n" for line in lines))
     context.progress.note(
