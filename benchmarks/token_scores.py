@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.modeling.retaining import has_heads, load_heads
+from compress.modeling.retaining import RetainingSettings, has_heads, load_heads, read_settings
 from compress.modeling.retaining_labels import label_row
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 from transformers import DynamicCache
 
 ROOT = Path(__file__).parent.parent
@@ -76,14 +77,17 @@ def make_row(tokenizer: Any, text: list[int], tokens: int, seed: int) -> tuple[l
     return [*prompt, *answer], len(prompt)
 
 
-def find_scores(model: Any, heads: Any, ids: Sequence[int], prompt: int, noise: float, seed: int) -> Tensor:
-    """(blocks, KV heads, prompt) float64: a checkpoint's heads', or noisy labels."""
+def find_scores(
+    model: Any, heads: Any, meant: RetainingSettings, ids: Sequence[int], prompt: int, noise: float, seed: int
+) -> Tensor:
+    """(blocks, KV heads, prompt) float64: a checkpoint's heads', pooled as they were meant, or noisy labels."""
     found: list[Tensor] = []
     random_numbers = torch.Generator().manual_seed(seed)
 
     def visit(seen: Any) -> None:
         if heads is not None:
-            found.append(heads.score(seen.block, seen.inputs).T.double())
+            scores = heads.score(seen.block, seen.inputs).T.double()
+            found.append(avg_pool1d(scores, meant.pool, 1, meant.pool // 2, count_include_pad=False))
             return
         labels = seen.labels.T.double()
         spread = labels.std(1, keepdim=True)
@@ -117,12 +121,19 @@ def kept(layers: Any, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def measure(
-    model: Any, tokenizer: Any, heads: Any, text: list[int], row: int, options: argparse.Namespace, results: Results
+    model: Any,
+    tokenizer: Any,
+    heads: Any,
+    meant: RetainingSettings,
+    text: list[int],
+    row: int,
+    options: argparse.Namespace,
+    results: Results,
 ) -> None:
     """One row in every way, put down when all of it is measured."""
     ids, prompt = make_row(tokenizer, text, options.tokens, row)
     read = prompt - options.local
-    scores = find_scores(model, heads, ids, prompt, options.noise, row)[:, :, :read]
+    scores = find_scores(model, heads, meant, ids, prompt, options.noise, row)[:, :, :read]
     cache = DynamicCache()
     model.model(torch.tensor([ids[:read]]), past_key_values=cache)
     layers: list[Any] = cache.layers
@@ -131,10 +142,13 @@ def measure(
     blocks, groups, _ = scores.shape
     for part in options.parts:
         budget = read // part
-        chosen = {"per head": scores.topk(budget, -1).indices}
+        own = scores.clone()
+        own[..., : meant.sinks] = torch.inf
+        chosen = {"per head": own.topk(budget, -1).indices}
         for name, combine in COMBINED.items():
-            best = combine(scores.reshape(blocks * groups, -1), budget).topk(budget).indices
-            chosen[name] = best.expand(blocks, groups, -1)
+            one = combine(scores.reshape(blocks * groups, -1), budget)
+            one[: meant.sinks] = torch.inf
+            chosen[name] = one.topk(budget).indices.expand(blocks, groups, -1)
         for name, places in chosen.items():
             found[name, part] = answer_quality(model, kept(cache.layers, places), ids, read, prompt)
     for key, quality in found.items():
@@ -155,12 +169,13 @@ def main() -> None:
     folder = options.checkpoint or resolve(MODEL, ROOT / "build" / "sources")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     heads = load_heads(folder, model.config) if has_heads(folder) else None
+    meant = read_settings(folder) if heads is not None else RetainingSettings(pool=1, sinks=0)
     docs = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md")))
     text = tokenizer(docs, add_special_tokens=False, verbose=False).input_ids
     results: Results = {}
     try:
         for row in range(options.rows):
-            measure(model, tokenizer, heads, text, row, options, results)
+            measure(model, tokenizer, heads, meant, text, row, options, results)
     except KeyboardInterrupt:
         print("stopped; of the rows until here:")
     print(f"{'kept by':<16}{'part':>6}{'nats':>9}{'right':>8}")
