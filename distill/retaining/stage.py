@@ -54,11 +54,11 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
         files = keep_all(decoder, named, work / "rows", config, context.seed, advance)
     with context.progress.bar("retaining heads", decoder.num_blocks) as advance:
         train, held = files[: rows.count], files[rows.count :]
-        lines = train_heads(heads, train, held, config, work / "heads", context.seed, advance)
+        lines, loss = train_heads(heads, train, held, config, work / "heads", context.seed, advance)
     shares = kept_shares(decoder, rows.heldout, config, fresh, heads)
-    measured = [line for line in lines if "eval_loss" in line]
-    before, last = measured[0], measured[-1]
-    before["eval_recall"], last["eval_recall"] = shares
+    before = {"eval_loss": lines[0]["eval_loss"], "eval_recall": shares[0]}
+    after = {"eval_loss": loss, "eval_recall": shares[1]}
+    lines[0]["eval_recall"], lines[-1]["eval_recall"] = shares
     link_model(inputs.model, out_dir / "model")
     settings = RetainingSettings(
         config.budget, config.chunk, config.stabilizers, config.local, config.pool, config.sinks
@@ -75,7 +75,7 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
         "width": width,
         "trainable_parameters": sum(p.numel() for p in heads.parameters()),
         "before": before,
-        "last": last,
+        "after": after,
         "seconds_training": round(time.monotonic() - started, 1),
     }
 

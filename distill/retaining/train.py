@@ -93,7 +93,8 @@ class Curve:
 
 
 def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, blocks: int, seed: str) -> Curve:
-    """Train one block's head in place. Raises `UserError` where training diverges."""
+    """Train one block's head in place; of the measured ones the best on held-out pairs is kept, of equals the first.
+    Raises `UserError` where training diverges."""
     device = next(head.parameters()).device
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
@@ -109,6 +110,7 @@ def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, bloc
         return sum(loss_of(held, part).item() * len(part) for part in parts) / len(held)
 
     losses, heldout, measured = [], [measure()], measured_after(config)
+    best = copy_of(head)
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     for step, places in enumerate(batches(len(train), config.batch // 2, config.steps, draw), start=1):
         for group in optimizer.param_groups:
@@ -121,10 +123,17 @@ def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, bloc
         losses.append(loss.detach())
         if step in measured:
             heldout.append(measure())
+            if heldout[-1] < min(heldout[:-1]):
+                best = copy_of(head)
     curve = Curve(torch.stack(losses).cpu(), torch.tensor(heldout))
     if not (curve.losses.isfinite().all() and curve.heldout.isfinite().all()):
         raise UserError("the loss of retaining heads is not a number: training diverged; lower retain.lr")
+    head.load_state_dict(best)
     return curve
+
+
+def copy_of(head: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
 
 
 def train_heads(
@@ -135,9 +144,10 @@ def train_heads(
     work: Path,
     seed: int,
     advance: Advance,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float]:
     """Train every block's head in place on the pairs in files; the loss of all blocks as lines, one per step and one
-    per measurement. Each head is written to `work` when it is trained; those found there are not trained again."""
+    per measurement, and the held-out loss of the heads that are kept. Each head is written to `work` when it is
+    trained; those found there are not trained again."""
     work.mkdir(exist_ok=True)
     curves = []
     for block, head in enumerate(heads.blocks):
@@ -152,9 +162,9 @@ def train_heads(
             curves.append(curve := learn(head, pairs, checked, config, len(heads.blocks), name))
             state = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
             save_whole(state | {"losses": curve.losses, "heldout": curve.heldout}, file)
-        falls = f"{curves[-1].heldout[0]:.4f} → {curves[-1].heldout[-1]:.4f}"
+        falls = f"{curves[-1].heldout[0]:.4f} → {curves[-1].heldout.min():.4f}"
         advance(1, f"held-out loss of block {block}: {falls}")
-    return _lines(curves, config)
+    return _lines(curves, config), sum(curve.heldout.double().min().item() for curve in curves)
 
 
 def _load(head: nn.Module, file: Path) -> Curve:
