@@ -1,9 +1,9 @@
 """Which tokens a cache of bounded size keeps, where a token is kept or dropped in all heads at once.
 
 A retaining head predicts, for every KV head, the greatest logit with which a later token will attend to this one
-(Locret, arXiv 2410.01805). Logits of different heads have no common scale. exp(score), divided by the head's sum over
-all tokens read, has: it estimates the share of the head's attention that is lost with the token, and the shares of all
-heads add up. So a token stays that one head looks at sharply before one that many heads look at as at any other.
+(Locret, arXiv 2410.01805). Logits of different heads have no common scale. Standard scores have: by how many of the
+head's own standard deviations a token stands out from all that were read. A token's one score is its greatest over all
+heads, so a token that one head looks at sharply stays before one that many heads look at a little more than at others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class HeldTokens:
         self.sinks = sinks  # first tokens of the text, which are never dropped
         self.positions: NDArray[np.int64] = np.empty(0, np.int64)
         self._scores: Floats = np.empty((0, heads), np.float32)
-        self._total: Floats = np.full(heads, -np.inf, np.float32)  # log of Σ exp(score) over all that was read
+        self._read = 0  # tokens, held or not: of their scores
+        self._mean, self._squares = np.zeros(heads), np.zeros(heads)  # the mean, and the sum of squares around it
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -38,11 +39,18 @@ class HeldTokens:
         """Tokens that were read, with scores (tokens, heads)."""
         self.positions = np.concatenate([self.positions, np.asarray(positions, np.int64)])
         self._scores = np.concatenate([self._scores, scores])
-        self._total = np.logaddexp(self._total, np.logaddexp.reduce(scores, axis=0))
+        new, before = len(scores), self._read
+        mean = scores.mean(0, dtype=np.float64)
+        off = mean - self._mean
+        self._read += new
+        self._mean += off * new / self._read
+        self._squares += np.square(scores - mean).sum(0) + np.square(off) * before * new / self._read
 
     def combined(self) -> Floats:
-        """One score per token held: its share of what was read, the mean over the heads."""
-        return np.exp(self._scores - self._total).mean(1)
+        """One score per token held: how far it stands out, in the head where it does most."""
+        spread = np.sqrt(self._squares / max(self._read, 1))
+        spread[spread == 0] = 1  # all the same: none stands out
+        return ((self._scores - self._mean) / spread).max(1).astype(np.float32)
 
     def evict(self, budget: int, newest: int) -> NDArray[np.int64]:
         """Keep the `budget` best; the `newest` tokens count as infinitely good. Returns the positions dropped.

@@ -211,9 +211,10 @@ class Reference:
         if len(self.alive) <= budget:
             return
         *older, last = self.alive
-        shares = np.exp(self.scores[: last + 1]) / np.exp(self.scores[: last + 1]).sum(0)
+        past = self.scores[: last + 1]
+        stands_out = ((past - past.mean(0)) / np.where(past.std(0) > 0, past.std(0), 1)).max(1)
         free = {p: p <= last - newest and p >= self.limits.sinks for p in older}
-        ranked = sorted(older, key=lambda p: (free[p], -shares[p].mean() if free[p] else 0, p))
+        ranked = sorted(older, key=lambda p: (free[p], -stands_out[p] if free[p] else 0, p))
         self.alive = [*sorted(ranked[: budget - 1]), last]
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,10 +421,16 @@ def held(scores: list[list[float]]) -> HeldTokens:
 
 def test_a_token_one_head_looks_at_sharply_stays_before_one_that_all_look_at_a_little():
     """Four heads; logits of different heads have scales of their own."""
-    sharp, everywhere, nowhere = [100.0, 0.0, 0.0, -50.0], [91.0, 0.5, 0.5, -49.5], [90.0, 0.0, 0.0, -50.0]
-    tokens = held([nowhere, everywhere, sharp, *[nowhere] * 20])
-    assert sorted(tokens.evict(3, 0)) == [0, *range(3, 22)]
-    assert tokens.positions.tolist() == [1, 2, 22]
+    draw = np.random.default_rng(0)
+    scale, level = np.array([100.0, 0.1, 1.0, 5.0]), np.array([0.0, 7.0, -300.0, 50.0])
+    scores = draw.uniform(-1, 1, (40, 4))
+    scores[11], scores[17] = [1.2] * 4, [0, 0, 4.0, 0]
+    tokens = held((scores * scale + level).tolist())
+    tokens.evict(3, 0)
+    assert tokens.positions.tolist() == [11, 17, 39]
+    tokens = held((scores * scale + level).tolist())
+    tokens.evict(2, 0)
+    assert tokens.positions.tolist() == [17, 39]
 
 
 def test_of_equals_the_lower_position_stays_and_the_last_token_always():
@@ -434,7 +441,15 @@ def test_of_equals_the_lower_position_stays_and_the_last_token_always():
     assert tokens.evict(3, 0).tolist() == []
 
 
-def test_scores_beyond_what_exp_holds_are_compared_all_the_same():
-    tokens = held([[5000.0], [4999.0], [5001.0], [-5000.0]])
-    assert tokens.evict(2, 0).tolist() == [0, 1]
-    assert np.isfinite(tokens.combined()).all()
+def test_scores_stand_out_from_all_that_were_read_held_or_not():
+    """However the tokens came: the same as from all of them at once."""
+    scores = np.random.default_rng(1).normal(1000, 3, (60, 5)).astype(np.float32)
+    tokens, start = HeldTokens(5), 0
+    for count in (1, 20, 9, 30):
+        tokens.add(range(start, start + count), scores[start : start + count])
+        start += count
+        tokens.evict(8, 2)
+        read = scores[:start].astype(np.float64)
+        spread = np.where(read.std(0) > 0, read.std(0), 1)
+        np.testing.assert_allclose(tokens.combined(), ((read - read.mean(0)) / spread).max(1)[tokens.positions], 1e-4)
+    assert len(tokens) == 8 and HeldTokens(3).combined().shape == (0,)
