@@ -324,7 +324,7 @@ def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
 
 
 def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
-    """The checkpoint; for ONNX the builder's process, which holds it again in float32, and its graph."""
+    """The checkpoint; for ONNX the builder's process, which holds it again in float32, and what GGUF left here."""
     kinds = [*config.gguf, *config.onnx]
     small = at.shape.parameters(at.kept)
     disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
@@ -337,7 +337,8 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
         reference["logits"] = (len(less) + 1) * config.verify.tokens * at.shape.vocab * 4
     moments = [reference]
     if config.onnx and not at.cuda:
-        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4, "other": small * 4})
+        left = small * 4 if config.gguf else 0  # of quantizing, not given back to the system
+        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4, "other": left})
     return StageMemory(worst(*moments), disk, note)
 
 
