@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from .errors import UserError
 
+LOG_SECONDS = 5  # in which llama.cpp says why it cannot load a file
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
@@ -102,6 +104,7 @@ def _import() -> Any:
 
 def _reason(xllamacpp: Any, parameters: Any) -> str:
     """Why loading fails, from what llama.cpp writes to file descriptor 2."""
+    marker = "error loading model: "
     with tempfile.TemporaryFile() as log:
         kept = os.dup(2)
         os.dup2(log.fileno(), 2)
@@ -110,10 +113,20 @@ def _reason(xllamacpp: Any, parameters: Any) -> str:
         except RuntimeError:
             pass
         finally:
+            text = _settled(log.fileno(), marker)
             os.dup2(kept, 2)
             os.close(kept)
-        log.seek(0)
-        lines = log.read().decode(errors="replace").splitlines()
-    marker = "error loading model: "
-    reasons = [line.split(marker, 1)[1] for line in lines if marker in line]
+    reasons = [line.split(marker, 1)[1] for line in text.splitlines() if marker in line]
     return reasons[0].removeprefix("llama_model_loader: ") if reasons else "the file is broken or unsupported"
+
+
+def _settled(descriptor: int, marker: str) -> str:
+    """What is in a file once it has the marker and grows no more: llama.cpp writes from a thread of its own, which on a
+    busy machine may be late. Without a marker after `LOG_SECONDS`, what there is."""
+    text, end = "", time.monotonic() + LOG_SECONDS
+    while time.monotonic() < end:
+        before, text = text, os.pread(descriptor, 1 << 20, 0).decode(errors="replace")  # the writer's place stays
+        if marker in text and text == before:
+            break
+        time.sleep(0.05)
+    return text

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from compress import llamacpp
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.onnx import write_onnx
@@ -174,6 +178,25 @@ def test_broken_artifacts_are_named(artifacts, tmp_path):
         open_engine(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"cannot be opened in onnxruntime: give a \.gguf file or an ONNX folder"):
         open_engine(artifacts.gguf, runtime="onnxruntime")
+
+
+def test_a_late_reason_is_waited_for(tmp_path, monkeypatch):
+    """llama.cpp's log has a thread of its own, which on a busy machine writes after loading has failed."""
+    log = (tmp_path / "log").open("w+b")
+
+    def write() -> None:
+        for part in (b"tensors\nE load: error ", b"loading model: cut off\n", b"exiting\n"):
+            time.sleep(0.15)
+            os.write(log.fileno(), part)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert "error loading model: cut off\n" in llamacpp._settled(log.fileno(), "error loading model: ")
+    writer.join()
+    monkeypatch.setattr(llamacpp, "LOG_SECONDS", 0.2)
+    assert (
+        llamacpp._settled(log.fileno(), "something else") == "tensors\nE load: error loading model: cut off\nexiting\n"
+    )
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
