@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.evaluation.kv_policies import pooled
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.retaining import RetainingSettings, has_heads, load_heads, read_settings
 from compress.modeling.retaining_labels import label_row
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 from transformers import DynamicCache
 
 ROOT = Path(__file__).parent.parent
@@ -86,8 +86,7 @@ def find_scores(
 
     def visit(seen: Any) -> None:
         if heads is not None:
-            scores = heads.score(seen.block, seen.inputs).T.double()
-            found.append(avg_pool1d(scores, meant.pool, 1, meant.pool // 2, count_include_pad=False))
+            found.append(pooled(heads.score(seen.block, seen.inputs).T.double(), meant.pool))
             return
         labels = seen.labels.T.double()
         spread = labels.std(1, keepdim=True)

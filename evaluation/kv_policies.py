@@ -22,6 +22,11 @@ SINKS = 4  # first tokens that `recent` keeps
 WINDOW, KERNEL = 64, 5  # SnapKV's observation window and pooling, in tokens
 
 
+def pooled(scores: Tensor, kernel: int) -> Tensor:
+    """Means of scores (G, T) of tokens in a row over the `kernel` around each (an odd number), or those there are."""
+    return nn.functional.avg_pool1d(scores, kernel, 1, kernel // 2, count_include_pad=False)
+
+
 def _appended(view: View, new: Tensor) -> Tensor:
     return torch.cat([view.scores, new.to(view.scores)], 1)
 
@@ -46,9 +51,8 @@ class Retaining:
 
     def score(self, view: View) -> Tensor:
         assert view.projections is not None
-        scores = self.heads.score(view.heads.block, view.projections).T
-        pooled = nn.functional.avg_pool1d(scores, self.pool, 1, self.pool // 2, count_include_pad=False)
-        return _appended(view, torch.where(view.new < self.sinks, torch.inf, pooled))
+        scores = pooled(self.heads.score(view.heads.block, view.projections).T, self.pool)
+        return _appended(view, torch.where(view.new < self.sinks, torch.inf, scores))
 
 
 class Recent:
@@ -109,8 +113,8 @@ class SnapKV:
         if count > observed:
             # Where the kernel reaches over an end, the missing neighbours count as zero.
             mean = attention[..., : count - observed].mean(2)
-            pooled = nn.functional.avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
-            scores[:, : count - observed] = pooled.mean(1)
+            near = nn.functional.avg_pool1d(mean, self.kernel, 1, self.kernel // 2)
+            scores[:, : count - observed] = near.mean(1)
         return scores
 
 

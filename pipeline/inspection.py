@@ -184,6 +184,7 @@ def _onnx(path: Path) -> tuple[str, Rows]:
 
 def _bundle(path: Path) -> tuple[str, Rows]:
     from ..runtime.bundle import read_bundle
+    from ..runtime.kv_budget import HEADS_SETTINGS
 
     manifest = read_bundle(path)
     rows: Rows = [
@@ -193,8 +194,7 @@ def _bundle(path: Path) -> tuple[str, Rows]:
     ]
     if manifest.retaining is not None:
         r = manifest.retaining
-        names = ("budget", "chunk", "stabilizers", "local", "pool", "sinks")
-        used = ", ".join(f"{name} {getattr(r, name)}" for name in names)
+        used = ", ".join(f"{name} {getattr(r, name)}" for name in ("budget", *HEADS_SETTINGS))
         rows.append(("retaining heads", f"{r.path}, width {r.width}; {used}"))
     for family in manifest.families:
         depths = ", ".join(map(str, family.depths))

@@ -84,9 +84,8 @@ def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) ->
     tokenizer = load_tokenizer(inputs.model)
     length = config.longest(load_config(inputs.model).max_position_embeddings)
     if config.dataset is not None:
-        return users_rows(
-            tokenizer, config.dataset, length, config.rows, config.heldout, context, work / "datasets"
-        )  # fmt: skip
+        cache = work / "datasets"
+        return users_rows(tokenizer, config.dataset, length, config.rows, config.heldout, context, cache)
     if "data" not in inputs.stages:
         raise UserError(
             "retain makes its rows of the data stage's, and there is none; name a data set in retain.dataset"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,7 @@ def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, bloc
     """Train one block's head in place; of the measured ones the best on held-out pairs is kept, of equals the first.
     Raises `UserError` where training diverges."""
     device = next(head.parameters()).device
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
     def loss_of(pairs: Pairs, places: Tensor) -> Tensor:
         inputs, labels = pairs.inputs[places].to(device).float(), pairs.labels[places].to(device)
@@ -110,7 +109,7 @@ def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, bloc
         return sum(loss_of(held, part).item() * len(part) for part in parts) / len(held)
 
     losses, heldout, measured = [], [measure()], measured_after(config)
-    best = copy_of(head)
+    best = deepcopy(head.state_dict())
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     for step, places in enumerate(batches(len(train), config.batch // 2, config.steps, draw), start=1):
         for group in optimizer.param_groups:
@@ -124,16 +123,12 @@ def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, bloc
         if step in measured:
             heldout.append(measure())
             if heldout[-1] < min(heldout[:-1]):
-                best = copy_of(head)
+                best = deepcopy(head.state_dict())
     curve = Curve(torch.stack(losses).cpu(), torch.tensor(heldout))
     if not (curve.losses.isfinite().all() and curve.heldout.isfinite().all()):
         raise UserError("the loss of retaining heads is not a number: training diverged; lower retain.lr")
     head.load_state_dict(best)
     return curve
-
-
-def copy_of(head: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in head.state_dict().items()}
 
 
 def train_heads(
