@@ -240,6 +240,24 @@ def test_who_goes_away_ends_the_work(bundle):
         server.process.kill()
 
 
+def test_the_event_loop_has_its_turn_between_pieces_that_wait():
+    """Else it learns that a reader has left only when all of them are written to nobody."""
+
+    async def read() -> list[int]:
+        job = Job(piece for piece in ())
+        seen: list[Piece] = []
+        told: list[int] = []
+        for number in range(9):
+            job._made.put_nowait(Piece("a", "length" if number == 8 else None))
+        async for piece in job.read():
+            seen.append(piece)
+            if len(seen) == 1:
+                asyncio.get_running_loop().call_soon(lambda: told.append(len(seen)))
+        return [*told, len(seen)]
+
+    assert asyncio.run(read()) == [1, 9]
+
+
 def test_who_waits_when_the_server_stops_is_told():
     """The answer that is being written and the one behind it."""
 

@@ -26,6 +26,7 @@ class Job:
     async def read(self) -> AsyncIterator[Piece]:
         """The pieces; the last has `finish`. Raises what went wrong."""
         while True:
+            await asyncio.sleep(0)  # pieces that wait come without one, and the loop must learn who has gone away
             piece = await self._made.get()
             if isinstance(piece, Exception):
                 raise piece
