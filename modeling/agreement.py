@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .linear import linear
+
 
 @dataclass(frozen=True)
 class Head:
@@ -19,7 +21,7 @@ class Head:
     def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """(N, H) → (N, V), at least float32."""
         weight = self.weight if weight is None else weight
-        logits = hidden.to(weight.dtype) @ weight.T
+        logits = linear(hidden.to(weight.dtype), weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

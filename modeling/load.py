@@ -98,6 +98,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from .linear import speed_up
+
     config = load_config(folder)
     _check_safetensors(folder)
     try:
@@ -126,6 +128,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
         # bitsandbytes repacks 4-bit weights on CPUs with AVX-512 BF16, which fails for rows shorter than a block of 64.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    speed_up(model)
     return model.eval()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..modeling.linear import linear
 from ..stage import Advance
 from .cuts import Cut, gaps
 from .moments import Moments, apply_map
@@ -246,7 +247,7 @@ class Scorer:
         for part in hidden.split(CHUNK):
             logs = self.decoder.head(part).float().log_softmax(-1)
             chances = logs.exp()
-            expected.append(chances.to(weight.dtype) @ weight)
+            expected.append(linear(chances.to(weight.dtype), weight.t()))
             constant.append((chances * logs).sum(-1))
         return _Target(batch, rows, columns, torch.cat(expected).float(), torch.cat(constant))
 

@@ -181,7 +181,7 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
     }
     searching = dict(parts)
     if config.splits:
-        searching["logits"] = SCORED_CUTS * shape.vocab * 4 * 2
+        searching["logits"] = SCORED_CUTS * shape.vocab * 4 * 4  # and their logarithms, probabilities, and the products
         searching["other"] = 0
     if config.splits and config.scores_healed:  # prune/moments.py
         longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
@@ -324,7 +324,7 @@ def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
 
 
 def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
-    """The checkpoint; for ONNX the builder's process, which holds it again in float32, and what GGUF left here."""
+    """The checkpoint; for ONNX the builder's process, which holds it again in float32."""
     kinds = [*config.gguf, *config.onnx]
     small = at.shape.parameters(at.kept)
     disk = sum(int(small * EXPORT_BITS[kind] / 8) for kind in kinds)
@@ -337,8 +337,7 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
         reference["logits"] = (len(less) + 1) * config.verify.tokens * at.shape.vocab * 4
     moments = [reference]
     if config.onnx and not at.cuda:
-        left = small * 4 if config.gguf else 0  # of quantizing, not given back to the system
-        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4, "other": left})
+        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4})
     return StageMemory(worst(*moments), disk, note)
 
 
