@@ -108,6 +108,8 @@ def _recover(
     started = time.monotonic()
     with quiet(bars=True):
         figures = _train(job, preparation, train, later)
+    if not later:
+        preparation.forget()
     give_back_memory()  # the trainer's objects refer to each other
     if job.context.rank:
         return {}

@@ -63,6 +63,12 @@ class Preparation:
         self._known[ran] = held_out.with_head_of(student.decoder)
         return student, teacher, self._known[ran]
 
+    def forget(self) -> None:
+        """Let go of what was seen, when no student is to come: the unpruned model's head alone, a part of a mapped
+        file, holds on to all of it."""
+        self._known.clear()
+        self._copy = None
+
     def _copied(self, how: Copy) -> CopyTeacher:
         if self._copy is None:
             self._copy = CopyTeacher(self.inputs.base, how, self.context)

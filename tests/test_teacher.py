@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -24,7 +25,7 @@ from compress.distill.shared import SharedTeacher
 from compress.distill.teacher import CopyTeacher
 from compress.distill.variants import plan_jobs
 from compress.errors import UserError
-from compress.modeling.agreement import response_positions
+from compress.modeling.agreement import States, response_positions
 from compress.modeling.blocks import Decoder, drop_blocks, kept_blocks
 from compress.modeling.changes import find_changes
 from compress.modeling.checkpoint import save_checkpoint
@@ -342,6 +343,22 @@ def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
     heads = {anchor.head.weight.data_ptr() for anchor in held_out.anchors}
     assert (heads == {student.decoder.head_weight.data_ptr()}) is (tune == "lora")
     assert [copy() is not None for copy in copies] == {"cached": [False], "copy": [True], "shared": []}[teacher]
+
+
+@pytest.mark.parametrize("teacher", ["shared", "cached", "copy"])
+def test_the_best_weights_are_merged_with_no_other_model_held(
+    world: World, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    """A head that is still held would hold all of the file that it is mapped from."""
+    merge, merged = stage.best_model, []
+
+    def alone(*args: Any) -> Any:
+        merged.append(sum(isinstance(thing, States) for thing in gc.get_objects()))
+        return merge(*args)
+
+    monkeypatch.setattr(stage, "best_model", alone)
+    world(k=4 if teacher == "cached" else 0, teacher=teacher, max_steps=1)
+    assert merged == [0]
 
 
 def test_what_cannot_be_had_is_refused(world: World) -> None:
