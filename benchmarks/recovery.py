@@ -3,12 +3,12 @@
     python benchmarks/recovery.py --prompts science_qa_train.jsonl --text wikitext2_valid.txt --task arc_easy.jsonl
         [--task openbookqa.jsonl] [--steps 40] [--seeds 3] [--out build/recovery]
 
-SmolLM2 loses six blocks (angular window, healed by `refit` on plain text that it wrote itself). From there: nothing,
-SFT on gold answers, SFT on the same prompts' answers rewritten by the unpruned model (gold where a rewrite cannot be
-taken), DFT, KD and ASFT on these, and ASFT in two halves merged. Every way takes the same number of steps of the same
-number of packed tokens; no checkpoint is chosen by what it is measured on (`select: last`). Written answers (copying,
-adding) stand on lines of their own. What is finished is kept in OUT, so a run that was stopped goes on; the table goes
-to OUT/table.md.
+SmolLM2 loses six blocks (angular window, or with --copying a greedy search's, healed by `refit` on plain text that it
+wrote itself). From there: nothing, SFT on gold answers, SFT on the same prompts' answers rewritten by the unpruned
+model (gold where a rewrite cannot be taken), DFT, KD and ASFT on these, and ASFT in two halves merged. Every way takes
+the same number of steps of the same number of packed tokens; no checkpoint is chosen by what it is measured on
+(`select: last`). Written answers (copying, adding) stand on lines of their own. What is finished is kept in OUT, so a
+run that was stopped goes on; the table goes to OUT/table.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recovery(Study):
             ),
         }
         texts = self.made("texts", data, TextsConfig(source="texts", rows=options.texts, batch=96))
-        self.start = self.pruned(texts, options.drop, options.texts * 256)
+        self.start = self.pruned(texts, options.drop, options.texts * 256, options.copying)
 
     def section(self, seed: int, steps: int, **own: Any) -> DistillConfig:
         options = self.options
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what perplexity is measured on")
     parser.add_argument("--task", type=Path, action="append", default=[], help="multiple-choice rows (JSONL)")
     parser.add_argument("--drop", type=int, default=6, help="blocks")
+    parser.add_argument("--copying", type=float, default=0, help="search for a cut that can still copy (docs/pruning)")
     parser.add_argument("--rows", type=int, default=400, help="prompts to rewrite")
     parser.add_argument("--texts", type=int, default=160, help="texts to calibrate on, of 256 tokens")
     parser.add_argument("--steps", type=int, default=40)

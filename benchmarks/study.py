@@ -39,9 +39,13 @@ class Study:
             (folder / "done").write_text(json.dumps(figures))
         return folder
 
-    def pruned(self, data: Path, drop: int, tokens: int) -> Path:
-        """The checkpoint without the best angular window of `drop` blocks, healed by `refit`."""
-        section = {"blocks": drop, "heal": "refit", "calibration": {"tokens": tokens, "length": 256}}
+    def pruned(self, data: Path, drop: int, tokens: int, copying: float = 0) -> Path:
+        """The checkpoint without the best angular window of `drop` blocks, healed by `refit`; with `copying` without
+        those that a greedy search finds, which tries cuts on that share of rows read twice."""
+        section: dict[str, Any] = {"blocks": drop, "heal": "refit", "calibration": {"tokens": tokens, "length": 256}}
+        if copying:
+            section["search"] = {"kind": "greedy", "copying": copying}
+            section["calibration"] |= {"scoring": 2048, "held_out": 2048}
         return self.made("pruned", prune, PruneConfig.model_validate(section), stages={"data": data}) / "model"
 
     def bench(self, text: Path, tasks: Sequence[str], tokens: int, limit: int) -> Bench:

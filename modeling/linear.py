@@ -1,8 +1,8 @@
 """Linear layers on x86 processors: float32 products by oneDNN.
 
-torch has MKL multiply float32 matrices, which on other makers' processors leaves AVX-512 unused, and few rows are slow
-on any. torch also carries oneDNN, which is not: 2.1 times as fast for 256 rows and 1.6 for 16 on an AMD EPYC, never
-slower where we measured (`benchmarks/linear.py`). Results differ in rounding alone.
+torch has MKL multiply float32 matrices, which leaves AVX-512 unused on AMD's processors. oneDNN, which torch also
+carries, does not: twice as fast for 256 rows and 1.5 times for 16 on an AMD EPYC; with AVX2 alone they are much alike
+(`benchmarks/linear.py`). Results differ in rounding alone.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .blocks import AttentionShape
+from .linear import Linear
 
 FOLDER = "retaining"
 WEIGHTS, SETTINGS = "heads.safetensors", "settings.json"
@@ -41,7 +42,7 @@ class RetainingHead(nn.Module):
 
     def __init__(self, inputs: int, kv_heads: int, width: int):
         super().__init__()
-        self.w1 = nn.Linear(inputs, width, bias=False)
+        self.w1 = Linear(inputs, width, bias=False)
         self.w2 = nn.Linear(width, kv_heads, bias=False)
 
     def forward(self, qkv: Tensor) -> Tensor:
