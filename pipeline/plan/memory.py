@@ -30,8 +30,8 @@ PARTS = ("runtime", "weights", "teacher", "adapters", "optimizer", "activations"
 Parts = dict[str, int]  # of PARTS, in bytes
 
 # What the process holds without a model, by stage: Python, torch, transformers, and what each stage imports and leaves
-# behind. Measured with a tiny model on Linux, torch 2.13 for CPUs; evaluate's behind a whole run of SmolLM2, of whose
-# freed memory glibc keeps some.
+# behind. Measured with a tiny model on Linux, torch 2.13 for CPUs; those of export and evaluate behind a whole run of
+# SmolLM2, of whose freed memory glibc keeps some.
 RUNTIME = {
     "data": 585e6,
     "prune": 600e6,
@@ -39,8 +39,8 @@ RUNTIME = {
     "sort": 612e6,
     "merge": 612e6,
     "retain": 612e6,
-    "export": 635e6,
-    "evaluate": 800e6,
+    "export": 720e6,
+    "evaluate": 880e6,
 }
 CUDA_CONTEXT = 800e6  # assumed: context and cuBLAS workspaces
 TEMPLATE = 32  # tokens a chat template puts around a turn
