@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(str(compress.__file__)).parent
 NO_CODE = {"tests", "benchmarks", "docs", "build", "runs", "dist", "node_modules"}
 FOREIGN = {"optimum.commands.register": "pipeline/optimum"}  # a namespace of another package to which we add a file
-COMMON = {"errors", "stage"}
+COMMON = {"errors", "stage", "files"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "stage": {"errors"},
-    "llamacpp": {"errors"},
+    "llamacpp": {"errors", "files"},
     "modeling": COMMON,
     "runtime": COMMON | {"llamacpp"},
     "data": COMMON | {"modeling", "llamacpp"},

@@ -1,0 +1,89 @@
+"""Reading files that people made: every message names the file, and nothing is guessed. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises `UserError` for a file that is missing, unreadable or not UTF-8; `what` (such as "evaluate.text: ") comes
+    first in the message.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}{path} is not UTF-8 text: {why_not_utf8(path.read_bytes(), error)}") from error
+    except OSError as error:
+        raise UserError(f"{what}{path} could not be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path, what: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` where it cannot be read, is not JSON, or holds no object."""
+    text = read_text(path, what)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what}{path} holds a JSON {kind_of(value)} where an object is needed")
+    return value
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def json_lines(path: Path, what: str = "", *, literal: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line of a JSON Lines file that is not blank.
+
+    Lines end at a newline and nowhere else: U+2028 and its like may stand in a string. With `literal` a number is the
+    text that the file has for it. Raises `UserError`, with the line, for what is not a UTF-8 JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                value = parse_line(line, number, path, what, literal=literal)
+                if value is not None:
+                    yield number, value
+    except OSError as error:
+        raise UserError(f"{what}{path} could not be read: {error.strerror or error}") from error
+
+
+def parse_line(line: bytes, number: int, path: Path, what: str = "", *, literal: bool = False) -> dict[str, Any] | None:
+    """The object in line `number` of a JSON Lines file, None for a blank line; errors as `json_lines` has them."""
+    where = f"{what}line {number} of {path}"
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {why_not_utf8(line, error)}") from error
+    if not text:
+        return None
+    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str} if literal else {}
+    try:
+        value = json.loads(text, **numbers)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is a JSON {kind_of(value)} where an object is needed")
+    return value
+
+
+def why_not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    """What the bytes of a text probably are instead of UTF-8, and what to do."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "its byte order mark says UTF-16; save it as UTF-8"
+    return f"byte {error.start} is 0x{error.object[error.start]:02x} ({error.reason}); save it as UTF-8"
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value."""
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")
