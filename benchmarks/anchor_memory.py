@@ -77,9 +77,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from compress.data.rows import Row, write_rows
     from compress.data.teacher_cache import write_teacher
     from compress.modeling.blocks import Decoder, drop_blocks
-    from compress.modeling.checkpoint import count_parameters, save_checkpoint
+    from compress.modeling.checkpoint import save_checkpoint
     from compress.modeling.load import load_model, load_tokenizer
     from compress.modeling.random import random_checkpoint
+    from compress.modeling.weights import count_parameters
     from compress.stage import WORK, Context
 
     base, data = folder / "base", folder / "data"

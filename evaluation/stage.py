@@ -297,7 +297,7 @@ def evaluate_path(
 ) -> list[dict[str, Any]]:
     """Figures of a checkpoint folder (at each of its depths), or of every artifact of a bundle; against `base` where
     one is given."""
-    bundle = (path / "manifest.json").is_file() and not any(path.glob("*.safetensors"))
+    bundle = (path / "manifest.json").is_file()
     reference = base or path
     bench = Bench(config, context, reference, None, work)
     subjects = []

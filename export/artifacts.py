@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from ..modeling.checkpoint import count_parameters
+from ..modeling.weights import count_parameters
 from ..runtime.bundle import Verification
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine

@@ -22,13 +22,14 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
 from ..errors import UserError
+from ..gguf_header import read_header, read_tensor_names, split_files
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
-from ..runtime.gguf_header import read_header, read_tensor_names, split_files
+from ..modeling.gguf_layout import Array
 from ..stage import Progress
 from .bundle import Size
 from .gguf import Conversion, Tensor
-from .gguf_source import Array, block_of, differing_tensors, file_order
+from .gguf_source import block_of, differing_tensors, file_order
 
 SHARED = 2  # parts before those of the blocks: metadata; embedding, norm and output
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..data.packing import Batch
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..modeling.gguf_layout import ARCHITECTURES
 from ..stage import Advance
-from .gguf import ARCHITECTURES
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from typing import Any
 from ..data.calibration import calibration_batches
 from ..errors import UserError
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
-from ..modeling.checkpoint import can_link, count_parameters
+from ..modeling.checkpoint import can_link
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
+from ..modeling.weights import count_parameters
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
 from ..stage import Context, Inputs, check_deepest, give_back_memory, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..modeling.checkpoint import count_parameters
 from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
+from ..modeling.weights import count_parameters
 from ..stage import Progress
 from .bundle import TOKENIZER, settle_tokenizer
 from .onnx_depths import spread, weights_read

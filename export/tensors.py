@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..modeling.load import load_config
+from ..modeling.weights import Tensors
 from .gguf_source import Source
 
 Array = NDArray[np.float32]
@@ -126,16 +127,11 @@ class CheckpointWeights:
     NORM = re.compile(r"(model\.layers\.\d+)\.(?:attn\.)?(\w+?)(?:\.layernorm)?\.weight")
 
     def __init__(self, checkpoint: Path):
-        from safetensors import safe_open
-
         config = load_config(checkpoint)
         self.tied = config.tie_word_embeddings
         self.norm_offset = np.float32(config.model_type == "gemma3_text")  # Gemma's norm multiplies by 1 + weight
-        self.where: dict[str, Path] = {}
+        self.where = Tensors(checkpoint)
         self.seen: set[str] = set()
-        for file in sorted(checkpoint.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                self.where |= dict.fromkeys(weights.keys(), file)
 
     def matrix(self, node: str) -> Array | None:
         """The (N, K) matrix of a node, or None for a node of another kind."""
@@ -159,7 +155,7 @@ class CheckpointWeights:
     def unseen(self) -> list[str]:
         """Weights that were not asked for."""
         tied = {"lm_head.weight"} if self.tied else set()
-        return sorted(self.where.keys() - self.seen - tied)
+        return sorted(set(self.where) - self.seen - tied)
 
     def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
         number, kind, part = found.groups()
@@ -176,8 +172,5 @@ class CheckpointWeights:
         return None
 
     def read(self, name: str) -> Array:
-        from safetensors import safe_open
-
         self.seen.add(name)
-        with safe_open(self.where[name], framework="pt") as weights:
-            return weights.get_tensor(name).float().numpy()
+        return self.where[name].float().numpy()

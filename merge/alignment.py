@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 from ..modeling.blocks import kept_blocks
 from ..modeling.load import load_config
+from ..modeling.weights import TensorHeader, tensor_headers
 
 # Configuration values that change nothing about what the weights mean.
 NEUTRAL = (
@@ -19,32 +19,6 @@ NEUTRAL = (
     "output_hidden_states initializer_range attention_dropout bos_token_id eos_token_id pad_token_id "
     "max_position_embeddings chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder"
 ).split()
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    """A tensor as its file's header has it."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it, such as BF16
-
-
-def tensor_shapes(folder: Path) -> dict[str, TensorShape]:
-    """Every tensor of a checkpoint folder by name; `UserError` where there is none, or a file is broken."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, TensorShape] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as weights:
-                for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                    part = weights.get_slice(name)
-                    found[name] = TensorShape(tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}") from error
-    if not found:
-        raise UserError(f"{folder} has no safetensors weights, so it cannot be merged")
-    return found
 
 
 def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
@@ -55,7 +29,7 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
     """
     names = list(folders)
     first = folders[names[0]]
-    shapes = tensor_shapes(first)
+    shapes = tensor_headers(first)
     kinds = sorted({tensor.dtype for tensor in shapes.values()})
     if len(kinds) > 1 and not any_dtype:
         raise UserError(
@@ -65,7 +39,7 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
         folder = folders[name]
         differences = chain(
             _configurations(first, folder),
-            _tensors(shapes, tensor_shapes(folder), any_dtype),
+            _tensors(shapes, tensor_headers(folder), any_dtype),
             _tokenizers(first, folder),
         )
         found = next(differences, None)
@@ -89,7 +63,7 @@ def _configurations(one: Path, other: Path) -> Iterator[Difference]:
             yield f"{key} in config.json", _shown(values.get(key)), _shown(others.get(key))
 
 
-def _tensors(one: dict[str, TensorShape], other: dict[str, TensorShape], any_dtype: bool) -> Iterator[Difference]:
+def _tensors(one: dict[str, TensorHeader], other: dict[str, TensorHeader], any_dtype: bool) -> Iterator[Difference]:
     for name in sorted({*one, *other}):
         a, b = one.get(name), other.get(name)
         if a is None or b is None:

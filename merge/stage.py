@@ -15,8 +15,9 @@ from ..data.packing import pack
 from ..errors import UserError
 from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
+from ..modeling.weights import tensor_headers
 from ..stage import WORK, Context, Inputs, write_whole
-from .alignment import check_alike, tensor_shapes
+from .alignment import check_alike
 from .bridge import check_method, merge_weights
 from .config import START, MergeConfig
 from .measure import heldout_figures, unpruned
@@ -87,7 +88,7 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
         raise UserError(f"merge: {config.method} needs a base model; name the one that all were trained from")
     used = {name: folders[name] for name in [*names, *([base] if base and base not in names else [])]}
     check_alike(used, any_dtype=config.out_dtype is not None)
-    shapes = tensor_shapes(used[names[0]])
+    shapes = tensor_headers(used[names[0]])
     own = next(iter(shapes.values())).dtype
     if config.out_dtype is None and own not in DTYPES:
         raise UserError(f"merge: {names[0]} is saved as {own}, which is not merged; it takes {', '.join(DTYPES)}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .config import DEPTHS, KEPT_BLOCKS, PER_BLOCK_LISTS, RECORDS
 
 # model_type -> whether `down_proj`'s output is added to the residual stream unchanged. Gemma-3 normalises it
 # first: of a linear map behind the MLP, only a scale per channel can be fused there, into that norm's weight.
@@ -27,11 +28,6 @@ FAMILIES: dict[str, bool] = {
     "phi3": True,
     "gemma3_text": False,
 }
-# Configuration values with one entry per block.
-PER_BLOCK_LISTS = ("layer_types",)
-KEPT_BLOCKS = "compress_kept_blocks"
-DEPTHS = "compress_depths"
-RECORDS = (KEPT_BLOCKS, DEPTHS)
 
 
 def check_family(config: Any, where: object = "the model") -> None:

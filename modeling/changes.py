@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .blocks import dropped_since, kept_blocks, name_before
-from .checkpoint import Tensors
 from .load import load_config
+from .weights import Tensors
 
 _PIECE = 1 << 22  # numbers compared at once in float64
 
@@ -41,7 +41,7 @@ def find_changes(base: Path, pruned: Path, dtype: str = "float32") -> Changes:
     kept = [number for number in range(len(kept_blocks(whole))) if number not in set(dropped)]
     before, after, kind = Tensors(base), Tensors(pruned), getattr(torch, dtype)
     layers: dict[str, dict[str, str]] = {}  # in the base -> part -> name in the pruned model
-    for name in sorted(after.files):
+    for name in sorted(after):
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             layer, _, part = name_before(name, kept).rpartition(".")
             layers.setdefault(layer, {})[part] = name

@@ -10,14 +10,19 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import UserError
 from .source import checkpoint_files
+from .weights import INDEX, SINGLE
 
 # Keys in which libraries note where they read a model from.
+SHARD = 2 << 30  # bytes of weights in a file
 PLACES = ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
@@ -43,7 +48,8 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write weights (safetensors), configuration, generation defaults and tokenizer into `folder`.
+    """Write weights (safetensors), configuration, generation defaults and tokenizer into `folder`; a model or tokenizer
+    that is None is left out.
 
     The bytes depend on the weights and the configuration alone: no path and no time enters them.
     Raises `UserError` when the disk is full.
@@ -51,13 +57,43 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with quiet():
-            model.save_pretrained(folder)
+            if model is not None:
+                model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     except OSError as error:
         raise UserError(f"could not write the checkpoint to {folder}: {error.strerror or error}") from error
     for name in ("config.json", "tokenizer_config.json"):
         _strip(folder / name, PLACES)
+
+
+def write_shards(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], NDArray[np.float32]]
+) -> None:
+    """Write float32 weights, read one by one, as safetensors in `folder`: one file, or several of `SHARD` bytes with
+    their index. Raises `UserError` when the disk is full."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = [[]]
+    room = SHARD
+    for name in sorted(shapes):
+        size = 4 * math.prod(shapes[name])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        where |= dict.fromkeys(names, file)
+        try:
+            save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+        except OSError as error:
+            raise UserError(f"could not write {folder / file}: {error.strerror or error}") from error
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(4 * math.prod(s) for s in shapes.values())}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path, dtype: str) -> None:
@@ -97,45 +133,6 @@ def can_link(folder: Path) -> bool:
         except OSError:
             return False
         return True
-
-
-class Tensors:
-    """A checkpoint folder's tensors by name, read one at a time; nothing is held.
-
-    Raises `KeyError` for a name that is not there.
-    """
-
-    def __init__(self, folder: Path):
-        from safetensors import safe_open
-
-        self.files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                self.files |= dict.fromkeys(weights.keys(), file)
-
-    def __getitem__(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], framework="pt") as weights:
-            return weights.get_tensor(name)
-
-
-def count_parameters(checkpoint: Path, depth: int | None = None) -> int:
-    """Parameters of a checkpoint folder (of its first `depth` blocks), tied weights once, from safetensors headers."""
-    from safetensors import safe_open
-
-    from .blocks import block_number
-
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    tied = config.get("tie_word_embeddings", False)
-    total = 0
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                beyond = depth is not None and (block_number(name) or 0) >= depth
-                if not beyond and not (tied and name == "lm_head.weight"):
-                    total += math.prod(weights.get_slice(name).get_shape())
-    return total
 
 
 def _strip(path: Path, keys: tuple[str, ...]) -> None:

@@ -1,92 +1,401 @@
-"""Reading a GGUF file into a checkpoint folder."""
+"""Reading a GGUF file into a checkpoint folder: all of it, or not at all.
+
+Every metadata key that llama.cpp gives a meaning is used here or must say that nothing is out of the ordinary; every
+tensor has its place in the model, and every place its tensor. A file that says more is refused by naming what.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from ..errors import UserError
-from .blocks import check_family
-from .checkpoint import quiet, save_checkpoint
-from .pretokenizers import IGNORE_MERGES, PRE_TOKENIZERS
-from .random import pre_tokenizer_from_json
+from ..gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
+from .checkpoint import save_checkpoint, write_shards
+from .gguf_layout import (
+    FACTORS,
+    LONG_FACTORS,
+    PAIRED,
+    SHORT_FACTORS,
+    from_gguf,
+    llama3_parameters,
+    own_query_scalar,
+    tensor_names,
+)
+from .gguf_tokenizer import TOKENIZER_KEYS, build_tokenizer, end_ids
+from .soundness import expected_shapes
+
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma3": "gemma3_text"}
+# Keys of an architecture that say what a configuration has.
+READ = {
+    "context_length",
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
+    "rope.scale_linear",
+}
+READ_OF = {
+    "phi3": {"attention.sliding_window"},
+    "gemma3": {
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "rope.freq_base_swa",
+        "final_logit_softcapping",
+    },
+}
+# Keys that may stand there as long as they ask for nothing.
+NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "expert_count": lambda value: value == 0,
+    "expert_used_count": lambda value: value == 0,
+    "attention.causal": lambda value: value is True,
+    "pooling_type": lambda value: value == 0,
+    "use_parallel_residual": lambda value: value is False,
+    "tensor_data_layout": lambda value: True,  # of the file it was converted from
+    "rope.scaling.finetuned": lambda value: True,
+    "rope.scaling.yarn_ext_factor": lambda value: value == 1.0,
+    "rope.scaling.yarn_attn_factor": lambda value: value == 1.0,
+    "rope.scaling.yarn_beta_fast": lambda value: value == 32.0,
+    "rope.scaling.yarn_beta_slow": lambda value: value == 1.0,
+    "logit_scale": lambda value: value == 1.0,
+    "residual_scale": lambda value: value == 1.0,
+    "embedding_scale": lambda value: value == 1.0,
+    "attention.clamp_kqv": lambda value: value == 0.0,
+    "attention.max_alibi_bias": lambda value: value == 0.0,
+}
+# Namespaces that hold what llama.cpp computes with; in others there are notes of whoever made the file.
+MEANING = ("tokenizer.", "adapter.", "clip.", "diffusion.", "xielu.", "dflash.")
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model in a GGUF file, dequantized to float32, as a checkpoint with its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Write the model in a GGUF file (in all its parts), dequantized to float32, as a checkpoint with its tokenizer.
 
-    fields = read_fields(file, ("general.architecture", "tokenizer.ggml.pre", "tokenizer.ggml.model"))
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
-        raise UserError(f"{file} could not be read as a model: {error}") from error
-    check_family(model.config, file)
-    if fields.get("tokenizer.ggml.model") == "gpt2":
-        _set_pre_tokenizer(tokenizer, str(fields.get("tokenizer.ggml.pre", "default")), file)
-    tokenizer = _without_surplus(tokenizer, model.get_input_embeddings().num_embeddings)
-    # The weights are plain float32 from here on; save_pretrained refuses while these marks are there.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    save_checkpoint(model, tokenizer, folder)
-
-
-def read_fields(file: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Some metadata values of a GGUF file; `UserError` if the file is broken."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-        fields = {name: reader.fields[name].contents() for name in names if name in reader.fields}
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(f"{file} is not a readable GGUF file: {error}") from error
-    if end > file.stat().st_size:
-        raise UserError(f"{file} is cut short: its tensors need {end:,} bytes, it has {file.stat().st_size:,}")
-    return fields
-
-
-def _without_surplus(tokenizer: Any, embeddings: int) -> Any:
-    """The tokenizer without tokens that the model has no embedding for.
-
-    transformers' reader adds the tokenizer class's own special tokens, such as <|endoftext|> for Llama-3.
+    One tensor is in memory at a time, and what a shard holds. Raises `UserError` naming the first key or tensor that
+    has no place in a checkpoint, and the first one that is missing or not finite.
     """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if len(tokenizer) <= embeddings:
-        return tokenizer
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < embeddings]
-    known = {token["content"] for token in whole["added_tokens"]} | set(whole["model"]["vocab"])
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special = {name: token for name in names if (token := getattr(tokenizer, name)) in known}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(whole)), chat_template=tokenizer.chat_template, **special
-    )
+    files = split_files(file)
+    metadata = read_metadata(files[0])
+    tensors = _tensors(files, metadata)
+    values = Values(metadata, file)
+    config = _config(values, tensors)
+    _check_keys(values)
+    wanted = expected_shapes(config)
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    places = _places(config, wanted, tensors, file)
+    save_checkpoint(None, build_tokenizer(metadata, config.vocab_size, file), folder)
+    config.architectures, config.dtype = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]], "float32"
+    config.save_pretrained(folder)
+    _write_generation_config(metadata, folder)
+    write_shards(folder, wanted, lambda name: _weight(name, wanted[name], places, config))
 
 
-def _set_pre_tokenizer(tokenizer: Any, name: str, file: Path) -> None:
-    # transformers' reader gives every byte-level tokenizer GPT-2's pre-tokenizer; the file names the right one.
-    name = "gpt-2" if name == "default" else name
-    if name not in PRE_TOKENIZERS:
+class Values:
+    """The metadata of one architecture, with errors that name the file and the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], file: Path):
+        self.metadata, self.file = metadata, file
+        if metadata.get("general.type", "model") != "model":
+            raise UserError(f"{file}: general.type is {metadata['general.type']!r}; only whole models are read")
+        self.architecture = str(metadata.get("general.architecture"))
+        if self.architecture not in FAMILIES:
+            raise UserError(
+                f"{file} is of llama.cpp's architecture {self.architecture!r}, which is not read; those that are: "
+                f"{', '.join(sorted(FAMILIES))}. Give the original checkpoint"
+            )
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.metadata
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A single number; `default` where the key is not there, unless that is None."""
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise UserError(f"{self.file} has no {name}, so it is not a whole model")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            what = "a value per block" if isinstance(value, list) else repr(value)
+            raise UserError(f"{self.file}: {name} is {what}, where one number is read")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self.number(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.file}: {self.architecture}.{key} is {value}, where a whole number above 0 is read")
+        return value
+
+
+def _tensors(files: list[Path], metadata: Mapping[str, Any]) -> dict[str, TensorPlace]:
+    found: dict[str, TensorPlace] = {}
+    for number, file in enumerate(files):
+        if number and read_header(file).get("split.no") != number:
+            raise UserError(f"{file} is not part {number + 1} of {files[0].name}")
+        for name, place in read_tensors(file).items():
+            if name in found:
+                raise UserError(f"{name} is in {found[name].file.name} and in {file.name}")
+            found[name] = place
+    count = metadata.get("split.tensors.count", len(found))
+    if count != len(found):
+        raise UserError(f"{files[0]} and its parts hold {len(found)} tensors, where {count} are announced")
+    return found
+
+
+def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
+    """The configuration, by the family's class."""
+    from transformers import CONFIG_MAPPING
+
+    heads, hidden = values.count("attention.head_count"), values.count("embedding_length")
+    size = values.count("attention.key_length", hidden // heads)
+    if values.count("attention.value_length", hidden // heads) != size:
+        raise UserError(f"{values.file}: keys and values have heads of different sizes, which is not read")
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{values.file} has no token_embd.weight, so it is not a whole model")
+    family = FAMILIES[values.architecture]
+    settings: dict[str, Any] = {
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": values.count("feed_forward_length"),
+        "num_hidden_layers": values.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": values.count("attention.head_count_kv", heads),
+        "max_position_embeddings": values.count("context_length"),
+        "rms_norm_eps": _decimal(values.number("attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    if family in ("phi3", "qwen2"):
+        if size * heads != hidden:
+            raise UserError(f"{values.file}: heads of {size} do not make up a width of {hidden}, which is not read")
+    else:
+        settings["head_dim"] = size
+    if family in PAIRED or family == "qwen3":
+        settings["attention_bias"] = any(name.endswith(("attn_q.bias", "attn_output.bias")) for name in tensors)
+    if family in PAIRED:
+        settings["mlp_bias"] = any(name.endswith("ffn_down.bias") for name in tensors)
+    settings |= _special(values.metadata)
+    rope = _rope(values, tensors, size, settings)
+    if family == "gemma3_text":
+        settings |= _gemma3(values, settings, size, rope)
+    else:
+        settings["rope_parameters"] = rope
+    if family == "phi3":
+        window = int(values.number("attention.sliding_window", 0))
+        original = values.count("rope.scaling.original_context_length", settings["max_position_embeddings"])
+        settings |= {"sliding_window": window or None, "original_max_position_embeddings": original}
+    return CONFIG_MAPPING[family](**settings)
+
+
+def _decimal(number: float) -> float:
+    """The shortest decimal that is the same in 32 bits: 1e-05, where the file has 9.999999747378752e-06."""
+    return float(str(np.float32(number)))
+
+
+def _special(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    ends = end_ids(metadata)
+    return {
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of a model with these settings."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _decimal(values.number("rope.freq_base", 10000.0))}
+    turned = values.count("rope.dimension_count", size)
+    if turned != size:
+        if values.architecture != "phi3":
+            raise UserError(f"{values.file}: {turned} of {size} dimensions of a head are rotated, which is not read")
+        rope["partial_rotary_factor"] = turned / size
+    kind = str(values.metadata.get(f"{values.architecture}.rope.scaling.type", "none"))
+    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
+    trained = settings["max_position_embeddings"]
+    original = values.count("rope.scaling.original_context_length", trained)
+    attention = values.number("rope.scaling.attn_factor", 1.0)
+    if FACTORS in tensors and not np.all(_read(tensors[FACTORS]) == 1):
+        found = llama3_parameters(_read(tensors[FACTORS]), rope["rope_theta"], size)
+        if found is None or kind not in ("none", "linear") or factor not in (0.0, 1.0):
+            raise UserError(
+                f"{values.file}: its rotary factors ({FACTORS}) follow no rule that is known here (Llama 3's); give "
+                "the original checkpoint"
+            )
+        return rope | found
+    if LONG_FACTORS in tensors or SHORT_FACTORS in tensors or kind == "longrope":
+        return rope | _longrope(values, tensors, original, attention, settings)
+    if kind in ("none", "linear") and factor in (0.0, 1.0):
+        _attention_is_plain(values, attention)
+        return rope
+    if kind in ("linear", "none"):  # llama.cpp scales linearly where no kind is named
+        _attention_is_plain(values, attention)
+        return rope | {"rope_type": "linear", "factor": _decimal(factor)}
+    if kind == "yarn":
+        _attention_is_plain(values, attention)
+        return rope | {"rope_type": "yarn", "factor": _decimal(factor), "original_max_position_embeddings": original}
+    raise UserError(f"{values.file}: rope scaling {kind!r} is not read; give the original checkpoint")
+
+
+def _attention_is_plain(values: Values, factor: float) -> None:
+    if factor != 1.0:
+        raise UserError(f"{values.file}: {values.architecture}.rope.scaling.attn_factor is {factor}, which is not read")
+
+
+def _longrope(
+    values: Values, tensors: Mapping[str, TensorPlace], original: int, attention: float, settings: dict[str, Any]
+) -> dict[str, Any]:
+    missing = next((name for name in (LONG_FACTORS, SHORT_FACTORS) if name not in tensors), None)
+    if missing:
+        raise UserError(f"{values.file} has no {missing}, which its rope scaling (longrope) needs")
+    rope = {
+        "rope_type": "longrope",
+        "long_factor": [_decimal(number) for number in _read(tensors[LONG_FACTORS])],
+        "short_factor": [_decimal(number) for number in _read(tensors[SHORT_FACTORS])],
+        "original_max_position_embeddings": original,
+    }
+    scale = settings["max_position_embeddings"] / original
+    usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    if not math.isclose(usual, attention, rel_tol=1e-5):
+        rope["attention_factor"] = _decimal(attention)
+    return rope
+
+
+def _gemma3(values: Values, settings: dict[str, Any], size: int, rope: dict[str, Any]) -> dict[str, Any]:
+    blocks = settings["num_hidden_layers"]
+    window = int(values.number("attention.sliding_window", 0))
+    pattern = values.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        if len(pattern) != blocks:
+            raise UserError(
+                f"{values.file}: gemma3.attention.sliding_window_pattern has {len(pattern)} entries for {blocks} blocks"
+            )
+        slides = [bool(each) for each in pattern]
+    else:
+        slides = [bool(pattern) and (block + 1) % int(pattern) != 0 for block in range(blocks)]
+    if not window:
+        slides = [False] * blocks
+    local = _decimal(values.number("rope.freq_base_swa", 10000.0 if window else rope["rope_theta"]))
+    cap = values.number("final_logit_softcapping", 0.0)
+    return {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "sliding_window": window or settings["max_position_embeddings"],
+        "query_pre_attn_scalar": own_query_scalar(
+            settings["hidden_size"], settings["num_attention_heads"], size, blocks
+        ),
+        "final_logit_softcapping": _decimal(cap) if cap else None,
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+def _check_keys(values: Values) -> None:
+    """Refuse the first key that has a meaning and was not read."""
+    prefix = f"{values.architecture}."
+    known = READ | READ_OF.get(values.architecture, set())
+    for key, value in values.metadata.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            if name in known or (name in NEUTRAL and NEUTRAL[name](value)):
+                continue
+        elif not key.startswith(MEANING) or key in TOKENIZER_KEYS or key.startswith("tokenizer.chat_template"):
+            continue
+        shown = f"{len(value)} entries" if isinstance(value, list) else repr(value)
         raise UserError(
-            f"{file}: its pre-tokenizer {name!r} is not known here (known: {', '.join(sorted(PRE_TOKENIZERS))}); "
-            "use the original checkpoint folder instead"
+            f"{values.file}: {key} ({shown[:60]}) has no place in a {FAMILIES[values.architecture]} checkpoint, and "
+            "without it the model would be another; give the original checkpoint"
         )
-    from tokenizers import Tokenizer, decoders
 
-    normalizer, pre_tokenizer = PRE_TOKENIZERS[name]
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizer_from_json(pre_tokenizer)
-    backend.decoder = decoders.ByteLevel()
-    backend.model.ignore_merges = name in IGNORE_MERGES
-    if normalizer is not None:
-        whole = json.loads(backend.to_str())
-        whole["normalizer"] = normalizer
-        backend.normalizer = Tokenizer.from_str(json.dumps(whole)).normalizer
+
+def _places(
+    config: Any, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorPlace], file: Path
+) -> dict[str, tuple[str, TensorPlace] | None]:
+    """transformers' name → llama.cpp's and where the tensor lies; None for a bias that is zero, because it is not
+    there."""
+    names = tensor_names(config.model_type, config.num_hidden_layers, list(wanted))
+    found: dict[str, tuple[str, TensorPlace] | None] = {}
+    for name, theirs in names.items():
+        if theirs is not None and theirs in tensors:
+            found[name] = theirs, tensors[theirs]
+        elif config.model_type in (*PAIRED, "qwen3") and name.endswith(".bias"):
+            found[name] = None  # transformers knows biases of all projections or of none
+        else:
+            raise UserError(f"{file} lacks {theirs or name}, so it is not a whole model")
+    used = {place[0] for place in found.values() if place is not None} | {FACTORS, LONG_FACTORS, SHORT_FACTORS}
+    surplus = next((name for name in tensors if name not in used), None)
+    if surplus is not None:
+        raise UserError(
+            f"{file} holds {surplus}, which has no place in a {config.model_type} checkpoint, and without it the model "
+            "would be another; give the original checkpoint"
+        )
+    for place in found.values():
+        if place is not None and place[1].file.stat().st_size < place[1].offset + _bytes(place[1], file):
+            raise UserError(f"{place[1].file} is cut short: {place[0]} does not end in it")
+    return found
+
+
+def _bytes(place: TensorPlace, file: Path) -> int:
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(place.kind)]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: a tensor is of ggml's type {place.kind}, which is not read") from error
+    return place.size // block * size
+
+
+def _read(place: TensorPlace) -> np.ndarray:
+    """A tensor in float32."""
+    kind = gguf.GGMLQuantizationType(place.kind)
+    data = np.memmap(place.file, np.uint8, "r", place.offset, (_bytes(place, place.file),))
+    rows = math.prod(place.shape[:-1])
+    try:
+        values = gguf.dequantize(np.asarray(data).reshape(rows, -1), kind)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"{place.file}: weights of type {kind.name} are not read: {error}") from error
+    return np.ascontiguousarray(values, np.float32).reshape(place.shape)
+
+
+def _weight(
+    name: str, shape: tuple[int, ...], places: Mapping[str, tuple[str, TensorPlace] | None], config: Any
+) -> np.ndarray:
+    """One of transformers' weights, float32."""
+    found = places[name]
+    if found is None:
+        return np.zeros(shape, np.float32)
+    theirs, place = found
+    if place.shape != shape:
+        raise UserError(f"{place.file}: {theirs} has the shape {list(place.shape)}, the metadata ask for {list(shape)}")
+    values = _read(place)
+    if not np.isfinite(values).all():
+        raise UserError(f"{place.file}: {theirs} holds numbers that are not finite (NaN or infinity)")
+    return from_gguf(theirs, values, config)
+
+
+def _write_generation_config(metadata: Mapping[str, Any], folder: Path) -> None:
+    values = {name: number for name, number in _special(metadata).items() if number is not None}
+    text = json.dumps(values, indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a GGUF file, in all its parts, dequantized to float32."""
+    for part in split_files(file):
+        for name, place in read_tensors(part).items():
+            yield name, _read(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,35 +9,44 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import UserError
+from ..files import read_json
 from ..stage import Progress
 from .checkpoint import quiet
-from .source import Source, checkpoint_files, fingerprint_source, parse_source
+from .config import read_config
+from .source import Source, base_of_adapter, fingerprint_source, parse_source
+from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files
 
 
 def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: Progress | None = None) -> Path:
-    """The checkpoint folder of a model source: config.json, safetensors and tokenizer.
+    """The plain checkpoint folder of a model source: config.json, safetensors and tokenizer.
 
-    A local folder is used where it lies; a Hub repository is downloaded into the Hub's own cache; GGUF files and
-    random models are written once into `cache`. Raises `UserError` for what is missing, broken or unsupported.
+    A local folder is used where it lies, unless other files in it would be taken for the model's (`plain_folder`); a
+    Hub repository is downloaded into the Hub's own cache; what GGUF files, random models and adapters make is written
+    once into `cache`. Raises `UserError` for what is missing, broken or unsupported, and for weights that are not of
+    the model that the configuration describes.
     """
-    source = parse_source(text, base_dir or Path.cwd())
+    from .plain import plain_folder
+
+    base_dir, progress = base_dir or Path.cwd(), progress or Progress()
+    source = parse_source(text, base_dir)
     if source.kind == "hub":
         folder = _download(source)
-    elif source.kind == "folder":
+        if is_adapter_alone(folder):
+            source = Source("adapter", source.text, folder)
+    if source.kind == "folder":
         assert source.path is not None
         folder = source.path
-    else:
-        folder = cache / f"{source.name}-{fingerprint_source(source, cache)[:12]}"
+    elif source.kind != "hub":
+        folder = cache / f"{source.name}-{fingerprint_source(source, cache, base_dir)[:12]}"
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may share the cache
                 if not folder.exists():
-                    _make(source, folder, progress or Progress())
-    load_config(folder)  # refuses unsupported families before any weight is read
-    return folder
+                    _make(source, folder, cache, base_dir, progress)
+    return plain_folder(folder, cache, progress)
 
 
-def _make(source: Source, folder: Path, progress: Progress) -> None:
+def _make(source: Source, folder: Path, cache: Path, base_dir: Path, progress: Progress) -> None:
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -46,6 +54,13 @@ def _make(source: Source, folder: Path, progress: Progress) -> None:
         from .random import random_checkpoint
 
         random_checkpoint(temporary, source.text.removeprefix("random:"), blocks=8)
+    elif source.kind == "adapter":
+        from .adapter import merge_adapter
+
+        assert source.path is not None
+        base = resolve(base_of_adapter(source.path, base_dir).text, cache, base_dir=base_dir, progress=progress)
+        progress.note(f"merging the adapter {source.name} into its base model {base.name} (once)")
+        merge_adapter(source.path, base, temporary)
     else:
         from .gguf import convert_gguf
 
@@ -56,52 +71,75 @@ def _make(source: Source, folder: Path, progress: Progress) -> None:
 
 
 def _download(source: Source) -> Path:
+    """A Hub repository's model in the Hub's cache: what stands beside the weights first, which says what they are."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from .source import hub_commit
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+    commit = hub_commit(source)
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(snapshot_download(source.text, revision=commit, allow_patterns=list(patterns)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(f"model {source.text!r} could not be downloaded: {error}") from error
+
+    # The Hub's * reaches into folders (original/, onnx/), where other copies of the model lie.
+    folder = fetch("[!/]*.json", "[!/]*.jinja", "[!/]*.model", "additional_chat_templates/*.jinja")
+    if is_adapter_alone(folder):
+        return fetch("adapter_model.safetensors")
+    if (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        return fetch(*names) if names else folder
+    folder = fetch(SINGLE)
     try:
-        folder = snapshot_download(source.text, revision=hub_commit(source), allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model {source.text!r} could not be downloaded: {error}") from error
-    if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(f"model {source.text!r} has no safetensors weights; only safetensors are read")
-    return Path(folder)
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(
+            f"model {source.text!r} has no safetensors weights ({SINGLE} or {INDEX}); only those are read"
+        ) from error
+    return folder
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration of a checkpoint folder; `UserError` if its family is unsupported."""
+    """The transformers configuration of a checkpoint folder; `UserError` if its family is unsupported or its
+    config.json damaged."""
+    return config_of(read_config(folder)[0], folder)
+
+
+def config_of(values: dict[str, Any], folder: Path) -> Any:
+    """The transformers configuration with the values of a folder's config.json; errors as `load_config`."""
+    from transformers import CONFIG_MAPPING
+
     from .blocks import check_family
 
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
     check_family(values, folder)
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        with quiet():
+            return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    except Exception as error:  # its classes check themselves, each in its way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder / 'config.json'} is not a valid configuration: {reason[:300]}") from error
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> Any:
-    """The causal language model of a checkpoint folder, in evaluation mode on `device`.
+    """The causal language model of a plain checkpoint folder, in evaluation mode on `device`.
 
     `options` go to `from_pretrained` (a quantization config, say). Raises `UserError` when a weight file is broken,
-    or a weight is missing.
+    or a weight is missing or not finite.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from .linear import speed_up
+    from .soundness import check_finite
 
     config = load_config(folder)
-    _check_safetensors(folder)
+    for file in weight_files(folder):  # a truncated file is the commonest damage; its header says how long it must be
+        safetensors_header(file)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -119,30 +157,22 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
             raise
         raise UserError(f"the weights in {folder} could not be loaded: {error}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is broken")
+    for kind in ("missing_keys", "unexpected_keys"):
+        names = sorted(name for name in info[kind] if not name.endswith("rotary_emb.inv_freq"))
+        if names:
+            lacks = "lacks" if kind == "missing_keys" else "has, where its configuration knows none of them,"
+            raise UserError(f"{folder} {lacks} {len(names)} weights, {names[0]} among them: the checkpoint is broken")
     if "quantization_config" not in options:
         model = model.to(device)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            check_finite(name, parameter.detach(), folder)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights on CPUs with AVX-512 BF16, which fails for rows shorter than a block of 64.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     speed_up(model)
     return model.eval()
-
-
-def _check_safetensors(folder: Path) -> None:
-    """A truncated file is the commonest damage; its header says how long the file must be."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in checkpoint_files(folder):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="np") as handle:
-                    handle.keys()
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -32,6 +32,8 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 
 # Those whose whole words, where the vocabulary has them, are tokens whatever the merges say.
 IGNORE_MERGES = ("llama-bpe", "tekken")
+# Other names that llama.cpp gives the same pre-tokenizers.
+ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 # name -> (normalizer, pre_tokenizer), as in tokenizer.json
 PRE_TOKENIZERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "gpt-2": (None, _byte_level(True)),

@@ -6,12 +6,20 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import read_json
+from ..gguf_header import split_files
 from ..stage import sha256
+from .weights import ADAPTER_CONFIG, INDEX, is_adapter_alone, weight_files
 
+SUFFIXES = (".json", ".jinja", ".model")
+NOT_OF_THE_MODEL = (ADAPTER_CONFIG, INDEX)  # the index is, where it stands beside the files that it lists
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+GGUF_FORMAT = 2  # of what is made of a GGUF file; a new number makes it anew
 FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE, or random:FAMILY"
 
 
@@ -19,7 +27,7 @@ FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE,
 class Source:
     """A parsed model source."""
 
-    kind: str  # hub, folder, gguf or random
+    kind: str  # hub, folder, adapter (a folder that needs its base), gguf or random
     text: str  # as the user wrote it
     path: Path | None = None  # folder or file
     revision: str | None = None  # of a Hub repository
@@ -28,7 +36,7 @@ class Source:
     def name(self) -> str:
         """A short name for folders and titles."""
         if self.path is not None:
-            return self.path.stem if self.kind == "gguf" else self.path.name
+            return re.sub(r"-\d{5}-of-\d{5}$", "", self.path.stem) if self.kind == "gguf" else self.path.name
         return self.text.split("/")[-1].replace(":", "-")
 
     @property
@@ -60,13 +68,14 @@ def parse_source(text: str, base_dir: Path) -> Source:
 
 def _local(text: str, path: Path) -> Source:
     if path.is_dir():
+        if is_adapter_alone(path):
+            return Source("adapter", text, path)
         if not (path / "config.json").exists():
             raise UserError(f"model {text!r}: {path} has no config.json, so it is not a checkpoint folder")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(
-                f"model {text!r}: {path} has no .safetensors files; only safetensors are read (pickled weights "
-                "can run code). Convert the checkpoint with `save_pretrained` first."
-            )
+        try:
+            weight_files(path)
+        except UserError as error:
+            raise UserError(f"model {text!r}: {error}") from error
         return Source("folder", text, path)
     if path.suffix != ".gguf":
         raise UserError(f"model {text!r}: {path} is a file but no .gguf; give {FORMS}")
@@ -87,7 +96,28 @@ def _in_package(text: str) -> Path:
     raise UserError(f"model {text!r}: the package {package!r} has no file {file!r}")
 
 
-def fingerprint_source(source: Source, cache: Path) -> str:
+def base_of_adapter(folder: Path, base_dir: Path) -> Source:
+    """The base model that an adapter names: a Hub id, or a folder relative to `base_dir` or beside the adapter's.
+
+    Raises `UserError` where it names none, or one that is not there.
+    """
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    for place in (base_dir, folder.parent):
+        if (place / base).is_dir():
+            return parse_source(str((place / base).resolve()), place)
+    try:
+        return parse_source(base, base_dir)
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds an adapter alone, and its base model {base!r} is not there; write where it is into "
+            f"{ADAPTER_CONFIG} (base_model_name_or_path), or merge the adapter (peft's merge_and_unload) and give the "
+            "merged folder"
+        ) from error
+
+
+def fingerprint_source(source: Source, cache: Path, base_dir: Path | None = None) -> str:
     """A hash of the source's content: weights and configuration, not where they lie.
 
     File hashes are kept in `cache`/hashes.json by size and modification time, so that a second look is instant.
@@ -100,15 +130,26 @@ def fingerprint_source(source: Source, cache: Path) -> str:
     if source.kind == "hub":
         return hash_json([source.text, hub_commit(source)])
     assert source.path is not None
-    files = [source.path] if source.kind == "gguf" else checkpoint_files(source.path)
-    files += sorted(source.path.glob("retaining/*")) if source.kind == "folder" else []
+    if source.kind == "adapter":
+        own = [source.path / name for name in (ADAPTER_CONFIG, "adapter_model.safetensors", *TOKENIZER)]
+        base = base_of_adapter(source.path, base_dir or Path.cwd())
+        files = [[file.name, hash_file(file, cache)] for file in own if file.is_file()]
+        return hash_json([fingerprint_source(base, cache, base_dir), *files])
+    if source.kind == "gguf":
+        return hash_json([GGUF_FORMAT, *([f.name, hash_file(f, cache)] for f in split_files(source.path))])
+    files = checkpoint_files(source.path)
+    for name in ("retaining", "additional_chat_templates"):
+        files += sorted(file for file in (source.path / name).glob("*") if file.is_file())
     return hash_json([[f.name, hash_file(f, cache)] for f in files])
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that make up the model."""
-    patterns = ("*.safetensors", "*.json", "*.jinja", "*.model")
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    """The files of a checkpoint folder that make up the model: its weight files, and beside them configuration,
+    tokenizer and chat template."""
+    beside = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.name not in NOT_OF_THE_MODEL]
+    weights = weight_files(folder)
+    indexed = [folder / INDEX] if (folder / INDEX).is_file() else []
+    return sorted({*beside, *weights, *indexed})
 
 
 def hub_commit(source: Source) -> str:

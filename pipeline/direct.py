@@ -16,7 +16,6 @@ from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
 from ..merge.config import MergeConfig
 from ..stage import Context, Progress
-from .inspection import check_weights
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> Any:
@@ -44,12 +43,14 @@ def export_command(
     config = _config(ExportConfig, {"gguf": gguf, "onnx": onnx, "depths": depths or None})
     from ..export.stage import export_checkpoint
     from ..modeling.load import resolve
+    from ..modeling.source import parse_source
     from .runner import readable_errors
 
     folder = resolve(checkpoint, cache, progress=progress)
-    check_weights(folder)
     with readable_errors(f"export, writing to {out}"):
-        export_checkpoint(folder, out, config, Context(progress=progress), name)
+        export_checkpoint(
+            folder, out, config, Context(progress=progress), name or parse_source(checkpoint, Path.cwd()).name
+        )
 
 
 def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> str:
@@ -143,7 +144,6 @@ def eval_command(
     is_bundle = (Path(path) / "manifest.json").is_file()
     folder = Path(path) if is_bundle else resolve(path, cache, progress=progress)
     reference = resolve(base, cache, progress=progress) if base else None
-    check_weights(folder)
     check(config, folder, context)
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
         entries = evaluate_path(folder, config, context, reference, Path(work))

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
+from ..files import read_json
+from ..modeling.config import read_config
+from ..modeling.weights import ADAPTER_CONFIG, is_adapter_alone, safetensors_header, tensor_headers, weight_files
 from .report.html import duration, megabytes
 
 
@@ -24,6 +27,7 @@ def inspect_path(path: Path, console: Console) -> None:
         ((path / "genai_config.json").is_file(), _onnx),
         (_has(path / "manifest.json", "artifacts"), _bundle),
         (_has(path / "manifest.json", "stage"), _stage),
+        (is_adapter_alone(path), _adapter),
         ((path / "config.json").is_file(), _checkpoint),
     ):
         if matches:
@@ -42,28 +46,15 @@ Rows = list[tuple[str, Any]]
 
 
 def _has(file: Path, key: str) -> bool:
-    return file.is_file() and key in _json(file)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return file.is_file() and key in read_json(file)
 
 
 def _checkpoint(path: Path) -> tuple[str, Rows]:
-    config = _json(path / "config.json")
+    config, notes = read_config_as_is(path)
     kinds: Counter[str] = Counter()
-    parameters = size = 0
-    for file in sorted(path.glob("*.safetensors")):
-        for tensor in safetensors_header(file).values():
-            count = 1
-            for extent in tensor["shape"]:
-                count *= extent
-            kinds[tensor["dtype"]] += count
-            parameters += count
-        size += file.stat().st_size
+    for tensor in tensor_headers(path).values():
+        kinds[tensor.dtype] += tensor.size
+    parameters, size = sum(kinds.values()), sum(file.stat().st_size for file in weight_files(path))
     rows: Rows = [
         ("family", config.get("model_type")),
         ("blocks", config.get("num_hidden_layers")),
@@ -82,33 +73,31 @@ def _checkpoint(path: Path) -> tuple[str, Rows]:
     heads = path / "retaining" / "heads.safetensors"
     if heads.is_file():
         shapes = [tensor["shape"] for name, tensor in safetensors_header(heads).items() if name.endswith("w1.weight")]
-        settings = _json(heads.with_name("settings.json"))
+        settings = read_json(heads.with_name("settings.json"))
         used = ", ".join(f"{key} {value}" for key, value in settings.items())
         rows.append(("retaining heads", f"{len(shapes)} of width {shapes[0][0] if shapes else 0}; {used}"))
+    rows += [("note", note) for note in notes]
     return f"checkpoint {path}", rows
 
 
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """Names, types and shapes of the tensors in a safetensors file; `UserError` if it is cut or broken."""
+def read_config_as_is(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The values of config.json, and what is to be said of them: what is put right when it is read as a model, and why
+    it is not read."""
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > 100_000_000:
-                raise ValueError("its header is too long")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if file.stat().st_size < 8 + length + end:
-            raise ValueError("it is cut short")
-        return header
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+        return read_config(path)
+    except UserError as error:
+        return read_json(path / "config.json"), [f"not read as a model: {error}"]
 
 
-def check_weights(checkpoint: Path) -> None:
-    """`UserError` if a weight file of a checkpoint folder is cut or broken, as its header tells."""
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        safetensors_header(file)
+def _adapter(path: Path) -> tuple[str, Rows]:
+    settings = read_json(path / ADAPTER_CONFIG)
+    return f"adapter {path}", [
+        ("kind", settings.get("peft_type")),
+        ("base model", settings.get("base_model_name_or_path")),
+        ("rank", settings.get("r")),
+        ("layers", ", ".join(map(str, settings.get("target_modules") or []))),
+        ("note", "as a model it is merged into its base"),
+    ]
 
 
 def _gguf(path: Path) -> tuple[str, Rows]:
@@ -138,7 +127,7 @@ def _gguf(path: Path) -> tuple[str, Rows]:
 
 def _part(path: Path, values: dict[str, Any]) -> Rows:
     """Of a model in several files: which of them this is, and what they are together."""
-    from ..runtime.gguf_header import split_files
+    from ..gguf_header import split_files
 
     count, number = values.get("split.count", 1), values.get("split.no", 0) + 1
     if count == 1:
@@ -155,7 +144,7 @@ def _part(path: Path, values: dict[str, Any]) -> Rows:
 def _onnx(path: Path) -> tuple[str, Rows]:
     import onnx
 
-    config = _json(path / "genai_config.json")["model"]
+    config = read_json(path / "genai_config.json")["model"]
     graph = path / config["decoder"]["filename"]
     try:
         model = onnx.load(str(graph), load_external_data=False)
@@ -213,7 +202,7 @@ def _bundle(path: Path) -> tuple[str, Rows]:
 
 
 def _stage(path: Path) -> tuple[str, Rows]:
-    manifest = _json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     chosen = manifest["metrics"].get("chosen")
     return f"stage {manifest['stage']} {path}", [
         *([("went on", chosen)] if chosen else []),
@@ -230,7 +219,7 @@ def _run(path: Path) -> tuple[str, Rows]:
     rows: Rows = []
     for folder in sorted(path.iterdir()):
         if _has(folder / "manifest.json", "stage"):
-            manifest = _json(folder / "manifest.json")
+            manifest = read_json(folder / "manifest.json")
             rows.append((manifest["stage"], f"{folder.name}, {duration(manifest['seconds'])}"))
         elif folder.name.endswith(".partial"):
             rows.append(("begun", folder.name))

@@ -19,7 +19,6 @@ from ..errors import UserError
 from ..modeling.source import fingerprint_source, hash_file, parse_source
 from ..stage import Context, Group, Inputs, Progress, give_back_memory
 from .group import check_same, check_shared, in_turn
-from .inspection import check_weights
 from .measure import Meter
 from .plan import Geometry, planned_memory, read_geometry, setting
 from .recipe import LoadedRecipe
@@ -79,7 +78,7 @@ def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
     order = _selected(loaded.order, options)
     source = parse_source(loaded.source, loaded.folder)
     cache = options.runs / ".sources"
-    base = fingerprint_source(source, cache)
+    base = fingerprint_source(source, cache, loaded.folder)
     folder = options.runs / loaded.recipe.name
     context = Context(recipe_dir=loaded.folder)
     prints: dict[str, str] = {}
@@ -164,7 +163,6 @@ def _prepare(run: Run, context: Context) -> Path:
     if run.loaded.recipe.sort is not None or (export is not None and export.depths):
         setting(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # its depths fit
     base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
-    check_weights(base)
     for stage in run.pending:
         check = getattr(stage.spec.module(), "check", None)
         if check is not None:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..gguf_header import read_header, split_files
 from ..llamacpp import SEEDS, checked, open_server, post
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
-from .gguf_header import read_header, split_files
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..gguf_header import read_header, split_files
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
-from .gguf_header import read_header, split_files
 from .kv_budget import KvBudget, pooled
 from .llama_library import Cache, Model
 from .token_eviction import HeldTokens, most_tokens

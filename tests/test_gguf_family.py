@@ -15,11 +15,12 @@ from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import check_family, family_name, join, measure_gguf, write_family
 from compress.export.gguf_source import ARCHITECTURES
+from compress.gguf_header import read_header, split_files
 from compress.modeling.blocks import drop_blocks
-from compress.modeling.checkpoint import count_parameters, save_checkpoint
+from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window
-from compress.runtime.gguf_header import read_header, split_files
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 
 TOLERANCE = 0.01  # nats, of every log-probability: llama.cpp keeps keys and values in float16

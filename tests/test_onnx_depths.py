@@ -22,8 +22,8 @@ from compress.export.onnx_depths import (
     weights_read,
 )
 from compress.modeling.blocks import without_blocks
-from compress.modeling.checkpoint import count_parameters
 from compress.modeling.load import load_config, load_model
+from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window
 from compress.runtime.genai_engine import GenaiEngine
 from compress.runtime.onnx_engine import OnnxEngine

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...gguf_header import read_header
 from ...llamacpp import SEEDS, checked, open_server, post
-from ...modeling.gguf import read_fields
 from ...modeling.load import load_config
 from ..sampling import Sampled, Sampling
 from . import settle
@@ -75,10 +75,8 @@ class LlamaCpp:
 
 def _check_same_model(file: Path, base: Path) -> None:
     config = load_config(base)
-    names = ("general.architecture", "tokenizer.ggml.tokens")
-    architecture = read_fields(file, names[:1]).get(names[0])
-    found = read_fields(file, (f"{architecture}.block_count", f"{architecture}.embedding_length", names[1]))
-    size = len(found.get(names[1]) or [])
+    found = read_header(file)
+    architecture, size = found.get("general.architecture"), found.get("tokenizer.ggml.tokens", 0)
     shape = (found.get(f"{architecture}.block_count"), found.get(f"{architecture}.embedding_length"))
     expected = (config.num_hidden_layers, config.hidden_size)
     if shape != expected or size > config.vocab_size:

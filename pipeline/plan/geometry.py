@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...gguf_header import read_header, read_tensor_names
 from ...modeling.source import parse_source
-from ...runtime.gguf_header import read_header, read_tensor_names
 from ..recipe import LoadedRecipe, ModelSpec
 
 

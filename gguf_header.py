@@ -1,0 +1,153 @@
+"""The metadata of a GGUF file, and where its tensors lie: enough to know what it is before anything opens it."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import UserError
+
+# GGUF value type -> struct format of its little-endian scalar.
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor of a GGUF file as its header has it."""
+
+    file: Path
+    kind: int  # ggml's number of its type
+    shape: tuple[int, ...]  # rows first, as numpy has it
+    offset: int  # from the beginning of the file
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Every metadata value by key; an array by its length alone. `UserError` for what is not a whole GGUF header."""
+    return _read(path, tensors=False, arrays=False)[0]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """As `read_header`, with arrays as lists."""
+    return _read(path, tensors=False, arrays=True)[0]
+
+
+def read_tensors(path: Path) -> dict[str, TensorPlace]:
+    """Where the tensors of a GGUF file lie, in its order.
+
+    `UserError` for what is not a whole header, ends before the last tensor begins, or names a tensor twice.
+    """
+    return _read(path, tensors=True, arrays=False)[1]
+
+
+def read_tensor_names(path: Path) -> list[str]:
+    """The names of a GGUF file's tensors, in order; errors as `read_tensors`."""
+    return list(read_tensors(path))
+
+
+def split_files(path: Path) -> list[Path]:
+    """The files of a model that is cut into several, from the first of them; the file alone where it is whole.
+
+    `UserError` for a part that is not the first, and where one is missing.
+    """
+    header = read_header(path)
+    count = header.get("split.count", 1)
+    if count == 1:
+        return [path]
+    name = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if name is None:
+        raise UserError(f"{path} is one of {count} parts, but is not named as llama.cpp's parts are")
+    files = [path.with_name(f"{name[1]}-{part:05d}-of-{name[2]}.gguf") for part in range(1, int(name[2]) + 1)]
+    if header["split.no"] != 0:
+        raise UserError(f"{path} is part {header['split.no'] + 1} of a model; name the first: {files[0].name}")
+    if len(files) != count:
+        raise UserError(f"{path} is the first of {count} parts, but its name says {len(files)}")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} is the first of {count} parts, of which {file.name} is missing")
+    return files
+
+
+def _read(path: Path, *, tensors: bool, arrays: bool) -> tuple[dict[str, Any], dict[str, TensorPlace]]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path} is not a GGUF file")
+            version, number, count = struct.unpack("<IQQ", _take(file, 20))
+            if version not in (2, 3):
+                raise UserError(f"{path} has GGUF version {version}; versions 2 and 3 are read")
+            values = dict(_pair(file, arrays) for _ in range(count))
+            if not tensors:
+                return values, {}
+            found = [_tensor(file) for _ in range(number)]
+            names = [name for name, *_ in found]
+            twice = (
+                next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
+            )
+            if twice is not None:
+                raise UserError(f"{path} holds the tensor {twice} twice")
+            alignment = values.get("general.alignment", 32)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise ValueError("the alignment is no number above 0")
+            start = -(-file.tell() // alignment) * alignment
+            if found and start + max(offset for *_, offset in found) >= path.stat().st_size:
+                raise ValueError("the file ends before its last tensor")
+            return values, {name: TensorPlace(path, kind, shape, start + at) for name, shape, kind, at in found}
+    except (ValueError, KeyError, OverflowError, struct.error) as error:
+        raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error.strerror or error}") from error
+
+
+def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
+    """A tensor's name, shape (rows first), type, and where its data begins behind the header."""
+    name = _string(file)
+    dimensions = struct.unpack("<I", _take(file, 4))[0]
+    if dimensions > 4:
+        raise ValueError("a tensor has more than four dimensions")
+    *sizes, kind, offset = struct.unpack(f"<{dimensions}QIQ", _take(file, 8 * dimensions + 4 + 8))
+    return name, tuple(reversed(sizes)), kind, offset
+
+
+def _take(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count) if count < 1 << 24 else b""
+    if len(data) != count:
+        raise ValueError("the file ends inside its header")
+    return data
+
+
+def _pair(file: BinaryIO, arrays: bool) -> tuple[str, Any]:
+    key = _string(file)
+    return key, _value(file, struct.unpack("<I", _take(file, 4))[0], arrays)
+
+
+def _string(file: BinaryIO) -> str:
+    return _take(file, struct.unpack("<Q", _take(file, 8))[0]).decode("utf-8", errors="replace")
+
+
+def _value(file: BinaryIO, kind: int, arrays: bool) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return struct.unpack(_SCALARS[kind], _take(file, struct.calcsize(_SCALARS[kind])))[0]
+    inner, length = struct.unpack("<IQ", _take(file, 12))
+    if inner not in _SCALARS:
+        items = [_value(file, inner, arrays) for _ in range(length)]
+        return items if arrays else length
+    size = struct.calcsize(_SCALARS[inner])
+    if not arrays:
+        file.seek(length * size, 1)
+        return length
+    data = b"".join(_take(file, min(length * size - at, 1 << 20)) for at in range(0, length * size, 1 << 20))
+    return list(struct.unpack(f"<{length}{_SCALARS[inner][1]}", data))

@@ -1,0 +1,102 @@
+"""A checkpoint's config.json as it is meant: what other tools left wrong is put right where that is clear.
+
+Everything here works on the file's values alone; no torch, no transformers. Commands that read no weights (plan,
+inspect) see what the others see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_json
+
+CONFIG = "config.json"
+KEPT_BLOCKS = "compress_kept_blocks"  # numbers, in the unpruned model, of the blocks this model has
+DEPTHS = "compress_depths"  # depths that the model was trained to run at
+RECORDS = (KEPT_BLOCKS, DEPTHS)
+# Configuration values with one entry per block.
+PER_BLOCK_LISTS = ("layer_types",)
+SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The values of a checkpoint folder's config.json, and a line on each that was put right.
+
+    Raises `UserError` for a file that is missing or damaged, a model that is quantized already, and per-block lists
+    that do not fit the number of blocks where what was meant is not clear.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG}, so it is not a checkpoint folder")
+    values = read_json(path)
+    check_not_quantized(values, folder)
+    return _repaired(values, path)
+
+
+def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
+    """`UserError` for a model whose weights are integers or 8-bit floats already, with the ways out."""
+    found = values.get("quantization_config")
+    if not found:
+        return
+    kind = described_quantization(found)
+    method = found.get("quant_method", "") if isinstance(found, dict) else ""
+    way = "take the float checkpoint that it was made from"
+    if method == "bitsandbytes":
+        way += ", or load it with transformers and save it after `model.dequantize()`"
+    elif method in ("fp8", "compressed-tensors", "mxfp4"):
+        way += (
+            ", or load it with transformers and `quantization_config` set to the method's class with "
+            + ("`run_compressed=False`" if method == "compressed-tensors" else "`dequantize=True`")
+            + ", and save it"
+        )
+    raise UserError(f"{where} is quantized already ({kind}), and only float weights are read: {way}")
+
+
+def described_quantization(found: Any) -> str:
+    """The method and the bits of a quantization_config, in words."""
+    if not isinstance(found, dict):
+        return "quantization_config is set"
+    bits = found.get("bits") or (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
+    return str(found.get("quant_method", "no method named")) + (f", {bits} bits" if bits else "")
+
+
+def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+    for name in SHAPE:
+        number = values.get(name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise UserError(f"{path}: {name} is {number!r}, where a whole number above 0 is needed")
+    blocks = values.get("num_hidden_layers")
+    if blocks is None:
+        return values, []
+    values, notes = dict(values), []
+    for name in PER_BLOCK_LISTS:
+        entries = values.get(name)
+        if entries is None:
+            continue
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{path}: {name} is no list with a text per block")
+        if len(entries) == blocks:
+            continue
+        if len(set(entries)) > 1:
+            raise UserError(
+                f"{path}: {name} has {len(entries)} entries for {blocks} blocks (num_hidden_layers), and they differ, "
+                f"so which are those of the blocks that are there cannot be told; give it {blocks} entries"
+            )
+        values[name] = [entries[0]] * blocks
+        notes.append(
+            f"{name} had {len(entries)} entries for {blocks} blocks, all {entries[0]}: taken as {blocks} of them"
+        )
+    for name in RECORDS:
+        record = values.get(name)
+        fits = record is None or (
+            isinstance(record, list)
+            and all(isinstance(number, int) for number in record)
+            and (len(record) == blocks if name == KEPT_BLOCKS else bool(record) and record[-1] == blocks)
+        )
+        if not fits:
+            del values[name]
+            notes.append(f"{name} is of a model with another number of blocks than {blocks}, and is left out")
+    return values, notes

@@ -1,0 +1,176 @@
+"""How llama.cpp lays a model out, both ways: names, the order of rows, and rotary factors.
+
+What writes GGUF files (`export`) and what reads them (`modeling.gguf`) share it, so that one undoes the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+# model_type -> llama.cpp's architecture.
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
+# Families whose queries and keys llama.cpp rotates in adjacent pairs.
+PAIRED = ("llama", "mistral")
+# Families whose norms multiply by 1 + weight, where llama.cpp's file has the whole factor.
+NORM_PLUS_ONE = ("gemma3_text",)
+FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+TOLERANCE = 1e-5  # relative, of rotary factors that are worked out anew
+
+
+def tensor_names(family: str, blocks: int, names: Sequence[str]) -> dict[str, str | None]:
+    """transformers' name of each weight → llama.cpp's; None where it has no place there."""
+    known = gguf.get_tensor_name_map(ARCHITECTURES[family], blocks)
+    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+
+
+def part_of(name: str) -> str:
+    """A tensor's part of its block by llama.cpp's name, such as attn_q; empty outside the blocks."""
+    parts = name.split(".")
+    return parts[2] if parts[0] == "blk" and len(parts) > 2 else ""
+
+
+def to_gguf(name: str, values: Array, config: Any, depth: int) -> Array:
+    """A weight as llama.cpp's file has it, by llama.cpp's name, for a model of `depth` blocks."""
+    if config.model_type in PAIRED and part_of(name) in ("attn_q", "attn_k"):
+        return interleave(values, _heads(name, config))
+    if config.model_type in NORM_PLUS_ONE and name.endswith("_norm.weight"):
+        values = values + 1.0
+        if part_of(name) == "attn_q_norm":
+            values = values * np.float32(query_scale(config, depth))
+    return values
+
+
+def from_gguf(name: str, values: Array, config: Any) -> Array:
+    """The inverse of `to_gguf` for a model of all its blocks, whose query scale is llama.cpp's own."""
+    if config.model_type in PAIRED and part_of(name) in ("attn_q", "attn_k"):
+        return deinterleave(values, _heads(name, config))
+    if config.model_type in NORM_PLUS_ONE and name.endswith("_norm.weight"):
+        return values - np.float32(1.0)
+    return values
+
+
+def _heads(name: str, config: Any) -> int:
+    return config.num_attention_heads if part_of(name) == "attn_q" else config.num_key_value_heads
+
+
+def interleave(values: Array, heads: int) -> Array:
+    """llama.cpp's llama rotates adjacent pairs, transformers the two halves of a head: reorder the output rows."""
+    rows = values.shape[0]
+    halves = values.reshape(heads, 2, rows // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def deinterleave(values: Array, heads: int) -> Array:
+    """The inverse of `interleave`."""
+    rows = values.shape[0]
+    pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+
+
+def own_query_scalar(hidden: int, heads: int, head_size: int, blocks: int) -> float:
+    """The number by whose root llama.cpp divides Gemma-3's queries: the head size, or for 62 blocks the width per
+    head."""
+    return hidden / heads if blocks == 62 else head_size
+
+
+def query_scale(config: Any, depth: int) -> float:
+    """The difference between llama.cpp's scale of attention and the model's own, which goes into the query norm, so
+    that a pruned model keeps the scale it was trained with."""
+    own = own_query_scalar(config.hidden_size, config.num_attention_heads, config.head_dim, depth)
+    return math.sqrt(own / config.query_pre_attn_scalar)
+
+
+def rope_settings(config: Any) -> dict[str, Any]:
+    """A model's rotary parameters; of one with two kinds of blocks those of full attention."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    return rope.get("full_attention", rope)
+
+
+def head_size(config: Any) -> int:
+    """Numbers in a query's or a key's head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rope_tensors(config: Any) -> dict[str, Array]:
+    """Tensors that llama.cpp reads rotary factors from, by name; most models have none."""
+    rope = rope_settings(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        return {FACTORS: llama3_factors(rope, head_size(config))}
+    if kind in ("longrope", "su"):
+        return {
+            name: np.asarray(rope[key], dtype=np.float32)
+            for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor"))
+        }
+    return {}
+
+
+def llama3_factors(rope: dict[str, Any], size: int) -> Array:
+    """How much slower each pair of dimensions turns: 1 for fast ones, `factor` for slow ones, a blend between."""
+    factor, context = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelengths = _wavelengths(rope["rope_theta"], size)
+    blend = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    return (1 / ((1 - blend) / factor + blend)).astype(np.float32)
+
+
+def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any] | None:
+    """Parameters with which `llama3_factors` gives these factors; None where there are none.
+
+    The file has the factors alone. Between the fast and the slow pairs the blend is a line in 1 / wavelength, through
+    at least two points of which the parameters follow, but for a common scale: `low_freq_factor` is taken to be 1, as
+    in every published model. With fewer points many parameters give the same factors, and one set of them is taken.
+    """
+    wide = factors.astype(np.float64)
+    factor, turns = float(wide.max()), 1 / _wavelengths(theta, size)
+    if not math.isclose(factor, round(factor, 4), rel_tol=1e-6) or factor <= 1:
+        return None
+    factor = round(factor, 4)
+    blend = (1 / wide - 1 / factor) / (1 - 1 / factor)
+    between = (blend > 1e-6) & (blend < 1 - 1e-6)
+    # Boundaries of the two ends, in turns per token: below `slow` the blend is 0, above `fast` it is 1.
+    slow = turns[blend <= 1e-6].max(initial=0.0)
+    fast = turns[blend >= 1 - 1e-6].min(initial=np.inf)
+    candidates = []
+    if between.sum() >= 2:
+        slope, start = np.polyfit(turns[between], blend[between], 1)
+        if start < 0:
+            candidates.append((slope / -start, 1 - 1 / start))
+    for high in (4.0, 2.0, 8.0):  # with fewer points: 4 is what every published model has
+        if between.sum() == 1:
+            candidates.append(((1 + (high - 1) * blend[between][0]) / turns[between][0], high))
+        elif not between.any() and slow * high < fast:
+            # Any context from high / fast to 1 / slow gives these factors.
+            least = high / fast if np.isfinite(fast) else 0.0
+            candidates.append((math.sqrt(max(least, 1e-9) / slow) if least and slow else least or 1 / slow, high))
+    for context, high in candidates:
+        found = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": round(float(high), 6),
+            "original_max_position_embeddings": max(1, round(context)),
+        }
+        if np.allclose(llama3_factors(found, size), factors, rtol=TOLERANCE, atol=0):
+            return found
+    return None
+
+
+def _wavelengths(theta: float, size: int) -> NDArray[np.float64]:
+    return 2 * math.pi * theta ** (np.arange(0, size, 2) / size)

@@ -1,0 +1,170 @@
+"""A checkpoint folder as every library reads it alike: its own files and nothing else.
+
+People's folders hold more than a model: a vendor's copy of the weights, an adapter that transformers would attach by
+itself, chat templates in the three places where they have stood over the years, a configuration that another tool left
+half changed. What is read wrongly by one library and rightly by the next makes wrong models, so such a folder is not
+used where it lies: a plain folder of links to its files, with what was put right, takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_json_if_there, read_text
+from ..stage import Progress
+from .config import CONFIG, read_config
+from .soundness import check_checkpoint, decide_tied
+from .source import checkpoint_files, hash_json
+from .weights import ADAPTER_CONFIG, INDEX, SINGLE, weight_files
+
+TEMPLATE = "chat_template.jinja"
+OLD_TEMPLATE = "chat_template.json"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FORMAT = 1  # of the folders made here
+
+
+def plain_folder(folder: Path, cache: Path, progress: Progress) -> Path:
+    """The checkpoint folder itself where it is plain, else a plain one in `cache`, of links to its files.
+
+    What was put right is noted. Raises `UserError` for a folder that is not the model its configuration describes.
+    """
+    values, notes = read_config(folder)
+    changes, more = _settled(folder, values)
+    notes += more
+    files = {file.name: file for file in checkpoint_files(folder)}
+    strays = _strays(folder, files)
+    notes += strays
+    for note in notes:
+        progress.note(f"{folder.name}: {note}")
+    if not notes and not changes:
+        check_checkpoint(folder)
+        return folder
+    place = cache / f"{folder.name}-plain-{_key(folder)}"
+    if not place.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f"{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _link(folder, partial, files)
+        _write(partial, changes | {CONFIG: json.dumps(values, indent=2, ensure_ascii=False) + "\n"})
+        partial.replace(place)
+    check_checkpoint(place)
+    return place
+
+
+def _key(folder: Path) -> str:
+    """Changes whenever a file of the folder does."""
+    states = [(file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
+    listed = [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
+    return hash_json([FORMAT, str(folder.resolve()), listed])[:12]
+
+
+def _settled(folder: Path, values: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Files to write instead of the folder's own, and notes; `values` of config.json are changed in place."""
+    from .load import config_of
+
+    changes: dict[str, str] = {}
+    notes: list[str] = []
+    config = config_of(values, folder)
+    tied = decide_tied(folder, config)
+    if tied != bool(config.tie_word_embeddings):
+        values["tie_word_embeddings"] = tied
+        notes.append(
+            "config.json says that head and embedding are one matrix (tie_word_embeddings), but lm_head.weight differs "
+            "from the embedding: the file's own head is used, everywhere"
+        )
+    templates = chat_templates(folder)
+    if templates and not (folder / TEMPLATE).is_file():
+        changes |= template_files(templates)
+        settings = read_json_if_there(folder / TOKENIZER_CONFIG)
+        if settings.pop("chat_template", None) is not None:
+            changes[TOKENIZER_CONFIG] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return changes, notes
+
+
+def _strays(folder: Path, files: Mapping[str, Path]) -> list[str]:
+    """A line on the weights and adapters in the folder that are no part of the model but that libraries take for it."""
+    notes = []
+    if (folder / ADAPTER_CONFIG).is_file():
+        notes.append(
+            f"the adapter beside the model ({ADAPTER_CONFIG}) is not applied; merge it into the model first if it is "
+            "meant (peft's merge_and_unload)"
+        )
+    weights = {file.name for file in weight_files(folder)}
+    others = sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors" and f.name not in weights)
+    others = [name for name in others if not name.startswith("adapter_")]
+    if others:
+        shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        decides = INDEX if (folder / INDEX).is_file() else SINGLE
+        notes.append(f"{shown} {'is' if len(others) == 1 else 'are'} not read: the weights are those of {decides}")
+    return notes
+
+
+def _link(folder: Path, place: Path, files: Mapping[str, Path]) -> None:
+    for name, file in files.items():
+        (place / name).symlink_to(file.resolve())
+    for name in ("retaining", MORE_TEMPLATES):
+        if (folder / name).is_dir():
+            (place / name).symlink_to((folder / name).resolve(), target_is_directory=True)
+
+
+def _write(place: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        file = place / name
+        file.unlink(missing_ok=True)  # a link to the original, which stays as it is
+        if not file.parent.is_dir():
+            file.parent.mkdir()
+        file.write_text(text, encoding="utf-8")
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """A checkpoint's chat templates by name, `default` first; empty where it has none.
+
+    They stand in chat_template.jinja and additional_chat_templates/, or (older) in chat_template.json or under
+    `chat_template` of tokenizer_config.json, as a text or as a list by name. Raises `UserError` for damaged ones.
+    """
+    if (folder / TEMPLATE).is_file():
+        found = {"default": read_text(folder / TEMPLATE)}
+        more = folder / MORE_TEMPLATES
+        named = sorted(file for file in more.iterdir() if file.suffix == ".jinja") if more.is_dir() else []
+        return found | {file.stem: read_text(file) for file in named}
+    for name in (OLD_TEMPLATE, TOKENIZER_CONFIG):
+        value = read_json_if_there(folder / name).get("chat_template")
+        if value is not None:
+            return _named(value, folder / name)
+    return {}
+
+
+def _named(value: Any, where: Path) -> dict[str, str]:
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        value = {
+            str(entry.get("name")): entry.get("template")
+            for entry in value
+            if isinstance(entry, dict) and "name" in entry
+        }
+    if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
+        raise UserError(f"{where}: chat_template is neither a text nor a list of {{name, template}}")
+    for name in value:
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise UserError(f"{where}: a chat template is called {name!r}, which cannot be a file's name")
+    if "default" not in value:
+        raise UserError(
+            f"{where}: there are chat templates called {', '.join(sorted(value))} and none called default; name the "
+            "one that is meant so"
+        )
+    return {"default": value["default"]} | value
+
+
+def template_files(templates: Mapping[str, str]) -> dict[str, str]:
+    """The files in which transformers keeps templates: path within a checkpoint folder → text."""
+    return {
+        TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja": text for name, text in templates.items()
+    }

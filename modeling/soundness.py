@@ -1,0 +1,135 @@
+"""Whether a checkpoint folder is the model that its configuration describes, told before it is used.
+
+Names, types and shapes of all tensors are compared with what the configuration wants, both ways: transformers fills
+what is missing with random numbers and passes over what it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .blocks import block_number
+from .weights import FLOATS, TensorHeader, Tensors, tensor_headers
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and every version works out anew
+
+
+def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
+    """`UserError` naming the first tensor of a checkpoint folder that is missing, not wanted, of another shape than its
+    configuration says, or no float.
+
+    With `finite`, every number is read as well: the first tensor that holds one that is not finite is named.
+    """
+    from .load import load_config
+
+    config, headers = load_config(folder), tensor_headers(folder)
+    _check_types(folder, headers)
+    _check_names(folder, config, headers)
+    if finite:
+        tensors = Tensors(folder)
+        for name in tensors:
+            check_finite(name, tensors[name], folder)
+
+
+def check_finite(name: str, tensor: Any, where: object) -> None:
+    """`UserError` for a tensor with infinities or what is no number."""
+    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        raise UserError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): the weights are damaged")
+
+
+def decide_tied(folder: Path, config: Any) -> bool:
+    """Whether head and embedding are one matrix: decided by the file.
+
+    Where both are in it they are two, unless equal. Raises `UserError` where the configuration says two and the file
+    has no head.
+    """
+    headers = tensor_headers(folder)
+    tied = bool(config.tie_word_embeddings)
+    if HEAD not in headers:
+        if not tied:
+            raise UserError(
+                f"{folder} has no {HEAD}, and its config.json says that the head is a matrix of its own "
+                '(tie_word_embeddings). If it is the embedding, add "tie_word_embeddings": true to config.json; '
+                "else the checkpoint is not whole"
+            )
+        return True
+    if not tied or EMBEDDING not in headers:
+        return tied
+    tensors = Tensors(folder)
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    return head.shape == embedding.shape and bool(torch.equal(head.float(), embedding.float()))
+
+
+def _check_types(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
+    for name, tensor in headers.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{folder}: {name} is {tensor.dtype}, which is no type of float weights: the checkpoint is quantized "
+                "already; take the float checkpoint that it was made from"
+            )
+
+
+def _check_names(folder: Path, config: Any, headers: Mapping[str, TensorHeader]) -> None:
+    wanted = expected_shapes(config)
+    there = {name: tensor.shape for name, tensor in headers.items() if not name.endswith(DERIVED)}
+    if config.tie_word_embeddings:
+        wanted.pop(HEAD, None)
+        there.pop(HEAD, None)
+    missing, surplus = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+    if missing or surplus:
+        raise UserError(_difference(folder, config, missing, surplus, _blocks(there)))
+    for name in sorted(wanted):
+        if wanted[name] != there[name]:
+            raise UserError(
+                f"{folder}: {name} has the shape {list(there[name])}, config.json asks for {list(wanted[name])}: they "
+                "are not of the same model"
+            )
+
+
+def _difference(folder: Path, config: Any, missing: list[str], surplus: list[str], blocks: int) -> str:
+    """What is wrong with the names of tensors."""
+    wanted = config.num_hidden_layers
+    if blocks and blocks != wanted:
+        return (
+            f"{folder}: the weights are of {blocks} blocks, config.json says {wanted} (num_hidden_layers): write the "
+            "number that is right there, or copy the checkpoint again"
+        )
+    adapters = [name for name in surplus if ".lora_" in name or ".base_layer." in name]
+    if adapters:
+        return (
+            f"{folder}: {adapters[0]} is of an adapter that was saved without being merged; merge it first (peft's "
+            "merge_and_unload) and save the model"
+        )
+    parts = []
+    if surplus:
+        parts.append(
+            f"{surplus[0]}, which a {config.model_type} model of this configuration does not have"
+            + (f", nor {len(surplus) - 1} more" if len(surplus) > 1 else "")
+        )
+    if missing:
+        lacks = f"no {missing[0]}" + (f", nor {len(missing) - 1} more that it needs" if len(missing) > 1 else "")
+        parts.append(lacks)
+    return f"{folder} holds {', and '.join(parts)}: its weights and its config.json are not of the same model"
+
+
+def _blocks(names: Mapping[str, object]) -> int:
+    """How many blocks the tensors are of; 0 where their numbers have gaps."""
+    numbers = {number for name in names if (number := block_number(name)) is not None}
+    return len(numbers) if numbers == set(range(len(numbers))) else 0
+
+
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model with this configuration, the head included; nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+
+    from .checkpoint import quiet
+
+    with quiet(), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}

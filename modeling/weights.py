@@ -1,0 +1,158 @@
+"""A checkpoint folder's weight files: which they are, what their headers say, and reading single tensors.
+
+Which files hold the weights is decided here for the whole package: those that `model.safetensors.index.json` lists,
+else `model.safetensors`. Anything else that ends in .safetensors (a vendor's `consolidated.safetensors`, an adapter)
+is no part of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+# Bytes of one number of each type that is read as weights.
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor as its file's header has it."""
+
+    file: Path
+    dtype: str  # as safetensors writes it, such as BF16
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a checkpoint's weights, in order.
+
+    Raises `UserError` where there are none, where the index is damaged, and where a file that it lists is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {missing[0]}, one of {len(files)} weight files that {INDEX} lists; copy or download "
+                "the checkpoint again"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    others = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    if not others:
+        raise UserError(
+            f"{folder} has no .safetensors files; only safetensors are read (pickled weights can run code). Convert "
+            "the checkpoint with `save_pretrained` first"
+        )
+    raise UserError(
+        f"{folder} has neither {SINGLE} nor {INDEX}, so which of its files hold the weights is not known "
+        f"(there is {', '.join(others[:3])}); download the checkpoint again, or save it with `save_pretrained`"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name, as an index has it."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index} has no weight_map of tensor names to files; download the checkpoint again")
+    for name in found.values():
+        if PurePath(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} lists {name!r}, which is not the name of a .safetensors file beside it")
+    return found
+
+
+def is_adapter_alone(folder: Path) -> bool:
+    """Whether a folder holds an adapter (what peft saves) and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Names, types and shapes of the tensors in a safetensors file; `UserError` if it is cut or broken."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > LARGEST_HEADER:
+                raise ValueError("its header is too long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in [*shape, begin]):
+                raise ValueError("its header is damaged")
+            if entry["dtype"] in FLOATS and math.prod(shape) * FLOATS[entry["dtype"]] != end - begin:
+                raise ValueError("a tensor's size does not fit its shape")
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size < 8 + length + end:
+            raise ValueError("it is cut short")
+        return header
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file} could not be read: {error.strerror or error}") from error
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor of a checkpoint folder by name, from the headers of its weight files.
+
+    Raises `UserError` for a tensor that stands in two of them.
+    """
+    found: dict[str, TensorHeader] = {}
+    for file in weight_files(folder):
+        for name, entry in safetensors_header(file).items():
+            if name in found:
+                raise UserError(f"{folder}: {name} stands in {found[name].file.name} and in {file.name}")
+            found[name] = TensorHeader(file, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
+class Tensors:
+    """A checkpoint folder's tensors by name, read one at a time; nothing is held.
+
+    Raises `KeyError` for a name that is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self.headers = tensor_headers(folder)
+
+    def __getitem__(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self.headers[name].file, framework="pt") as weights:
+            return weights.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+
+def count_parameters(checkpoint: Path, depth: int | None = None) -> int:
+    """Parameters of a checkpoint folder (of its first `depth` blocks), tied weights once, from its headers."""
+    from .blocks import block_number
+
+    tied = read_json(checkpoint / "config.json").get("tie_word_embeddings", False)
+    total = 0
+    for name, tensor in tensor_headers(checkpoint).items():
+        beyond = depth is not None and (block_number(name) or 0) >= depth
+        if not beyond and not (tied and name == "lm_head.weight"):
+            total += tensor.size
+    return total
