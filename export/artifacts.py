@@ -19,12 +19,22 @@ from ..stage import Progress
 from . import gguf_family, onnx_depths, onnx_retaining
 from .bundle import Size
 from .config import ExportConfig
+from .ends import check_gguf_texts, check_onnx_texts, end_tokens
 from .gguf import write_gguf
 from .gguf_family import family_name, measure_gguf, write_family
 from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
 from .tensors import gguf_errors, onnx_errors
-from .verify import PROBE, Reference, check_retaining, check_runtime, check_tokens
+from .verify import (
+    PROBE,
+    Reference,
+    check_ends,
+    check_gapped,
+    check_graph,
+    check_retaining,
+    check_runtime,
+    check_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,15 @@ class Making:
     progress: Progress
     imatrix: Callable[[], dict[str, Any] | None]
     tokenizer: Callable[[], Any]
+    built: Callable[[], Path]  # the folder with the float32 ONNX graph, which is made when it is first asked for
+    temporary: bool = False  # for verification alone
 
 
 class Kind(ABC):
     """One type: where its files are, how they are written, read back and run."""
 
     form: Literal["gguf", "onnx"]
+    precise: str  # the type at which a wrong graph cannot pass for rounding
 
     def __init__(self, making: Making, type: str):
         self.making, self.type = making, type
@@ -88,6 +101,11 @@ class Kind(ABC):
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         """One depth in its real runtime, against the checkpoint's first so many blocks."""
 
+    @abstractmethod
+    def check_graph(self, depth: int, reference: Reference) -> float:
+        """The mean KL of one depth at the type `precise`; `UserError` where it computes something else than the
+        checkpoint's first so many blocks, and where texts end otherwise or the chat template is another."""
+
     def file(self, depth: int) -> Path:
         return self.making.bundle / self.path(depth)
 
@@ -99,6 +117,7 @@ class Kind(ABC):
 
 class Gguf(Kind):
     form = "gguf"
+    precise = "F16"
 
     @property
     def root(self) -> str:
@@ -136,16 +155,30 @@ class Gguf(Kind):
 
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         making, role = self.making, self.role_at(depth)
-        context = max(making.config.verify.window + 8, 256)
-        # One slot: how texts share a batch depends on timing, and with it the last digits.
-        with LlamaCppEngine(self.file(depth), making.config.threads, context=context, slots=1) as engine:
+        check_gguf_texts(self.file(depth), making.checkpoint)
+        with self._engine(depth, reference) as engine:
             expected = making.tokenizer()(PROBE, add_special_tokens=False, verbose=False).input_ids
             check_tokens(role, engine.tokenize(PROBE), expected)
             return check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
 
+    def check_graph(self, depth: int, reference: Reference) -> float:
+        with self._engine(depth, reference) as engine:
+            found = check_graph(self.form, self.type, engine, reference)
+            check_ends(self.role_at(depth), engine, end_tokens(self.making.checkpoint))
+        if reference.far is not None:  # in a context of its own: longrope goes by its length
+            with self._engine(depth, reference.far) as engine:
+                found = max(found, check_graph(self.form, self.type, engine, reference.far))
+        return found
+
+    def _engine(self, depth: int, reference: Reference) -> LlamaCppEngine:
+        longest = max(len(window.ids) for window in reference.windows)
+        # One slot: how texts share a batch depends on timing, and with it the last digits.
+        return LlamaCppEngine(self.file(depth), self.making.config.threads, context=max(longest + 8, 256), slots=1)
+
 
 class Onnx(Kind):
     form = "onnx"
+    precise = "fp32"
 
     @property
     def root(self) -> str:
@@ -164,7 +197,9 @@ class Onnx(Kind):
             making.bundle / self.root,
             self.type,
             depths=making.depths,
-            imatrix=making.imatrix(),
+            imatrix=None if self.type == "fp32" else making.imatrix(),
+            built=making.built(),
+            link=making.temporary,
             progress=making.progress,
         )
 
@@ -178,6 +213,7 @@ class Onnx(Kind):
 
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         making, role = self.making, self.role_at(depth)
+        check_onnx_texts(self.file(depth), making.checkpoint)
         with OnnxEngine(self.file(depth), making.config.threads) as engine:
             found = check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
             if reference.retaining:
@@ -187,4 +223,13 @@ class Onnx(Kind):
             # Stock genai, which passes over outputs that it does not know, such as retaining scores.
             few = Reference(reference.windows[:1], reference.scores[:1])
             check_runtime(role, self.type, engine, few, making.config.verify.kl, tensor_error)
+        return found
+
+    def check_graph(self, depth: int, reference: Reference) -> float:
+        with OnnxEngine(self.file(depth), self.making.config.threads) as engine:
+            found = check_graph(self.form, self.type, engine, reference)
+            if reference.far is not None:
+                found = max(found, check_graph(self.form, self.type, engine, reference.far))
+            if reference.gapped is not None:
+                found = max(found, check_gapped(self.type, engine, reference.gapped))
         return found

@@ -7,11 +7,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import read_json
+from ..modeling.plain import MORE_TEMPLATES, TEMPLATE
 from ..runtime.bundle import MANIFEST, FileEntry, Manifest
 from ..stage import sha256, write_whole
+from .ends import write_generation_config
 
 TOKENIZER = "tokenizer_config.json"
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", TOKENIZER, "chat_template.jinja")
+COPIED = ("config.json", "tokenizer.json", TOKENIZER, TEMPLATE)
 OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "_name_or_path")  # where a tokenizer came from
 
 
@@ -29,6 +32,9 @@ def copy_model_files(checkpoint: Path, bundle: Path) -> None:
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, bundle / name)
+    if (checkpoint / MORE_TEMPLATES).is_dir():
+        shutil.copytree(checkpoint / MORE_TEMPLATES, bundle / MORE_TEMPLATES, dirs_exist_ok=True)
+    write_generation_config(checkpoint, bundle)
     if (bundle / TOKENIZER).is_file():
         settle_tokenizer(bundle / TOKENIZER)
 
@@ -40,7 +46,7 @@ def settle_tokenizer(file: Path) -> None:
     the old ones as the same, and transformers 4 (which Optimum's ONNX side needs) reads no others. There the class
     also makes token types, which no decoder takes, unless it is told what the model's inputs are.
     """
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     for key in OF_THIS_MACHINE:
         values.pop(key, None)
     if values.get("tokenizer_class") == "TokenizersBackend":

@@ -30,6 +30,10 @@ from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
 
 TYPES = tuple(FILE_TYPES)
 ROPES = ("default", "linear", "yarn", "llama3", "longrope", "su")
+# Kinds that llama.cpp reads from a tensor of factors, which not all of its architectures look for.
+FACTOR_KINDS = {"llama3": ("llama", "mistral"), "longrope": ("llama", "mistral", "phi3"), "su": ("phi3",)}
+# What the MLPs of a family compute in llama.cpp, where that is not silu.
+ACTIVATIONS = {"gemma3_text": ("gelu_pytorch_tanh",)}
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,48 @@ class Tensor(NamedTuple):
 
 
 def check_gguf(checkpoint: Path) -> None:
-    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, rope kinds."""
+    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, weights, and settings of the configuration
+    that its graph of the family does not have."""
     config = load_config(checkpoint)
     vocabulary_kind(read_tokenizer(checkpoint), checkpoint)
+    problem = next(_unlike_llamacpp(config), None)
+    if problem:
+        raise UserError(f"{checkpoint}: {problem}. Export ONNX instead")
+    Source(checkpoint, config)  # names a weight that has no place in a GGUF
+
+
+def _unlike_llamacpp(config: Any) -> Iterator[str]:
+    """What a configuration asks for and llama.cpp's graph of its family does not do."""
+    family = config.model_type
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    known = ACTIVATIONS.get(family, ("silu", "swish"))
+    if activation not in known:
+        yield f"its MLP computes {activation}, llama.cpp's {family} {known[0]}"
+    if getattr(config, "attn_logit_softcapping", None):
+        yield "its attention is soft-capped (attn_logit_softcapping), llama.cpp's is not"
+    if getattr(config, "use_bidirectional_attention", None):
+        yield "its attention looks ahead (use_bidirectional_attention), llama.cpp's does not"
+    if family == "gemma3_text":
+        local = config.rope_parameters.get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            yield "the positions of its sliding blocks are scaled, llama.cpp scales those of full attention alone"
     rope = rope_settings(config)
-    if rope.get("rope_type", "default") not in ROPES:
-        raise UserError(f"{checkpoint}: rope scaling {rope['rope_type']!r} is not known to GGUF export")
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPES:
+        yield f"rope scaling {kind!r} is not one of llama.cpp's ({', '.join(ROPES)})"
+    if kind in FACTOR_KINDS and family not in FACTOR_KINDS[kind]:
+        yield f"llama.cpp has no rope scaling {kind!r} for {family}"
+    if kind == "yarn":
+        yield from _unlike_yarn(rope)
+
+
+def _unlike_yarn(rope: dict[str, Any]) -> Iterator[str]:
+    usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    theirs = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": usual, "truncate": 1.0}
+    for name in (*theirs, "mscale", "mscale_all_dim"):
+        found, value = rope.get(name), theirs.get(name)
+        if found is not None and (value is None or not math.isclose(float(found), value, rel_tol=1e-6)):
+            yield f"its yarn scaling has {name} {found}, llama.cpp's {'none' if value is None else f'{value:g}'}"
 
 
 class Conversion:

@@ -10,7 +10,10 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ..errors import UserError
+from ..files import read_json, read_json_if_there
+from ..modeling.plain import chat_templates
 from ..modeling.pretokenizers import PRE_TOKENIZERS, recognise
+from .ends import further_ends
 
 SPECIAL = ("bos", "eos", "unk", "pad")
 UNREACHED = -1e4  # score of pieces that no merge makes
@@ -21,10 +24,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{folder} has no tokenizer.json; GGUF export reads nothing else")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return read_json(file)
 
 
 def vocabulary_kind(tokenizer: dict[str, Any], where: Path) -> tuple[str, str]:
@@ -127,10 +127,10 @@ def _parts(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _write_special(writer: GGUFWriter, folder: Path, tokenizer: dict[str, Any]) -> None:
-    config = _json(folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / "tokenizer_config.json")
     ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     ids = {**tokenizer["model"]["vocab"], **ids}
-    model = _json(folder / "config.json")
+    model = read_json(folder / "config.json")
     found: dict[str, int] = {}
     for name in SPECIAL:
         token = config.get(f"{name}_token")
@@ -143,13 +143,17 @@ def _write_special(writer: GGUFWriter, folder: Path, tokenizer: dict[str, Any]) 
     add |= {"unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id}
     for name, number in found.items():
         add[name](number)
+    more = [writer.add_eot_token_id, writer.add_eom_token_id]
+    for number in further_ends(folder, found.get("eos")):
+        more.pop(0)(number)
     first, last = _template_ends(tokenizer)
     writer.add_add_bos_token(first is not None and ids.get(first) == found.get("bos"))
     writer.add_add_eos_token(last is not None and ids.get(last) == found.get("eos"))
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    if isinstance(text, str):
-        writer.add_chat_template(text)
+    templates = chat_templates(folder)
+    for name, text in templates.items():
+        writer.add_string("tokenizer.chat_template" + ("" if name == "default" else f".{name}"), text)
+    if len(templates) > 1:
+        writer.add_array("tokenizer.chat_templates", [name for name in templates if name != "default"])
 
 
 def _template_ends(tokenizer: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -167,7 +171,3 @@ def _parts_of_post(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part is None:
         return []
     return part["processors"] if part.get("type") == "Sequence" else [part]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

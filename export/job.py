@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card
 from .config import ExportConfig
+from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
+from .onnx import build_graph
 from .retaining import write_heads
-from .verify import Reference, check_weights, probe_windows, torch_reference
+from .verify import Reference, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
 
+SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint does
 # Bits per weight: upper estimates, for the check of free disk.
 BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 8.5, "Q4_K_M": 6.5, "Q4_0": 6, "int4": 7, "int8": 10, "fp32": 32}
 
@@ -93,8 +96,9 @@ class Job:
             self.depths,
             self.config,
             self.context.progress,
-            lambda: self._measured[1],
+            lambda: self._imatrix,
             lambda: self._tokenizer,
+            lambda: build_graph(self.checkpoint, self.work / "built", self.context.progress),
         )
         return [*(Gguf(making, t) for t in self.config.gguf), *(Onnx(making, t) for t in self.config.onnx)]
 
@@ -104,7 +108,9 @@ class Job:
         record = self.work / f"{role}.json"
         if not record.exists():
             error = self._made(kind)
-            found = kind.run(depth, self._measured[0][depth], error)
+            graph = self._graph(kind)[str(depth)]
+            found = kind.run(depth, self._references[kind.form][depth], error)
+            found = found.model_copy(update={"graph_kl": graph})
             size = kind.size(depth)
             entry = ArtifactEntry(
                 role=role,
@@ -134,6 +140,33 @@ class Job:
             write_whole(record, json.dumps({"tensor_error": error}))
         return json.loads(record.read_text(encoding="utf-8"))["tensor_error"]
 
+    def _graph(self, kind: Kind) -> dict[str, float]:
+        """Depth → KL of a format's graph at high precision: of the type that the bundle has, or of files that are made
+        for it and deleted again. Checked once per format."""
+        record = self.work / f"graph-{kind.form}.json"
+        if not record.exists():
+            making = kind.making
+            types = self.config.gguf if kind.form == "gguf" else self.config.onnx
+            place = self.work / "graph"
+            precise = type(kind)(making, kind.precise)
+            if kind.precise in types:
+                self._made(precise)
+            else:
+                shutil.rmtree(place, ignore_errors=True)
+                precise = type(kind)(replace(making, bundle=place, temporary=True), kind.precise)
+                precise.write()
+                precise.check_depths()
+            with self.context.progress.bar(
+                f"checking the {kind.form} graph at {kind.precise}", len(self.depths)
+            ) as step:
+                found = {}
+                for depth in self.depths:
+                    found[str(depth)] = precise.check_graph(depth, self._references[kind.form][depth])
+                    step()
+            shutil.rmtree(place, ignore_errors=True)
+            write_whole(record, json.dumps(found))
+        return json.loads(record.read_text(encoding="utf-8"))
+
     def _family(self, kind: Kind) -> FamilyEntry:
         linked, copied = disk_bytes(self.bundle / kind.root)
         share = linked / kind.size(self.depths[-1]).bytes
@@ -155,6 +188,8 @@ class Job:
         need += vocabulary * len(self.depths) * len([*self.config.gguf, *self.config.onnx])
         if self.config.onnx:
             need += 4 * weights  # the float32 graph that the others are made from
+        if self.config.gguf and "F16" not in self.config.gguf:
+            need += 2 * weights  # for the check of the graph, deleted again
         free = shutil.disk_usage(self.work).free
         if need > free:
             raise UserError(
@@ -167,29 +202,54 @@ class Job:
         return load_tokenizer(self.checkpoint)
 
     @cached_property
-    def _measured(self) -> tuple[dict[int, Reference], dict[str, Any] | None]:
-        """What the checkpoint says: its distributions at each depth, and the importance matrix."""
+    def _references(self) -> dict[str, dict[int, Reference]]:
+        """What the checkpoint says on the probes of each format, at each depth."""
+        return self._measured[0]
+
+    @cached_property
+    def _imatrix(self) -> dict[str, Any] | None:
+        """Mean squared inputs of every matrix; those of a block are the same at every depth that has it."""
+        return self._measured[1]
+
+    @cached_property
+    def _measured(self) -> tuple[dict[str, dict[int, Reference]], dict[str, Any] | None]:
         found = self._measure()
         give_back_memory()  # of the model, whose modules refer to each other
         return found
 
-    def _measure(self) -> tuple[dict[int, Reference], dict[str, Any] | None]:
+    def _measure(self) -> tuple[dict[str, dict[int, Reference]], dict[str, Any] | None]:
         model = load_model(self.checkpoint, self.context.dtype, self.context.device)
-        settings = self.config.verify
+        references: dict[str, dict[int, Reference]] = {}
+        for form in ("gguf", "onnx"):
+            if getattr(self.config, form):
+                references[form] = self._probed(model, form)
+        return references, self._weighed(model)
+
+    def _probed(self, model: Any, form: str) -> dict[int, Reference]:
+        settings, tokenizer = self.config.verify, self._tokenizer
+        longest = model.config.max_position_embeddings
+        context = context_length(model.config) if form == "gguf" else longest
+        if context < SHORTEST:
+            raise UserError(
+                f"llama.cpp runs {model.config.model_type} with full attention, which within a sliding window of "
+                f"{context} tokens alone is the same: that is too little for a GGUF. Export ONNX, which has the window"
+            )
         data = self.inputs.stages.get("data")
-        windows = probe_windows(self._tokenizer, data, settings.tokens, settings.window)
+        windows = probe_windows(tokenizer, data, settings.tokens, min(settings.window, context))
         heads = load_heads(self.checkpoint, model.config) if has_heads(self.checkpoint) else None
-        references = {}
+        found = {}
         for depth in self.depths:
             with without_blocks(model, range(depth, self.depths[-1])):
-                references[depth] = torch_reference(model, windows, heads)
-        return references, self._imatrix(model)
+                reference = torch_reference(model, windows, heads)
+                far = far_windows(tokenizer, model.config, context, count_parameters(self.checkpoint, depth))
+                gapped = gapped_reference(model, tokenizer, longest) if form == "onnx" else None
+                found[depth] = replace(reference, far=torch_reference(model, far) if far else None, gapped=gapped)
+        return found
 
     def _wants_imatrix(self) -> bool:
         return "data" in self.inputs.stages if self.config.imatrix is None else self.config.imatrix
 
-    def _imatrix(self, model: Any) -> dict[str, Any] | None:
-        """Mean squared inputs of every matrix; those of a block are the same at every depth that has it."""
+    def _weighed(self, model: Any) -> dict[str, Any] | None:
         if not self._wants_imatrix():
             return None
         file = self.work / "imatrix.safetensors"

@@ -23,11 +23,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import read_json
+from ..modeling.checkpoint import link_file
 from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
 from ..stage import Progress
 from .bundle import TOKENIZER, settle_tokenizer
+from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read
 from .onnx_retaining import add_heads, head_bytes
 
@@ -62,7 +65,6 @@ _IMPORTANCE = {
     "mlp/up_proj": "ffn_up",
     "mlp/down_proj": "ffn_down",
 }
-_COPIED = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def write_onnx(
     *,
     depths: Sequence[int] = (),
     imatrix: Mapping[str, np.ndarray] | None = None,
+    built: Path | None = None,
+    link: bool = False,
     progress: Progress | None = None,
 ) -> OnnxInfo:
     """Write `checkpoint` as an ONNX folder at `precision`: int4, int8 or fp32.
@@ -118,8 +122,10 @@ def write_onnx(
     the weights file, are then those of all blocks.
 
     The folder appears complete or not at all; the bytes depend on the checkpoint and the packages alone. While it is
-    made, the float32 graph lies beside it (4 bytes per parameter). Raises `UserError` for unsupported models, a
-    broken checkpoint or a full disk.
+    made, the float32 graph lies beside it (4 bytes per parameter), unless `built` is a folder that `build_graph` made
+    of the checkpoint, which stays as it is. With `link`, a float32 folder's weights file is a second name of the built
+    one's, which the onnx package does not read: for folders that are soon deleted. Raises `UserError` for unsupported
+    models, a broken checkpoint or a full disk.
     """
     progress = progress or Progress()
     config = _read_config(checkpoint)
@@ -128,8 +134,9 @@ def write_onnx(
         raise UserError(f"{out_dir} exists and is not empty; ONNX export writes a new folder")
     work = out_dir.with_name(f"{out_dir.name}.partial")
     with _work_folder(work), _disk_errors(out_dir):
-        build_float32([(checkpoint, work / "fp32")], progress)
-        made = _finish(checkpoint, work, precision, imatrix or {}, progress)
+        if built is None:
+            build_float32([(checkpoint, work / "fp32")], progress)
+        made = _finish(checkpoint, built or work / "fp32", work, precision, imatrix or {}, progress, link)
         info = _describe(made, checkpoint)
         if len(depths) > 1:
             spread(made, work / "family", depths, load_config(checkpoint))
@@ -138,6 +145,17 @@ def write_onnx(
             out_dir.rmdir()
         made.rename(out_dir)
     return info
+
+
+def build_graph(checkpoint: Path, folder: Path, progress: Progress) -> Path:
+    """The builder's float32 graph of a checkpoint in `folder`, made if it is not there: what every precision is made
+    of."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        with _disk_errors(folder):
+            build_float32([(checkpoint, partial)], progress)
+            partial.rename(folder)
+    return folder
 
 
 def build_float32(jobs: list[tuple[Path, Path]], progress: Progress) -> None:
@@ -219,12 +237,18 @@ def _builder_error(checkpoint: Path, log: Path) -> UserError | OSError:
 
 
 def _finish(
-    checkpoint: Path, work: Path, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress
+    checkpoint: Path,
+    built: Path,
+    work: Path,
+    precision: str,
+    imatrix: Mapping[str, np.ndarray],
+    progress: Progress,
+    link: bool,
 ) -> Path:
-    """Edit and quantize the float32 graph; gather the folder's files."""
+    """Edit and quantize the float32 graph in `built`; gather the folder's files."""
     import onnx_ir as ir
 
-    built, made = work / "fp32", work / "folder"
+    made = work / "folder"
     made.mkdir()
     model = ir.load(built / "model.onnx")
     # The builder stamps the git commit of whatever repository its package lies in.
@@ -233,7 +257,7 @@ def _finish(
     data = made / "model.onnx.data"
     heads = load_heads(checkpoint, load_config(checkpoint)) if has_heads(checkpoint) else None
     if precision == "fp32" and heads is None:
-        (built / data.name).rename(data)
+        (link_file if link else shutil.copyfile)(built / data.name, data)
         ir.save(model, made / "model.onnx")
     else:
         if precision != "fp32":
@@ -243,13 +267,15 @@ def _finish(
         ir.save(model, made / "model.onnx", external_data=data.name, size_threshold_bytes=0)
     for path in sorted(built.iterdir()):
         if path.is_file() and not path.name.startswith("model.onnx"):
-            path.rename(made / path.name)
-    for name in _COPIED:
-        if (checkpoint / name).exists():
-            shutil.copyfile(checkpoint / name, made / name)
+            shutil.copyfile(path, made / path.name)
+    shutil.copyfile(checkpoint / "config.json", made / "config.json")
+    write_generation_config(checkpoint, made)
     settle_tokenizer(made / TOKENIZER)
-    settings = json.loads((made / "genai_config.json").read_text(encoding="utf-8"))
+    settings = read_json(made / "genai_config.json")
     settings["model"]["decoder"]["inputs"]["position_ids"] = "position_ids"
+    ends = end_tokens(checkpoint)
+    if ends:
+        settings["model"]["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     (made / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
     return made
 

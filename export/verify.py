@@ -1,7 +1,10 @@
 """Every exported model is opened in its real runtime and compared with the checkpoint it was made from.
 
-Two checks, because each sees what the other may miss: the weights, read back and dequantized, row by row; and the
-next-token distributions of the runtime on a probe text. Past a limit the export fails.
+Three checks, because each sees what the others may miss. The weights are read back and dequantized, row by row. The
+graph is run once at high precision (F16 in llama.cpp, float32 in ONNX Runtime), where a graph that computes something
+else cannot pass for rounding; where rotary positions are scaled, also beyond the context that the model had before.
+And each type's next-token distributions are compared, which by then differ by their rounding alone. Past a limit the
+export fails.
 """
 
 from __future__ import annotations
@@ -17,15 +20,21 @@ import torch
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..errors import UserError
 from ..modeling.blocks import Decoder
+from ..modeling.gguf_layout import rope_kinds
 from ..modeling.retaining import RetainingHeads
 from ..runtime.bundle import Verification
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
+from ..runtime.llamacpp_engine import LlamaCppEngine
+from ..runtime.onnx_engine import OnnxEngine
 from .config import GgufType
 from .tensors import LIMITS
 
-# Limits on the mean KL to the checkpoint. They find graphs that compute something else; damaged weights are found by
-# their row errors. A SmolLM2-135M of 24 blocks, not yet recovered, has (without importance matrix) F16 1e-5, Q8_0
-# 0.004, Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8 0.005, fp32 below 1e-6; worse models have more.
+# Limits on the mean KL to the checkpoint at high precision, where only a wrong graph is far from it: a SmolLM2-135M has
+# F16 1e-5 and fp32 below 1e-6. No recipe can change them.
+GRAPH_LIMITS = {"F16": 0.001, "fp32": 0.0001}
+# Limits on the mean KL to the checkpoint by type: what rounding may cost. A SmolLM2-135M of 24 blocks, not yet
+# recovered, has (without importance matrix) F16 1e-5, Q8_0 0.004, Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8
+# 0.005, fp32 below 1e-6; worse models have more.
 KL_LIMITS = {"F16": 0.001, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.25, "Q4_0": 0.8}
 KL_LIMITS |= {"int4": 0.8, "int8": 0.02, "fp32": 0.0001}
 # Least correlation of retaining scores, and in float32 the largest difference as a share of the largest score. Heads
@@ -55,6 +64,19 @@ Answer: From 14:05 to 16:05 are two hours, and 45 minutes remain, so the journey
 """
 
 
+FAR_TOKENS = 24  # tokens beyond the original context that are tried
+FAR_COST = 1.5e13  # parameters × tokens up to which a text that long is run: some minutes on two cores
+
+
+@dataclass(frozen=True)
+class Gapped:
+    """A text whose second half stands at positions far beyond its first: for runtimes that take positions."""
+
+    window: Window
+    position_ids: list[int]
+    scores: list[Distribution]
+
+
 @dataclass(frozen=True)
 class Reference:
     """The checkpoint's own distributions on the probe windows."""
@@ -62,6 +84,8 @@ class Reference:
     windows: list[Window]
     scores: list[list[Distribution]]  # complete ones
     retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window per block, where there are heads
+    far: Reference | None = None  # one text that is longer than the original context, where positions are scaled
+    gapped: Gapped | None = None
 
     @property
     def flat(self) -> list[Distribution]:
@@ -79,6 +103,58 @@ def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -
             break
         windows.append(Window(row.input_ids[: count + 1], range(1, count + 1)))
     return windows
+
+
+def original_context(config: Any) -> int | None:
+    """The context before rotary positions were scaled; None where they are not."""
+    kinds = rope_kinds(config)
+    scaled = next((rope for rope in kinds if rope.get("rope_type", "default") != "default"), None)
+    if scaled is None:
+        return None
+    original = scaled.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    longest = config.max_position_embeddings
+    return int(original or longest / scaled.get("factor", 1.0))
+
+
+def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[Window]:
+    """A text that goes on `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
+    none where rotary positions are not scaled, or where running it would take too long."""
+    original = original_context(config)
+    if original is None:
+        return []
+    length = min(original + FAR_TOKENS, context)
+    if length <= original or parameters * length > FAR_COST:
+        return []
+    return [Window(_repeated(tokenizer, length), range(max(1, length - FAR_TOKENS), length))]
+
+
+def _repeated(tokenizer: Any, length: int) -> list[int]:
+    ids = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+@torch.no_grad()
+def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
+    """The checkpoint's distributions where half of a text stands far behind the other; None where rotary positions are
+    not scaled, or scaled by the length of the text (longrope)."""
+    decoder = Decoder(model)
+    original = original_context(decoder.config)
+    kinds = {rope.get("rope_type") for rope in rope_kinds(decoder.config)}
+    if original is None or kinds & {"longrope", "su"} or context < 4 * FAR_TOKENS:
+        return None
+    ids = _repeated(tokenizer, 2 * FAR_TOKENS)
+    start = max(min(original, context - FAR_TOKENS), FAR_TOKENS)
+    positions = [*range(FAR_TOKENS), *range(start, start + FAR_TOKENS)]
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    # With a mask of its own the jump in the positions is not taken for the beginning of another text.
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    device = model.device
+    hidden = decoder.hidden(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)[0]
+    window = Window.of(ids)
+    logits = decoder.head(hidden[[p - 1 for p in window.positions]]).float().cpu().numpy()
+    return Gapped(window, positions, distributions(logits, ids, window.positions))
 
 
 @torch.no_grad()
@@ -151,9 +227,9 @@ def check_runtime(
     limit = (KL_LIMITS | limits)[kind]
     if not found["kl"] <= limit:
         raise UserError(
-            f"{what}: in {engine.runtime} its predictions are {found['kl']:.4f} nats (mean KL) from the checkpoint's, "
-            f"where {limit:g} is the limit for {kind}; perplexity {found['perplexity']:.3f} against "
-            f"{found['checkpoint_perplexity']:.3f}. If you accept that, set export.verify.kl.{kind}."
+            f"{what}: rounding to {kind} takes its predictions in {engine.runtime} {found['kl']:.4f} nats (mean KL) "
+            f"from the checkpoint's, where {limit:g} is the limit; perplexity {found['perplexity']:.3f} against "
+            f"{found['checkpoint_perplexity']:.3f}. Take a finer type, or let a data stage give an importance matrix"
         )
     return Verification(
         runtime=engine.runtime,
@@ -161,6 +237,35 @@ def check_runtime(
         tensor_error=_rounded(tensor_error),
         **{key: _rounded(value) for key, value in found.items()},
     )
+
+
+def check_graph(form: str, kind: str, engine: Engine, reference: Reference) -> float:
+    """The mean KL to the checkpoint of a graph at high precision; `UserError` where it is more than rounding makes.
+
+    The reference's windows are those of one text length: the probe, or a text beyond the original context.
+    """
+    found = compare(reference, engine.score(reference.windows, top_k=TOP_K if form == "gguf" else None))["kl"]
+    _graph_within(form, kind, engine, found, "")
+    return _rounded(found)
+
+
+def check_gapped(kind: str, engine: OnnxEngine, gapped: Gapped) -> float:
+    """As `check_graph`, for an ONNX graph and a text of which one half stands far behind the other."""
+    window = gapped.window
+    logits, _ = engine.logits(window.ids, positions=gapped.position_ids)
+    scores = distributions(logits[[p - 1 for p in window.positions]], window.ids, window.positions)
+    found = float(np.mean([divergence(a, b) for a, b in zip(gapped.scores, scores, strict=True)]))
+    _graph_within("onnx", kind, engine, found, f" at positions up to {gapped.position_ids[-1]}")
+    return _rounded(found)
+
+
+def _graph_within(form: str, kind: str, engine: Engine, found: float, where: str) -> None:
+    if not found <= GRAPH_LIMITS[kind]:
+        raise UserError(
+            f"{form}: the model that {engine.runtime} computes{where} is not the checkpoint: at {kind}, where rounding "
+            f"makes less than {GRAPH_LIMITS[kind]:g}, its predictions are {found:.4f} nats (mean KL) away. "
+            "Something in config.json is not what the runtime does for this family; nothing of this kind is exported"
+        )
 
 
 def _rounded(value: float) -> float:
@@ -176,3 +281,10 @@ def check_tokens(what: str, ids: Sequence[int], expected: Sequence[int]) -> None
             f"{what}: llama.cpp tokenizes the probe text otherwise than the checkpoint's tokenizer (first at token "
             f"{place}); its pre-tokenizer is not the right one for this model"
         )
+
+
+def check_ends(what: str, engine: LlamaCppEngine, ends: Sequence[int]) -> None:
+    """`UserError` where stock llama.cpp would write on behind a token that ends a text."""
+    for token in ends:
+        if not engine.ends_at(token):
+            raise UserError(f"{what}: llama.cpp does not end a text at token {token}, which ends it in other runtimes")

@@ -95,6 +95,12 @@ def query_scale(config: Any, depth: int) -> float:
     return math.sqrt(own / config.query_pre_attn_scalar)
 
 
+def rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """A model's sets of rotary parameters: one, or one per kind of block."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [dict(rope)] if "rope_type" in rope or not rope else [dict(each) for each in rope.values() if each]
+
+
 def rope_settings(config: Any) -> dict[str, Any]:
     """A model's rotary parameters; of one with two kinds of blocks those of full attention."""
     rope = dict(getattr(config, "rope_parameters", None) or {})

@@ -118,10 +118,12 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     check_family(values, folder)
     try:
         with quiet():
-            return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     except Exception as error:  # its classes check themselves, each in its way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder / 'config.json'} is not a valid configuration: {reason[:300]}") from error
+    config._name_or_path = str(folder)  # as a loaded model's has it
+    return config
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> Any:

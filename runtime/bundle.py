@@ -28,6 +28,7 @@ class Verification(_Model):
     kl: float  # mean KL(checkpoint ‖ artifact), nats
     top1_agreement: float
     tensor_error: float  # largest relative error of a row of weights
+    graph_kl: float | None = None  # the same KL of the graph at high precision: F16 in llama.cpp, fp32 in ONNX Runtime
     retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
 
 

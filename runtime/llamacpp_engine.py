@@ -218,6 +218,17 @@ class LlamaCppEngine(Engine):
         timings = self._send({"prompt": prompt, "n_predict": new_tokens + 1, **settings})["timings"]
         return Speed(float(timings["prompt_per_second"]), float(timings["predicted_per_second"]))
 
+    def ends_at(self, token: int) -> bool:
+        """Whether stock llama.cpp ends a text at this token, by itself."""
+        request = {
+            "prompt": [token],
+            "id_slot": 0,
+            "n_predict": 2,
+            "logit_bias": [[token, FORCE]],
+            "cache_prompt": False,
+        }
+        return self._post("/completion", {**request, "samplers": [], "temperature": -1.0})["stop_type"] == "eos"
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, its special tokens recognised and nothing added."""
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]

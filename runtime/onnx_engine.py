@@ -68,12 +68,17 @@ class OnnxEngine(Engine):
         self._empty = np.zeros((1, past.shape[1], 0, int(decoder["head_size"])), self._dtype)
         self._outputs = ["logits"] + [f"present.{i}.{part}" for i in range(self._blocks) for part in ("key", "value")]
 
-    def logits(self, ids: Sequence[int], past: list[np.ndarray] | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits (T, V) float32 of T new tokens after `past`, and the new past.
+    def logits(
+        self, ids: Sequence[int], past: list[np.ndarray] | None = None, positions: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (T, V) float32 of T new tokens after `past`, and the new past; `positions` (T,) if not consecutive.
 
         A past is key, value, key, value … of each block, each (1, KV heads, tokens so far, head size).
         """
-        result = self._session.run(self._outputs, self._feed(ids, past))
+        feed = self._feed(ids, past)
+        if positions is not None:
+            feed["position_ids"] = np.asarray([positions], np.int64)
+        result = self._session.run(self._outputs, feed)
         return result[0][0].astype(np.float32), result[1:]
 
     def retaining_scores(self, ids: Sequence[int]) -> list[np.ndarray]:

@@ -21,11 +21,11 @@ import onnx
 import pytest
 import torch
 from compress.export.gguf import context_length, write_gguf
-from compress.export.gguf_source import ARCHITECTURES
 from compress.export.onnx import write_onnx
 from compress.export.quantize import FILE_TYPES
 from compress.modeling.blocks import FAMILIES, Decoder, drop_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.gguf_layout import ARCHITECTURES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.prune import stage
 from compress.prune.config import PruneConfig

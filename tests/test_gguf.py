@@ -18,10 +18,10 @@ import pytest
 import torch
 from compress.errors import UserError
 from compress.export.gguf import context_length, safe_name, write_gguf
-from compress.export.gguf_source import ARCHITECTURES
 from compress.gguf_header import read_header
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.gguf_layout import ARCHITECTURES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window
@@ -243,7 +243,7 @@ def test_unsupported_things_are_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="'Q5_K_S' is not one of F16, Q8_0"):
         write_gguf(tiny(), tmp_path / "m.gguf", "Q5_K_S")
     dynamic = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
-    with pytest.raises(UserError, match="rope scaling 'dynamic' is not known"):
+    with pytest.raises(UserError, match="rope scaling 'dynamic' is not one of llama.cpp's"):
         write_gguf(dynamic, tmp_path / "m.gguf", "F16")
     missing = tmp_path / "missing"
     shutil.copytree(tiny(blocks=3), missing)

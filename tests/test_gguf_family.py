@@ -14,10 +14,10 @@ import torch
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import check_family, family_name, join, measure_gguf, write_family
-from compress.export.gguf_source import ARCHITECTURES
 from compress.gguf_header import read_header, split_files
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.gguf_layout import ARCHITECTURES
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window

@@ -1,0 +1,119 @@
+"""The tokens that end a text, and the chat templates: decided once for a bundle, and written everywhere alike.
+
+generation_config.json, the tokenizer's end-of-text token and llama.cpp, which knows some tokens by their text, may each
+name others. A text that ends in one runtime must end in all, so the set is all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_json, read_json_if_there
+from ..gguf_header import read_metadata
+from ..modeling.plain import chat_templates
+from ..stage import write_whole
+
+GENERATION = "generation_config.json"
+# Tokens that end a text in llama.cpp whatever its file says (llama-vocab.cpp).
+BY_TEXT = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
+    "<｜end▁of▁sentence｜> [e~[".split()
+)
+
+
+def end_tokens(checkpoint: Path) -> list[int]:
+    """The ids of all tokens that end a text, ascending; none where the checkpoint names none."""
+    vocabulary = read_vocabulary(checkpoint)
+    found: set[int] = set()
+    for name in (GENERATION, "config.json"):
+        value = read_json_if_there(checkpoint / name).get("eos_token_id")
+        if value is not None:
+            found |= set(value if isinstance(value, list) else [value])
+            break
+    token = read_json_if_there(checkpoint / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token in vocabulary:
+        found.add(vocabulary[token])
+    return sorted(found | set(known_by_text(vocabulary)))
+
+
+def known_by_text(vocabulary: dict[str, int]) -> dict[int, str]:
+    """Tokens that llama.cpp takes for the end of a text by their text: id → text."""
+    found = {number: token for token, number in vocabulary.items() if token in BY_TEXT}
+    texts = set(found.values())
+    # Where there are ends of their own for it, this one ends a message and no text.
+    if {"<|return|>", "<|call|>"} <= texts or {"<|calls|>", "<|flush|>"} <= texts:
+        found = {number: token for number, token in found.items() if token != "<|end|>"}
+    if "<|tool_response>" in texts:
+        found = {number: token for number, token in found.items() if token != "</s>"}
+    return found
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Every token of a folder's tokenizer.json by its text."""
+    whole = read_json(folder / "tokenizer.json")
+    words = (whole.get("model") or {}).get("vocab") or {}
+    if isinstance(words, list):  # Unigram: [token, score] in the order of the ids
+        words = {entry[0]: number for number, entry in enumerate(words)}
+    return {**words, **{entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}}
+
+
+def further_ends(checkpoint: Path, eos: int | None) -> list[int]:
+    """Ends that a GGUF file must name beside its end-of-text token `eos`, because llama.cpp does not know their text.
+
+    Raises `UserError` for more than the two that it has keys for.
+    """
+    known = known_by_text(read_vocabulary(checkpoint))
+    found = [number for number in end_tokens(checkpoint) if number != eos and number not in known]
+    if len(found) > 2:
+        raise UserError(
+            f"{checkpoint}: {len(found) + 1} tokens end a text ({GENERATION} and tokenizer), and a GGUF file can name "
+            f"three; take ids {found[2:]} out of {GENERATION}'s eos_token_id, or export ONNX alone"
+        )
+    return found
+
+
+def write_generation_config(checkpoint: Path, folder: Path) -> None:
+    """Write generation_config.json with all ends of text."""
+    values = read_json_if_there(checkpoint / GENERATION)
+    ends = end_tokens(checkpoint)
+    if ends:
+        values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if values:
+        write_whole(folder / GENERATION, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_gguf_texts(file: Path, checkpoint: Path) -> None:
+    """`UserError` unless a GGUF file's ends of text and chat template are the checkpoint's."""
+    metadata = read_metadata(file)
+    vocabulary = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    _same_ends(file, {*named, *known_by_text(vocabulary)}, checkpoint)
+    _same_template(file, metadata.get("tokenizer.chat_template"), checkpoint)
+
+
+def check_onnx_texts(folder: Path, checkpoint: Path) -> None:
+    """`UserError` unless an ONNX folder's ends of text and chat template are the checkpoint's, for every reader."""
+    for name, path in (("genai_config.json", ("model", "eos_token_id")), (GENERATION, ("eos_token_id",))):
+        value: Any = read_json_if_there(folder / name)
+        for key in path:
+            value = (value or {}).get(key)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if value is not None or name != GENERATION:
+            _same_ends(folder / name, set(listed), checkpoint)
+    _same_template(folder, chat_templates(folder).get("default"), checkpoint)
+
+
+def _same_ends(where: Path, found: set[Any], checkpoint: Path) -> None:
+    wanted = set(end_tokens(checkpoint))
+    if wanted and found != wanted:
+        raise UserError(f"{where}: texts would end at the tokens {sorted(found)}, elsewhere at {sorted(wanted)}")
+
+
+def _same_template(where: Path, found: str | None, checkpoint: Path) -> None:
+    if found != chat_templates(checkpoint).get("default"):
+        raise UserError(f"{where}: its chat template is not the checkpoint's")
