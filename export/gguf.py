@@ -287,7 +287,9 @@ def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> Non
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if kind in ("longrope", "su"):
         original = _original_context(config, rope)
-        scale = config.max_position_embeddings / original
+        scale = rope.get("factor") or config.max_position_embeddings / original
+        if config.model_type != "phi3":  # whose files have it in any case
+            writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or attention)

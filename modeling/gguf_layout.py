@@ -157,9 +157,12 @@ def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any]
         slope, start = np.polyfit(turns[between], blend[between], 1)
         if start < 0:
             candidates.append((slope / -start, 1 - 1 / start))
-    for high in (4.0, 2.0, 8.0):  # with fewer points: 4 is what every published model has
+    # With fewer points: 4 is what every published model has; the nearer to 1, the more certainly the ends are kept.
+    for high in (4.0, 2.0, 8.0, 1.5, 1.1, 1.01):
         if between.sum() == 1:
-            candidates.append(((1 + (high - 1) * blend[between][0]) / turns[between][0], high))
+            part, turn = blend[between][0], turns[between][0]
+            context = round((1 + (high - 1) * part) / turn)
+            candidates.append((context, 1 + (context * turn - 1) / part))
         elif not between.any() and slow * high < fast:
             # Any context from high / fast to 1 / slow gives these factors.
             least = high / fast if np.isfinite(fast) else 0.0

@@ -187,7 +187,7 @@ def _make(
     if begun == SEALED:
         return
     source = parse_source(run.loaded.source, run.loaded.folder)
-    inputs = Inputs(base, _current_model(base, done), dict(done), source.title)
+    inputs = Inputs(base, _current_model(run, base, done), dict(done), source.title)
     metrics: dict[str, Any] = {}
     give_back_memory()  # of the stage before, or of reading a GGUF file
     with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
@@ -195,6 +195,9 @@ def _make(
             metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
         group.barrier()  # no process still writes
     if group.rank == 0:
+        if stage.spec.makes_model:
+            with readable_errors(f"stage {name}, reading {folder.partial}"):
+                check_saved(folder.partial / "model", name)
         _finish(run, stage, context, meter, metrics, begun == RESUMED, planned)
     group.barrier()
 
@@ -252,10 +255,25 @@ def _finish(
     context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
 
 
-def _current_model(base: Path, done: dict[str, Path]) -> Path:
-    """The last checkpoint a finished stage made, or the unpruned model."""
-    made = [folder / "model" for folder in done.values() if (folder / "model" / "config.json").exists()]
-    return made[-1] if made else base
+def _current_model(run: Run, base: Path, done: dict[str, Path]) -> Path:
+    """The checkpoint of the last finished stage that makes one; the unpruned model where none does."""
+    made = [stage.spec.name for stage in run.stages if stage.spec.makes_model and stage.spec.name in done]
+    return done[made[-1]] / "model" if made else base
+
+
+def check_saved(model: Path, stage: str) -> None:
+    """`UserError` unless what a stage saved is a whole model, read back: every tensor that its configuration asks for,
+    all numbers finite, and a tokenizer."""
+    from ..modeling.load import load_tokenizer
+    from ..modeling.soundness import check_checkpoint
+
+    if not (model / "config.json").is_file():
+        raise UserError(f"the stage {stage} left no model in {model}; nothing behind it was begun")
+    try:
+        check_checkpoint(model, finite=True)
+        load_tokenizer(model)
+    except UserError as error:
+        raise UserError(f"the stage {stage} saved a model that cannot be used ({error}); run it again") from error
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -16,6 +16,7 @@ class StageSpec:
     reads: tuple[str, ...]  # earlier stages whose output it depends on, where the recipe has them
     needs: tuple[str, ...] = ()  # of those, the ones it cannot do without
     parallel: bool = False  # several processes share its work; else the first does it and the others wait
+    makes_model: bool = False  # leaves a checkpoint folder in `model`, which the stages behind it go on from
 
     @property
     def format(self) -> int:
@@ -30,11 +31,18 @@ STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
         StageSpec("data", "data", (), parallel=True),
-        StageSpec("prune", "prune", ("data",)),
-        StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True),
-        StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill")),
-        StageSpec("sort", "distill.sorted", ("data", "prune", "distill", "merge"), needs=("data",), parallel=True),
-        StageSpec("retain", "distill.retaining", ("data", "prune", "distill", "merge", "sort")),
+        StageSpec("prune", "prune", ("data",), makes_model=True),
+        StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True, makes_model=True),
+        StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill"), makes_model=True),
+        StageSpec(
+            "sort",
+            "distill.sorted",
+            ("data", "prune", "distill", "merge"),
+            needs=("data",),
+            parallel=True,
+            makes_model=True,
+        ),
+        StageSpec("retain", "distill.retaining", ("data", "prune", "distill", "merge", "sort"), makes_model=True),
         StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort", "retain")),
         StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "retain", "export")),
     )

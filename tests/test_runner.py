@@ -20,6 +20,7 @@ from compress.pipeline.runner import Options, Run, execute, plan_run
 from compress.pipeline.stages import STAGES, StageSpec
 from compress.pipeline.store import lock
 from compress.stage import Progress
+from safetensors.torch import load_file, save_file
 
 ORDER = ("data", "prune", "distill", "export", "evaluate")
 
@@ -46,8 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             log.append(spec.name)
             (out_dir / ".work").mkdir(exist_ok=True)
             if spec.name in ("prune", "distill"):
-                (out_dir / "model").mkdir()
-                (out_dir / "model" / "config.json").write_text("{}")
+                shutil.copytree(inputs.model, out_dir / "model")
             stages = {name: folder.name for name, folder in inputs.stages.items()}
             (out_dir / "seen.json").write_text(json.dumps({"model": str(inputs.model), "stages": stages}))
             return {"seed": context.seed}
@@ -321,3 +321,61 @@ def test_a_finished_run_prints_its_summary_without_torch(home, made):
     assert "to do" in states[1]
     assert not any(stage.folder.partial.exists() for stage in plan(home).stages)
     assert str(home / "runs" / "tiny-random" / "report.html") in command("--until", "data")
+
+
+def lose(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+def drop_a_tensor(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_a_number(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.self_attn.q_proj.weight"][3, 5] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_the_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose, "the stage prune left no model"),
+        (drop_a_tensor, r"the stage prune saved a model that cannot be used \(.*no model.layers.1.mlp.up_proj.weight"),
+        (spoil_a_number, r"the stage prune saved .*model.layers.2.self_attn.q_proj.weight holds numbers that are not"),
+        (lose_the_tokenizer, "the stage prune saved a model that cannot be used .*tokenizer.json"),
+    ],
+)
+def test_what_a_stage_saves_is_opened_before_it_counts_as_done(home, monkeypatch, damage, message):
+    """No stage behind it goes on from an earlier model."""
+
+    def module(spec: StageSpec) -> Any:
+        def run(config: Any, inputs: Any, out_dir: Path, context: Any) -> dict[str, Any]:
+            if spec.makes_model:
+                shutil.copytree(inputs.model, out_dir / "model")
+                damage(out_dir / "model")
+            return {}
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(StageSpec, "module", module)
+    with pytest.raises(UserError, match=message):
+        execute(plan(home), Progress())
+    folders = {path.name.split("-")[0] for path in (home / "runs" / "tiny-random").iterdir()}
+    assert "data" in folders and not folders & {"prune", "distill", "export"}
+
+
+def test_the_stages_whose_models_are_checked():
+    assert [name for name, spec in STAGES.items() if spec.makes_model] == [
+        "prune",
+        "distill",
+        "merge",
+        "sort",
+        "retain",
+    ]
