@@ -79,14 +79,18 @@ def _download(source: Source) -> Path:
 
     commit = hub_commit(source)
 
-    def fetch(*patterns: str) -> Path:
+    def fetch(*patterns: str, ignore: str | None = None) -> Path:
         try:
-            return Path(snapshot_download(source.text, revision=commit, allow_patterns=list(patterns)))
+            found = snapshot_download(
+                source.text, revision=commit, allow_patterns=list(patterns), ignore_patterns=ignore
+            )
+            return Path(found)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(f"model {source.text!r} could not be downloaded: {error}") from error
 
     # The Hub's * reaches into folders (original/, onnx/), where other copies of the model lie.
-    folder = fetch("[!/]*.json", "[!/]*.jinja", "[!/]*.model", "additional_chat_templates/*.jinja")
+    folder = fetch("*.json", "*.jinja", "*.model", ignore="*/*")
+    fetch("additional_chat_templates/*.jinja")
     if is_adapter_alone(folder):
         return fetch("adapter_model.safetensors")
     if (folder / INDEX).is_file():

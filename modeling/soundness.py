@@ -130,6 +130,10 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
     from .checkpoint import quiet
 
-    with quiet(), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    try:
+        with quiet(), torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"no {config.model_type} model can be made of this configuration: {reason}") from error
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...errors import UserError
 from ...gguf_header import read_header, read_tensor_names
-from ...modeling.source import parse_source
+from ...modeling.config import read_config
+from ...modeling.source import Source, base_of_adapter, parse_source
 from ..recipe import LoadedRecipe, ModelSpec
 
 
@@ -79,10 +80,16 @@ def _read_config(loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
     model = loaded.recipe.model
     if isinstance(model, ModelSpec) and model.config:
         return _json(loaded.folder / model.config)
-    source = parse_source(loaded.source, loaded.folder)
+    return _source_config(parse_source(loaded.source, loaded.folder), loaded, cache)
+
+
+def _source_config(source: Source, loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
     if source.kind == "folder":
         assert source.path is not None
-        return _json(source.path / "config.json")
+        return read_config(source.path)[0]
+    if source.kind == "adapter":
+        assert source.path is not None
+        return _source_config(base_of_adapter(source.path, loaded.folder), loaded, cache)
     if source.kind == "gguf":
         assert source.path is not None
         return _gguf_config(source.path)
