@@ -201,7 +201,7 @@ def test_tasks_are_read(tmp_path):
 def test_a_broken_row_is_named_by_its_line(tmp_path, broken):
     file = tmp_path / "task.jsonl"
     file.write_text(f"{line()}\n{broken}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"task\.jsonl:2"):
+    with pytest.raises(UserError, match=r"task\.jsonl:2|line 2 of .*task\.jsonl"):
         read_task(file)
 
 
