@@ -132,7 +132,9 @@ def test_nulls_are_dropped_and_counted(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.jsonl has 1 usable rows and at least 2 are needed.*dropped: 1 empty"):
         stage("b.jsonl", max_dropped=0.5)
     write_jsonl(tmp_path / "c.jsonl", [{"prompt": ["x"], "response": "y"}] * 2)
-    with pytest.raises(UserError, match=r"line 1 of c\.jsonl \(column 'prompt'\) has to hold a list of \{role, content\}"):
+    with pytest.raises(
+        UserError, match=r"line 1 of c\.jsonl \(column 'prompt'\) has to hold a list of \{role, content\}"
+    ):
         stage("c.jsonl")
 
 
@@ -190,7 +192,9 @@ def test_a_template_that_refuses_every_row_is_told(
     )
     monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    with pytest.raises(UserError, match=r"12 cannot be used \(12 template\); the first: template: line 1 of .*one turn only"):
+    with pytest.raises(
+        UserError, match=r"12 cannot be used \(12 template\); the first: template: line 1 of .*one turn only"
+    ):
         stage("a.jsonl")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
