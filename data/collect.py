@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from .rows import Row
 from .spans import TemplateError, unwritten
 from .turns import strings, words
 
+ADVICE = {
+    "too_long": "raise data.length, or shorten the rows",
+    "tool_call": "take a model whose chat template writes calls of tools, or rows without them",
+    "left_out": "take a model whose chat template writes such turns, or rows without them",
+    "template": "take rows that the model's chat template can write, or plain text (`text: COLUMN`)",
+    "special_token": "take the model's own tokens out of the rows",
+}
 ASKED_FOR = ("duplicate", "contaminated")  # drops that are no fault of a row
 
 
@@ -145,9 +152,8 @@ class _Sieve:
             if lost > config.max_dropped * total:
                 raise UserError(
                     f"{source.where}.path: of {total} rows of {source.config.title} {lost} cannot be used "
-                    f"({reasons(counted)}); the first: {self.details[number]}. More than {config.max_dropped:.0%} "
-                    f"(data.max_dropped) may not be lost: mend the rows, or set data.max_dropped to "
-                    f"{math.ceil(100 * lost / total) / 100:g}"
+                    f"({reasons(counted)}); the first: {self.details[number]}. At most {config.max_dropped:.0%} "
+                    f"(data.max_dropped) may be lost: {_advice(counted)}"
                 )
 
     def _look(self, record: Record) -> tuple[str, str]:
@@ -189,6 +195,14 @@ class _Sieve:
             if (size > self.length)
             else ("", "")
         )
+
+
+def _advice(counts: Mapping[str, int]) -> str:
+    """What to do about rows that were dropped, by the most frequent reason."""
+    reason = max((reason for reason in counts if reason != KEPT), key=lambda reason: counts[reason])
+    advice = ADVICE.get(reason, "mend the rows")
+    share = math.ceil(100 - 100 * counts.get(KEPT, 0) / sum(counts.values())) / 100
+    return advice + (f", or, if they are to be left out, set data.max_dropped to {share:g}" if share < 1 else "")
 
 
 def _identity(record: Record) -> str:

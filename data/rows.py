@@ -69,7 +69,8 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
     temporary = path.with_name(FILE + ".tmp")
     schema = _schema()
     table = pa.Table.from_pylist([_stored(row, schema.names) for row in rows], schema=schema)
-    pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
+    with temporary.open("wb") as file:  # pyarrow is shown no name, which may be no UTF-8
+        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
     os.replace(temporary, path)
     return path
 
@@ -109,9 +110,11 @@ def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{folder} has no {FILE}, so it is not the folder of a data stage")
     try:
-        if pq.read_schema(path).names != _schema().names:
-            raise UserError(f"{path} was written by another version of compress; run its data stage again")
-        records = pq.read_table(path, schema=_schema()).to_pylist()
+        with path.open("rb") as file:
+            if pq.read_schema(file).names != _schema().names:
+                raise UserError(f"{path} was written by another version of compress; run its data stage again")
+            file.seek(0)
+            records = pq.read_table(file, schema=_schema()).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is broken ({error}); delete its folder and run the data stage again") from error
     return [_read(record) for record in records if split is None or record["split"] == split]

@@ -157,9 +157,10 @@ def test_reasoning_that_is_written_is_learned_and_that_of_earlier_turns_is_not_m
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"x": "arg", "n": 1}}}
 TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
 TOOL["function"]["parameters"] = {"type": "object", "properties": {"x": {"type": "string", "description": "it"}}}  # type: ignore[index]
+HERMES = '<tool_call>\n{"name": "look", "arguments": {"x": "arg", "n": 1}}\n</tool_call><|im_end|>'
 CALLS = {
-    "Qwen-Qwen3-0.6B": '<tool_call>\n{"name": "look", "arguments": {"x": "arg", "n": 1}}\n</tool_call><|im_end|>',
-    "Qwen-Qwen2.5-7B-Instruct": '<tool_call>\n{"name": "look", "arguments": {"x": "arg", "n": 1}}\n</tool_call><|im_end|>',
+    "Qwen-Qwen3-0.6B": HERMES,
+    "Qwen-Qwen2.5-7B-Instruct": HERMES,
     "Qwen3-Coder": "<tool_call>\n<function=look>\n<parameter=x>\narg\n</parameter>\n<parameter=n>\n1\n</parameter>\n"
     "</function>\n</tool_call><|im_end|>",
     "meta-llama-Llama-3.1-8B-Instruct": '{"name": "look", "parameters": {"x": "arg", "n": 1}}<|eot_id|>',

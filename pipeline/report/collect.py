@@ -92,7 +92,8 @@ def _samples(folder: Path | None) -> list[list[dict[str, str]]]:
         return []
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(folder / "rows.parquet", columns=["messages", "text"]).slice(0, SAMPLES).to_pylist()
+    with (folder / "rows.parquet").open("rb") as file:
+        rows = pq.read_table(file, columns=["messages", "text"]).slice(0, SAMPLES).to_pylist()
     return [_turns(row["messages"]) or [{"role": "text", "content": row["text"] or ""}] for row in rows]
 
 
