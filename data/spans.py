@@ -53,7 +53,7 @@ def answer_span(render: Render, messages: Messages, number: int, text: str) -> S
     if own is not None and not all(name in text[slice(*own)] for name in called(messages[number])):
         raise TemplateError(leaves_out(messages), "tool_call")
     if own is None or not _written(messages[number], text[slice(*own)]):
-        said = (messages[number]["content"] or "").strip()
+        said = (messages[number]["content"] or "").strip() or f"the call of {' and '.join(called(messages[number]))}"
         raise TemplateError(
             "the model's chat template rewrites the assistant's words "
             f"({said[:60]!r} is not in what it makes of them), so they cannot be learned as they stand"

@@ -89,7 +89,8 @@ def _exercise(row: dict[str, Any], where: str) -> Exercise:
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
-    question, choices, answer = str(row["question"]), row.get("choices"), row["answer"]
+    question, answer = str(row["question"]), row["answer"]
+    choices: Any = row.get("choices")
     right = isinstance(row["question"], str) and isinstance(choices, list)
     if not right or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{where}: question is a text, choices a list of at least two texts")

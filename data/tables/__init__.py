@@ -15,8 +15,12 @@ from ...errors import UserError
 class Table(Protocol):
     """The rows of one data set."""
 
-    columns: Sequence[str]  # of all rows together, in the order in which they turn up
     pads: bool  # whether keys that a nested value lacks read as None, as Arrow's structs have it
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Of all rows together, in the order in which they turn up."""
+        ...
 
     def __len__(self) -> int: ...
 

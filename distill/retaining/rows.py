@@ -287,9 +287,10 @@ def users_rows(
         if len(found) == heldout + wanted:
             break
     if len(found) <= heldout:
+        more = f", {reasons(dropped)}; the first: {first}" if first else ""
         raise UserError(
             f"retain.dataset: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
-            f"longer{f', {reasons(dropped)}; the first: {first}' if first else ''}); {heldout} are held out (retain.heldout), and at least one more is needed"
+            f"longer{more}); {heldout} are held out (retain.heldout), and at least one more is needed"
         )
     if dropped:
         context.progress.note(f"rows of {config.title} that cannot be used: {reasons(dropped)}; the first: {first}")
