@@ -11,7 +11,7 @@ demo: $(VENV)/.model
 
 test: $(VENV)/.model $(VENV)/.test
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python tests/fetch_vocabs.py
+	$(VENV)/bin/python tests/fetch_llamacpp.py
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.model $(VENV)/.test

@@ -10,6 +10,24 @@ from typing import Any
 from .errors import UserError
 
 
+class Number(str):
+    """A JSON number, as the text that the file has for it: 0.10 stays 0.10."""
+
+
+def plain(value: Any) -> Any:
+    """A value read with `literal`, its numbers as Python's own."""
+    if isinstance(value, Number):
+        try:
+            return json.loads(value)
+        except ValueError:  # more digits than Python takes
+            return str(value)
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
 def read_text(path: Path, what: str = "") -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
@@ -45,7 +63,7 @@ def json_lines(path: Path, what: str = "", *, literal: bool = False) -> Iterator
     """(line number from 1, object) of every line of a JSON Lines file that is not blank.
 
     Lines end at a newline and nowhere else: U+2028 and its like may stand in a string. With `literal` a number is the
-    text that the file has for it. Raises `UserError`, with the line, for what is not a UTF-8 JSON object.
+    text that the file has for it (`Number`). Raises `UserError`, with the line, for what is not a UTF-8 JSON object.
     """
     try:
         with path.open("rb") as file:
@@ -66,14 +84,19 @@ def parse_line(line: bytes, number: int, path: Path, what: str = "", *, literal:
         raise UserError(f"{where} is not UTF-8 text: {why_not_utf8(line, error)}") from error
     if not text:
         return None
-    numbers: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str} if literal else {}
     try:
-        value = json.loads(text, **numbers)
+        value = parse(text, literal=literal)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} is a JSON {kind_of(value)} where an object is needed")
     return value
+
+
+def parse(text: str, *, literal: bool = False) -> Any:
+    """The value of a JSON text; with `literal` a number is the text that stands there (`Number`)."""
+    numbers: dict[str, Any] = {"parse_int": Number, "parse_float": Number, "parse_constant": Number}
+    return json.loads(text, **(numbers if literal else {}))
 
 
 def why_not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
@@ -85,5 +108,7 @@ def why_not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 
 def kind_of(value: object) -> str:
     """What JSON calls a value."""
+    if isinstance(value, Number):
+        return "number"
     kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return kinds.get(type(value), "number")

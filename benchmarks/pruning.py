@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from compress.data import stage as data_stage
-from compress.data.calibration import calibration_batches, read_text
+from compress.data.calibration import calibration_batches
 from compress.data.chat import encode_text
 from compress.data.config import TextsConfig
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.suite import Suite, TorchPlayer
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
+from compress.files import read_text
 from compress.modeling.blocks import Decoder, replaced, without_blocks
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.pipeline.progress import ConsoleProgress

@@ -65,6 +65,8 @@ class Asked:
 
     before: Messages
     gold: str
+    rewritable: bool = True  # whether it is words alone, without calls of tools
+    tools: list[Any] | None = None  # that the conversation is given
 
     @property
     def by_user(self) -> bool:
@@ -72,26 +74,27 @@ class Asked:
         return self.before[-1]["role"] == "user"
 
 
-def last_answer(messages: Messages) -> Asked:
+def last_answer(messages: Messages, tools: list[Any] | None = None) -> Asked:
     """The part of a conversation that is rewritten; conversations end with the assistant's turn."""
-    return Asked(messages[:-1], messages[-1]["content"])
+    last = messages[-1]
+    return Asked(messages[:-1], last["content"] or "", not last.get("tool_calls"), tools)
 
 
 def own_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
     """The text after which the model answers without having seen gold."""
-    return render(tokenizer, asked.before, answer=True) + _opening(how)
+    return render(tokenizer, asked.before, answer=True, tools=asked.tools) + _opening(how)
 
 
 def rewrite_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
     """The text after which the model answers with gold as its guide; raises `UserError` as `render` does."""
     words = _MATHS if isinstance(how, Maths) else _GENERAL
     last = {"role": "user", "content": words.format(prompt=asked.before[-1]["content"], gold=asked.gold)}
-    return render(tokenizer, [*asked.before[:-1], last], answer=True) + _opening(how)
+    return render(tokenizer, [*asked.before[:-1], last], answer=True, tools=asked.tools) + _opening(how)
 
 
 def leaks(text: str, asked: Asked) -> bool:
     """Whether an answer speaks of the answer that it was shown, in words that neither request nor gold has."""
-    known = asked.before[-1]["content"] + "\n" + asked.gold
+    known = (asked.before[-1]["content"] or "") + "\n" + asked.gold
     return any(not _says(known, match[0]) for pattern in _LEAKS for match in pattern.finditer(text))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_text
 from ..stage import Inputs
 from .chat import Encoded, encode_text, load_encoded
 from .packing import Batch, pack
@@ -28,16 +29,6 @@ def calibration_batches(
     if not rows:
         raise UserError(f"there is nothing to calibrate on: {text} has fewer than two tokens")
     return pack(_first(rows, tokens), length, batch, pad_id(tokenizer))
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file; `UserError` where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror}") from error
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -1,19 +1,17 @@
-"""From rows to tokens: the chat template, and which tokens are learned.
-
-The template is only ever rendered, never taken apart, so that any template works: an assistant turn starts where
-the conversation before it, rendered with `add_generation_prompt`, ends.
-"""
+"""From rows to tokens: the chat template, and which tokens are learned (spans.py says where they stand)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .rows import Messages, Row, Split, read_rows
+from .rows import Message, Messages, Row, Split, read_rows
+from .spans import Span, TemplateError, answer_span, leaves_out
 
 # Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they were encoded on, so such
 # templates are given a day that stays: the one that Llama 3.1's own template falls back on.
@@ -35,14 +33,56 @@ class Encoded:
     start: int = 0  # the number of the first token in the row: a plain text may be several windows
 
 
-def render(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
+def render(tokenizer: Any, messages: Messages, *, answer: bool = False, tools: Sequence[Any] | None = None) -> str:
     """A conversation as the model's own chat template writes it; with `answer`, up to the assistant's header.
 
-    Raises `UserError` where the tokenizer has no template, or the template refuses the conversation.
+    Raises `UserError` where the tokenizer has no template, and `TemplateError` where the template refuses the
+    conversation or leaves calls of tools out.
     """
+    return writer(tokenizer, messages, tools)(messages, answer=answer)
+
+
+def writer(tokenizer: Any, messages: Messages, tools: Sequence[Any] | None) -> Callable[..., str]:
+    """What renders a conversation and its parts: a function of messages and `answer`. Raises as `render` does.
+
+    Templates differ in what they expect of a turn with calls: no content or an empty one, arguments as an object or as
+    JSON. They are given what makes them write the calls.
+    """
+
+    def form(empty: str | None, as_text: bool) -> Callable[..., str]:
+        def write(turns: Messages, answer: bool = False) -> str:
+            return _render(tokenizer, [_with(turn, empty, as_text) for turn in turns], answer, tools)
+
+        return write
+
+    if not any(message.get("tool_calls") for message in messages):
+        return form("", False)
+    refused: UserError | None = None
+    written = False
+    for as_text in (False, True):
+        found = {}
+        for empty in (None, ""):
+            write = form(empty, as_text)
+            try:
+                text, marked = write(messages), write([_marked(message) for message in messages])
+            except TemplateError as error:
+                refused = error
+                continue
+            written = True
+            if _calls_are_written(messages, text, marked):
+                found[empty] = text
+        # A missing content may be written out as the word None.
+        if None in found and ("" not in found or found[None].count("None") <= found[""].count("None")):
+            return form(None, as_text)
+        if "" in found:
+            return form("", as_text)
+    raise refused if refused and not written else TemplateError(leaves_out(messages), "tool_call")
+
+
+def _render(tokenizer: Any, messages: Messages, answer: bool, tools: Sequence[Any] | None) -> str:
     import jinja2
 
-    template = getattr(tokenizer, "chat_template", None) and tokenizer.get_chat_template()
+    template = getattr(tokenizer, "chat_template", None) and tokenizer.get_chat_template(tools=tools)
     if not template:
         raise UserError(
             "the model's tokenizer has no chat template, so conversations cannot be written in its format; "
@@ -51,45 +91,81 @@ def render(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             chat_template=_FIXED_CLOCK + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=answer,
             date_string=_DATE.strftime("%d %b %Y"),
         )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the model's chat template refuses a conversation with the turns {roles}: {error}") from error
+        raise TemplateError(
+            f"the model's chat template refuses a conversation with the turns {roles}: {error}"
+        ) from error
+
+
+def _with(message: Message, empty: str | None, as_text: bool = False) -> Message:
+    """A message as templates are given it: a content that is missing is `empty`, arguments are JSON if `as_text`."""
+    found = message if message["content"] else message | {"content": empty if message.get("tool_calls") else ""}
+    if as_text and message.get("tool_calls"):
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+        found = found | {"tool_calls": calls}
+    return found
+
+
+def _marked(message: Message) -> Message:
+    """A message whose calls are of functions that nothing else in the conversation has the names of."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [call | {"function": call["function"] | {"name": _mark(call)}} for call in message["tool_calls"]]
+    return message | {"tool_calls": calls}
+
+
+def _mark(call: dict[str, Any]) -> str:
+    return f"marked_{call['function']['name']}_call"
+
+
+def _calls_are_written(messages: Messages, text: str, marked: str) -> bool:
+    """Whether every call is in what the template makes of a conversation, its arguments not in Python's way of
+    writing; `marked` is the text with the calls' names changed, since the definitions of tools have them, too."""
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    arguments = [str(call["function"]["arguments"]) for call in calls if call["function"]["arguments"]]
+    return all(_mark(call) in marked for call in calls) and not any(written in text for written in arguments)
 
 
 def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encoded:
     """Tokens of a row and its loss mask, cut to `max_length` tokens.
 
-    In a conversation every assistant turn is learned: its content and the token that ends the turn; headers,
-    other roles and whatever the template writes after the end of the turn are not. Of a row that is `cut` nothing
-    after the last answer's content is kept. In plain text every token but the first is learned.
-    Raises `UserError` for a template that does not extend a conversation turn by turn.
+    In a conversation every assistant turn is learned: its own words (content, reasoning, calls) and the token that ends
+    the turn; headers, other roles, what the template writes of itself and whatever follows the end of the turn are not.
+    Of a row that is `cut` nothing after the last answer's content is kept. In plain text every token but the first is
+    learned. Raises `TemplateError` for a template that does not write the assistant's words as they are.
     """
     if row.messages is None:
         windows = encode_text(tokenizer, row.text or "", max_length)
         return replace(windows[0], row=row.id) if windows else Encoded([], [], row.id)
-    text = render(tokenizer, row.messages)
+    write = writer(tokenizer, row.messages, row.tools)
+    text = write(row.messages)
     # The template has written the beginning-of-text token where the model wants one.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoding["input_ids"])
     offsets: list[tuple[int, int]] = list(encoding["offset_mapping"])
     special = special_tokens(tokenizer)
+    ends = [special.get(i, "") for i in ids]
     mask = [False] * len(ids)
     last = -1
     for number, message in enumerate(row.messages):
         if message["role"] == "assistant":
-            begin, content_end, limit = _answer_span(tokenizer, row.messages, number, text)
+            span = answer_span(write, row.messages, number, text)
             if row.cut and number == len(row.messages) - 1:
-                limit = content_end
-            last = _last_target([special.get(i, "") for i in ids], offsets, text, content_end, limit)
-            for i, (start, end) in enumerate(offsets[: last + 1]):
-                # A token that reaches into the answer from its header is not learned. Byte-level tokenizers give
-                # spaces an empty span at their end, hence the second condition.
-                mask[i] = mask[i] or (start >= begin and end > begin)
+                span = replace(span, limit=span.end)
+            last = _last_target(ends, offsets, text, span.end, span.limit)
+            if message.get("weight") != 0:
+                for i, (start, end) in enumerate(offsets[: last + 1]):
+                    mask[i] = mask[i] or _is_inside(start, end, span, text)
     if row.cut:
         ids, mask = ids[: last + 1], mask[: last + 1]
     if mask:
@@ -97,28 +173,13 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
     return Encoded(ids[:max_length], mask[:max_length], row.id)
 
 
-def _answer_span(tokenizer: Any, messages: Messages, number: int, text: str) -> tuple[int, int, int]:
-    """Characters of `text` where assistant turn `number` begins, where its content ends, and where the turn ends."""
-    if number == 0:
-        raise UserError("a conversation starts with the assistant; it has to start with a user or system message")
-    before = render(tokenizer, messages[:number], answer=True)
-    if not text.startswith(before):
-        raise UserError(
-            "the model's chat template writes an answer's header differently once the answer is there, so what is "
-            "to be learned cannot be told from what is given; use rows of plain text (`text: COLUMN`)"
-        )
-    begin = len(before)
-    # Templates may close the conversation as a whole (Phi-3): only what stays when turns follow belongs to the turn.
-    turn = text if number == len(messages) - 1 else render(tokenizer, messages[: number + 1])
-    limit = next((i for i, (a, b) in enumerate(zip(text, turn, strict=False)) if a != b), min(len(text), len(turn)))
-    content = messages[number]["content"].strip()
-    found = text.find(content, begin, limit)
-    if found < 0:
-        raise UserError(
-            "the model's chat template rewrites the assistant's words "
-            f"({content[:60]!r} is not in what it makes of them), so they cannot be learned as they stand"
-        )
-    return begin, found + len(content), limit
+def _is_inside(start: int, end: int, span: Span, text: str) -> bool:
+    """Whether a token belongs to an answer by its characters.
+
+    A token that reaches into the answer from its header does not, unless by spaces alone where the answer is known by
+    its words. Byte-level tokenizers give spaces an empty span at their end, hence `end > begin`.
+    """
+    return end > span.begin and (start >= span.begin or (span.spaces and not text[start : span.begin].strip(" ")))
 
 
 def _last_target(

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..stage import Context
-from .chat import encode_row, encode_text, special_tokens
+from .chat import encode_row, encode_text, special_tokens, writer
 from .config import DatasetConfig, DatasetsConfig
 from .decontaminate import Overlap
-from .drafts import KEPT
+from .drafts import KEPT, dropped_note, reasons
 from .readers import Record, Source, read_records
 from .rewriting import Gold
 from .rows import Row
+from .spans import TemplateError, unwritten
+from .turns import strings, words
+
+ADVICE = {
+    "too_long": "raise data.length, or shorten the rows",
+    "tool_call": "take a model whose chat template writes calls of tools, or rows without them",
+    "left_out": "take a model whose chat template writes such turns, or rows without them",
+    "template": "take rows that the model's chat template can write, or plain text (`text: COLUMN`)",
+    "special_token": "take the model's own tokens out of the rows",
+}
+ASKED_FOR = ("duplicate", "contaminated")  # drops that are no fault of a row
 
 
 @dataclass
@@ -57,6 +70,7 @@ def collect(config: DatasetConfig | DatasetsConfig, tokenizer: Any, context: Con
             golds.append(gold)
             taken[number] += 1
             advance()
+    sieve.tell(config, found, context)
     _enough(config, golds, sieve, context)
     result = Collected(sorted(golds, key=lambda gold: gold.row.id), sieve.counts)
     if overlap is not None:
@@ -103,23 +117,49 @@ class _Sieve:
         self.tokenizer, self.length, self.overlap = tokenizer, length, overlap
         self.special = list(special_tokens(tokenizer).values())
         self.seen: set[str] = set()
-        self.counts: Counter[str] = Counter()
-        self.failure = ""  # the first that its reason does not explain
+        self.by_set: dict[int, Counter[str]] = {}
+        self.details: dict[int, str] = {}  # of each set the first row that is dropped, and why
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Of all data sets together."""
+        return sum(self.by_set.values(), Counter())
 
     def usable(self, records: Iterator[Record], source: Source, number: int, of: int) -> Iterator[Gold]:
         """The usable rows of data set `number` of so many; ids interleave, so that none is given twice."""
+        counts = self.by_set.setdefault(number, Counter())
         for record in records:
             reason, detail = self._look(record)
-            self.counts[reason] += 1
-            self.failure = self.failure or detail
+            counts[reason] += 1
+            if reason not in (KEPT, *ASKED_FOR):
+                self.details.setdefault(number, f"{reason}: {detail or record.place}")
             if reason == KEPT:
-                row = Row(record.number * of + number, "train", record.messages, record.text, source.config.title)
+                title, id = source.config.title, record.number * of + number
+                row = Row(id, "train", record.messages, record.text, title, tools=record.tools)
                 yield Gold(row, source.config.rewrite, record.answer, record.tests)
+
+    def tell(self, config: DatasetConfig | DatasetsConfig, found: Sequence[Source], context: Context) -> None:
+        """Say how many rows were dropped and why; `UserError` where they are too many of a data set."""
+        for number, source in enumerate(found):
+            counts = self.by_set.get(number, Counter())
+            note = dropped_note(counts)
+            if not note:
+                continue
+            context.progress.note(f"{source.config.title}: {note}")
+            counted = {reason: n for reason, n in counts.items() if reason not in ASKED_FOR}
+            total = sum(counted.values())
+            lost = total - counted.get(KEPT, 0)
+            if lost > config.max_dropped * total:
+                raise UserError(
+                    f"{source.where}.path: of {total} rows of {source.config.title} {lost} cannot be used "
+                    f"({reasons(counted)}); the first: {self.details[number]}. At most {config.max_dropped:.0%} "
+                    f"(data.max_dropped) may be lost: {_advice(counted)}"
+                )
 
     def _look(self, record: Record) -> tuple[str, str]:
         """KEPT or the reason why not, and a message where the reason alone does not say it."""
         if record.dropped:
-            return record.dropped, ""
+            return record.dropped, record.detail
         if record.messages is None:
             reason, detail = ("" if encode_text(self.tokenizer, record.text or "", self.length) else "empty"), ""
         else:
@@ -137,30 +177,50 @@ class _Sieve:
     def _conversation(self, record: Record) -> tuple[str, str]:
         messages = record.messages or []
         # Written into a template, such words would end the turn or speak for another role.
-        if any(token in message["content"] for message in messages for token in self.special):
-            return "special_token", ""
+        for text in [text for message in messages for text in words(message)] + list(strings(record.tools)):
+            token = next((token for token in self.special if token in text), None)
+            if token is not None:
+                return "special_token", f"{record.place} contains the model's own token {token}"
+        row = Row(0, "train", messages, tools=record.tools)
         try:
-            encoded = encode_row(self.tokenizer, Row(0, "train", messages))
-        except UserError as error:
-            return "template", str(error)
-        return ("" if len(encoded.input_ids) <= self.length else "too_long"), ""
+            encoded = encode_row(self.tokenizer, row)
+            left_out = unwritten(writer(self.tokenizer, messages, record.tools), messages)
+        except TemplateError as error:
+            return error.reason, f"{record.place}: {error}"
+        if left_out:
+            return "left_out", f"{record.place}: {left_out}"
+        size = len(encoded.input_ids)
+        return (
+            ("too_long", f"{record.place} has {size} tokens, and data.length is {self.length}")
+            if (size > self.length)
+            else ("", "")
+        )
+
+
+def _advice(counts: Mapping[str, int]) -> str:
+    """What to do about rows that were dropped, by the most frequent reason."""
+    reason = max((reason for reason in counts if reason != KEPT), key=lambda reason: counts[reason])
+    advice = ADVICE.get(reason, "mend the rows")
+    share = math.ceil(100 - 100 * counts.get(KEPT, 0) / sum(counts.values())) / 100
+    return advice + (f", or, if they are to be left out, set data.max_dropped to {share:g}" if share < 1 else "")
 
 
 def _identity(record: Record) -> str:
     """What two rows have in common that are the same but for case and spacing; punctuation may be all that differs."""
-    turns = [message["content"] for message in record.messages or []] or [record.text or ""]
-    return "\0".join(" ".join(turn.casefold().split()) for turn in turns)
+    turns = [message["content"] or "" for message in record.messages or []] or [record.text or ""]
+    more = [message.get("tool_calls") for message in record.messages or []]
+    calls = json.dumps([more, record.tools]) if any(more) or record.tools else ""
+    return "\0".join([" ".join(turn.casefold().split()) for turn in turns] + ([calls] if calls else []))
 
 
 def _enough(config: DatasetConfig | DatasetsConfig, golds: list[Gold], sieve: _Sieve, context: Context) -> None:
-    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(sieve.counts.items()) if reason != KEPT)
     if len(golds) < 2:
         several = isinstance(config, DatasetsConfig)
         what = f"data.sets: the {len(config.sets)} data sets have" if several else f"data.path: {config.path} has"
+        first = next(iter(sieve.details.values()), "")
         raise UserError(
             f"{what} {len(golds)} usable rows and at least 2 are needed, one to learn and one to "
-            f"hold out (dropped: {dropped or 'none'})"
-            + (f"; the first failure: {sieve.failure}" if sieve.failure else "")
+            f"hold out (dropped: {reasons(sieve.counts) or 'none'})" + (f"; the first: {first}" if first else "")
         )
     if isinstance(config, DatasetsConfig) and len(golds) < config.rows:
         context.progress.note(f"{len(golds)} rows instead of {config.rows}: there are no more")

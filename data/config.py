@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..stage import Section
 
-FORMAT = 2
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMAT = 3
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 Check = Literal["none", "number", "choice", "exact", "python"]
 
 
@@ -150,10 +150,19 @@ class Columns(Section):
     path: str = Field(min_length=1, description="a .jsonl, .json, .parquet or .csv file, or a data set's Hub name")
     subset: str | None = Field(None, description="the Hub data set's configuration, if it has several")
     split: str = Field("train", description="the Hub data set's split")
-    prompt: str | None = Field(None, description="column of the user's words (default: prompt)")
+    prompt: str | None = Field(
+        None, description="column of the user's words, or of messages up to the answer (default: prompt)"
+    )
     context: str | None = Field(None, description="column of a text that follows the prompt, where there is one")
-    response: str | None = Field(None, description="column of the answer to learn (default: response)")
-    messages: str | None = Field(None, description="column of whole conversations: lists of {role, content}")
+    response: str | None = Field(
+        None, description="column of the answer to learn, a text or messages (default: response)"
+    )
+    messages: str | None = Field(
+        None, description="column of whole conversations: lists of {role, content}, or of {from, value}"
+    )
+    tools: str | None = Field(
+        None, description="column of the tools a conversation is given (default: tools, where the data set has it)"
+    )
     text: str | None = Field(None, description="column of plain text, used without a chat template")
     answer: str | None = Field(None, description="column of the final answer, where a check is not to read it off gold")
     tests: str | None = Field(None, description="column of Python tests, for check: python")
@@ -166,6 +175,8 @@ class Columns(Section):
         pair = (self.prompt, self.context, self.response) != (None, None, None)
         if pair + (self.messages is not None) + (self.text is not None) > 1:
             raise ValueError("give either prompt and response, or messages, or text: a row is one of them")
+        if self.tools is not None and self.text is not None:
+            raise ValueError("plain text has no tools: give prompt and response, or messages")
         if self.rewrite is not None and self.text is not None:
             raise ValueError("plain text has no answer that could be rewritten: give prompt and response, or messages")
         if self.rewrite is not None and self.rewrite.check == "python" and self.tests is None:
@@ -191,7 +202,7 @@ class Columns(Section):
             found = {"text": self.text}
         else:
             found = {"prompt": self.prompt or "prompt", "response": self.response or "response"}
-        found |= {"context": self.context, "answer": self.answer, "tests": self.tests}
+        found |= {"context": self.context, "tools": self.tools, "answer": self.answer, "tests": self.tests}
         return {key: column for key, column in found.items() if column is not None}
 
 
@@ -208,6 +219,13 @@ class RowsFromData(_Source):
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
     length: int = Field(
         512, ge=8, description="conversations longer than this, in tokens, are dropped; text is cut into windows"
+    )
+    max_dropped: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of a data set's rows that may be unusable before the stage stops; duplicates and what "
+        "decontaminate drops are not counted",
     )
     decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
     batch: int = Field(32, ge=1, description="rows rewritten together; part of what the rows are, see docs/data.md")

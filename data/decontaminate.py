@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any
 
 from ..errors import UserError
+from ..files import json_lines, read_text
 from ..stage import Context
 from .config import Decontaminate
 from .drafts import normalised
 from .rows import Messages
+from .turns import strings
+from .turns import words as said
 
 SUFFIXES = (".jsonl", ".txt")
 
@@ -42,7 +43,7 @@ class Overlap:
         """
         turns = messages or [{"role": "user", "content": text or ""}]
         for turn in turns:
-            words = normalised(turn["content"]).split()
+            words = normalised(" ".join(said(turn))).split()
             name = self._short.get(" ".join(words)) if turn["role"] == "user" else None
             name = name or next((self._ngrams[ngram] for ngram in self._cut(words) if ngram in self._ngrams), None)
             if name is not None:
@@ -66,27 +67,12 @@ def evaluation_file(file: str, context: Context) -> Path:
 
 def read_texts(path: Path) -> Iterator[str]:
     """All texts of a file: every string in its JSON rows, or, of a .txt file, the whole of it."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.decontaminate.files: {path} could not be read as text: {error}") from error
+    what = "data.decontaminate.files: "
     if path.suffix.lower() == ".txt":
-        yield content
+        yield read_text(path, what)
         return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            try:
-                yield from _strings(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"data.decontaminate.files: line {number} of {path} is not JSON: {error}") from error
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+    for _, row in json_lines(path, what):
+        yield from strings(row)
 
 
 def _names(files: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,27 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
             advance(len(kept) - before, f"{sum(counts.values())} drawn")
             if len(kept) == wanted:
                 break
-    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != KEPT)
+    dropped = reasons(counts)
     if len(kept) < max(2, wanted // 10):
         raise UserError(f"of {sum(counts.values())} rows the model wrote, {len(kept)} are usable ({dropped}); {hint}")
     if len(kept) < wanted:
         context.progress.note(f"{len(kept)} rows instead of {wanted} after data.max_attempts ({dropped})")
+    elif dropped:
+        context.progress.note(dropped_note(counts))
     return kept, counts
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """Why rows were dropped, the most frequent first: "3 too_long, 1 empty"; of many reasons the first ten."""
+    found = sorted(((-n, reason) for reason, n in counts.items() if reason != KEPT and n))
+    rest = sum(-n for n, _ in found[10:])
+    return ", ".join([f"{-n} {reason}" for n, reason in found[:10]] + ([f"{rest} for other reasons"] if rest else []))
+
+
+def dropped_note(counts: Mapping[str, int]) -> str:
+    """How many rows were dropped and why; empty if none was."""
+    total = sum(counts.values())
+    return f"{total - counts.get(KEPT, 0)} of {total} rows dropped ({reasons(counts)})" if reasons(counts) else ""
 
 
 def normalised(prompt: str) -> str:

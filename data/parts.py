@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import json_lines
 from ..stage import Group
 
 Records = list[dict[str, Any]]
@@ -31,7 +32,7 @@ def in_rounds(folder: Path, count: int, group: Group, draw: Callable[[int], Reco
 
 def _part(path: Path, number: int, draw: Callable[[int], Records]) -> Records:
     if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [record for _, record in json_lines(path)]
     records = draw(number)
     write_part(path, records)
     return records

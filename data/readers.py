@@ -1,13 +1,12 @@
-"""Users' data sets: a name on the Hub, or a JSONL, Parquet or CSV file, read through `datasets`."""
+"""Users' data sets: a JSONL, JSON, Parquet or CSV file, read literally, or a name on the Hub, through `datasets`."""
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,24 @@ from ..errors import UserError
 from ..stage import Context
 from .config import SUFFIXES, Columns
 from .rows import Messages
+from .tables import Table, open_table
+from .turns import UNICODE, Unusable, conversation, is_unicode, literal, tool_definitions
 
-ROLES = ("system", "user", "assistant", "tool")
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("query", "response"),
+    ("input", "output"),
+    ("question", "response"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+)
+TEXTS = ("text", "content")
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,9 @@ class Record:
     dropped: str = ""  # empty: usable
     answer: str = ""  # the final answer, where a column has it
     tests: str = ""  # Python tests, where a column has them
+    tools: list[Any] | None = None  # definitions of the tools that the conversation is given
+    detail: str = ""  # what was found where, where it is dropped
+    place: str = ""  # such as "line 3 of x.jsonl"
 
 
 @dataclass(frozen=True)
@@ -61,43 +79,85 @@ def local_file(source: Source) -> Path | None:
 def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Iterator[Record]:
     """The records of a data set, in its order or in one drawn from the seed `shuffle`.
 
-    Raises `UserError` for what is missing, gated, broken (with the line, for JSON) or lacks a column.
+    Raises `UserError` for what is missing, gated, broken (with the line) or lacks a column, and says which key would
+    read the columns that are there.
     """
-    data = _load(source, cache)
-    columns = source.config.columns
-    names = list(data.column_names or [])
-    missing = [f"{key}: {column}" for key, column in columns.items() if column not in names]
-    if missing:
-        raise UserError(
-            f"{', '.join(f'{source.where}.{name}' for name in missing)}: {source.config.path} has no such column; "
-            f"it has: {', '.join(names) or 'none'}"
-        )
-    order = list(range(len(data)))
+    columns = dict(source.config.columns)
+    if "text" not in columns:
+        columns.setdefault("tools", "tools")
+    table = _open(source, list(columns.values()), cache)
+    if source.config.tools is None and "tools" not in table.columns:
+        columns.pop("tools", None)
+    _check_columns(source, columns, table.columns)
+    order = list(range(len(table)))
     if shuffle is not None:
         random.Random(shuffle).shuffle(order)
-    data = data.select_columns(sorted(set(columns.values())))
     for number in order:
+        row = table.row(number)
+        values = {key: row.get(column) for key, column in columns.items()}
+        if source.config.tools is None and "prompt" in values and not isinstance(values["prompt"], list):
+            values.pop("tools", None)  # a column that happens to have this name
+        yield _record(number, values, table, source, columns)
+
+
+def _check_columns(source: Source, columns: dict[str, str], names: Sequence[str]) -> None:
+    missing = [f"{source.where}.{key}: {column}" for key, column in columns.items() if column not in names]
+    if missing:
+        advice = advise(names)
+        raise UserError(
+            f"{', '.join(missing)}: {source.config.path} has no such column; it has: {', '.join(names) or 'none'}"
+            + (f". To read it, give {source.where} {advice}" if advice else "")
+        )
+
+
+def advise(names: Sequence[str]) -> str:
+    """The keys of the recipe that would read a data set with such columns; empty where that is not plain."""
+    for name in CONVERSATIONS:
+        if name in names:
+            return f"`messages: {name}`"
+    for prompt, response in PAIRS:
+        if prompt in names and response in names:
+            context = next((c for c in ("context", "input") if c in names and c != prompt), None)
+            return f"`prompt: {prompt}, response: {response}`" + (f" and `context: {context}`" if context else "")
+    return next((f"`text: {name}`" for name in TEXTS if name in names), "")
+
+
+def _open(source: Source, wanted: Sequence[str], cache: Path) -> Table:
+    path = local_file(source)
+    if path is not None:
+        return open_table(path, wanted, cache, f"{source.where}.path: ")
+    return HubTable(_load_from_hub(source, cache), wanted, source)
+
+
+class HubTable:
+    """A data set of the Hub."""
+
+    pads = True
+
+    def __init__(self, data: Any, wanted: Sequence[str], source: Source):
+        self.columns: Sequence[str] = list(data.column_names or [])
+        self._data = data.select_columns(sorted({name for name in wanted if name in self.columns}))
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def row(self, number: int) -> dict[str, Any]:
         try:
-            values = data[number]
+            return self._data[number]
         except UnicodeDecodeError as error:  # `datasets` takes bytes as they come
-            raise UserError(
-                f"{source.where}.path: {source.config.path} could not be read: {_why(source, error)}"
-            ) from error
-        yield _record(number, {key: values[column] for key, column in columns.items()}, source)
+            raise UserError(f"{self._source.where}.path: {self.place(number)} is not UTF-8 text: {error}") from error
+
+    def place(self, number: int) -> str:
+        return f"row {number + 1} of {self._source.config.title}"
 
 
-def _load(source: Source, cache: Path) -> Any:
+def _load_from_hub(source: Source, cache: Path) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    path, config, where = local_file(source), source.config, source.where
+    config, where = source.config, source.where
     with _quiet(datasets):
-        if path is not None:
-            try:
-                kind = SUFFIXES[path.suffix.lower()]
-                return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache))
-            except (DatasetGenerationError, OSError, ValueError, TypeError) as error:
-                raise UserError(f"{where}.path: {path} could not be read: {_why(source, error)}") from error
         try:
             return datasets.load_dataset(config.path, config.subset, split=config.split, cache_dir=str(cache))
         except (DatasetNotFoundError, DatasetGenerationError) as error:
@@ -123,68 +183,100 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _why(source: Source, error: BaseException) -> str:
-    """What is wrong with a data set, with the line if it is a file of JSON lines."""
-    path = source.path
-    if source.config.local and path.suffix.lower() == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line) if line.strip() else {}
-                except ValueError as wrong:  # UnicodeDecodeError is one
-                    return f"line {number} is not valid JSON: {wrong}"
-                if not isinstance(record, dict):
-                    return f"line {number} is not a JSON object"
-    if "corresponds to no data" in str(error):
-        return "it has no rows"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip() or type(error).__name__
+def _record(number: int, values: dict[str, Any], table: Table, source: Source, columns: dict[str, str]) -> Record:
+    place = table.place(number)
+    try:
+        found = _read(values, columns, pads=table.pads)
+    except Unusable as error:
+        return Record(number, dropped=error.reason, detail=f"{place} {error.detail}".strip(), place=place)
+    texts = [found.get("messages"), found.get("text"), found.get("tools"), found.get("answer"), found.get("tests")]
+    if not is_unicode(texts):
+        detail = f"{place} has half of a surrogate pair (such as \\ud83d alone), which is no text"
+        return Record(number, dropped=UNICODE, detail=detail, place=place)
+    return Record(number, place=place, **found)
 
 
-def _record(number: int, values: dict[str, Any], source: Source) -> Record:
-    words = {key: _words(value, key, number, source) for key, value in values.items() if key != "messages"}
-    extra = {"answer": words.get("answer", "").strip(), "tests": words.get("tests", "")}
+def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dict[str, Any]:
+    """What a row has, by the names of `Record`; raises `Unusable`."""
+
+    def column(key: str, read: Callable[[Any], Any]) -> Any:
+        """The value of a column as `read` has it; where it cannot be read the message names the column."""
+        try:
+            return read(values.get(key))
+        except Unusable as error:
+            raise Unusable(error.reason, f"(column {columns[key]!r}) {error.detail}") from error
+
     if "text" in values:
-        return Record(number, text=words["text"]) if words["text"].strip() else Record(number, dropped="empty")
+        text = column("text", _words)
+        if not text.strip():
+            raise Unusable("empty", f"has nothing in column {columns['text']!r}")
+        return {"text": text}
     if "messages" in values:
-        return replace(_conversation(number, values["messages"], source), **extra)
-    prompt, response, more = words["prompt"], words["response"], words.get("context", "").strip()
-    if not prompt.strip() or not response.strip():
-        return Record(number, dropped="empty")
-    asked = {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}
-    return Record(number, messages=[asked, {"role": "assistant", "content": response}], **extra)
+        turns = column("messages", lambda value: conversation(value, pads=pads))
+    else:
+        turns = _pair(column, pads)
+    found: dict[str, Any] = {"messages": _usable(turns)}
+    if "answer" in values:
+        found["answer"] = column("answer", _words).strip()
+    if "tests" in values:
+        found["tests"] = column("tests", _tests)
+    if "tools" in values:
+        found["tools"] = column("tools", lambda value: tool_definitions(value, pads=pads))
+    return found
 
 
-def _words(value: Any, key: str, number: int, source: Source) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (str, int, float)):  # a CSV column of numbers is read as numbers
-        return str(value)
-    if key == "tests" and isinstance(value, list) and all(isinstance(line, str) for line in value):
+def _pair(column: Callable[[str, Callable[[Any], Any]], Any], pads: bool) -> Messages:
+    """A prompt and its response; either may be a list of messages."""
+
+    def side(role: str) -> Callable[[Any], Messages]:
+        def read(value: Any) -> Messages:
+            if isinstance(value, list):
+                return conversation(value, pads=pads)
+            words = _words(value)
+            return [{"role": role, "content": words}] if words.strip() else []
+
+        return read
+
+    prompt, response = column("prompt", side("user")), column("response", side("assistant"))
+    if not prompt or not response:
+        raise Unusable("empty", f"has no {'response' if prompt else 'prompt'}")
+    more = column("context", _words).strip()
+    if more:
+        last = prompt[-1]
+        prompt = [*prompt[:-1], last | {"content": f"{last['content'] or ''}\n\n{more}"}]
+    return [*prompt, *response]
+
+
+def _words(value: Any) -> str:
+    text = literal(value)
+    if text is None:
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            raise Unusable("messages", "holds a list of messages, which is read with messages")
+        raise Unusable("no_text", f"holds a {type(value).__name__} where a text is needed")
+    return text
+
+
+def _tests(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)  # one assertion each
-    column = source.config.columns[key]
-    raise UserError(
-        f"{source.where}.{key}: row {number + 1} of {source.config.title} has a {type(value).__name__} in column "
-        f"{column!r}, which has to hold text"
-    )
+    return _words(value)
 
 
-def _conversation(number: int, value: Any, source: Source) -> Record:
-    where = f"{source.where}.messages: row {number + 1} of {source.config.title}"
-    if not value:
-        return Record(number, dropped="empty")
-    if not isinstance(value, list) or not all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
-        raise UserError(f"{where} has to hold a list of {{role, content}} in column {source.config.messages!r}")
-    turns = [{"role": str(m["role"]), "content": m["content"]} for m in value]
-    unknown = sorted({turn["role"] for turn in turns} - set(ROLES))
-    if unknown:
-        raise UserError(f"{where} has the role {unknown[0]!r}; roles are {', '.join(ROLES)}")
-    if not all(isinstance(turn["content"], str) and turn["content"].strip() for turn in turns):
-        return Record(number, dropped="empty")
+def _usable(turns: Messages) -> Messages:
+    """A conversation that ends with the assistant's words; raises `Unusable`."""
+    if not turns:
+        raise Unusable("empty", "has no messages")
+    for number, turn in enumerate(turns, 1):
+        says = (turn["content"] or "").strip() or turn.get("tool_calls")
+        if turn["role"] in ("system", "tool"):  # an empty result is one
+            turn["content"] = turn["content"] or ""
+        elif not says:
+            raise Unusable("empty", f"has nothing in message {number}, of the role {turn['role']}")
     while turns and turns[-1]["role"] != "assistant":  # nothing of these would be learned
-        turns.pop()
+        turns = turns[:-1]
     speakers = [turn["role"] for turn in turns if turn["role"] != "system"]
-    if not speakers or speakers[0] != "user":
-        return Record(number, dropped="no_answer" if not speakers else "no_prompt")
-    return Record(number, messages=turns)
+    if not speakers or all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
+        raise Unusable("no_answer", "has no turn of the assistant to learn")
+    if speakers[0] != "user":
+        raise Unusable("no_prompt", f"begins with the role {speakers[0]}, and not with the user's words")
+    return turns

@@ -6,7 +6,6 @@ foreign answers would move it elsewhere. Gold is kept where the rewrite cannot b
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json_if_there
 from ..modeling.load import load_config
 from ..stage import Context
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
@@ -123,7 +123,9 @@ class Rewriter:
     def _prompt_length(self, gold: Gold) -> int:
         """0 where no prompt can be made."""
         try:
-            return len(self._tokens(rewrite_prompt(self.tokenizer, last_answer(_turns(gold)), _how(gold))))
+            return len(
+                self._tokens(rewrite_prompt(self.tokenizer, last_answer(_turns(gold), gold.row.tools), _how(gold)))
+            )
         except UserError:
             return 0
 
@@ -152,7 +154,7 @@ class Rewriter:
             return []
         make = own_prompt if origin == "own" else rewrite_prompt
         how = _how(golds[0])
-        prompts = [self._tokens(make(self.tokenizer, last_answer(_turns(gold)), how)) for gold in golds]
+        prompts = [self._tokens(make(self.tokenizer, last_answer(_turns(gold), gold.row.tools), how)) for gold in golds]
         seeds = [row_seed(self.seed, gold.row.id, origin) for gold in golds]
         sampling = Sampling(how.max_tokens, how.temperature, how.top_p, how.top_k)
         ready = engine()
@@ -174,7 +176,7 @@ class Rewriter:
 
     def _fault(self, gold: Gold, sampled: Sampled, text: str, origin: Origin) -> str:
         """Why an answer cannot be taken; empty if it can."""
-        how, asked = _how(gold), last_answer(_turns(gold))
+        how, asked = _how(gold), last_answer(_turns(gold), gold.row.tools)
         if not text:
             return "empty"
         if not sampled.ended:
@@ -199,9 +201,13 @@ class Rewriter:
 
     def _hopeless(self, gold: Gold) -> str:
         """Why no answer of the model could be taken, before anything is drawn; empty if one could."""
-        how, asked = _how(gold), last_answer(_turns(gold))
+        how, asked = _how(gold), last_answer(_turns(gold), gold.row.tools)
         if not asked.by_user:
             return "not_asked"
+        if not asked.rewritable:
+            return "calls_tools"
+        if _turns(gold)[-1].get("weight") == 0:
+            return "not_learned"
         try:
             prompt = self._tokens(rewrite_prompt(self.tokenizer, asked, how))
         except UserError:
@@ -284,5 +290,5 @@ def _how(gold: Gold) -> General:
 
 def _generation_config(base: Path) -> Any:
     """What the checkpoint says of generation, if it says anything."""
-    path = base / "generation_config.json"
-    return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    values = read_json_if_there(base / "generation_config.json")
+    return SimpleNamespace(**values) if values else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ FILE = "rows.parquet"
 ROW_GROUP = 4096
 Split = Literal["train", "heldout"]
 Origin = Literal["gold", "rewritten", "own"]
-Messages = list[dict[str, str]]
+Message = dict[str, Any]  # role and content, and what turns.py says may go with them
+Messages = list[Message]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Row:
     cut: bool = False  # the last answer stops in the middle, so its end is not learned
     origin: Origin = "gold"  # the last answer is the data set's, the model's rewrite of it, or the model's alone
     why: str = ""  # why gold was kept or not; empty where no rewrite was asked for
+    tools: list[Any] | None = None  # definitions of the tools that the conversation is given
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    # `more` is what a message has beside role and content, such as tool_calls, as JSON.
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())])
     return pa.schema(
         [
             ("id", pa.int64()),
@@ -51,6 +55,7 @@ def _schema() -> Any:
             ("cut", pa.bool_()),
             ("origin", pa.string()),
             ("why", pa.string()),
+            ("tools", pa.string()),  # JSON
         ]
     )
 
@@ -63,10 +68,34 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
     path = folder / FILE
     temporary = path.with_name(FILE + ".tmp")
     schema = _schema()
-    table = pa.Table.from_pylist([{name: getattr(row, name) for name in schema.names} for row in rows], schema=schema)
-    pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
+    table = pa.Table.from_pylist([_stored(row, schema.names) for row in rows], schema=schema)
+    with temporary.open("wb") as file:  # pyarrow is shown no name, which may be no UTF-8
+        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
     os.replace(temporary, path)
     return path
+
+
+def _stored(row: Row, names: list[str]) -> dict[str, Any]:
+    found = {name: getattr(row, name) for name in names}
+    found["tools"] = None if row.tools is None else json.dumps(row.tools, ensure_ascii=False)
+    if row.messages is not None:
+        found["messages"] = [_stored_message(message) for message in row.messages]
+    return found
+
+
+def _stored_message(message: Message) -> Message:
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    stored = {"role": message["role"], "content": message["content"]}
+    return stored | {"more": json.dumps(more, ensure_ascii=False) if more else None}
+
+
+def _read(record: dict[str, Any]) -> Row:
+    if record["messages"] is not None:
+        record["messages"] = [
+            {"role": m["role"], "content": m["content"]} | json.loads(m["more"] or "{}") for m in record["messages"]
+        ]
+    record["tools"] = None if record["tools"] is None else json.loads(record["tools"])
+    return Row(**record)
 
 
 def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
@@ -81,9 +110,11 @@ def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{folder} has no {FILE}, so it is not the folder of a data stage")
     try:
-        if pq.read_schema(path).names != _schema().names:
-            raise UserError(f"{path} was written by another version of compress; run its data stage again")
-        records = pq.read_table(path, schema=_schema()).to_pylist()
+        with path.open("rb") as file:
+            if pq.read_schema(file).names != _schema().names:
+                raise UserError(f"{path} was written by another version of compress; run its data stage again")
+            file.seek(0)
+            records = pq.read_table(file, schema=_schema()).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is broken ({error}); delete its folder and run the data stage again") from error
-    return [Row(**record) for record in records if split is None or record["split"] == split]
+    return [_read(record) for record in records if split is None or record["split"] == split]

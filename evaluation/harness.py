@@ -7,6 +7,7 @@ task with several filters (gsm8k) under its first one. A group or tag is one lin
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -20,6 +21,7 @@ from .config import EvaluateConfig
 from .statistics import Kind, Outcome, mean
 
 PREFERRED = ("acc_norm", "acc", "exact_match")
+BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, for files that lie here
 KINDS: dict[str, Kind] = {"multiple_choice": "choice", "generate_until": "generation"}
 
 
@@ -70,7 +72,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) -> list[Any]:
     # Paths of data in task files are read relative to where the process stands.
-    with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():
+    with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext(), _literal_names(folder):
         try:
             tasks = list(manager.load([name])["tasks"].values())
         except Exception as error:  # of datasets, the Hub, YAML and the task's own code: they share no base class
@@ -86,6 +88,40 @@ def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) 
         if given is None or (config.harness.fewshot is not None and given != 0):  # 0 in a task file is meant
             task.set_config("num_fewshot", config.harness.fewshot or 0)
     return tasks
+
+
+@contextlib.contextmanager
+def _literal_names(folder: Path | None) -> Iterator[None]:
+    """`datasets` takes the names of data files as patterns. While this lasts a name that is a file's is that file, and
+    no character of the folder's own path means anything else."""
+    import datasets
+
+    original = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, data_files: Any = None, **options: Any) -> Any:
+        if folder is not None and data_files is not None:
+            data_files = _escaped(data_files, folder, local=path in BUILDERS)
+        return original(path, name, data_files=data_files, **options)
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original
+
+
+def _escaped(files: Any, folder: Path, *, local: bool) -> Any:
+    """The data files of a task, relative to the folder, as `datasets` has to be given them."""
+    if isinstance(files, dict):
+        return {split: _escaped(named, folder, local=local) for split, named in files.items()}
+    if isinstance(files, list | tuple):
+        return [_escaped(named, folder, local=local) for named in files]
+    file = Path(folder.absolute(), files)
+    if file.is_file():
+        return glob.escape(str(file))
+    if not local or "://" in files or Path(files).is_absolute():
+        return files
+    return f"{glob.escape(str(folder.absolute()))}/{files}"
 
 
 def run_tasks(

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.calibration import read_text
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..errors import UserError
+from ..files import read_text
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Distribution, Engine, Window, divergence
 from ..stage import Advance
@@ -33,7 +33,7 @@ def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: i
     answers. Raises `UserError` when there is neither, or nothing to measure.
     """
     if text is not None:
-        rows = encode_text(tokenizer, read_text(text), window)
+        rows = encode_text(tokenizer, read_text(text, "evaluate.text: "), window)
         rows = [row for row in rows if len(row.input_ids) == window] or rows  # windows of one length
     elif data is not None:
         rows = load_encoded(data, tokenizer, "heldout", window)

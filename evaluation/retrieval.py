@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.calibration import read_text
 from ..errors import UserError
+from ..files import read_text
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
 from ..stage import Advance, Context, write_whole

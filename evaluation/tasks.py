@@ -7,7 +7,6 @@ ARC and OpenBookQA; each choice is scored by its log-likelihood as the continuat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.calibration import pad_id
+from ..data.turns import strings
 from ..errors import UserError
+from ..files import Number, json_lines, plain
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Engine, Window
 from ..stage import Advance
@@ -43,23 +44,18 @@ def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exe
 
     Raises `UserError` naming file and line for a row that is not one.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the task {file} could not be read: {error}") from error
     questions: list[Question] = []
     exercises: list[Exercise] = []
-    for number, line in enumerate(lines, start=1):
+    for number, values in json_lines(file, "the task: ", literal=True):
         if limit is not None and len(questions) + len(exercises) >= limit:
             break
-        if line.strip():
-            row = _row(line, f"{file}:{number}")
-            if isinstance(row, Question):
-                questions.append(row)
-            else:
-                exercises.append(row)
-            if questions and exercises:
-                raise UserError(f"{file}:{number}: a task is all multiple choice or all written answers, not both")
+        row = _row(values, f"{file}:{number}")
+        if isinstance(row, Question):
+            questions.append(row)
+        else:
+            exercises.append(row)
+        if questions and exercises:
+            raise UserError(f"{file}:{number}: a task is all multiple choice or all written answers, not both")
     if not questions and not exercises:
         raise UserError(f"the task {file} has no rows")
     return questions or exercises
@@ -73,13 +69,13 @@ def read_questions(file: Path, limit: int | None = None) -> list[Question]:
     return rows
 
 
-def _row(line: str, where: str) -> Question | Exercise:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(row, dict) or not ("prompt" in row or "question" in row) or "answer" not in row:
+def _row(row: dict[str, Any], where: str) -> Question | Exercise:
+    if not ("prompt" in row or "question" in row) or "answer" not in row:
         raise UserError(f"{where}: a row is a JSON object with question, choices and answer, or with prompt and answer")
+    try:  # half of a surrogate pair is no text that could be asked or scored
+        "".join(strings(row)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a text has half of a surrogate pair (such as \\ud83d alone)") from error
     return _exercise(row, where) if "prompt" in row else _question(row, where)
 
 
@@ -87,25 +83,27 @@ def _exercise(row: dict[str, Any], where: str) -> Exercise:
     prompt, answer = row["prompt"], row["answer"]
     if "choices" in row:
         raise UserError(f"{where}: a row with choices has a question, not a prompt")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
     if isinstance(prompt, str) and prompt.strip() and isinstance(answer, str) and answer.strip():
-        return Exercise(prompt, answer)
+        return Exercise(str(prompt), str(answer))
     raise UserError(f"{where}: prompt is a text, answer a text or a number")
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
-    question: Any = row["question"]
+    question, answer = str(row["question"]), row["answer"]
     choices: Any = row.get("choices")
-    answer: Any = row["answer"]
-    if isinstance(answer, str) and len(answer) == 1 and answer.upper() in "ABCDEFGHIJ":
-        answer = "ABCDEFGHIJ".index(answer.upper())
-    right = isinstance(question, str) and isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-    if not right or len(choices) < 2:
+    right = isinstance(row["question"], str) and isinstance(choices, list)
+    if not right or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{where}: question is a text, choices a list of at least two texts")
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise UserError(f"{where}: answer is the index (0 to {len(choices) - 1}) or letter of a choice, not {answer!r}")
-    return Question(question, choices, answer)
+    index: Any = None
+    if isinstance(answer, Number):
+        index = plain(answer)
+    elif isinstance(answer, str) and len(answer) == 1 and answer.upper() in "ABCDEFGHIJ":
+        index = "ABCDEFGHIJ".index(answer.upper())
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        raise UserError(
+            f"{where}: answer is the index (0 to {len(choices) - 1}) or letter of a choice, not {plain(answer)!r}"
+        )
+    return Question(question, [str(choice) for choice in choices], index)
 
 
 def run_task(score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance) -> Outcome:

@@ -111,4 +111,4 @@ def read_ledger(file: Path) -> dict[str, Any]:
     whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
     if rest:
         file.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    return dict(json.loads(line) for line in whole.splitlines())
+    return dict(json.loads(line) for line in whole.split("\n") if line)

@@ -119,7 +119,7 @@ def test_errors_name_the_set(stage: Stage) -> None:
     ):
         stage(source="datasets", sets=[*sets(a=1), {"path": "b.jsonl", "response": "r"}], rows=4)
     stage.file("c.jsonl", [{"prompt": "", "response": ""}] * 3)
-    with pytest.raises(UserError, match=r"data\.sets: the 1 data sets have 0 usable rows.*dropped: 3 empty"):
+    with pytest.raises(UserError, match=r"data\.sets\.0\.path: of 3 rows of c\.jsonl 3 cannot be used \(3 empty\)"):
         stage(source="datasets", sets=sets(c=1), rows=4)
     for wrong in (
         {"sets": [], "rows": 4},
@@ -199,8 +199,8 @@ def test_plain_text_is_looked_at_too(stage: Stage) -> None:
     [
         ("none.jsonl", None, "there is no file"),
         ("a.csv", "x", r"a\.csv is not one of \.jsonl, \.txt"),
-        ("bad.jsonl", '{"a": "b"}\n{"a": \n', "line 2 of .*bad.jsonl is not JSON"),
-        ("bytes.txt", b"\xff\xfe\xff", "could not be read as text"),
+        ("bad.jsonl", '{"a": "b"}\n{"a": \n', "line 2 of .*bad.jsonl is not valid JSON"),
+        ("bytes.txt", b"\xff\xfe\xff", "is not UTF-8 text: its byte order mark says UTF-16"),
     ],
 )
 def test_evaluation_files_that_cannot_be_read(stage: Stage, name: str, content: Any, message: str) -> None:

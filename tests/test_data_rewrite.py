@@ -481,3 +481,37 @@ def test_context_follows_the_prompt(stage: Stage) -> None:
     ]
     stage(records, lambda *_: "mine", prompt="i", context="c", response="o")
     assert list(stage.rows()) == ["Sum up.\n\nA long text.", "Say hello.", "Wave."]
+
+
+def test_answers_with_calls_keep_gold_and_tools_are_shown(stage: Stage) -> None:
+    template = (
+        "{% if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    stage.tokenizer.chat_template = template
+    stage.monkeypatch.setattr(stage_module, "load_tokenizer", lambda _: stage.tokenizer)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    asked = {"role": "user", "content": "ask"}
+    said = {"role": "assistant", "content": "gold"}
+    result = {"role": "tool", "content": "found"}
+    records = [
+        {"messages": [asked, call], "tools": tools},
+        {"messages": [asked, call, result, said], "tools": tools},
+        {"messages": [asked, call, result, said, {**asked, "content": "more"}, said], "tools": tools},
+        {"messages": [asked, {**said, "weight": 0}, asked, said]},
+    ]
+    records.append({"messages": [asked, said, {**asked, "content": "other"}, {**said, "weight": 0}]})
+    stage(records, lambda prompt, how: "mine", messages="messages")
+    assert [(row.origin, row.why) for row in read_rows(stage.out)] == [
+        ("gold", "calls_tools"),
+        ("gold", "not_asked"),
+        ("rewritten", "unchecked"),
+        ("rewritten", "unchecked"),
+        ("gold", "not_learned"),
+    ]
+    shown = [text for texts in stage.fake.calls for text in texts if "### Request\nmore" in text]
+    assert len(shown) == 1 and shown[0].startswith("<|im_start|>tools") and "look{}" in shown[0]

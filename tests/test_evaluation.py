@@ -13,6 +13,7 @@ from compress.data.chat import Encoded
 from compress.errors import UserError
 from compress.evaluation import stage as evaluation_stage
 from compress.evaluation.config import EvaluateConfig
+from compress.evaluation.generation import Exercise
 from compress.evaluation.language import (
     BaseLogProbs,
     log_probs,
@@ -201,7 +202,7 @@ def test_tasks_are_read(tmp_path):
 def test_a_broken_row_is_named_by_its_line(tmp_path, broken):
     file = tmp_path / "task.jsonl"
     file.write_text(f"{line()}\n{broken}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"task\.jsonl:2"):
+    with pytest.raises(UserError, match=r"task\.jsonl:2|line 2 of .*task\.jsonl"):
         read_task(file)
 
 
@@ -298,3 +299,29 @@ def test_missing_files_are_refused_before_any_work(tiny, tmp_path):
         evaluation_stage.check(EvaluateConfig(text="none.txt"), tiny(), Context(recipe_dir=tmp_path))
     with pytest.raises(UserError, match=r"none\.jsonl"):
         evaluation_stage.check(EvaluateConfig(tasks=["none.jsonl"]), tiny(), Context(recipe_dir=tmp_path))
+
+
+def test_task_files_are_read_literally(tmp_path):
+    file = tmp_path / "in [a]" / "t*.jsonl"
+    file.parent.mkdir()
+    rows = [
+        '{"question": "which\u2028word\x85", "choices": ["one", 0.10], "answer": 1}',
+        "",
+        '{"question": "x", "choices": ["a", "b"], "answer": "B"}',
+    ]
+    for begin, end in (("", "\n"), ("\ufeff", "\r\n")):
+        file.write_bytes((begin + end.join(rows)).encode())
+        found = read_task(file)
+        assert [(q.question, q.choices, q.answer) for q in found if isinstance(q, Question)] == [
+            ("which\u2028word\x85", ["one", "0.10"], 1),
+            ("x", ["a", "b"], 1),
+        ]
+    file.write_text('{"prompt": "how much", "answer": 1.50}')
+    (exercise,) = read_task(file)
+    assert isinstance(exercise, Exercise) and exercise.answer == "1.50"
+    file.write_bytes('{"prompt": "x", "answer": "y"}'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"line 1 of .*t\*\.jsonl is not UTF-8 text: its byte order mark says UTF-16"):
+        read_task(file)
+    file.write_text(r'{"prompt": "bad \ud83d", "answer": "y"}')
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        read_task(file)

@@ -109,7 +109,7 @@ def vocabularies(tmp_path_factory):
     def make(name: str) -> Vocabulary:
         file = VOCABS / f"ggml-vocab-{name}.gguf"
         if not file.is_file():
-            pytest.fail(f"{file.name} is not there; run `python tests/fetch_vocabs.py`", pytrace=False)
+            pytest.fail(f"{file.name} is not there; run `python tests/fetch_llamacpp.py`", pytrace=False)
         original = read_metadata(file)
         folder = root / name
         folder.mkdir()

@@ -185,3 +185,20 @@ def test_lm_eval_leaves_logging_as_it_was(home, model):
     before = logging.getLogger().level
     suite(home, model[2], "my_choice")
     assert logging.getLogger().level == before
+
+
+def test_folders_and_data_files_may_have_any_name(tmp_path, model):
+    _, torch_model, tokenizer = model
+    folder = tmp_path / "in [a] *?" / "tasks [t]"
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows()[:5])
+    for name, file in (("one", "q[1].jsonl"), ("two", "q*.jsonl"), ("plain", "plain.jsonl")):
+        (folder / file).write_text(text if file != "q*.jsonl" else text * 2, encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(TASK.format(name=f"my_{name}", data=json.dumps(file)) + CHOICE)
+    config = EvaluateConfig.model_validate(
+        {"tasks": ["my_one", "my_two", "my_plain"], "harness": {"folder": "tasks [t]"}}
+    )
+    found = Suite(config, Context(seed=7, recipe_dir=folder.parent), tokenizer).run(
+        "base", TorchPlayer(torch_model, tokenizer)
+    )
+    assert [found[name].n for name in ("my_one", "my_two", "my_plain")] == [5, 10, 5]

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ...data.config import Columns
 from ...stage import Section
 
-FORMAT = 3
+FORMAT = 4
 LONGEST = 10240  # tokens per row, as published
 SPREAD = 8  # the shortest made row is so many times shorter than the longest
 

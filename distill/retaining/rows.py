@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...data.chat import Encoded, encode_row
-from ...data.readers import Source, read_records
+from ...data.drafts import reasons
+from ...data.readers import Record, Source, read_records
 from ...data.rows import Messages, Row, Split, read_rows
+from ...data.spans import TemplateError
 from ...errors import UserError
 from ...stage import Context
 from .config import SPREAD, LongRows
@@ -225,11 +228,11 @@ def _document(tokenizer: Any, row: Row) -> Document:
     question = answer = ""
     if row.messages is None:
         text = (row.text or "").strip()
-    elif [turn["role"] for turn in turns] == ["user", "assistant"]:
-        question, answer = (turn["content"].strip() for turn in turns)
+    elif [turn["role"] for turn in turns] == ["user", "assistant"] and all(turn["content"] for turn in turns):
+        question, answer = ((turn["content"] or "").strip() for turn in turns)
         text = f"Question: {question}\nAnswer: {answer}"
     else:
-        text = "\n".join(turn["content"].strip() for turn in turns)
+        text = "\n".join((turn["content"] or "").strip() for turn in turns)
     tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return Document(text, tokens, question, answer, row.cut)
 
@@ -250,6 +253,17 @@ def made_rows(tokenizer: Any, folder: Path, length: int, count: int, heldout: in
     return Rows(train.row, count, [held.row(number) for number in range(heldout)])
 
 
+def _users_row(tokenizer: Any, record: Record) -> tuple[LongRow | None, str, str]:
+    """The row, or why there is none."""
+    if record.messages is None:
+        return None, record.dropped or "no_answer", record.detail
+    try:
+        encoded = encode_row(tokenizer, Row(record.number, "train", record.messages, tools=record.tools))
+    except TemplateError as error:
+        return None, error.reason, f"{record.place}: {error}"
+    return last_answer(encoded), "no_answer", ""
+
+
 def users_rows(
     tokenizer: Any, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
 ) -> Rows:
@@ -258,21 +272,28 @@ def users_rows(
     source = Source(config, context, "retain.dataset")
     found: list[LongRow] = []
     longer = 0
+    dropped: Counter[str] = Counter()
+    first = ""
     for record in read_records(source, cache, shuffle=f"retain rows {context.seed}"):
-        if record.messages is None:
+        row, reason, detail = _users_row(tokenizer, record)
+        if row is None:
+            dropped[reason] += 1
+            first = first or f"{reason}: {detail or record.place}"
             continue
-        row = last_answer(encode_row(tokenizer, Row(record.number, "train", record.messages)))
-        if row is None or len(row.ids) > length:
-            longer += row is not None
+        if len(row.ids) > length:
+            longer += 1
             continue
         found.append(row)
         if len(found) == heldout + wanted:
             break
     if len(found) <= heldout:
+        more = f", {reasons(dropped)}; the first: {first}" if first else ""
         raise UserError(
             f"retain.dataset: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
-            f"longer); {heldout} are held out (retain.heldout), and at least one more is needed"
+            f"longer{more}); {heldout} are held out (retain.heldout), and at least one more is needed"
         )
+    if dropped:
+        context.progress.note(f"rows of {config.title} that cannot be used: {reasons(dropped)}; the first: {first}")
     if longer:
         context.progress.note(f"{longer} rows of more than {length} tokens are left out")
     train = found[heldout:]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import json_lines
 from .schema import Report, StageEntry
 
 SAMPLES = 3
@@ -83,7 +84,7 @@ def _lines(folders: dict[str, Path], stage: str, name: str) -> list[dict[str, An
     file = folders[stage] / name if stage in folders else None
     if file is None or not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return [record for _, record in json_lines(file)]
 
 
 def _samples(folder: Path | None) -> list[list[dict[str, str]]]:
@@ -91,5 +92,13 @@ def _samples(folder: Path | None) -> list[list[dict[str, str]]]:
         return []
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(folder / "rows.parquet", columns=["messages", "text"]).slice(0, SAMPLES).to_pylist()
-    return [row["messages"] or [{"role": "text", "content": row["text"] or ""}] for row in rows]
+    with (folder / "rows.parquet").open("rb") as file:
+        rows = pq.read_table(file, columns=["messages", "text"]).slice(0, SAMPLES).to_pylist()
+    return [_turns(row["messages"]) or [{"role": "text", "content": row["text"] or ""}] for row in rows]
+
+
+def _turns(messages: list[dict[str, Any]] | None) -> list[dict[str, str]]:
+    """What is shown of a conversation: beside what is said also the thoughts and calls, as they are stored."""
+    shown = [[m["content"], m.get("more")] for m in messages or []]
+    texts = ["\n".join(part for part in parts if part) for parts in shown]
+    return [{"role": m["role"], "content": text} for m, text in zip(messages or [], texts, strict=True)]

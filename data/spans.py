@@ -1,0 +1,193 @@
+"""Where the assistant's own words stand in what a chat template makes of a conversation.
+
+A template is only ever rendered, never taken apart, so that any template works. Where a turn's words stand is found by
+rendering once more with other words in their place: what the two texts have in common before and after is not the
+turn's own. What a template writes into a turn of itself, such as an empty block of reasoning, is thereby not its own,
+and templates may write an earlier turn differently from a last one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import UserError
+from .rows import Message, Messages
+
+Render = Callable[..., str]  # (messages, answer=False)
+# Characters that stand in for words. One that the text has nowhere begins and ends the words put in their place.
+CLOSED = "</think>"
+_STRANGERS = "ꙮꙭꚙꚗꚕꚓꚑ"
+
+
+class TemplateError(UserError):
+    """A row that the chat template cannot express; `reason` is what it is counted as."""
+
+    def __init__(self, message: str, reason: str = "template"):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters of a text."""
+
+    begin: int  # of what is learned
+    end: int  # of the turn's own words
+    limit: int  # of what belongs to the turn
+    spaces: bool = False  # whether `begin` is that of the words, and spaces before them may be part of a first token
+
+
+def answer_span(render: Render, messages: Messages, number: int, text: str) -> Span:
+    """Where assistant turn `number` stands in `text`, which is the whole conversation as the template writes it.
+
+    Raises `TemplateError` where the template does not write its words as they are.
+    """
+    if number == 0:
+        raise TemplateError("a conversation starts with the assistant; it has to start with a user or system message")
+    last = number == len(messages) - 1
+    turn = text if last else render(messages[: number + 1])
+    alone = _own(render, messages[: number + 1], number, turn)
+    own = alone if last else _in_whole(render, messages, number, text, turn, alone)
+    if own is not None and not all(name in text[slice(*own)] for name in called(messages[number])):
+        raise TemplateError(leaves_out(messages), "tool_call")
+    if own is None or not _written(messages[number], text[slice(*own)]):
+        said = (messages[number]["content"] or "").strip() or f"the call of {' and '.join(called(messages[number]))}"
+        raise TemplateError(
+            "the model's chat template rewrites the assistant's words "
+            f"({said[:60]!r} is not in what it makes of them), so they cannot be learned as they stand"
+        )
+    begin, end = own
+    assert alone is not None
+    limit = end + common(text[end:], turn[alone[1] :])
+    end = begin + len(text[begin:end].rstrip())
+    begin = _with_opening(messages[number], text, begin, end)
+    header = _header(render, messages, number, text, begin)
+    reasoning = _squeezed(messages[number].get("reasoning_content") or "")
+    thinks = reasoning and reasoning in _squeezed(text[begin:end])  # and then its marks are the assistant's, too
+    if header is not None and (thinks or not text[header:begin].strip()):
+        return Span(header, end, limit)
+    return Span(begin + len(text[begin:end]) - len(text[begin:end].lstrip()), end, limit, spaces=True)
+
+
+def _own(render: Render, messages: Messages, number: int, text: str) -> tuple[int, int] | None:
+    """Begin and end of turn `number`'s own words in `text`: what changes with them. None where nothing can be put in
+    their place."""
+    stranger = next((c for c in _STRANGERS if c not in text), None)
+    if stranger is None:
+        return None
+    said, thought = messages[number]["content"] or "", messages[number].get("reasoning_content")
+    words = stranger * 3
+    # Where it thinks, so do the words in its place, so that what a template writes around thoughts is in both texts.
+    other: Message = {"role": "assistant", "content": f"<think>{words}</think>{words}" if CLOSED in said else words}
+    if thought:
+        other["reasoning_content"] = words
+    try:
+        changed = render([*messages[:number], other, *messages[number + 1 :]])
+    except TemplateError:
+        return None
+    if stranger not in changed:
+        return None
+    begin = common(text, changed)
+    if messages[number].get("tool_calls"):  # where words before the calls would stand
+        try:
+            spoken = render([*messages[:number], messages[number] | {"content": words}, *messages[number + 1 :]])
+            begin = min(begin, common(text, spoken)) if stranger in spoken and not said.strip() else begin
+        except TemplateError:
+            pass
+    return begin, max(begin, len(text) - common(text[::-1], changed[::-1]))
+
+
+def _in_whole(
+    render: Render, messages: Messages, number: int, text: str, turn: str, alone: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The own words of a turn that others follow, in the whole text.
+
+    Without its calls the turns after it may be written differently, or refused: what was found must be in the turn as
+    it is written when it is the last; else it is looked for as it stands there.
+    """
+    if alone is None:
+        return None
+    found = _own(render, messages, number, text)
+    if found is not None and text[slice(*found)].strip() and text[slice(*found)].strip() in turn[: alone[1]]:
+        return found
+    words = turn[slice(*alone)].strip()
+    after = common(text, render(messages[:number]))
+    begin = text.find(words, after)
+    return (begin, begin + len(words)) if words and begin >= 0 else None
+
+
+def _written(message: Message, own: str) -> bool:
+    """Whether all that is said stands in the turn's own words; reasoning, an earlier turn's in a template's eyes, need
+    not."""
+    said = (message["content"] or "").strip()
+    return any(answer in own for answer in (said, said.rpartition(CLOSED)[2].strip()))
+
+
+def leaves_out(messages: Messages) -> str:
+    """What is said where a template does not write calls."""
+    names = ", ".join(dict.fromkeys(name for message in messages for name in called(message)))
+    return f"the model's chat template leaves out calls of tools ({names})"
+
+
+def called(message: Message) -> list[str]:
+    """Names of the functions that a turn calls."""
+    return [call["function"]["name"] for call in message.get("tool_calls") or []]
+
+
+def _header(render: Render, messages: Messages, number: int, text: str, begin: int) -> int | None:
+    """Where the header of turn `number` ends: at what the model is shown before it answers. None where the template
+    writes the conversation before it otherwise, so that this cannot be told."""
+    try:
+        shown = render(messages[:number], answer=True)
+        end = min(common(text, shown), begin)
+        known = end in (len(shown), begin) or text.startswith(render(messages[:number]))
+    except TemplateError:  # it takes no conversation without an answer
+        return None
+    return end if known else None
+
+
+def _with_opening(message: Message, text: str, begin: int, end: int) -> int:
+    """Where a turn's words begin, with the mark before a thought that is part of the content."""
+    content = _squeezed(message["content"] or "")
+    place = content.find(_squeezed(text[begin:end]))
+    opening = content[:place] if CLOSED in content and place > 0 else ""
+    found = begin
+    for character in reversed(opening):
+        found = len(text[:found].rstrip()) - 1
+        if found < 0 or text[found] != character:
+            return begin
+    return found
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] == b[:low], a[:high] != b[:high]
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+def unwritten(render: Render, messages: Messages) -> str:
+    """What of a conversation's other turns the template leaves out, as a message; empty if nothing."""
+    text = _squeezed(render(messages))
+    for number, message in enumerate(messages, 1):
+        said = message["content"] or ""
+        if message["role"] != "assistant" and not any(_squeezed(form) in text for form in _forms(said)):
+            return (
+                f"the model's chat template leaves out message {number}, of the role {message['role']}: {said[:60]!r}"
+            )
+    return ""
+
+
+def _forms(said: str) -> list[str]:
+    """A text as it is, and as a JSON string has it."""
+    return [said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]]

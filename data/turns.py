@@ -1,0 +1,227 @@
+"""Conversations in the shapes people have them, made into one.
+
+A message is {role, content}, with tool_calls, tool_call_id, name, reasoning_content where there are any. Roles are
+system, user, assistant and tool; content is a text, or None beside tool calls. `arguments` of a call are an object, as
+the templates of Hugging Face's models expect them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import date, time
+from decimal import Decimal
+from typing import Any
+
+from ..files import parse, plain
+from .rows import Message, Messages
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
+}
+TEXTS = ("text", "input_text", "output_text")  # types of parts that are text
+UNICODE = "not_unicode"
+
+
+class Unusable(Exception):
+    """Why a row cannot be used: a short reason that is counted, and what was found where."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(detail or reason)
+        self.reason, self.detail = reason, detail
+
+
+def literal(value: Any) -> str | None:
+    """The text that says exactly what a value is; None for lists, objects and what else is no single value."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    return None
+
+
+def conversation(value: Any, *, pads: bool = False) -> Messages:
+    """The messages of a conversation: a list of {role, content} or {from, value}, or that list as JSON.
+
+    With `pads`, None in a nested object is what Arrow put where a key was missing, and is left out. An empty list where
+    there is nothing. Raises `Unusable`.
+    """
+    if isinstance(value, str) and value.strip():
+        value = _json(value, "messages", "is a text and no list of messages; a column of texts is read with text")
+    if value is None or value in ("", [], {}) or isinstance(value, str):
+        return []
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        value = _transposed(value)  # how `datasets` has a sequence of objects
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Unusable("messages", "has to hold a list of {role, content}")
+    if pads:
+        value = [without_none(message) for message in value]
+    return [_message(message) for message in value]
+
+
+def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
+    """The tools of a row, a list of objects or that list as JSON; None where there are none. Raises `Unusable`."""
+    if isinstance(value, str):
+        value = _json(value, "tools", "is no JSON") if value.strip() else None
+    if isinstance(value, dict):
+        value = [value]
+    if not value:
+        return None
+    found = [_json(tool, "tools", "is no JSON") if isinstance(tool, str) else tool for tool in value]
+    if not all(isinstance(tool, dict) for tool in found):
+        raise Unusable("tools", "has to hold definitions of tools, a list of objects")
+    return [plain(without_none(tool) if pads else tool) for tool in found]
+
+
+def words(message: Message) -> Iterator[str]:
+    """All texts of a message: what is said, thought, and written into calls."""
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            yield message[key]
+    yield from strings(message.get("tool_calls") or [])
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value; keys are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether all strings of a JSON value, its keys among them, are text: half a surrogate pair is none."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_none(value: Any) -> Any:
+    """A nested value without the keys that hold None."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _json(text: str, reason: str, wrong: str) -> Any:
+    try:
+        return parse(text, literal=True)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(reason, f"{wrong} ({error})") from error
+
+
+def _transposed(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    if len({len(column) for column in columns.values()}) > 1:
+        raise Unusable("messages", "has to hold a list of {role, content}")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _message(given: dict[str, Any]) -> Message:
+    role_key = next((key for key in ("role", "from") if key in given), None)
+    content_key = next((key for key in ("content", "value") if key in given), None)
+    calls = _calls(given)
+    if role_key is None or (content_key is None and calls is None):
+        raise Unusable("messages", f"has to hold a list of {{role, content}}, and a message has {', '.join(given)}")
+    said = str(given[role_key])
+    role = ROLES.get(said.strip().casefold())
+    if role is None:
+        raise Unusable(f"role {said[:40]!r}", f"has the role {said[:40]!r}; roles are {', '.join(sorted(ROLES))}")
+    content, reasoning = _content(given.get(content_key or ""), role)
+    if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the call itself is what is said
+        calls, content = [_call(_json(content or "", "tool_call", "has a function call that is no JSON"))], None
+    found: Message = {"role": role, "content": content}
+    reasoning = reasoning or given.get("reasoning_content") or given.get("reasoning")
+    if role == "assistant" and isinstance(reasoning, str) and reasoning.strip():
+        found["reasoning_content"] = reasoning
+    if calls is not None:
+        found["tool_calls"] = calls
+        found["content"] = content or None
+    for key in ("tool_call_id", "name"):
+        if isinstance(given.get(key), str) and given[key]:
+            found[key] = given[key]
+    if role == "assistant" and (str(given.get("weight")) in ("0", "0.0") or given.get("train") is False):
+        found["weight"] = 0  # OpenAI's way to say that an answer is context
+    return found
+
+
+def _content(value: Any, role: str) -> tuple[str | None, str]:
+    """What a message says, and what it thinks; raises `Unusable` for parts that are not text."""
+    if value is None:
+        return None, ""
+    if isinstance(value, list):
+        pieces = [_part(part) for part in value]
+        return "".join(said for said, _ in pieces), "".join(thought for _, thought in pieces)
+    text = literal(value)
+    if text is None and role == "tool":  # a result as it came
+        return json.dumps(plain(value), ensure_ascii=False), ""
+    if text is None:
+        said, thought = _part(value)
+        return said, thought
+    return text, ""
+
+
+def _part(part: Any) -> tuple[str, str]:
+    """The text of a part, or its thought."""
+    if isinstance(part, str):
+        return part, ""
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if (kind is None or kind in TEXTS) and isinstance(part.get("text"), str):
+            return part["text"], ""
+        if kind == "thinking":
+            thought = part.get("thinking")
+            if isinstance(thought, list):
+                thought = "".join(_part(each)[0] for each in thought)
+            if isinstance(thought, str):
+                return "", thought
+        if isinstance(kind, str):
+            raise Unusable(f"{kind[:40]} part", f"has a part of the type {kind[:40]!r}; only text is read")
+    raise Unusable("part", "has a part of a message that is no text")
+
+
+def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
+    value = given.get("tool_calls")
+    if value is None and given.get("function_call"):  # OpenAI's former way
+        value = [given["function_call"]]
+    if isinstance(value, str):
+        value = _json(value, "tool_call", "has tool_calls that are no JSON") if value.strip() else None
+    if not value:
+        return None
+    return [_call(call) for call in (value if isinstance(value, list) else [value])]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A call in OpenAI's shape, its arguments as an object."""
+    if isinstance(call, str):
+        call = _json(call, "tool_call", "has a tool call that is no JSON")
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise Unusable("tool_call", "has a tool call without a function's name")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = (
+            _json(arguments, "tool_call", "has a tool call whose arguments are no JSON") if arguments.strip() else {}
+        )
+    if not isinstance(arguments, dict | None):
+        raise Unusable("tool_call", "has a tool call whose arguments are no object")
+    found: dict[str, Any] = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return found | {"type": "function", "function": {"name": function["name"], "arguments": plain(arguments or {})}}
