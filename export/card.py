@@ -7,7 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..runtime.bundle import ArtifactEntry, Manifest
+from .ends import end_tokens, read_vocabulary
 
 
 def write_card(bundle: Path, manifest: Manifest) -> None:
@@ -37,12 +39,16 @@ def write_card(bundle: Path, manifest: Manifest) -> None:
         base_blocks=manifest.provenance.get("base_blocks", len(manifest.kept_blocks)),
         recovered=bool({"distill", "sort"} & manifest.provenance.get("stages", {}).keys()),
         kept=ranges(manifest.kept_blocks),
-        optimum=bool(onnx) and optimum_runs(json.loads((bundle / "config.json").read_text(encoding="utf-8"))),
+        optimum=bool(onnx) and optimum_runs(read_json(bundle / "config.json")),
     )
     (bundle / "README.md").write_text(text, encoding="utf-8")
     if gguf:
         file = single(gguf[0]) if several else gguf[0].path
-        (bundle / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
+        words = {number: token for token, number in read_vocabulary(bundle).items()}
+        # Ollama ends at texts: those of the tokens that end one everywhere else.
+        ends = [words[number] for number in end_tokens(bundle) if number in words]
+        lines = [f"FROM ./{file}", *(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in ends)]
+        (bundle / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def optimum_runs(config: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
+from ..runtime.engine import Window
 from ..stage import Context, Inputs, check_deepest, give_back_memory, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
@@ -26,7 +27,7 @@ from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
 from .retaining import write_heads
-from .verify import Reference, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
+from .verify import Reference, by_length, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
 
 SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint does
 # Bits per weight: upper estimates, for the check of free disk.
@@ -241,7 +242,9 @@ class Job:
         for depth in self.depths:
             with without_blocks(model, range(depth, self.depths[-1])):
                 reference = torch_reference(model, windows, heads)
-                far = far_windows(tokenizer, model.config, context, count_parameters(self.checkpoint, depth))
+                far: list[Window] = []
+                if form == "gguf" or by_length(model.config):  # else ONNX takes the positions of a text with a gap
+                    far = far_windows(tokenizer, model.config, context, count_parameters(self.checkpoint, depth))
                 gapped = gapped_reference(model, tokenizer, longest) if form == "onnx" else None
                 found[depth] = replace(reference, far=torch_reference(model, far) if far else None, gapped=gapped)
         return found

@@ -118,6 +118,11 @@ def original_context(config: Any) -> int | None:
     return int(original or longest / scaled.get("factor", 1.0))
 
 
+def by_length(config: Any) -> bool:
+    """Whether rotary frequencies go by the length of the text."""
+    return any(rope.get("rope_type") in ("longrope", "su") for rope in rope_kinds(config))
+
+
 def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[Window]:
     """A text that goes on `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
     none where rotary positions are not scaled, or where running it would take too long."""
@@ -141,8 +146,7 @@ def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
     not scaled, or scaled by the length of the text (longrope)."""
     decoder = Decoder(model)
     original = original_context(decoder.config)
-    kinds = {rope.get("rope_type") for rope in rope_kinds(decoder.config)}
-    if original is None or kinds & {"longrope", "su"} or context < 4 * FAR_TOKENS:
+    if original is None or by_length(decoder.config) or context < 4 * FAR_TOKENS:
         return None
     ids = _repeated(tokenizer, 2 * FAR_TOKENS)
     start = max(min(original, context - FAR_TOKENS), FAR_TOKENS)
@@ -251,11 +255,28 @@ def check_graph(form: str, kind: str, engine: Engine, reference: Reference) -> f
 
 def check_gapped(kind: str, engine: OnnxEngine, gapped: Gapped) -> float:
     """As `check_graph`, for an ONNX graph and a text of which one half stands far behind the other."""
-    window = gapped.window
-    logits, _ = engine.logits(window.ids, positions=gapped.position_ids)
-    scores = distributions(logits[[p - 1 for p in window.positions]], window.ids, window.positions)
-    found = float(np.mean([divergence(a, b) for a, b in zip(gapped.scores, scores, strict=True)]))
-    _graph_within("onnx", kind, engine, found, f" at positions up to {gapped.position_ids[-1]}")
+    window, half = gapped.window, FAR_TOKENS
+    # A first reading counts positions itself; given ones are for what comes behind it.
+    first, past = engine.logits(window.ids[:half])
+    second, _ = engine.logits(window.ids[half:], past, gapped.position_ids[half:])
+    logits = np.concatenate([first, second])[[p - 1 for p in window.positions]]
+    return _compared(kind, engine, gapped.scores, logits, window, f" at positions up to {gapped.position_ids[-1]}")
+
+
+def check_in_one(kind: str, engine: OnnxEngine, far: Reference) -> float:
+    """As `check_graph`, for an ONNX graph whose rotary frequencies go by the length of what is read (longrope): the
+    text is read at once, since keys in a cache cannot follow."""
+    (window,), (expected,) = far.windows, far.scores
+    logits, _ = engine.logits(window.ids[:-1])
+    return _compared(kind, engine, expected, logits[[p - 1 for p in window.positions]], window, "")
+
+
+def _compared(
+    kind: str, engine: Engine, expected: Sequence[Distribution], logits: np.ndarray, window: Window, where: str
+) -> float:
+    scores = distributions(logits, window.ids, window.positions)
+    found = float(np.mean([divergence(a, b) for a, b in zip(expected, scores, strict=True)]))
+    _graph_within("onnx", kind, engine, found, where)
     return _rounded(found)
 
 

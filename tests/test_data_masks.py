@@ -1,7 +1,6 @@
 """The loss mask on the chat templates of many models, against a slow reference that knows nothing of templates: where
 the assistant's words, which stand nowhere else, are in the rendered text, character by character."""
 
-# ruff: noqa: RUF001  the bars of DeepSeek's tokens are meant
 from __future__ import annotations
 
 import re
