@@ -84,9 +84,12 @@ def write(engine: Any, prompts: list[list[int]], case: Case) -> list[Sampled]:
 def reference(base: Path, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The transformers engine's rows of every case."""
     prompts = [
-        list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
-        for text in (ASKED[i % len(ASKED)] if i < len(ASKED) else f"{ASKED[i % len(ASKED)]} ({i})"
-                     for i in range(options.rows))
+        list(
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        )
+        for text in (
+            ASKED[i % len(ASKED)] if i < len(ASKED) else f"{ASKED[i % len(ASKED)]} ({i})" for i in range(options.rows)
+        )
     ]
     engine = open_engine(TransformersEngine(), base, context(options), 1024, len(prompts))
     (plain,) = cases(tokenizer, base, [], options.max_tokens)

@@ -16,7 +16,7 @@ import torch
 from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine, VllmEngine
 from compress.data.engines import check_engine, open_engine, settle
 from compress.data.sampling import LOOP, Sampled, Sampling, choose
-from compress.data.stage import check, run
+from compress.data.stage import check, ready, run
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_model
@@ -101,6 +101,7 @@ def test_a_row_is_rewritten_by_llamacpp(base: Path, gguf: Path, tmp_path: Path) 
         }
     )
     context = Context(3, recipe_dir=tmp_path)
+    ready(config, context)
     check(config, base, context)
     metrics = run(config, Inputs(base, base), tmp_path, context)
     assert metrics["rewritten"]["asked"] == 4 and set(config.input_files()) == {"a.jsonl", str(gguf)}
@@ -162,12 +163,15 @@ def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base:
         check_engine(VllmEngine(), Context(device="cuda"))
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for ask in (lambda: check_engine(VllmEngine(), Context()), lambda: open_engine(VllmEngine(), base, Context(), 9, 1)):
+    for ask in (
+        lambda: check_engine(VllmEngine(), Context()),
+        lambda: open_engine(VllmEngine(), base, Context(), 9, 1),
+    ):
         with pytest.raises(UserError, match=rf"cannot be imported \(operator torchvision::nms.*{ways}") as error:
             ask()
         assert "\n" not in str(error.value)
     (tmp_path / "vllm.py").write_text("import a_package_that_is_not_there\n")
-    with pytest.raises(UserError, match="cannot be imported .*a_package_that_is_not_there"):
+    with pytest.raises(UserError, match=r"cannot be imported .*a_package_that_is_not_there"):
         check_engine(VllmEngine(), Context())
 
 
@@ -265,5 +269,7 @@ def test_what_vllm_says_of_a_model_it_cannot_open_is_one_line(
         raise ValueError("No available memory for the cache blocks.\nTry increasing it")
 
     monkeypatch.setattr(vllm, "LLM", fail)
-    with pytest.raises(UserError, match=r"data\.engine: vllm cannot open .*: No available memory for the cache blocks\.$"):
+    with pytest.raises(
+        UserError, match=r"data\.engine: vllm cannot open .*: No available memory for the cache blocks\.$"
+    ):
         open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)

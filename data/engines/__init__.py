@@ -49,8 +49,8 @@ def check_engine(config: EngineConfig, context: Context) -> None:
         check_platform(context.device)
         if config.gpus > 1 and context.world > 1:
             raise UserError(
-                f"data.engine.gpus is {config.gpus} and the run has {context.world} processes, each with a model of its "
-                "own; run this stage in one process (--until data), or write gpus: 1"
+                f"data.engine.gpus is {config.gpus} and the run has {context.world} processes, each with a model of "
+                "its own; run this stage in one process (--until data), or write gpus: 1"
             )
 
 

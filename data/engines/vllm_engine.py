@@ -149,7 +149,7 @@ def cache_bytes(base: Path, dtype: str, length: int, rows: int) -> int:
 
 @contextmanager
 def on_device(device: str, count: int) -> Iterator[None]:
-    """vLLM takes the first of the GPUs it sees: the processes begun in here see `count` of them from the run's own on."""
+    """vLLM takes the first GPUs it sees: processes begun in here see `count` of them, from the run's own on."""
     _, _, number = device.partition("cuda:")
     if not number:
         yield
