@@ -128,7 +128,7 @@ class VllmEngine(Section):
     """vLLM, on a GPU or, where the build for CPUs is installed, on a CPU; an optional package."""
 
     kind: Literal["vllm"] = "vllm"
-    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take; no matter on a CPU")
+    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
     gpus: int = Field(default=1, ge=1, description="GPUs that hold the model together, each a part of every block")
 
 

@@ -95,24 +95,26 @@ class BaseLogProbs:
         """Fill the files from (log-probabilities (n, V), targets (n,)) in order; they appear only when whole."""
         partial = self.file.with_suffix(".partial")
         array = np.memmap(partial, dtype=np.float16, mode="w+", shape=self.shape)
-        top, target, done = np.empty(len(array), np.int64), np.empty(len(array), np.float32), 0
+        top, target, total = (np.empty(len(array), kind) for kind in (np.int64, np.float32, np.float64))
+        done = 0
         for logs, wanted in chunks:
             part = slice(done, done + len(logs))
             array[part] = logs.clamp_min(LEAST).half().cpu().numpy()
             top[part] = logs.argmax(-1).cpu().numpy()
             target[part] = logs.gather(1, wanted[:, None])[:, 0].cpu().numpy()
+            total[part] = logs.exp().sum(-1, dtype=torch.float64).cpu().numpy()
             done += len(logs)
         array.flush()
         del array
         with self.beside.open("wb") as file:
-            np.savez(file, top=top, target=target)
+            np.savez(file, top=top, target=target, total=total)
         partial.replace(self.file)
 
     def open(self) -> Base:
         """What was written, the log-probabilities mapped."""
         array = np.memmap(self.file, dtype=np.float16, mode="r", shape=self.shape)
         with np.load(self.beside) as beside:
-            return Base(array, beside["top"], beside["target"])
+            return Base(array, beside["top"], beside["target"], beside["total"])
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ class Base:
     logs: np.ndarray  # (N, V) float16
     top: np.ndarray  # (N,) its first choice
     target: np.ndarray  # (N,) float32, the log-probability of the token that follows
+    total: np.ndarray  # (N,) float64, the sum of its probabilities: 1, but for what float32 makes of it
 
     def __getitem__(self, positions: slice | int) -> np.ndarray:
-        """Log-probabilities (n, V) or (V,), float32, whose rounding leaves the sum of the probabilities at 1."""
+        """Log-probabilities (n, V) or (V,), float32; their rounding leaves the sum of the probabilities as it was."""
         logs = np.array(self.logs[positions], np.float32)
-        return logs - np.log(np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        found = np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)
+        return logs - np.log(found / self.total[positions][..., None]).astype(np.float32)
 
 
 @torch.no_grad()

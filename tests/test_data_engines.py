@@ -273,3 +273,19 @@ def test_what_vllm_says_of_a_model_it_cannot_open_is_one_line(
         UserError, match=r"data\.engine: vllm cannot open .*: No available memory for the cache blocks\.$"
     ):
         open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+
+
+def test_what_vllm_dies_of_while_it_writes_is_one_line(vllm: Any, base: Path) -> None:
+    class EngineDeadError(Exception):  # vLLM's own: no kind of RuntimeError
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise EngineDeadError("EngineCore encountered an issue.\nSee above")
+
+    engine: Any = open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+    engine.model.generate = fail
+    with pytest.raises(
+        UserError, match=r"failed while it wrote: EngineCore encountered an issue\.; mend it, or take"
+    ) as e:
+        engine.sample(PROMPTS, [1, 2, 3, 4], Sampling(5), stop={2})
+    assert "\n" not in str(e.value)

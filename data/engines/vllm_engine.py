@@ -43,9 +43,13 @@ def import_vllm() -> Any:
             f"data.engine: vllm is not installed here; install it beside compress (docs/data.md), {OTHERS}"
         ) from error
     except Exception as error:  # a build for another torch fails in ways of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.engine: vllm cannot be imported ({reason}); mend it, {OTHERS}") from error
+        raise UserError(f"data.engine: vllm cannot be imported ({_reason(error)}); mend it, {OTHERS}") from error
     return vllm
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_platform(device: str) -> None:
@@ -90,9 +94,8 @@ class Vllm:
         try:
             with on_device(context.device, config.gpus):
                 self.model: Any = self.vllm.LLM(**options)
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"data.engine: vllm cannot open {base}: {reason}") from error
+        except Exception as error:  # of whatever kind: it comes from another process
+            raise UserError(f"data.engine: vllm cannot open {base}: {_reason(error)}") from error
 
     def sample(
         self,
@@ -123,8 +126,12 @@ class Vllm:
             for seed in seeds
         ]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        try:
+            outputs = self.model.generate(asked, each, use_tqdm=False)
+        except Exception as error:  # its processes have ended, and written why
+            raise UserError(f"data.engine: vllm failed while it wrote: {_reason(error)}; mend it, {OTHERS}") from error
         found = []
-        for output in self.model.generate(asked, each, use_tqdm=False):
+        for output in outputs:
             row = settle(output.outputs[0].token_ids, stop, how.max_tokens)
             # Whether the token that ended a text is among its tokens is vLLM's choice.
             row.ended = row.ended or (output.outputs[0].finish_reason == "stop" and not row.looped)
