@@ -3,6 +3,8 @@
 A stage is a module `<area>/stage.py` with the functions below, and a module `<area>/config.py`, importable without
 torch, with its configuration class (a `Section`) and `FORMAT: int`, bumped when the meaning of its output changes.
 
+    ready(config, context) -> None                         optional; refuses what is not installed, before the model is
+                                                           fetched
     check(config, base, context) -> None                   optional; cheap refusals before any work is done
                                                            (base: the unpruned model's checkpoint folder)
     run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder

@@ -125,10 +125,11 @@ class LlamaCppEngine(Section):
 
 
 class VllmEngine(Section):
-    """vLLM on a GPU; the package is installed apart from this one."""
+    """vLLM, on a GPU or, where the build for CPUs is installed, on a CPU; an optional package."""
 
     kind: Literal["vllm"] = "vllm"
-    memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that vLLM may take")
+    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
+    gpus: int = Field(default=1, ge=1, description="GPUs that hold the model together, each a part of every block")
 
 
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(_named)]

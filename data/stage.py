@@ -30,6 +30,12 @@ STATS = "stats.json"
 EXAMPLES = "examples.json"  # rewrites beside gold
 
 
+def ready(config: DataConfig, context: Context) -> None:
+    """Refuse engines that are not installed, before the model is fetched."""
+    if isinstance(config, (DatasetConfig, DatasetsConfig)) and any(part.rewrite is not None for part in config.parts):
+        check_engine(config.engine, context)
+
+
 def check(config: DataConfig, base: Path, context: Context) -> None:
     """Refuse files that are not there, and conversations for a model without a chat template."""
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
@@ -37,8 +43,6 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
             local_file(source)
         for file in config.decontaminate.files if config.decontaminate else []:
             evaluation_file(file, context)
-        if any(part.rewrite is not None for part in config.parts):
-            check_engine(config.engine, context)
         if all(part.text is not None for part in config.parts):
             return
     if not isinstance(config, TextsConfig):

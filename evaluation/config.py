@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..stage import Section
 
-FORMAT = 3
+FORMAT = 4
 BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py
 
 

@@ -24,6 +24,7 @@ from ..runtime.engine import Distribution, Engine, Window, divergence
 from ..stage import Advance
 
 CHUNK = 128  # positions whose logits exist at once
+LEAST = -6e4  # log-probabilities of what is impossible, within half precision
 
 
 def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: int, tokens: int) -> list[Encoded]:
@@ -75,29 +76,61 @@ class Totals:
 
 
 class BaseLogProbs:
-    """The base's log-probabilities of every measured position, (N, V) float32 on disk."""
+    """What the base says at every measured position, on disk: its log-probabilities, (N, V) float16, and beside them,
+    exactly, its first choice and the log-probability of the token that follows.
+
+    Half precision takes half the room (2.1 instead of 4.2 GB for 8,192 positions of 128,256 tokens). It is good to one
+    part in 2,000 of a logarithm, and in a mean KL errors of both signs meet.
+    """
 
     def __init__(self, file: Path, positions: int, vocab: int):
         self.file, self.shape = file, (positions, vocab)
+        self.beside = file.with_suffix(".npz")
 
     @property
     def complete(self) -> bool:
-        return self.file.exists()
+        return self.file.exists() and self.beside.exists()
 
-    def write(self, chunks: Iterator[Tensor]) -> None:
-        """Fill the file from (n, V) chunks in order; it appears only when whole."""
+    def write(self, chunks: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Fill the files from (log-probabilities (n, V), targets (n,)) in order; they appear only when whole."""
         partial = self.file.with_suffix(".partial")
-        array = np.memmap(partial, dtype=np.float32, mode="w+", shape=self.shape)
+        array = np.memmap(partial, dtype=np.float16, mode="w+", shape=self.shape)
+        top, target, total = (np.empty(len(array), kind) for kind in (np.int64, np.float32, np.float64))
         done = 0
-        for chunk in chunks:
-            array[done : done + len(chunk)] = chunk.cpu().numpy()
-            done += len(chunk)
+        for logs, wanted in chunks:
+            part = slice(done, done + len(logs))
+            array[part] = logs.clamp_min(LEAST).half().cpu().numpy()
+            top[part] = logs.argmax(-1).cpu().numpy()
+            target[part] = logs.gather(1, wanted[:, None])[:, 0].cpu().numpy()
+            total[part] = logs.exp().sum(-1, dtype=torch.float64).cpu().numpy()
+            done += len(logs)
         array.flush()
         del array
+        with self.beside.open("wb") as file:
+            np.savez(file, top=top, target=target, total=total)
         partial.replace(self.file)
 
-    def open(self) -> np.ndarray:
-        return np.memmap(self.file, dtype=np.float32, mode="r", shape=self.shape)
+    def open(self) -> Base:
+        """What was written, the log-probabilities mapped."""
+        array = np.memmap(self.file, dtype=np.float16, mode="r", shape=self.shape)
+        with np.load(self.beside) as beside:
+            return Base(array, beside["top"], beside["target"], beside["total"])
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base at N measured positions."""
+
+    logs: np.ndarray  # (N, V) float16
+    top: np.ndarray  # (N,) its first choice
+    target: np.ndarray  # (N,) float32, the log-probability of the token that follows
+    total: np.ndarray  # (N,) float64, the sum of its probabilities: 1, but for what float32 makes of it
+
+    def __getitem__(self, positions: slice | int) -> np.ndarray:
+        """Log-probabilities (n, V) or (V,), float32; their rounding leaves the sum of the probabilities as it was."""
+        logs = np.array(self.logs[positions], np.float32)
+        found = np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)
+        return logs - np.log(found / self.total[positions][..., None]).astype(np.float32)
 
 
 @torch.no_grad()
@@ -122,20 +155,19 @@ def measure_model(
         totals.nll -= float(logs.gather(1, wanted[:, None]).sum(dtype=torch.float64))
         totals.tokens += len(wanted)
         if reference is not None:
-            expected = torch.from_numpy(np.array(reference[start : start + len(wanted)])).to(logs.device)
+            part = slice(start, start + len(wanted))
+            expected = torch.from_numpy(reference[part]).to(logs.device)
             totals.kl += float((expected.exp() * (expected - logs)).sum(dtype=torch.float64))
-            totals.agree += float((expected.argmax(-1) == logs.argmax(-1)).sum())
+            totals.agree += float((torch.from_numpy(reference.top[part]).to(logs.device) == logs.argmax(-1)).sum())
             totals.compared += len(wanted)
     return totals.metrics()
 
 
 def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> dict[str, float | None]:
     """The base's own figures, from what was written of it."""
-    logs, totals = base.open(), Totals()
-    for wanted in (row.input_ids[p] for row in rows for p in targets(row)):
-        totals.nll -= float(logs[totals.tokens, wanted])
-        totals.tokens += 1
-    totals.compared = totals.agree = totals.tokens  # it agrees with itself everywhere
+    known, count = base.open(), sum(len(targets(row)) for row in rows)
+    totals = Totals(nll=-float(known.target[:count].sum(dtype=np.float64)), tokens=count)
+    totals.compared = totals.agree = count  # it agrees with itself everywhere
     return totals.metrics()
 
 
@@ -151,11 +183,11 @@ def measure_engine(
     for score in (score for window in engine.score(windows, top_k, advance) for score in window):
         totals.nll -= score.target_logprob
         if reference is not None:
-            logs = np.array(reference[totals.tokens])
+            logs = reference[totals.tokens]
             tokens = np.arange(len(logs))
             expected = Distribution(score.position, score.target, float(logs[score.target]), tokens, logs, True)
             totals.kl += divergence(expected, score)
-            totals.agree += float(expected.top == score.top)
+            totals.agree += float(int(reference.top[totals.tokens]) == score.top)
             totals.compared += 1
         totals.tokens += 1
     return totals.metrics()

@@ -179,7 +179,7 @@ class Bench:
         self.rows: list[Encoded] = text_windows(self.tokenizer, text, data, config.window, config.tokens)
         positions = sum(len(targets(row)) for row in self.rows)
         self.tokens = positions
-        self.base = BaseLogProbs(work / "base.float32", positions, load_config(base).vocab_size)
+        self.base = BaseLogProbs(work / "base.float16", positions, load_config(base).vocab_size)
         self.suite = Suite(config, context, self.tokenizer)
         self.retrieval = Retrieval(config.retrieval, context, self.tokenizer) if config.retrieval else None
 
@@ -203,7 +203,7 @@ class Bench:
             with self.context.progress.bar(subject.role, total) as advance:
                 if subject.role == "base":
                     if not self.base.complete:
-                        self.base.write(logs for logs, _ in log_probs(model, self.rows, advance))
+                        self.base.write(log_probs(model, self.rows, advance))
                     language = measure_base(self.base, self.rows)
                 else:
                     language = measure_model(model, self.rows, self.base if self.base.complete else None, advance)

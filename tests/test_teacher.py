@@ -393,5 +393,5 @@ def test_the_plan_knows_what_each_teacher_takes(tmp_path: Path) -> None:
     assert small.peak - small.parts["runtime"] == pytest.approx(whole, rel=0.01)
     assert plan("distill.objective=sft", "distill.teacher=copy")["distill"].note.endswith("teacher: none")
     data = plan()["data"]
-    assert data.disk == 40000 * 1024 * (64 * 4 + 65 * 2 + 8) and data.peak > whole
+    assert data.disk == 16000 * 768 * (64 * 4 + 65 * 2 + 8) and data.peak > whole
     assert plan("data.teacher=null")["data"].disk == 0

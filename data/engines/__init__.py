@@ -44,12 +44,14 @@ def check_engine(config: EngineConfig, context: Context) -> None:
         if not path.is_file():
             raise UserError(f"data.engine.gguf: there is no file {path}; compress export BASE --gguf Q8_0 makes one")
     elif isinstance(config, VllmEngine):
-        import importlib.util
+        from .vllm_engine import check_platform
 
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError("data.engine: vllm is not installed here (pip install vllm); or take engine: transformers")
-        if not context.device.startswith("cuda"):
-            raise UserError(f"data.engine: vllm needs a GPU and the run is on {context.device}; add --device cuda")
+        check_platform(context.device)
+        if config.gpus > 1 and context.world > 1:
+            raise UserError(
+                f"data.engine.gpus is {config.gpus} and the run has {context.world} processes, each with a model of "
+                "its own; run this stage in one process (--until data), or write gpus: 1"
+            )
 
 
 def open_engine(config: EngineConfig, base: Path, context: Context, length: int, rows: int) -> Engine:
@@ -61,7 +63,7 @@ def open_engine(config: EngineConfig, base: Path, context: Context, length: int,
     if isinstance(config, VllmEngine):
         from .vllm_engine import Vllm
 
-        return Vllm(base, context, length, config.memory)
+        return Vllm(base, context, length, rows, config)
     from .torch_engine import Torch
 
     return Torch(base, context)

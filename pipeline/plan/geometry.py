@@ -57,8 +57,9 @@ class Geometry:
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return blocks * self.block_parameters + embeddings + self.hidden
 
-    def kv_bytes(self, tokens: int, size: int) -> int:
-        return 2 * self.blocks * self.kv_heads * self.head_size * tokens * size
+    def kv_bytes(self, tokens: int, size: int, blocks: int | None = None) -> int:
+        """Of keys and values of `size` bytes a number; in all blocks, unless it is said in how many."""
+        return 2 * (self.blocks if blocks is None else blocks) * self.kv_heads * self.head_size * tokens * size
 
     @property
     def qkv(self) -> int:

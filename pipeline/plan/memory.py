@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig
+from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig, VllmEngine
 from ...distill.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
 from ...distill.retaining.config import RetainConfig, head_width
 from ...distill.sorted.config import SortConfig
@@ -19,7 +19,7 @@ from ...errors import UserError
 from ...evaluation.config import EvaluateConfig
 from ...export.config import ExportConfig
 from ...merge.config import SHARD, MergeConfig
-from ...prune.config import PruneConfig
+from ...prune.config import PruneConfig, RefitHeal
 from ..report.html import megabytes
 from .geometry import Geometry
 
@@ -52,6 +52,9 @@ DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX t
 LABELLED = 128 * 1024  # queries and keys whose products exist at once where retaining heads get their labels
 SCORED_CUTS = 256  # positions whose logits exist at once where cuts are scored
 HELD_STATES = 1024  # tokens whose states around every block are kept to choose ridges by
+GGUF_BITS = 8.5  # per weight of a GGUF file that writes text, at most
+LLAMACPP_ROWS, VLLM_ROWS = 8, 256  # that are written at once, at most
+VLLM_OTHER = 1.5e9  # assumed: what vLLM holds on a GPU beside weights and cache
 SCORED = 128  # positions whose logits exist at once in an evaluation
 ANSWERS, PROMPT = 16, 128  # prompts answered at once in an evaluation, and what a built-in one is long
 
@@ -68,6 +71,10 @@ class Setting:
     recovered: bool = False  # whether a distill stage comes before
     shards: int = 1  # processes that full tuning is spread over; memory is that of one
     sorted: tuple[int, ...] = ()  # depths that a sort stage trains for
+    room: int | None = None  # bytes of memory that there are, if that is known
+    measured: tuple[int, ...] = ()  # blocks of each checkpoint that an evaluation measures
+    artifacts: tuple[tuple[str, int], ...] = ()  # type and blocks of each exported file
+    variants: int = 1  # students, to be merged
 
     @property
     def size(self) -> int:
@@ -93,11 +100,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One stage: its parts at the worst moment, what it writes, and a word on it."""
+    """One stage: its parts at the worst moment, what it leaves and what it writes meanwhile, and a word on it."""
 
     parts: Parts
     disk: int = 0
     note: str = ""
+    scratch: int = 0  # bytes on disk while it works
+    host: int = 0  # of a stage on a GPU: bytes of the machine's own memory
 
     @property
     def peak(self) -> int:
@@ -124,16 +133,16 @@ def stage_memory(stage: str, section: Any, setting: Setting) -> StageMemory:
 def data_memory(config: Any, at: Setting) -> StageMemory:
     """Rows written by the unpruned model: its weights, and the cache of a whole batch; then what it says of them."""
     shape, runtime = at.shape, {"runtime": at.runtime("data")}
-    chat = isinstance(config, MagpieConfig)
+    chat, host = isinstance(config, MagpieConfig), 0
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        writing, note = _rewriting(config, at)
+        writing, note, host = _rewriting(config, at)
         targets = config.length  # at most
     else:
         targets = config.max_tokens if chat else config.tokens
         longest = TEMPLATE + config.max_prompt_tokens + config.max_tokens if chat else config.tokens
         writing, note = {"weights": at.whole} | _sampling(at, config.batch, longest), f"{config.batch} rows at once"
     if config.teacher is None:
-        return StageMemory(worst(runtime | writing), 0, note)
+        return StageMemory(worst(runtime | writing), 0, note, host=host)
     k = min(config.teacher.top_k, shape.vocab)
     per_target = k * (2 if shape.vocab <= 1 << 16 else 4) + (k + 1) * 2 + 8  # data/teacher_cache.py
     looking = runtime | {
@@ -142,7 +151,8 @@ def data_memory(config: Any, at: Setting) -> StageMemory:
         "logits": 256 * shape.vocab * 4 * 3,
     }
     note += f"; teacher: {per_target} bytes per learned token"
-    return StageMemory(worst(runtime | writing, looking), (config.rows or 0) * targets * per_target, note)
+    disk = (config.rows or 0) * targets * per_target
+    return StageMemory(worst(runtime | writing, looking), disk, note, host=host)
 
 
 def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> Parts:
@@ -151,39 +161,62 @@ def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> P
     return {"kv": kv, "logits": rows * at.shape.vocab * (4 + 4 + 8)}
 
 
-def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Parts, str]:
+def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Parts, str, int]:
+    """Parts on the device, a word, and the machine's own memory."""
     note = "rows of a data set" if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets"
     kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
     if not kinds:
-        return {}, note
+        return {}, note, 0
     # The prompt has the row in it, and what is asked.
     tokens = config.length + 128 + max(kind.max_tokens for kind in kinds)
-    note += f", {config.batch} rewritten at once by {config.engine.kind}"
-    if isinstance(config.engine, LlamaCppEngine):  # at most 8 bits per weight, and a cache in float16
-        return {"weights": at.whole // at.size} | _sampling(at, config.batch, tokens, 2), note
-    return {"weights": at.whole} | _sampling(at, config.batch, tokens), note
+    engine = config.engine
+    if isinstance(engine, VllmEngine):
+        gpus = f" on {engine.gpus} GPUs" if engine.gpus > 1 else ""
+        return _vllm(config, engine, at, tokens), f"{note}, rewritten by vllm{gpus}", 0
+    note += f", {config.batch} rewritten at once by {engine.kind}"
+    if isinstance(engine, LlamaCppEngine):  # at most 8 bits per weight, and a cache in float16; beside a GPU
+        rows = min(config.batch, LLAMACPP_ROWS)
+        held = {"weights": int(at.shape.parameters(at.shape.blocks) * GGUF_BITS / 8)} | _sampling(at, rows, tokens, 2)
+        return ({}, note, sum(held.values())) if at.cuda else (held, note, 0)
+    return {"weights": at.whole} | _sampling(at, config.batch, tokens), note, 0
+
+
+def _vllm(config: DatasetConfig | DatasetsConfig, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
+    """Of one GPU: its part of the weights, and a cache that fills the share that vLLM may take; at the least it must
+    hold one row. On a CPU the cache is as large as the rows need."""
+    shape, weights = at.shape, at.whole // engine.gpus
+    if not at.cuda:
+        return {"weights": at.whole, "kv": shape.kv_bytes(min(config.batch, VLLM_ROWS) * (tokens + 128), at.size)}
+    other, row = int(VLLM_OTHER), shape.kv_bytes(tokens, at.size) // engine.gpus
+    share = engine.memory * (at.room if at.room is not None else 0)
+    kv = int(share) - weights - other - at.runtime("data")
+    if kv < row and at.room is not None:  # then what there would have to be, for the share to be enough
+        kv = int((weights + other + row + at.runtime("data")) / engine.memory) - weights - other - at.runtime("data")
+    return {"weights": weights, "kv": max(kv, row), "other": other}
 
 
 def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
     """One batch's hidden states between all blocks, and the sums of the least-squares fit."""
     shape = at.shape
     tokens = config.calibration.batch * config.calibration.length
-    inner = shape.intermediate if config.heal.kind == "refit" else shape.hidden
-    sums = 4 * inner * (inner + 2 * shape.hidden) * 8  # fitted, held out, both, and the solution's own copies
+    inner = shape.intermediate if isinstance(config.heal, RefitHeal) else shape.hidden
+    one = inner * (inner + 2 * shape.hidden) * 8  # the sums of the rows that are fitted, or held out
+    sums = 0 if config.heal.kind == "none" else 4 * one  # both, and the solution's own copies
     note = f"{at.kept} of {shape.blocks} blocks stay"
     if config.blocks == "auto" and at.kept == shape.blocks:
         note = "as many blocks go as the goal allows"
     states = (shape.blocks + 1) * tokens * shape.hidden * at.size
-    parts = {
-        "runtime": at.runtime("prune"),
-        "weights": at.whole,
-        "activations": states + tokens * shape.state * at.size,
-        "other": sums,
-    }
-    searching = dict(parts)
+    holding = {"runtime": at.runtime("prune"), "weights": at.whole}
+    scanning = holding | {"activations": states + tokens * shape.state * at.size}
+    host = 0
+    if at.cuda:  # solved in the machine's own memory; here the sums, and the matrix before
+        healing = holding | {"activations": tokens * (4 * shape.hidden + shape.state) * at.size}
+        healing["other"], host = (sums // 2 + inner * shape.hidden * 8 if sums else 0), sums
+    else:
+        healing = scanning | {"other": sums}
+    searching = dict(scanning)
     if config.splits:
         searching["logits"] = SCORED_CUTS * shape.vocab * 4 * 4  # and their logarithms, probabilities, and the products
-        searching["other"] = 0
     if config.splits and config.scores_healed:  # prune/moments.py
         longest = shape.blocks // 2 if config.blocks == "auto" else config.blocks
         square = shape.blocks * shape.hidden**2 * 4
@@ -192,9 +225,9 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
         kept = statistics + held  # until the blocks are chosen
         searching["other"] = kept + max(2 * states, longest * square // 2)  # one batch's states; the maps tried out
         if config.blocks == "auto":  # heals cuts while it chooses
-            parts["other"] += kept
+            healing["other"] += kept
         note += f"; statistics of all gaps {megabytes(statistics)}"
-    return StageMemory(worst(parts, searching), at.small, note)
+    return StageMemory(worst(scanning, searching, healing), at.small, note, host=host)
 
 
 def training_memory(config: TrainingConfig, at: Setting) -> StageMemory:
@@ -292,9 +325,8 @@ def retain_memory(config: RetainConfig, at: Setting) -> StageMemory:
         "other": kept,
     }
     note = f"heads, {heads / 1e6:.1f} M trained; rows of up to {tokens} tokens"
-    note += f"; up to {megabytes(kept * at.kept)} of scratch disk"
     # The model beside them is the one before, by links.
-    return StageMemory(worst(reading, learning), heads * 4, note)
+    return StageMemory(worst(reading, learning), heads * 4, note, kept * at.kept)
 
 
 def head_parameters(config: RetainConfig, at: Setting) -> tuple[int, int]:
@@ -337,16 +369,23 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
     if less:  # each depth's distributions on the probe text
         reference["logits"] = (len(less) + 1) * config.verify.tokens * at.shape.vocab * 4
     moments = [reference]
+    building = {"runtime": int(2 * RUNTIME["export"]), "weights": small * 4}
     if config.onnx and not at.cuda:
-        moments.append({"runtime": 2 * at.runtime("export"), "weights": small * 4})
-    return StageMemory(worst(*moments), disk, note)
+        moments.append(building)
+    host = sum(building.values()) if config.onnx and at.cuda else 0
+    # The float32 graph that the others are made from.
+    return StageMemory(worst(*moments), disk, note, 4 * small if config.onnx else 0, host)
+
+
+def measured_tokens(config: EvaluateConfig, at: Setting) -> int:
+    """Tokens that an evaluation measures on."""
+    return config.tokens if config.text or at.heldout is None else min(config.tokens, at.heldout)
 
 
 def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     """The unpruned model, and its log-probabilities of every position in a mapped file."""
     shape = at.shape
-    tokens = config.tokens if config.text or at.heldout is None else min(config.tokens, at.heldout)
-    scratch = tokens * shape.vocab * 4
+    scratch = measured_tokens(config, at) * shape.vocab * 2
     parts = {
         "runtime": at.runtime("evaluate"),
         "weights": at.whole,
@@ -360,7 +399,13 @@ def evaluate_memory(config: EvaluateConfig, at: Setting) -> StageMemory:
     reading = dict(parts)
     if config.retrieval:  # the full cache, a copy for each question about one text, and one of that to write on
         reading["kv"] = shape.kv_bytes(3 * max(config.retrieval.lengths), at.size)
-    return StageMemory(worst(parts, answering, reading), 0, f"{megabytes(scratch)} of scratch disk")
+    files = at.artifacts if config.artifacts else ()
+    sizes = [int(shape.parameters(depth) * EXPORT_BITS[kind] / 8) for kind, depth in files]
+    host = max(sizes, default=0) if at.cuda else 0
+    note = f"{len(at.measured)} checkpoints" + (f", {len(files)} artifacts" if files else "")
+    if config.harness_tasks:
+        note += f"; {', '.join(config.harness_tasks)} on top"
+    return StageMemory(worst(parts, answering, reading), 0, note, scratch, host)
 
 
 STAGE_MEMORY: dict[str, Callable[[Any, Setting], StageMemory]] = {

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..report.html import duration, megabytes
+from .devices import Device
 from .memory import PARTS
 from .plan import Plan, StagePlan
 
@@ -26,28 +27,53 @@ def show_plan(plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         if not stage.fits:
             console.print(_lack(stage, plan))
+    hosts = [f"{stage.name} {megabytes(stage.found.host)}" for stage in plan.stages if stage.found.host]
+    if hosts:
+        console.print(f"of the machine's own memory: {', '.join(hosts)}")
     if plan.memory is not None and all(stage.fits for stage in plan.stages):
         console.print(f"every stage fits in {megabytes(plan.memory)}")
     if plan.device is not None:
-        device, reached = plan.device, "measured" if plan.device.measured else "assumed"
-        console.print(
-            f"time: {device.reached:.0%} of {device.flops[plan.dtype] / 1e12:.3g} TFLOPS and "
-            f"{device.reached_bandwidth:.0%} of {device.bandwidth / 1e9:.0f} GB/s are reached ({reached}), "
-            "and every row is as long as it may be; tasks, downloads and loading come on top"
+        console.print(_in_all(plan, plan.device))
+        console.print(_assumptions(plan, plan.device))
+    most = max(stage.found.scratch for stage in plan.stages) if plan.stages else 0
+    scratch = f", {megabytes(most)} of it while it works" if most else ""
+    console.print(f"disk: {megabytes(plan.disk)}{scratch}; free here: {megabytes(shutil.disk_usage('.').free)}")
+
+
+def _in_all(plan: Plan, device: Device) -> str:
+    cards = f", {plan.cards} of them sharing data, distill and sort" if plan.cards > 1 else ""
+    if plan.seconds is None:
+        unknown = [stage.name for stage in plan.stages if stage.seconds is None]
+        return f"in all on {device.name}{cards}: ?, for {', '.join(unknown)} cannot be told from the recipe"
+    return f"in all on {device.name}{cards}: {spell(plan.seconds)}"
+
+
+def _assumptions(plan: Plan, device: Device) -> str:
+    reached = "measured" if device.measured else "assumed"
+    host = ""
+    if device.host is not None:
+        host = (
+            f"; beside it {device.host.flops / 1e12:.3g} TFLOPS and {device.host.bandwidth / 1e9:.0f} GB/s for what "
+            "runs on the processors (assumed)"
         )
-    console.print(f"free here: {megabytes(shutil.disk_usage('.').free)} of disk")
+    return (
+        f"time: {device.reached:.0%} of {device.flops[plan.dtype] / 1e12:.3g} TFLOPS and "
+        f"{device.reached_bandwidth:.0%} of {device.bandwidth / 1e9:.0f} GB/s are reached ({reached}){host}; every row "
+        "is as long as it may be; tasks of lm-eval, downloads and loading come on top"
+    )
 
 
 def _stages_table(plan: Plan) -> Table:
     where = f"on {plan.device.name}" if plan.device else "on a CPU"
     title = f"{plan.name}: estimates {where} in {plan.dtype}"
     table = Table("stage", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("peak memory", "disk", "operations", *(["time"] if plan.device else [])):
+    for column in ("peak memory", "disk", "scratch", "operations", *(["time"] if plan.device else [])):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for stage in plan.stages:
         found = stage.found
-        cells = [stage.name, megabytes(found.peak), megabytes(found.disk), _operations(stage)]
+        scratch = megabytes(found.scratch) if found.scratch else "–"
+        cells = [stage.name, megabytes(found.peak), megabytes(found.disk), scratch, _operations(stage)]
         note = found.note if stage.fits else f"DOES NOT FIT; {found.note}"
         table.add_row(*cells, *([_time(stage)] if plan.device else []), note, style="" if stage.fits else "red")
     return table
@@ -55,6 +81,10 @@ def _stages_table(plan: Plan) -> Table:
 
 def _lack(stage: StagePlan, plan: Plan) -> str:
     lacks = f"{stage.name} does not fit: it needs {megabytes(stage.found.needed)} of {megabytes(plan.memory)}"
+    if stage.beside is not None:
+        seconds = "" if stage.beside.seconds is None else f" and {spell(stage.beside.seconds)}"
+        memory = megabytes(stage.beside.memory)
+        return f"{lacks}; on the machine's processors (--device cpu) it takes {memory} of its memory{seconds}"
     if stage.change is None:
         return f"{lacks}, and no change known here makes it fit"
     options = " ".join(f"--set {override}" for override in stage.change.overrides)
@@ -71,7 +101,13 @@ def _operations(stage: StagePlan) -> str:
 
 
 def _time(stage: StagePlan) -> str:
-    return "?" if stage.seconds is None else duration(stage.seconds)
+    return "?" if stage.seconds is None else spell(stage.seconds)
+
+
+def spell(seconds: float) -> str:
+    """A time, in hours and minutes where it is one of hours."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else duration(seconds)
 
 
 def _count(parameters: int) -> str:

@@ -1,4 +1,4 @@
-"""Arithmetic of each stage, and its time on a named device.
+"""Arithmetic of each stage, and what it has to read.
 
 Counted are the matrix products (2 operations per weight and token) and attention (4 × heads × head size per pair of
 tokens). Training takes 6 per weight: 2 forward, 2 backward through it, 2 for its own gradient, which frozen weights do
@@ -15,22 +15,12 @@ from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
 from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
 from ...distill.retaining.config import SPREAD, RetainConfig, measured_after
 from ...distill.sorted.config import SortConfig
-from ...evaluation.config import EvaluateConfig, RetrievalConfig
-from ...export.config import ExportConfig
-from ...prune.config import PruneConfig
-from .geometry import Geometry
-from .memory import EXPORT_BITS, TEMPLATE, Setting, head_parameters
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations, and bytes that are read anew for steps too small to keep the processor busy."""
-
-    flops: float = 0.0
-    read: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.read + other.read)
+from ...merge.config import MergeConfig
+from .devices import Work
+from .measuring import evaluate_work, export_work, merge_work
+from .memory import TEMPLATE, Setting, head_parameters
+from .pruning import prune_work
+from .writing import forward, writing_work
 
 
 @dataclass(frozen=True)
@@ -39,24 +29,6 @@ class Rows:
 
     tokens: int
     heldout: float
-
-
-def forward(shape: Geometry, blocks: int, tokens: float, context: float, heads: float | None = None) -> float:
-    """Operations of a forward pass over `tokens` tokens that see `context` others on average.
-
-    `heads`: positions whose logits are computed; all of them if not given.
-    """
-    weights = blocks * shape.block_products
-    attention = 4 * blocks * shape.heads * shape.head_size * context
-    logits = 2 * shape.vocab * shape.hidden * (tokens if heads is None else heads)
-    return tokens * (2 * weights + attention) + logits
-
-
-def decoding(at: Setting, blocks: int, rows: int, batch: int, prompt: int, new: int, weights: float) -> Work:
-    """Writing `new` tokens after `prompt` tokens, for `rows` rows, `batch` at once."""
-    flops = forward(at.shape, blocks, rows * prompt, prompt / 2, rows)
-    flops += forward(at.shape, blocks, rows * new, prompt + new / 2)
-    return Work(flops, math.ceil(rows / batch) * new * weights)
 
 
 def rows_of(config: Any) -> Rows | None:
@@ -83,40 +55,24 @@ def stage_work(stage: str, section: Any, at: Setting, rows: Rows | None) -> Work
     if stage == "data":
         return _data(section, at)
     if stage == "prune":
-        return _prune(section, at)
+        return prune_work(section, at)
     if isinstance(section, TrainingConfig):
         return _students(section, at, rows)
     if isinstance(section, RetainConfig):
         return _retain(section, at)
-    return _export(section, at) if stage == "export" else _evaluate(section, at) if stage == "evaluate" else None
+    if isinstance(section, MergeConfig):
+        return merge_work(section, at, at.variants, rows.tokens * rows.heldout) if rows else None
+    return export_work(section, at) if stage == "export" else evaluate_work(section, at)
 
 
 def _data(config: Any, at: Setting) -> Work | None:
-    blocks, rows = at.shape.blocks, rows_of(config)
+    rows = rows_of(config)
     if rows is None:
         return None
     looking = Work()
     if config.teacher is not None:
-        looking = Work(forward(at.shape, blocks, rows.tokens, config.length / 2))
-    if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
-        if not kinds:
-            return looking
-        new = max(kind.max_tokens for kind in kinds)  # and every row rewritten
-        return looking + decoding(at, blocks, config.rows or 0, config.batch, config.length, new, at.whole)
-    if isinstance(config, MagpieConfig):
-        prompts = decoding(at, blocks, config.rows, config.batch, TEMPLATE, config.max_prompt_tokens, at.whole)
-        before = TEMPLATE + config.max_prompt_tokens
-        return looking + prompts + decoding(at, blocks, config.rows, config.batch, before, config.max_tokens, at.whole)
-    return looking + decoding(at, blocks, config.rows, config.batch, 1, config.tokens, at.whole)
-
-
-def _prune(config: PruneConfig, at: Setting) -> Work | None:
-    if config.splits or config.importance in ("perplexity", "kl", "taylor"):
-        return None  # what a search tries depends on what it finds
-    passes = 1 if config.heal.kind == "none" else 2
-    tokens, half = config.calibration.tokens, config.calibration.length / 2
-    return Work(passes * forward(at.shape, at.shape.blocks, tokens, half, 0))
+        looking = Work(forward(at.shape, at.shape.blocks, rows.tokens, config.length / 2))
+    return looking + writing_work(config, at)
 
 
 def _students(config: TrainingConfig, at: Setting, rows: Rows | None) -> Work | None:
@@ -159,43 +115,3 @@ def _retain(config: RetainConfig, at: Setting) -> Work | None:
     held = config.heldout * min(config.tokens, mean) * len(measured_after(config))
     flops = forward(at.shape, at.kept, mean * (config.rows + 2 * config.heldout), seen, 0)
     return Work(flops + heads * (config.steps * config.batch * 6 + held * 2))
-
-
-def _export(config: ExportConfig, at: Setting) -> Work:
-    small = at.shape.parameters(at.kept)
-    tokens = config.imatrix_tokens + config.verify.tokens
-    work = Work(forward(at.shape, at.kept, tokens, 256))
-    for kind in [*config.gguf, *config.onnx]:
-        work = work + Work(0, 4 * small * 4)  # writing and reading back touch every weight a few times
-        for depth in at.exported(config):
-            weights = at.shape.parameters(depth) * EXPORT_BITS[kind] / 8
-            # llama.cpp is asked position by position.
-            steps = config.verify.tokens if kind in config.gguf else 1
-            scored = forward(at.shape, depth, config.verify.tokens, config.verify.window / 2)
-            work = work + Work(scored, steps * weights)
-    return work
-
-
-def _evaluate(config: EvaluateConfig, at: Setting) -> Work:
-    half = config.window / 2
-    work = Work()
-    # base, pruned, healed and recovered; of a sorted model the lesser depths
-    for blocks in (at.shape.blocks, at.kept, at.kept, at.kept, *at.sorted[:-1]):
-        weights = at.shape.parameters(blocks) * at.size
-        work = work + Work(forward(at.shape, blocks, config.tokens, half))
-        if config.speed:
-            new = config.speed.new_tokens * (config.speed.repeat + 1)
-            work = work + decoding(at, blocks, 1, 1, config.speed.prompt_tokens, new, weights)
-    return work + _retrieval(config.retrieval, at) if config.retrieval else work
-
-
-def _retrieval(config: RetrievalConfig, at: Setting) -> Work:
-    """Long prompts, read once by each policy at each budget; questions about one text share most of it."""
-    work = Work()
-    texts = config.rows * sum(len(config.depths) if task == "passkey" else 1 for task in config.tasks)
-    for length in config.lengths:
-        for policy in config.policies:
-            for budget in [length] if policy == "full" else [config.entries(b, length) for b in config.budgets]:
-                keys = min(budget, length / 2)
-                work = work + Work(texts * forward(at.shape, at.kept, length, keys, heads=1))
-    return work

@@ -1,0 +1,83 @@
+"""What the search for blocks to drop takes, and healing.
+
+A greedy search is counted as if no cut were given up early, each cut run from its block on: about half of the blocks
+that are left. What `beam` and `blocks: auto` try depends on what they find, so they have no figure.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ...prune.config import CosineHeal, Greedy, LeastSquares, Lowest, PruneConfig, RefitHeal, Window
+from .devices import Work
+from .memory import Setting
+from .writing import forward
+
+GUARDED = 3  # cuts that held-out rows compare at the end
+BLOCKS_PER_GAP = 3  # of cuts that need not be one run, as found on SmolLM2: 2 gaps at 6 blocks, 2 or 3 at 9
+SQUARES = 3  # products with the features' sums per candidate, besides the solution
+
+
+def prune_work(config: PruneConfig, at: Setting) -> Work | None:
+    """The pass for importance, the search, and healing; None where it cannot be told from the recipe."""
+    greedy = isinstance(config.search, Greedy)
+    if config.blocks == "auto" or not (greedy or isinstance(config.search, (Window, Lowest))):
+        return None
+    if not greedy and config.importance in ("perplexity", "kl", "taylor"):
+        return None
+    calibration = config.calibration
+    tokens = calibration.tokens
+    if greedy:
+        tokens = max(calibration.length, tokens - calibration.scoring - calibration.held_out)
+    scan = Work(forward(at.shape, at.shape.blocks, tokens, calibration.length / 2, 0))
+    found = scan + _healing(config, config.blocks, tokens, at)
+    return found + _greedy(config, config.blocks, tokens, at) if greedy else found
+
+
+def greedy_runs(blocks: int, candidates: int, count: int) -> tuple[float, int]:
+    """How many blocks are run on the scoring rows until `count` are dropped, and how many cuts are scored."""
+    runs, cuts = 0.0, 0
+    for dropped in range(count):
+        left, tried = blocks - dropped, candidates - dropped
+        runs += tried * left / 2 + left  # and what all of them share
+        cuts += tried
+    return runs, cuts
+
+
+def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
+    """Rounds over all candidates, on the scoring rows; then the guard, on the held-out ones."""
+    shape, half = at.shape, config.calibration.length / 2
+    total, hidden = shape.blocks, shape.hidden
+    candidates = total - (1 if config.heal.kind == "none" else 2)
+    runs, cuts = greedy_runs(total, candidates, count)
+    scored, held = config.calibration.scoring, config.calibration.held_out
+    flops = forward(shape, runs, scored, half, 0) + cuts * forward(shape, 0, scored, 0)
+    flops += GUARDED * forward(shape, total, held, half)
+    for rows in (scored, held):  # what the unpruned model says: its logits, and the head's rows weighed by them
+        flops += forward(shape, total, rows, half, 2 * rows)
+    if not config.scores_healed:
+        return Work(flops)
+    pairs = sum(min(count, total - 1 - block) + 1 for block in range(total))
+    ridges = len(config.heal.ridge) if isinstance(config.heal, LeastSquares) else 3
+    maps = candidates + 2 * count  # a round's new gaps: what neighbours the blocks dropped before
+    double = 2 * tokens * pairs * hidden**2 + maps * ridges * (2 / 3 + 2) * hidden**3
+    flops += forward(shape, total, tokens, half, 0) + 2 * cuts * scored * hidden**2
+    return Work(flops, double=double)
+
+
+def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
+    """Per gap the passes up to it, half of the model each, the sums, and their solutions with every ridge."""
+    heal, shape, hidden = config.heal, at.shape, at.shape.hidden
+    if not isinstance(heal, LeastSquares) or not count:
+        return Work()
+    gaps = 1 if isinstance(config.search, Window) else math.ceil(count / BLOCKS_PER_GAP)
+    rounds = heal.iterations + 1 if isinstance(heal, CosineHeal) else 1
+    passes = rounds * (2 * gaps - 1)  # behind a healed gap the unpruned model is run besides
+    features = shape.intermediate if isinstance(heal, RefitHeal) else hidden
+    sums = rounds * gaps * 2 * tokens * features * (features + 2 * hidden)
+    scaled = 2 if isinstance(heal, RefitHeal) and heal.scale else 1
+    tried = rounds * gaps * (len(heal.ridge) + 1)
+    square = 2 * features**2 * hidden
+    solving = tried * (scaled * (2 / 3 * features**3 + square) + SQUARES * square)
+    run = Work(passes * forward(shape, shape.blocks / 2, tokens, config.calibration.length / 2, 0), double=sums)
+    return run + (Work(host_double=solving) if at.cuda else Work(double=solving))  # in the machine's own memory
