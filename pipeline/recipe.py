@@ -21,9 +21,11 @@ from ..distill.sorted.config import SortConfig
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
+from ..files import read_text
 from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
 from ..stage import Section
+from .places import LONGEST_NAME, NAME
 from .problems import Problem, describe_problems
 from .stages import STAGES
 
@@ -41,7 +43,7 @@ class ModelSpec(Section):
 class Recipe(Section):
     """A whole pipeline: what is done to which model. Stages run in the order in which the file has them."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder and the artifacts")
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME, description="names the run's folder and the artifacts")
     model: str | ModelSpec = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     seed: int = Field(0, ge=0, description="every random draw of the run derives from it")
     data: DataConfig | None = Field(None, description="rows to calibrate on, learn from and measure with")
@@ -129,7 +131,7 @@ def find_recipe(text: str) -> Path:
 def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check a recipe; all problems are reported at once in one `UserError`."""
     path = find_recipe(text)
-    content = _read_text(path)
+    content = read_text(path)
     tree = _parse(path, content)
     origins: dict[tuple[Any, ...], str] = {}
     for override in overrides:
@@ -154,13 +156,6 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         raise UserError(f"{path.name} has {count}:\n" + "\n".join(f"  {line}" for line in lines))
     noted = content + "".join(f"# --set {override}\n" for override in overrides)
     return LoadedRecipe(recipe, path, order, noted, tuple(overrides))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} could not be read as text: {error}") from error
 
 
 def _parse(path: Path, content: str) -> CommentedMap:
