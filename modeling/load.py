@@ -85,7 +85,10 @@ def load_config(folder: Path) -> Any:
     check_family(values, folder)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a wrong value raises whatever it happens to meet
+        raise UserError(f"{path} is no configuration that transformers can read: {error}") from error
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> Any:
@@ -95,7 +98,6 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     or a weight is missing.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from .linear import speed_up
@@ -114,8 +116,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
                 output_loading_info=True,
                 **options,
             )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+    except Exception as error:  # a wrong value in a configuration raises whatever it happens to meet
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
             raise
         raise UserError(f"the weights in {folder} could not be loaded: {error}") from error
     model, info = loaded
@@ -154,6 +156,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer.decode(tokenizer("a")["input_ids"])  # some wrong values show themselves only in use
+    except Exception as error:  # tokenizers raises plain Exception; a wrong value whatever it happens to meet
         raise UserError(f"the tokenizer in {folder} could not be loaded: {error}") from error
     return tokenizer

@@ -65,9 +65,10 @@ def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> st
     from ..export.extract import extract
     from ..runtime.bundle import read_bundle
 
+    manifest = read_bundle(bundle, hashes=True)  # what is copied is what was verified
     with readable_errors(f"extract, writing to {out}"):
         artifact = extract(bundle, kind, depth, out)
-    retaining = read_bundle(bundle).retaining
+    retaining = manifest.retaining
     if retaining is None:
         return ""
     if artifact.format == "gguf":
@@ -166,6 +167,10 @@ def eval_command(
         raise UserError("name a text file to measure perplexity on: --text FILE")
     is_bundle = (Path(path) / "manifest.json").is_file()
     _check_eval(config, text, [] if is_bundle else [path], base, cache)
+    if is_bundle:
+        from ..runtime.bundle import read_bundle
+
+        read_bundle(Path(path), hashes=True)  # what is measured is what was verified
     from ..evaluation.stage import check, evaluate_path
     from ..modeling.load import resolve
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from ..data.config import DataConfig
 from ..distill.config import DistillConfig, needs_teacher
@@ -25,6 +25,7 @@ from ..files import read_text
 from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
 from ..stage import Section
+from .explain import one_line
 from .places import LONGEST_NAME, NAME
 from .problems import Problem, describe_problems
 from .stages import STAGES
@@ -166,8 +167,8 @@ def _parse(path: Path, content: str) -> CommentedMap:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         parts = [" ".join(part.split()) for part in (error.context, error.problem) if part]
         raise UserError(f"{place}: {', '.join(parts) or 'not valid YAML'}") from error
-    except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except Exception as error:  # the parser has errors of every kind for what it does not expect
+        raise UserError(f"{path}: not valid YAML: {one_line(str(error))}") from error
     if not isinstance(tree, CommentedMap):
         raise UserError(f"{path}: a recipe is a mapping of keys such as name, model, prune")
     return tree
@@ -181,7 +182,7 @@ def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, .
         raise UserError(f"--set {override}: write it as key.path=value, such as --set prune.blocks=4")
     try:
         value = YAML(typ="safe").load(text) if text.strip() else None
-    except YAMLError as error:
+    except Exception as error:  # as above
         raise UserError(f"--set {override}: the value is not valid YAML") from error
     _make_room(tree, parts[0])
     node: Any = tree

@@ -25,7 +25,8 @@ model: checkpoint
 data: {source: dataset, path: rows.jsonl}
 prune: {blocks: 1, calibration: {tokens: 256, length: 16, text: words.txt}}
 """
-OTHER_JSON = [b"[]", b"null", b"5", b'"text"', b"{}", b"[" * 2000, b'{"a": NaN', b"9" * 5000]
+OTHER_JSON = [b"[]", b"null", b"5", b'"text"', b"{}", b'{"a": NaN', b"9" * 5000]
+DEEP = b"[" * 2000
 OTHER_VALUES: list[Any] = [None, "x", -1, 10**30, 1e308, [], {}, [None], {"a": 1}, True, "", "\udcff", 0.5]
 LONG = b"x" * 100
 # product -> the commands that read it; {x} is its path
@@ -127,7 +128,7 @@ def damage(file: Path, draw: random.Random) -> str:
             "not UTF-8": whole[:middle] + b"\xff" + whole[middle:],
             "UTF-16": whole.decode("latin-1").encode("utf-16"),
             "longer": whole + LONG,
-            "other JSON": draw.choice(OTHER_JSON),
+            "other JSON": draw.choice([*OTHER_JSON, DEEP] if file.suffix == ".json" else OTHER_JSON),
         }
         file.unlink()  # it may be a link
         file.write_bytes(changed[kind])
