@@ -44,14 +44,19 @@ def read_text(path: Path, what: str = "") -> str:
 
 def read_json(path: Path, what: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` where it cannot be read, is not JSON, or holds no object."""
-    text = read_text(path, what)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what}{path} is not valid JSON: {error}") from error
+    value = read_json_value(path, what)
     if not isinstance(value, dict):
         raise UserError(f"{what}{path} holds a JSON {kind_of(value)} where an object is needed")
     return value
+
+
+def read_json_value(path: Path, what: str = "") -> Any:
+    """Whatever a JSON file holds. Raises `UserError` where it cannot be read or is not JSON."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}{path} is not valid JSON: {error}") from error
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

@@ -118,9 +118,13 @@ class Context:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is never seen half-written."""
+    """Write a text file in UTF-8 so that it is never seen half-written.
+
+    A byte of a file's name that is no text, which Python holds as half of a surrogate pair, is written as \\udcXX, as
+    JSON has it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
     temporary.replace(path)
 
 

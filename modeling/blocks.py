@@ -33,7 +33,7 @@ FAMILIES: dict[str, bool] = {
 def check_family(config: Any, where: object = "the model") -> None:
     """Raise `UserError` unless the configuration (object or dict) is of a supported family."""
     family = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         hint = " (load its text model instead)" if family == "gemma3" else ""
         raise UserError(
             f"{where} is of family {family!r}{hint}, which is not supported. "

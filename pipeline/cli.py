@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +18,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import UserError
 from . import run_commands, serve_command
+from .explain import explained, without_foreign_advice
 
 
 class Stopped(Exception):
@@ -82,6 +84,7 @@ def run(
     """
     from ..stage import Progress
     from .group import in_turn, processes
+    from .places import check_folder
     from .recipe import load_recipe
     from .runner import Options, execute, plan_run
     from .summary import finish
@@ -89,8 +92,15 @@ def run(
     with processes(device) as (group, own_device):
         _check_dtype(dtype)
         options = Options(runs, own_device, dtype, until, start, shard)
-        planned = in_turn(group, lambda: plan_run(load_recipe(recipe, overrides or []), options))
         first = group.rank == 0
+
+        def planning():
+            loaded = load_recipe(recipe, overrides or [])
+            if first:
+                check_folder(runs / loaded.recipe.name, "--runs")  # before the weights are read for their hash
+            return plan_run(loaded, options)
+
+        planned = in_turn(group, planning)
         if dry_run:
             if first:
                 _show_stages(planned)
@@ -102,7 +112,8 @@ def run(
 
 
 def _show_stages(planned) -> None:
-    console.print(f"{planned.loaded.recipe.name}: {planned.loaded.source}, in {planned.folder}", highlight=False)
+    title = f"{planned.loaded.recipe.name}: {planned.loaded.source} in {planned.options.dtype}, in {planned.folder}"
+    console.print(title, highlight=False)
     table = Table("stage", "folder", "")
     for stage in planned.stages:
         state = Text("to do") if stage.pending else Text("complete", style="green")
@@ -135,7 +146,7 @@ def recipes() -> None:
     from .recipe import shipped
 
     for name, path in shipped().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        first = next(iter(path.read_text(encoding="utf-8").splitlines()), "").lstrip("# ")
         console.print(f"{name:24} {first}", highlight=False)
 
 
@@ -317,7 +328,7 @@ def _root(
 
 
 def _refuse(error: UserError) -> NoReturn:
-    errors.print(f"error: {error}", style="red", highlight=False)
+    errors.print(f"error: {without_foreign_advice(str(error))}", style="red", highlight=False)
     sys.exit(2)
 
 
@@ -329,6 +340,12 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # On CPUs with AVX-512 BF16 bitsandbytes says, when it is imported, that a package of faster kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a file's name may have bytes that are no text, and must print all the same
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name=name)  # exits by itself; misused options and commands are explained with code 2
     except UserError as error:
@@ -337,9 +354,7 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
         errors.print("stopped; finished work is kept, and the same command goes on from here")
         sys.exit(130)
     except Exception as error:
-        from .runner import readable
-
-        known = readable(error, " ".join(arguments))
+        known = explained(error, f"{name} {' '.join(arguments)}")
         if known is None:
             raise
         _refuse(known)

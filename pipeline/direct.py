@@ -15,7 +15,10 @@ from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
 from ..merge.config import MergeConfig
+from ..modeling.source import Source, parse_source
 from ..stage import Context, Progress
+from .explain import readable_errors
+from .places import bundle_name, check_file, check_folder, check_name, check_new
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> Any:
@@ -41,27 +44,29 @@ def export_command(
 ) -> None:
     """Export one checkpoint into a new bundle."""
     config = _config(ExportConfig, {"gguf": gguf, "onnx": onnx, "depths": depths or None})
+    if name is not None:
+        check_name(name)
+    check_new(out)
+    (source,) = check_sources([checkpoint], cache)
     from ..export.stage import export_checkpoint
     from ..modeling.load import resolve
-    from ..modeling.source import parse_source
-    from .runner import readable_errors
 
+    name = name or bundle_name(source.name)
     folder = resolve(checkpoint, cache, progress=progress)
     with readable_errors(f"export, writing to {out}"):
-        export_checkpoint(
-            folder, out, config, Context(progress=progress), name or parse_source(checkpoint, Path.cwd()).name
-        )
+        export_checkpoint(folder, out, config, Context(progress=progress), name)
 
 
 def extract_command(bundle: Path, kind: str, depth: int | None, out: Path) -> str:
     """Write one depth of a bundle's type as a file or folder of its own; what became of its retaining heads, if any."""
+    check_new(out)
     from ..export.extract import extract
     from ..runtime.bundle import read_bundle
-    from .runner import readable_errors
 
+    manifest = read_bundle(bundle, hashes=True)  # what is copied is what was verified
     with readable_errors(f"extract, writing to {out}"):
         artifact = extract(bundle, kind, depth, out)
-    retaining = read_bundle(bundle).retaining
+    retaining = manifest.retaining
     if retaining is None:
         return ""
     if artifact.format == "gguf":
@@ -82,11 +87,12 @@ def merge_command(
 
     What the method must be told and is not told is even: t is 0.5, every weight 1.
     """
+    check_new(out)
+    check_sources([*checkpoints, *([base] if base else [])], cache)
     from ..merge.bridge import find_method
     from ..merge.stage import merge_checkpoints
     from ..modeling.load import resolve
     from .recipe import apply_override
-    from .runner import readable_errors
 
     asked = {parameter.name for parameter in find_method(method).spec.parameters if parameter.required}
     even = {name: value for name, value in {"t": 0.5, "weight": 1.0}.items() if name in asked}
@@ -95,10 +101,9 @@ def merge_command(
     for override in overrides:
         apply_override(tree, override, {})
     config = _config(MergeConfig, tree)
-    if out.exists():
-        raise UserError(f"{out} is there already; choose another --out")
     names = [entry.model for entry in config.models or []]
     wanted = [*names, config.base_model] if config.base_model else names
+    check_sources(wanted, cache)
     folders = {name: resolve(name, cache, progress=context.progress) for name in wanted}
     with readable_errors(f"merge, writing to {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +120,27 @@ def _retrieval(overrides: list[str]) -> dict[str, Any]:
     if isinstance(tree.get("text"), str):
         tree["text"] = str(Path(tree["text"]).resolve())
     return dict(tree)
+
+
+def _check_eval(config: EvaluateConfig, text: Path, models: list[str], base: str | None, cache: Path) -> None:
+    """Refuse texts, tasks and models that cannot be read, before any of them is worked on."""
+    check_file(text, "--text")
+    for task in config.tasks:
+        if task.endswith(".jsonl"):
+            check_file(Path(task), "--task")
+    if config.harness.folder is not None and not Path(config.harness.folder).is_dir():
+        raise UserError(f"--task-folder {config.harness.folder}: there is no such folder")
+    if config.retrieval is not None and config.retrieval.text is not None:
+        check_file(Path(config.retrieval.text), "--retrieval text")
+    check_sources([*models, *([base] if base else [])], cache)
+
+
+def check_sources(models: list[str], cache: Path) -> list[Source]:
+    """The models' sources; `UserError` where one is not there, or would be converted where nothing can be written."""
+    sources = [parse_source(model, Path.cwd()) for model in models]
+    if any(source.kind in ("gguf", "random") for source in sources):
+        check_folder(cache, "--runs")
+    return sources
 
 
 def eval_command(
@@ -137,11 +163,16 @@ def eval_command(
     config = _config(EvaluateConfig, values)
     if text is None:
         raise UserError("name a text file to measure perplexity on: --text FILE")
+    is_bundle = (Path(path) / "manifest.json").is_file()
+    _check_eval(config, text, [] if is_bundle else [path], base, cache)
+    if is_bundle:
+        from ..runtime.bundle import read_bundle
+
+        read_bundle(Path(path), hashes=True)  # what is measured is what was verified
     from ..evaluation.stage import check, evaluate_path
     from ..modeling.load import resolve
 
     context = Context(device=device, dtype=dtype, progress=progress)
-    is_bundle = (Path(path) / "manifest.json").is_file()
     folder = Path(path) if is_bundle else resolve(path, cache, progress=progress)
     reference = resolve(base, cache, progress=progress) if base else None
     check(config, folder, context)

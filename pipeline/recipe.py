@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from ..data.config import DataConfig
 from ..distill.config import DistillConfig, needs_teacher
@@ -21,9 +21,12 @@ from ..distill.sorted.config import SortConfig
 from ..errors import UserError
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
+from ..files import read_text
 from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
 from ..stage import Section
+from .explain import one_line
+from .places import LONGEST_NAME, NAME
 from .problems import Problem, describe_problems
 from .stages import STAGES
 
@@ -41,7 +44,7 @@ class ModelSpec(Section):
 class Recipe(Section):
     """A whole pipeline: what is done to which model. Stages run in the order in which the file has them."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder and the artifacts")
+    name: str = Field(pattern=NAME, max_length=LONGEST_NAME, description="names the run's folder and the artifacts")
     model: str | ModelSpec = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     seed: int = Field(0, ge=0, description="every random draw of the run derives from it")
     data: DataConfig | None = Field(None, description="rows to calibrate on, learn from and measure with")
@@ -129,7 +132,7 @@ def find_recipe(text: str) -> Path:
 def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check a recipe; all problems are reported at once in one `UserError`."""
     path = find_recipe(text)
-    content = _read_text(path)
+    content = read_text(path)
     tree = _parse(path, content)
     origins: dict[tuple[Any, ...], str] = {}
     for override in overrides:
@@ -156,13 +159,6 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, path, order, noted, tuple(overrides))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} could not be read as text: {error}") from error
-
-
 def _parse(path: Path, content: str) -> CommentedMap:
     try:
         tree = YAML(typ="rt").load(content)
@@ -171,8 +167,8 @@ def _parse(path: Path, content: str) -> CommentedMap:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         parts = [" ".join(part.split()) for part in (error.context, error.problem) if part]
         raise UserError(f"{place}: {', '.join(parts) or 'not valid YAML'}") from error
-    except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except Exception as error:  # the parser has errors of every kind for what it does not expect
+        raise UserError(f"{path}: not valid YAML: {one_line(str(error))}") from error
     if not isinstance(tree, CommentedMap):
         raise UserError(f"{path}: a recipe is a mapping of keys such as name, model, prune")
     return tree
@@ -186,7 +182,7 @@ def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, .
         raise UserError(f"--set {override}: write it as key.path=value, such as --set prune.blocks=4")
     try:
         value = YAML(typ="safe").load(text) if text.strip() else None
-    except YAMLError as error:
+    except Exception as error:  # as above
         raise UserError(f"--set {override}: the value is not valid YAML") from error
     _make_room(tree, parts[0])
     node: Any = tree

@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 
 from ..errors import UserError
+from ..files import why_not_utf8
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+from .places import check_file_place, check_text, decode, read_standard_input
 
 if TYPE_CHECKING:
     from ..runtime.kv_budget import KvBudget
@@ -76,7 +78,9 @@ def generate(
     """Answer a prompt with a bundle, streaming; at any of its depths, in ONNX Runtime or llama.cpp."""
     from ..runtime.session import Session, Settings
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    check_text(system, "--system")
+    check_text(prompt, "--prompt")
+    text = read_standard_input() if prompt == "-" else prompt
     budget = options.budget(bundle)
     tokens = len(text) // 3 + max_tokens
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
@@ -134,6 +138,7 @@ def chat(
 
     from ..runtime.session import Session, Settings
 
+    check_text(system, "--system")
     budget = options.budget(bundle)
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
@@ -175,13 +180,28 @@ def _answer(session: Session, messages: list[dict[str, str]], settings: Settings
 
 
 def _read_line() -> str | None:
-    """The next line, None when the conversation is over."""
+    """The next line, None when the conversation is over. `UserError` for one that is not UTF-8 and was not typed."""
     try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
+        line = _typed_line() if sys.stdin.isatty() else _piped_line()
     except (EOFError, KeyboardInterrupt):
         errors.print("")
         return None
     return None if line in ("/exit", "/quit") else line
+
+
+def _typed_line() -> str:
+    while True:
+        try:
+            return input("> ").strip()
+        except UnicodeDecodeError as error:
+            errors.print(f"error: the line is not UTF-8 text: {why_not_utf8(error.object, error)}", style="red")
+
+
+def _piped_line() -> str:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return decode(line, "a line of standard input").strip()
 
 
 @with_kv_options
@@ -208,6 +228,8 @@ def bench(
 
     if out is not None and out.suffix not in (".html", ".json"):
         raise UserError(f"--out {out}: must end in .html or .json")
+    if out is not None:
+        check_file_place(out)
     how: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

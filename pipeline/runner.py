@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
 from ..modeling.source import fingerprint_source, hash_file, parse_source
-from ..stage import Context, Group, Inputs, Progress, give_back_memory
+from ..stage import Context, Group, Inputs, Progress, give_back_memory, write_whole
+from .explain import readable_errors
 from .group import check_same, check_shared, in_turn
 from .measure import Meter
+from .places import bundle_name
 from .plan import Geometry, planned_memory, read_geometry, setting
 from .recipe import LoadedRecipe
 from .stages import STAGES, StageSpec
@@ -93,6 +93,7 @@ def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
             spec.format,
             config.model_dump(mode="json"),
             loaded.recipe.seed,
+            options.dtype,
             base,
             [prints[r] for r in reads],
             files,
@@ -138,7 +139,8 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
             _save_recipe(run)
             for stage in run.stages:
                 if not stage.pending:
-                    stage.folder.manifest()  # damage is found before anything is built on it
+                    # Damage is found before anything is built on it.
+                    stage.folder.manifest(run.cache if run.pending else None)
         if not run.pending:
             return
         options = run.options
@@ -176,7 +178,7 @@ def _prepare(run: Run, context: Context) -> Path:
 
 def _planned(run: Run, base: Path, world: int) -> dict[str, int]:
     """The planned peak memory of every stage, in bytes; on CUDA what torch is to allocate."""
-    shape = Geometry.of(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    shape = Geometry.of(read_json(base / "config.json"))
     cuda = run.options.device.startswith("cuda")
     shards = world if run.options.shard else 1
     found = planned_memory(run.loaded, shape, run.options.dtype, cuda, shards)
@@ -191,7 +193,8 @@ def _make(
     if begun == SEALED:
         return
     source = parse_source(run.loaded.source, run.loaded.folder)
-    inputs = Inputs(base, _current_model(run, base, done), dict(done), source.title)
+    name_of_model = source.title if source.kind == "hub" else bundle_name(source.title)
+    inputs = Inputs(base, _current_model(run, base, done), dict(done), name_of_model)
     metrics: dict[str, Any] = {}
     give_back_memory()  # of the stage before, or of reading a GGUF file
     with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
@@ -280,36 +283,6 @@ def check_saved(model: Path, stage: str) -> None:
         raise UserError(f"the stage {stage} saved a model that cannot be used ({error}); run it again") from error
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-
-
-@contextmanager
-def readable_errors(where: str) -> Iterator[None]:
-    """What the machine lacks (disk, memory, a right) as `UserError`, however the libraries put it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        known = readable(error, where)
-        if known is None:
-            raise
-        raise known from error
-
-
-def readable(error: Exception, where: str) -> UserError | None:
-    """The `UserError` for what the machine lacks; None for all else."""
-    text, number = str(error), getattr(error, "errno", None)
-    if number in FULL or any(os.strerror(code) in text for code in FULL):
-        return UserError(f"the disk is full ({where}); free some space and run the same command again")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return UserError(f"out of memory ({where}): {text.splitlines()[0] if text else 'no details'}")
-    if isinstance(error, OSError) and number in FORBIDDEN:
-        return UserError(f"{error.filename or where}: {os.strerror(number)}; choose a folder you may write to")
-    return None
-
-
 def _check_device(context: Context) -> None:
     import torch
 
@@ -320,9 +293,7 @@ def _check_device(context: Context) -> None:
 
 
 def _save_recipe(run: Run) -> None:
-    temporary = run.folder / ".recipe.yaml.tmp"
-    temporary.write_text(run.loaded.text, encoding="utf-8")
-    temporary.replace(run.folder / "recipe.yaml")
+    write_whole(run.folder / "recipe.yaml", run.loaded.text)
 
 
 def versions() -> dict[str, str]:

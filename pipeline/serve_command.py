@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+from .places import check_text
 from .run_commands import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption, errors
 
 
@@ -35,6 +36,7 @@ def serve(
     from ..runtime.serve.server import serve as run
     from ..runtime.session import Session
 
+    check_text(api_key, "--api-key")
     if api_key is not None and not api_key.strip():
         raise UserError("--api-key: the key is empty")
     budget = options.budget(bundle)

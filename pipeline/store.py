@@ -16,12 +16,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from ..files import read_json
 from ..modeling.source import hash_file, hash_json
 from ..stage import WORK, write_whole
 
 MANIFEST = "manifest.json"
 DISCARDED = ".old"  # end of the names of folders that are about to be deleted
 SCHEMA_VERSION = 1
+
+
+class _Changed(UserError):
+    """A file that is not what the manifest says."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,23 @@ class StageFolder:
     def complete(self) -> bool:
         return self.path.is_dir()
 
-    def manifest(self) -> dict[str, Any]:
-        """The manifest of a complete stage; `UserError` if the folder was damaged since."""
+    def manifest(self, hashes: Path | None = None) -> dict[str, Any]:
+        """The manifest of a complete stage; `UserError` if the folder was damaged since.
+
+        With a folder for known `hashes`, every file is compared to the last bit; else by its size alone.
+        """
         path = self.path / MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             for name, entry in manifest["files"].items():
-                if (self.path / name).stat().st_size != entry["bytes"]:
-                    raise UserError(f"{self.path / name} has changed since it was made{self._advice()}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                file = self.path / name
+                size, digest = entry["bytes"], entry["sha256"]
+                same = file.is_file() and file.stat().st_size == size
+                if not same or (hashes is not None and hash_file(file, hashes) != digest):
+                    raise _Changed(f"{file} has changed since it was made{self._advice()}")
+        except _Changed:
+            raise
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged ({error}){self._advice()}") from error
         return manifest
 
@@ -101,9 +114,11 @@ class StageFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def fingerprint(stage: str, format: int, config: Any, seed: int, base: str, inputs: list[str], files: list[str]) -> str:
-    """What a stage's output depends on, as sha256 hex: nothing about where or how it runs enters."""
-    return hash_json([stage, format, config, seed, base, inputs, files])
+def fingerprint(
+    stage: str, format: int, config: Any, seed: int, dtype: str, base: str, inputs: list[str], files: list[str]
+) -> str:
+    """What a stage's output depends on, as sha256 hex: its precision too, but not the device or the machine."""
+    return hash_json([stage, format, config, seed, dtype, base, inputs, files])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,9 +151,9 @@ def lock(run: Path) -> Iterator[None]:
 
 def _describe(holder: Path) -> str:
     try:
-        who = json.loads(holder.read_text())
+        who = read_json(holder)
         return f" (process {who['pid']} on {who['host']}, since {who['since']})"
-    except (OSError, ValueError, KeyError):
+    except (UserError, KeyError):
         return ""
 
 

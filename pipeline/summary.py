@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,14 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
+from ..files import read_json, read_text
 from .report.collect import StageRecord, build_report
-from .report.html import final_model, megabytes, number, percent, smallest_artifact, write_report
+from .report.html import final_model, megabytes, number, percent, render, smallest_artifact, write_report
 from .report.retrieval import retrieval_lengths, retrieval_lines
 from .report.schema import ModelEntry, Report
 from .report.tasks import task_lines
 from .runner import Run
 from .store import MANIFEST, write_json
 
+# How a figure that this version shows is missing, or is none.
+MISSING = (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError, UndefinedError)
 LAST = "last-run.json"  # which stage folders the run's last execution consisted of
 
 
@@ -27,7 +29,7 @@ def finish(run: Run, console: Console, made: int) -> None:
     """Write the report if anything is new, and print the summary."""
     stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
     write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": [[s.name, s.folder.name] for s in stages]})
-    report = build_report(run.loaded.recipe.name, run.loaded.text, stages)
+    report = _build(run.folder, run.loaded.recipe.name, run.loaded.text, stages)
     html = run.folder / "report.html"
     if made or not html.exists():
         write_report(report, run.folder)
@@ -37,18 +39,27 @@ def finish(run: Run, console: Console, made: int) -> None:
 def rebuild(folder: Path) -> list[Path]:
     """Write the report of a run folder again."""
     try:
-        last = json.loads((folder / LAST).read_text(encoding="utf-8"))
-        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        stages = [
-            StageRecord(name, folder / path, json.loads((folder / path / MANIFEST).read_text(encoding="utf-8")))
-            for name, path in last["stages"]
-        ]
-    except (OSError, ValueError, KeyError) as error:
+        last = read_json(folder / LAST)
+        recipe = read_text(folder / "recipe.yaml")
+        stages = [StageRecord(str(n), folder / path, read_json(folder / path / MANIFEST)) for n, path in last["stages"]]
+        name = str(last["name"])
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not the folder of a finished run: {error}") from error
+    return write_report(_build(folder, name, recipe, stages), folder)
+
+
+def _build(folder: Path, name: str, recipe: str, stages: list[StageRecord]) -> Report:
+    """The report, drawn once to see that every figure it shows is there."""
     try:
-        return write_report(build_report(last["name"], recipe, stages), folder)
-    except (KeyError, ValueError, UndefinedError) as error:  # a figure that this version expects
-        raise UserError(f"{folder} was made by another version of compress ({error}); run its recipe again") from error
+        report = build_report(name, recipe, stages)
+        render(report)
+        return report
+    except MISSING as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"the stages in {folder} are damaged, or were made by another version of compress ({what}); run its recipe "
+            "again, with --from where a stage is damaged"
+        ) from error
 
 
 def show(report: Report, folder: Path, console: Console) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import UserError
+from ..files import read_json_if_there
 
-Messages = Sequence[Mapping[str, Any]]  # each with role and content
+# Each with role and content; perhaps with tool_calls, as `{"type": "function", "function": {"name", "arguments"}}`.
+Messages = Sequence[Mapping[str, Any]]
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -23,7 +26,7 @@ class ChatTemplate:
     """The chat template of a bundle or checkpoint folder. `UserError` where it has none, or a broken one."""
 
     def __init__(self, folder: Path):
-        config = _read_config(folder / "tokenizer_config.json")
+        config = read_json_if_there(folder / "tokenizer_config.json")
         source = _source(folder, config)
         self.special = {name: _content(config[name]) for name in _SPECIAL if config.get(name)}
         environment = ImmutableSandboxedEnvironment(
@@ -33,27 +36,60 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            undeclared = meta.find_undeclared_variables(environment.parse(source))
+        except Exception as error:  # a template is a program: any of Python's errors may come of a broken one
             raise UserError(f"the chat template of {folder} is broken: {error}") from error
+        # What it reads that is neither the conversation nor ours; such as enable_thinking.
+        self.variables = frozenset(undeclared - set(environment.globals) - set(_SPECIAL) - set(_GIVEN))
 
-    def render(self, messages: Messages, *, answer: bool = True) -> str:
+    def render(self, messages: Messages, *, answer: bool = True, variables: Mapping[str, Any] | None = None) -> str:
         """The conversation as text; with `answer`, up to where the assistant's next turn begins.
 
-        Raises `UserError` where the template refuses the conversation.
+        `variables` are the template's own, such as enable_thinking. Raises `UserError` where the template refuses the
+        conversation, or would leave out a tool call or its result.
         """
         if not messages:
             raise UserError("a conversation needs at least one message")
+        text = self._render(messages, answer, variables)
+        marked, marks = _marked(messages)
+        if marks:
+            seen = self._render(marked, answer, variables)
+            missing = next((what for mark, what in marks if mark not in seen), None)
+            if missing is not None:
+                raise UserError(f"the model's chat template does not write {missing}: leave it out of the conversation")
+        return text
+
+    def _render(self, messages: Messages, answer: bool, variables: Mapping[str, Any] | None) -> str:
+        given = dict(zip(_GIVEN, ([dict(message) for message in messages], None, None, answer), strict=True))
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=answer,
-                **self.special,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            return self._template.render(**{**(variables or {}), **self.special, **given})
+        except Exception as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise UserError(f"the chat template refuses a conversation with the turns {roles}: {error}") from error
+
+
+def _marked(messages: Messages) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The conversation with marks in place of what tools are asked and what they say; (mark, what it stands for)."""
+    marks: list[tuple[str, str]] = []
+
+    def mark(what: str) -> str:
+        marks.append((f"mark{len(marks)}x", what))
+        return marks[-1][0]
+
+    marked = []
+    for number, message in enumerate(messages):
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [_marked_call(call, mark(f"the tool calls of message {number}")) for call in calls]
+        if message.get("role") == "tool" and message.get("content"):
+            message["content"] = mark(f"the tool's result in message {number}")
+        marked.append(message)
+    return marked, marks
+
+
+def _marked_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "name": mark}}
 
 
 class _Generation(Extension):
@@ -65,15 +101,6 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str:
@@ -89,7 +116,7 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+    return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
 def _to_json(

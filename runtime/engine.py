@@ -129,7 +129,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def distributions(
     logits: np.ndarray, ids: Sequence[int], positions: Sequence[int], top_k: int | None = None
 ) -> list[Distribution]:
-    """Distributions from logits (N, V) whose row i is the prediction after `ids[:positions[i]]`."""
+    """Distributions from logits (N, V) whose row i is the prediction after `ids[:positions[i]]`.
+
+    Raises `UserError` for logits that are no numbers.
+    """
+    if np.isnan(logits).any():
+        raise UserError("the predictions are no numbers (NaN): the weights are damaged or out of range")
     vocabulary = np.arange(logits.shape[-1], dtype=np.int64)
     found = []
     for row, position in zip(logits, positions, strict=True):

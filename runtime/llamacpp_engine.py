@@ -163,7 +163,12 @@ class LlamaCppEngine(Engine):
     def _ask(self, slot: int, prompt: list[int], **options: Any) -> dict[str, Any] | None:
         request = {"prompt": prompt, "id_slot": slot, "n_predict": 1, "cache_prompt": True, **options}
         logprobs = self._send(request)["choices"][0]["logprobs"]
-        return logprobs["content"][0] if logprobs else None
+        found = logprobs["content"][0] if logprobs else None
+        if found and any(
+            value is None for entry in (found, *found.get("top_logprobs", ())) for value in entry.values()
+        ):
+            raise UserError(f"{self.path} predicts what is no number (NaN): its weights are damaged or out of range")
+        return found
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
         return checked(self._server.handle_completions(request), self.path)

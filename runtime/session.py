@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from ..errors import UserError
 from .bundle import ArtifactEntry, Manifest, read_bundle
@@ -102,7 +103,6 @@ class Session:
             artifacts = {depth: entry for depth, entry in artifacts.items() if depth <= deepest}
         self.tokenizer = Tokenizer(self.path)
         self.stop = stop_tokens(self.path)
-        self._template: ChatTemplate | None = None
         self._generator = self._open(artifacts, threads, context, draft)
         self.depths, self.context = self._generator.depths, self._generator.context
 
@@ -142,19 +142,32 @@ class Session:
         deepest = max(artifacts)
         return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads)
 
-    def chat(self, messages: Messages, settings: Settings = Settings()) -> Pieces:
-        """The assistant's answer to a conversation of {"role", "content"}, in the model's own template."""
-        return self._write(self.prompt(messages), settings)
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template; `UserError` where it has none."""
+        return ChatTemplate(self.path)
 
-    def complete(self, prompt: str, settings: Settings = Settings()) -> Pieces:
-        """How plain text goes on."""
-        return self._write(self.tokenizer.encode(prompt, begin=True), settings)
+    def chat(
+        self, messages: Messages, settings: Settings = Settings(), variables: Mapping[str, Any] | None = None
+    ) -> Pieces:
+        """The assistant's answer to a conversation of {"role", "content"}, in the model's own template.
 
-    def prompt(self, messages: Messages) -> list[int]:
+        `variables` are what the template reads beside the conversation.
+        """
+        return self._write(self.prompt(messages, variables), settings)
+
+    def complete(self, prompt: str | Sequence[int], settings: Settings = Settings()) -> Pieces:
+        """How plain text, or tokens as they are, go on."""
+        if isinstance(prompt, str):
+            return self._write(self.tokenizer.encode(prompt, begin=True), settings)
+        unknown = next((number for number in prompt if not 0 <= number < self.tokenizer.size), None)
+        if unknown is not None:
+            raise UserError(f"the prompt has the token {unknown}; the model has 0 to {self.tokenizer.size - 1}")
+        return self._write(list(prompt), settings)
+
+    def prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
         """The tokens of a conversation up to where the answer begins."""
-        if self._template is None:
-            self._template = ChatTemplate(self.path)
-        return self.tokenizer.encode(self._template.render(messages))
+        return self.tokenizer.encode(self.template.render(messages, variables=variables))
 
     def _write(self, ids: list[int], settings: Settings) -> Pieces:
         if not ids:

@@ -27,13 +27,27 @@ class Tokenizer:
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{file} is not a tokenizer: {str(error).splitlines()[0][:200]}") from error
+            raise UserError(f"{file} is not a tokenizer: {' '.join(str(error).split())[:200]}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
-        """Token ids; special tokens in the text are recognised. `begin` adds what the tokenizer puts before a text."""
+        """Token ids; special tokens in the text are recognised. `begin` adds what the tokenizer puts before a text.
+
+        Raises `UserError` for a text with half of a surrogate pair, which is what bytes that are not UTF-8 become.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text is not Unicode: character {error.start + 1} is half of a surrogate pair"
+            ) from error
         return self._tokenizer.encode(text, add_special_tokens=begin).ids
+
+    @property
+    def size(self) -> int:
+        """How many tokens it knows; their ids are below this number."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones left out."""

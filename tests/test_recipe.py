@@ -208,7 +208,7 @@ def test_a_missing_recipe_lists_the_shipped_ones(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         load_recipe(str(tmp_path))
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"b\.yaml could not be read as text"):
+    with pytest.raises(UserError, match=r"b\.yaml is not UTF-8 text: its byte order mark says UTF-16"):
         load_recipe(str(tmp_path / "b.yaml"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -151,11 +152,23 @@ def test_files_of_a_named_folder_count(home):
         plan(home, "evaluate.tasks=[a]", "evaluate.harness.folder=none")
 
 
-def test_where_and_how_a_recipe_runs_does_not_enter(home, tmp_path):
+def test_where_a_recipe_runs_does_not_enter(home, tmp_path):
     before = plan(home)
-    assert changed(before, plan(home, device="cuda", dtype="bfloat16")) == ()
+    assert changed(before, plan(home, device="cuda")) == ()
     shutil.copytree(home, tmp_path / "elsewhere")
     assert changed(before, plan(tmp_path / "elsewhere")) == ()
+
+
+def test_another_precision_is_another_run(home, made):
+    execute(plan(home), Progress())
+    other = plan(home, dtype="bfloat16")
+    assert changed(plan(home), other) == ORDER and [stage.spec.name for stage in other.pending] == list(ORDER)
+    made.clear()
+    execute(other, Progress())
+    assert made[5:] == list(ORDER)
+    for dtype in ("float32", "bfloat16"):  # one beside the other, and each found again
+        run = plan(home, dtype=dtype)
+        assert run.pending == [] and {stage.folder.manifest()["dtype"] for stage in run.stages} == {dtype}
 
 
 @pytest.mark.parametrize("name", ["c.txt", "e.txt"])
@@ -254,6 +267,51 @@ def test_a_failing_stage_keeps_what_it_had_and_gives_the_lock_back(home, made, m
     assert [stage.spec.name for stage in plan(home).pending] == list(ORDER[1:])
     with lock(run.folder):
         pass
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"until": "nothing"}, {"start": "nothing"}, {"start": "export", "until": "prune"}], ids=str
+)
+def test_a_wrong_command_leaves_all_that_was_made(home, made, wrong):
+    execute(plan(home), Progress())
+    folder = plan(home).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(UserError):
+        plan(home, **wrong)
+    with pytest.raises(UserError):
+        plan(home, "export.gguf=[Q99]", start="data")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert plan(home).pending == []
+
+
+def test_a_stage_made_again_that_fails_leaves_the_one_there_was(home, made, monkeypatch):
+    execute(plan(home), Progress())
+
+    def fail(config: Any, inputs: Any, out_dir: Path, context: Any) -> None:
+        (out_dir / "half").write_text("x")
+        raise OSError(errno.EIO, "Input/output error")
+
+    original = StageSpec.module
+    monkeypatch.setattr(
+        StageSpec, "module", lambda spec: SimpleNamespace(run=fail) if spec.name == "export" else original(spec)
+    )
+    with pytest.raises(OSError, match="Input/output error"):
+        execute(plan(home, start="export"), Progress())
+    assert plan(home).pending == []  # the old ones, whole
+    for stage in plan(home).stages:
+        stage.folder.manifest()
+
+
+def test_a_changed_byte_is_found_before_anything_is_built_on_it(home, made):
+    execute(plan(home, until="prune"), Progress())
+    file = plan(home).stages[1].folder.path / "seen.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"]")
+    execute(plan(home, until="prune"), Progress())  # nothing is
+    made.clear()
+    with pytest.raises(UserError, match=r"prune-.*seen.json has changed since it was made; .*--from prune"):
+        execute(plan(home), Progress())
+    assert made == []
 
 
 def test_damage_in_a_finished_stage_is_found_before_anything_is_built_on_it(home, made):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -48,6 +49,22 @@ def artifacts(shaken, tmp_path_factory):
     write_gguf(checkpoint, folder / "m.gguf", "F16")
     write_onnx(checkpoint, folder / "onnx", "fp32")
     return Artifacts(checkpoint, folder / "m.gguf", folder / "onnx")
+
+
+def test_weights_that_are_no_numbers_are_told(artifacts, tmp_path):
+    file = tmp_path / "nan.gguf"
+    shutil.copy(artifacts.gguf, file)
+    reader = gguf.GGUFReader(file, "r+")
+    (norm,) = (tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    norm.data[:] = np.nan
+    reader.data.flush()
+    with (
+        open_engine(file, threads=1, context=CONTEXT) as engine,
+        pytest.raises(UserError, match=r"nan\.gguf .*\(NaN\)"),
+    ):
+        engine.score([Window.of(IDS[:8])], 16)
+    with pytest.raises(UserError, match="no numbers"):
+        distributions(np.full((1, VOCABULARY), np.nan), IDS, [1])
 
 
 @pytest.fixture(scope="module")

@@ -179,12 +179,12 @@ def test_unknown_models_are_404_with_a_list(served):
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 2}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"extra_body": {"top_k": 3}}, "top_k"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
@@ -200,7 +200,13 @@ def test_other_errors_have_the_same_shape(served):
     body = json.dumps({"model": "tiny", "messages": TALK})
     cases = [
         (("POST", "/v1/chat/completions", "{no"), {}, 400, "not valid JSON"),
-        (("POST", "/v1/chat/completions", body), {"Content-Type": "text/plain"}, 400, "Content-Type"),
+        (
+            ("POST", "/v1/chat/completions", body),
+            {"Content-Type": "text/plain"},
+            400,
+            "application/json, not text/plain",
+        ),
+        (("POST", "/chat/completions", body), {}, 404, "the API is below /v1"),
         (("GET", "/v1/nothing"), {}, 404, "/v1/nothing"),
         (("GET", "/v1/completions"), {}, 405, "Method Not Allowed"),
         (("GET", "/v1/models"), {"Host": "evil.example:8000"}, 403, "localhost only"),
@@ -211,6 +217,56 @@ def test_other_errors_have_the_same_shape(served):
     with pytest.raises(openai.BadRequestError, match="the context has room for") as caught:
         served.client.completions.create(model="tiny", prompt="the way of " * 400)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_what_the_client_sends_at_its_defaults_changes_nothing(served, expected):
+    wanted = joined(expected(TALK, max_tokens=12))
+    neutral: Any = {
+        "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+        "parallel_tool_calls": False, "service_tier": "auto", "response_format": {"type": "text"}, "logprobs": False,
+        "reasoning_effort": "none", "stop": [], "user": "u", "store": False, "prompt_cache_key": "k",
+        "extra_body": {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0},
+    }  # fmt: skip
+    found = served.client.chat.completions.create(model="tiny", messages=TALK, **GREEDY, **neutral)
+    assert found.choices[0].message.content == wanted
+    parts = [{"type": "text", "text": TALK[1]["content"], "cache_control": {"type": "ephemeral"}}]
+    again: Any = [TALK[0], {"role": "user", "content": parts, "name": "bob"}]
+    assert served.client.chat.completions.create(model="tiny", messages=again, **GREEDY).choices[0].message == (
+        found.choices[0].message
+    )
+
+
+def test_an_answer_and_an_empty_turn_can_be_sent_back(served, expected):
+    first = served.client.chat.completions.create(model="tiny", messages=TALK, **GREEDY).choices[0].message
+    talk: Any = [*TALK, first, {"role": "user", "content": "and?"}, {"role": "assistant", "content": None}]
+    talk.append({"role": "user", "content": "so"})
+    plain = [dict(message) for message in talk[:2]] + [
+        {"role": "assistant", "content": first.content},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "so"},
+    ]
+    found = served.client.chat.completions.create(model="tiny", messages=talk, **GREEDY)
+    assert found.choices[0].message.content == joined(expected(plain, max_tokens=12))
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk[4] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(openai.BadRequestError, match="does not write the tool calls of message 4") as caught:
+        served.client.chat.completions.create(model="tiny", messages=talk, **GREEDY)
+    assert caught.value.param == "messages"
+
+
+def test_a_completion_of_tokens_is_that_of_their_text(served, expected, bundle):
+    with Session(bundle, "onnx", threads=1) as session:
+        ids, size = session.tokenizer.encode("the way of", begin=True), session.tokenizer.size
+    found = served.client.completions.create(model="tiny", prompt=ids, **GREEDY)
+    assert found.choices[0].text == joined(expected("the way of", max_tokens=12))
+    with pytest.raises(openai.BadRequestError, match=f"the prompt has the token {size}; the model has 0 to {size - 1}"):
+        served.client.completions.create(model="tiny", prompt=[1, size])
+    with pytest.raises(openai.BadRequestError, match="has no variable enable_thinking") as caught:
+        served.client.chat.completions.create(
+            model="tiny", messages=TALK, extra_body={"chat_template_kwargs": {"enable_thinking": True}}
+        )
+    assert caught.value.param == "chat_template_kwargs.enable_thinking"
 
 
 def test_who_goes_away_ends_the_work(bundle):

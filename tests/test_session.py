@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -202,18 +203,23 @@ def test_stop_tokens_finish_and_usage(session, bundle, tmp_path):
     assert "".join(p.text for p in [*pieces, last]) == session.tokenizer.decode(made)
     other = tmp_path / "other"
     shutil.copytree(bundle, other)
-    text = json.dumps({"eos_token_id": [450, made[3]]})
-    (other / "generation_config.json").write_text(text)
-    manifest = json.loads((other / "manifest.json").read_text())
-    for entry in manifest["files"]:
-        if entry["path"] == "generation_config.json":
-            entry["bytes"] = len(text)
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    replace(other, "generation_config.json", json.dumps({"eos_token_id": [450, made[3]]}).encode())
     with Session(other, session.engine, threads=1, context=256) as stopped:
         *pieces, last = stopped.complete("the way of", settings)
     where = made.index(made[3])
     assert last.finish == "stop" and last.usage is not None and last.usage.completion_tokens == where
     assert "".join(p.text for p in [*pieces, last]) == session.tokenizer.decode(made[:where])
+
+
+def replace(bundle: Path, name: str, content: bytes) -> None:
+    """Put another file into a bundle, as if it had been made with it."""
+    (bundle / name).unlink()
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == name:
+            entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_what_was_said_is_not_read_again(session):
@@ -334,6 +340,9 @@ def test_wrong_bundles_are_named(bundle, tmp_path):
     with pytest.raises(UserError, match=r"lacks onnx/fp32/.*model\.onnx"):
         Session(broken, "onnx")
     graph.write_bytes(b"\x0a" * size)
+    with pytest.raises(UserError, match=r"model\.onnx has changed since the bundle was made"):
+        Session(broken, "onnx")
+    replace(broken, str(graph.relative_to(broken)), b"\x0a" * size)
     with pytest.raises(UserError, match="is not a whole ONNX model"):
         Session(broken, "onnx")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from compress.errors import UserError
 from compress.pipeline import store
-from compress.pipeline.runner import readable_errors
+from compress.pipeline.explain import readable_errors
 from compress.pipeline.store import StageFolder, fingerprint, lock, write_json
 
 HOLDER = "import sys, time\nfrom pathlib import Path\nfrom compress.pipeline.store import lock\n"
@@ -21,6 +21,7 @@ ARGUMENTS = {
     "format": 1,
     "config": {"a": 1, "b": [1, 2]},
     "seed": 7,
+    "dtype": "float32",
     "base": "aa",
     "inputs": ["bb", "cc"],
     "files": ["dd"],
@@ -50,6 +51,7 @@ def names(path: Path) -> list[str]:
         ("format", 2),
         ("config", {"a": 1, "b": [2, 1]}),
         ("seed", 8),
+        ("dtype", "bfloat16"),
         ("base", "ab"),
         ("inputs", ["cc", "bb"]),
         ("files", []),
@@ -140,7 +142,8 @@ def test_made_again_the_old_folder_goes_only_when_the_new_one_is_whole(folder, m
         (lambda p: (p / "manifest.json").write_text("[]"), "is damaged"),
         (lambda p: (p / "manifest.json").write_text('{"files": {"a": 1}}'), "is damaged"),
         (lambda p: (p / "manifest.json").write_bytes(b"\xff"), "is damaged"),
-        (lambda p: (p / "notes.txt").unlink(), "is damaged"),
+        (lambda p: (p / "manifest.json").write_text('{"files": [1]}'), "is damaged"),
+        (lambda p: (p / "notes.txt").unlink(), "notes.txt has changed since it was made"),
         (lambda p: (p / "notes.txt").write_text("ab"), "notes.txt has changed since it was made"),
     ],
 )
@@ -151,6 +154,15 @@ def test_damage_is_named_with_what_to_do(folder, damage, message):
         folder.manifest()
     assert message in str(caught.value)
     assert "delete the folder, or run again with --from prune" in str(caught.value)
+
+
+def test_the_last_bit_is_compared_where_hashes_are_asked_for(folder, tmp_path):
+    folder.finish({"stage": "prune"})
+    folder.manifest(tmp_path / "cache")
+    (folder.path / "notes.txt").write_text("abd")
+    folder.manifest()
+    with pytest.raises(UserError, match=r"notes\.txt has changed since it was made"):
+        folder.manifest(tmp_path / "cache")
 
 
 def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files import read_json
 from ...gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
 from ...modeling.source import Source, base_of_adapter, parse_source
 from ..recipe import LoadedRecipe, ModelSpec
+
+NEEDED = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Geometry:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Geometry:
+        """The shape in a config.json; `UserError` for a number that is missing or is none."""
+        for key in (*NEEDED, *OPTIONAL):
+            value = config.get(key)
+            if not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL):
+                raise UserError(f"the model's config.json: {key} must be a whole number above 0 (it is {value!r})")
         heads = config["num_attention_heads"]
         return cls(
             config["num_hidden_layers"],
@@ -80,7 +88,7 @@ def read_geometry(loaded: LoadedRecipe, cache: Path) -> Geometry:
 def _read_config(loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
     model = loaded.recipe.model
     if isinstance(model, ModelSpec) and model.config:
-        return _json(loaded.folder / model.config)
+        return read_json(loaded.folder / model.config)
     return _source_config(parse_source(loaded.source, loaded.folder), loaded, cache)
 
 
@@ -101,7 +109,7 @@ def _source_config(source: Source, loaded: LoadedRecipe, cache: Path) -> dict[st
     from huggingface_hub import hf_hub_download
 
     try:
-        return _json(Path(hf_hub_download(source.text, "config.json", revision=source.revision)))
+        return read_json(Path(hf_hub_download(source.text, "config.json", revision=source.revision)))
     except UserError:
         raise
     except Exception as error:
@@ -109,13 +117,6 @@ def _source_config(source: Source, loaded: LoadedRecipe, cache: Path) -> dict[st
             f"the configuration of {source.text} could not be had from the Hub ({type(error).__name__}); "
             "name a local copy under model.config"
         ) from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} could not be read as JSON: {error}") from error
 
 
 def _gguf_config(file: Path) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import json_lines
+from ...files import json_lines, read_json, read_json_value
 from .schema import Report, StageEntry
 
 SAMPLES = 3
@@ -56,8 +55,8 @@ def _bench(export: Path | None) -> dict[str, Any] | None:
     file = export.parent / BENCH if export is not None else None
     if export is None or file is None or not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if found["stage"] == export.name else None
+    found = read_json(file)
+    return found if found.get("stage") == export.name else None
 
 
 def _entry(stage: StageRecord) -> StageEntry:
@@ -67,6 +66,7 @@ def _entry(stage: StageRecord) -> StageEntry:
         folder=stage.folder.name,
         fingerprint=manifest["fingerprint"],
         seconds=manifest["seconds"],
+        dtype=manifest.get("dtype"),
         resumed=manifest["resumed"],
         peak_memory_bytes=manifest["peak_memory_bytes"],
         peak_cuda_bytes=manifest["peak_cuda_bytes"],
@@ -77,7 +77,7 @@ def _entry(stage: StageRecord) -> StageEntry:
 
 def _json(folders: dict[str, Path], stage: str, name: str) -> Any:
     file = folders[stage] / name if stage in folders else None
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+    return read_json_value(file) if file is not None and file.is_file() else None
 
 
 def _lines(folders: dict[str, Path], stage: str, name: str) -> list[dict[str, Any]]:

@@ -73,6 +73,7 @@ class StageEntry(_Entry):
     folder: str
     fingerprint: str
     seconds: float
+    dtype: str | None = None  # of weights and activations; none in reports of older versions
     resumed: bool
     peak_memory_bytes: int  # of the process and its children
     peak_cuda_bytes: int | None = None  # allocated by torch

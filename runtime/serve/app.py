@@ -22,7 +22,8 @@ from ...errors import UserError
 from ..bundle import MANIFEST
 from ..generator import check_depth
 from ..session import Pieces, Session, Usage
-from .protocol import Answer, ChatRequest, CompletionRequest, Refused, read_request
+from .protocol import Answer, ChatRequest, CompletionRequest, read_request
+from .refusal import Refused, wrong
 from .worker import Job, Stopping, Worker
 
 LARGEST_BODY = 16 * 2**20  # bytes
@@ -44,14 +45,19 @@ def make_app(
         Route("/health", endpoint.health),
         Route("/v1/models", endpoint.models),
         Route("/v1/models/{model:path}", endpoint.model),
-        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
-        Route("/v1/completions", endpoint.complete, methods=["POST"]),
+        *_post("/v1/chat/completions", endpoint.chat),
+        *_post("/v1/completions", endpoint.complete),
     ]
     return Starlette(
         routes=routes,
         middleware=[Middleware(_Gate, api_key=api_key, local=local)],
         exception_handlers={Refused: _refuse, HTTPException: _refuse_route, Exception: _fail},
     )
+
+
+def _post(path: str, answer: Any) -> list[Route]:
+    """The route, with and without a slash at the end: few clients follow a redirection of what they post."""
+    return [Route(path, answer, methods=["POST"]), Route(path + "/", answer, methods=["POST"])]
 
 
 class _Endpoint:
@@ -76,12 +82,25 @@ class _Endpoint:
     async def chat(self, request: Request) -> Response:
         body = read_request(ChatRequest, await _body(request))
         settings = body.settings(self._depth(body.model), self._session.context)
-        return await self._answer(request, body, True, self._session.chat, body.conversation(), settings)
+        variables = await run_in_threadpool(self._variables, body)
+        return await self._answer(request, body, True, self._session.chat, body.messages, settings, variables)
 
     async def complete(self, request: Request) -> Response:
         body = read_request(CompletionRequest, await _body(request))
         settings = body.settings(self._depth(body.model), self._session.context)
-        return await self._answer(request, body, False, self._session.complete, body.text(), settings)
+        return await self._answer(request, body, False, self._session.complete, body.prompt, settings)
+
+    def _variables(self, body: ChatRequest) -> dict[str, Any]:
+        """What the chat template is told; `Refused` where it would not listen."""
+        found = body.variables()
+        known = self._session.template.variables if found else frozenset()
+        for name, (value, field) in found.items():
+            if name not in known and not (
+                name == "enable_thinking" and value is False
+            ):  # there is nothing to leave out
+                listed = ", ".join(sorted(known)) or "none"
+                raise wrong(field, f"the model's chat template has no variable {name}; it has: {listed}")
+        return {name: value for name, (value, _) in found.items() if name in known}
 
     async def _answer(
         self, request: Request, body: ChatRequest | CompletionRequest, chat: bool, begin: Any, *arguments: Any
@@ -92,9 +111,9 @@ class _Endpoint:
         except UserError as error:
             code = "context_length_exceeded" if "the context has room for" in str(error) else None
             raise Refused(400, str(error), param="messages" if chat else "prompt", code=code) from error
-        answer, job = Answer(body.model, chat), self._worker.submit(pieces)
+        counted = body.stream_options.include_usage
+        answer, job = Answer(body.model, chat, counted), self._worker.submit(pieces)
         if body.stream:
-            counted = body.stream_options is not None and body.stream_options.include_usage
             return _Stream(job, _events(job, answer, counted))
         return await _unless_gone(request, job, _whole(job, answer))
 
@@ -141,7 +160,8 @@ async def _events(job: Job, answer: Answer, counted: bool) -> AsyncIterator[str]
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # All but ASCII is escaped: there are clients that end a line at U+2028 and its like.
+    return f"data: {json.dumps(body)}\n\n"
 
 
 def _as_refusal(error: Exception) -> Refused:
@@ -185,9 +205,11 @@ async def _unless_gone(request: Request, job: Job, response: Any) -> Response:
 
 
 async def _body(request: Request) -> bytes:
-    # A web page may send a form or plain text anywhere without asking; JSON it may not.
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise Refused(400, "the body must be JSON, with the header Content-Type: application/json")
+    # A web page may send a form, plain text or what has no type anywhere without asking; JSON it may not.
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in ("application/json", "text/json") and not kind.endswith("+json"):
+        said = f"not {kind}" if kind else "which is missing"
+        raise Refused(400, f"the body must be JSON, with the header Content-Type: application/json, {said}")
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -215,7 +237,8 @@ class _Gate:
             return Refused(403, f"this server answers requests to localhost only, not to {host or 'no host'}")
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if self._key is None or (
-            scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key.encode())
+            scheme.lower() == "bearer"
+            and hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())  # as starlette decodes headers
         ):
             return None
         return Refused(401, "the API key is missing or wrong", code="invalid_api_key")
@@ -228,7 +251,8 @@ async def _refuse(_: Request, error: Exception) -> Response:
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     found = cast(HTTPException, error)
-    refused = Refused(found.status_code, f"{request.method} {request.url.path}: {found.detail}")
+    advice = "" if found.status_code != 404 or request.url.path.startswith("/v1/") else "; the API is below /v1"
+    refused = Refused(found.status_code, f"{request.method} {request.url.path}: {found.detail}{advice}")
     return JSONResponse(refused.body(), refused.status, headers=found.headers)
 
 

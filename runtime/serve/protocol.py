@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ..generator import Finish
 from ..session import Settings, Usage
+from .messages import read_messages
+from .options import CHAT, COMPLETION, STREAM, served
+from .refusal import Refused, wrong
 
-_Empty = Annotated[list[Any] | dict[str, Any], Field(max_length=0)]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Refused(Exception):
-    """A request that is answered with an error of OpenAI's shape."""
+def _whole(value: Any) -> Any:
+    """A whole number that a client's JSON writes with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
 
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class _Model(BaseModel):
@@ -33,38 +35,34 @@ class _Model(BaseModel):
 
 class StreamOptions(_Model):
     include_usage: bool = False
-    include_obfuscation: bool | None = None  # pads OpenAI's own streams against eavesdroppers; nothing to do here
 
-
-class TextFormat(_Model):
-    type: Literal["text"]
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, values: Any) -> Any:
+        return served(values, cls.model_fields, STREAM, "stream_options.") if isinstance(values, dict) else values
 
 
 class _Request(_Model):
-    """What both endpoints take. A field that is not served is there with the values that mean nothing is wanted."""
+    """What both endpoints serve. What else may be sent, and at which values, is in `options`."""
 
     model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: _Empty | None = None
-    user: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0  # OpenAI's default
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    stop: str | list[str] = ""
+    seed: Whole | None = None  # another each time
 
     def settings(self, depth: int, context: int) -> Settings:
-        """OpenAI's defaults: temperature 1, another seed each time."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        """How the session is to write the answer."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        greedy = self.top_p == 0  # no mass but the likeliest token's
         return Settings(
             max_tokens=self.limit() or context,
             depth=depth,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=0.0 if greedy else self.temperature,
+            top_p=1.0 if greedy else self.top_p,
             seed=secrets.randbits(31) if self.seed is None else self.seed % 2**32,
             stop=tuple(text for text in stop if text),
         )
@@ -74,87 +72,129 @@ class _Request(_Model):
         return self.max_tokens
 
 
-class Part(_Model):
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Model):
-    # Clients send an answer back as they got it, with fields that are empty there.
-    model_config = ConfigDict(extra="ignore")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    tool_calls: _Empty | None = None
-
-
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    tools: _Empty | None = None
-    response_format: TextFormat | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    messages: Annotated[list[dict[str, Any]], BeforeValidator(read_messages)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def conversation(self) -> list[dict[str, str]]:
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-            }
-            for message in self.messages
-        ]
+    def variables(self) -> dict[str, tuple[Any, str]]:
+        """What the chat template is told beside the messages: name -> (value, the field that says so)."""
+        found = {
+            name: (value, f"chat_template_kwargs.{name}")
+            for name, value in self.chat_template_kwargs.items()
+            if value is not None
+        }
+        if self.enable_thinking is not None:
+            found.setdefault("enable_thinking", (self.enable_thinking, "enable_thinking"))
+        if self.reasoning_effort == "none":
+            found.setdefault("enable_thinking", (False, "reasoning_effort"))
+        elif self.reasoning_effort:
+            found.setdefault("reasoning_effort", (self.reasoning_effort, "reasoning_effort"))
+        return found
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: Literal[""] | None = None
+    prompt: str | list[Whole]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        """Of a list of prompts its only one: a text, or a list of token ids."""
+        if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
+            return value
+        if len(value) > 1:
+            raise wrong("prompt", f"one prompt is answered per request, not {len(value)}; send each by itself")
+        return value[0]
 
     def limit(self) -> int:
         return self.max_tokens or 16  # OpenAI's default
 
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
-
-R = TypeVar("R", bound=_Request)
+R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 def read_request(kind: type[R], body: bytes) -> R:
     """The request, or `Refused` (400) that names the first field that is wrong."""
+    values = read_body(body)
+    options = served(values, kind.model_fields, CHAT if kind is ChatRequest else COMPLETION)
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(options)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_context=False)[0]
-        if detail["type"] == "json_invalid":
-            raise Refused(400, f"the body is not valid JSON: {detail['msg']}") from error
-        path = ".".join(str(part) for part in detail["loc"]) or None
-        first = str(detail["loc"][0]) if detail["loc"] else None
-        message = detail["msg"]
-        if detail["type"] == "extra_forbidden":
-            message = "this parameter is not supported here"
-        elif first not in ("model", "messages", "prompt"):
-            message += "; anything else is not supported here"
-        raise Refused(400, f"{path or 'the body'}: {message}", param=path) from error
+        path = _path(detail["loc"])
+        raise wrong(path, _says(path, detail)) from error
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """A field's path without the names of types that pydantic puts in where several may stand."""
+    return ".".join(str(part) for part in loc if not re.search(r"[^A-Za-z0-9_]", str(part)) and part not in _TYPES)
+
+
+_TYPES = ("str", "int")
+
+
+def _says(path: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "missing":
+        return "this field is needed"
+    if path in ("max_tokens", "max_completion_tokens") and detail["type"] == "greater_than_equal":
+        return "must be at least 1; leave it out for as many as the context has room for"
+    if path == "stop" or path.startswith("stop."):
+        return "must be a text or a list of texts"
+    if path == "prompt" or path.startswith("prompt."):
+        return "must be a text, a list of token ids, or a list with one of them"
+    return detail["msg"].replace("Input should be", "must be")
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. `Refused` where it is none, and where a text in it is no text."""
+    try:
+        values = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise Refused(
+            400, f"the body is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}; send JSON as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise Refused(400, "the body must be a JSON object")
+    if path := _broken_text(values):
+        raise wrong(path, "it has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return values
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _broken_text(body: dict[str, Any]) -> str | None:
+    """The path of a text that is not Unicode, if there is one."""
+    left: list[tuple[str, Any]] = [("", body)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, str) and _SURROGATE.search(value):
+            return path
+        if isinstance(value, dict):
+            left += [(path or "the body", name) for name in value]
+            left += [(f"{path}.{name}".lstrip("."), each) for name, each in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{path}.{number}", each) for number, each in enumerate(value)]
+    return None
 
 
 class Answer:
-    """Builds what is sent for one request, whole or in chunks."""
+    """Builds what is sent for one request, whole or in chunks; `counted` when a chunk at the end has the usage."""
 
-    def __init__(self, model: str, chat: bool):
-        self._chat = chat
+    def __init__(self, model: str, chat: bool, counted: bool = False):
+        self._chat, self._counted = chat, counted
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -179,7 +219,8 @@ class Answer:
         return {**self._outer(".chunk"), "choices": [], "usage": counts(usage)}
 
     def _chunk(self, said: Mapping[str, Any], finish: Finish | None) -> dict[str, Any]:
-        return {**self._outer(".chunk"), "choices": [_choice(said, finish)]}
+        usage = {"usage": None} if self._counted else {}  # what a last chunk will say
+        return {**self._outer(".chunk"), "choices": [_choice(said, finish)], **usage}
 
     def _outer(self, suffix: str) -> dict[str, Any]:
         return {"object": "chat.completion" + suffix if self._chat else "text_completion", **self._head}

@@ -1,0 +1,99 @@
+"""Errors of libraries and of the system as the one line that a user reads."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# Errors by which libraries say that a file is broken: what is broken, by the names of module and class.
+BROKEN = {
+    ("jinja2", "TemplateError"): "a chat template",
+    ("safetensors", "SafetensorError"): "a safetensors file",
+    ("pyarrow.lib", "ArrowException"): "a Parquet file",
+}
+_LONGEST = 600  # characters
+_NO_CODE = (
+    "Code that comes with a model is never run: where the checkpoint has a tokenizer.json, take auto_map out of its "
+    "tokenizer_config.json."
+)
+
+
+@contextmanager
+def readable_errors(where: str) -> Iterator[None]:
+    """What the machine lacks (disk, memory, a right) as `UserError`, however the libraries put it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        known = readable(error, where)
+        if known is None:
+            raise
+        raise known from error
+
+
+def readable(error: Exception, where: str) -> UserError | None:
+    """The `UserError` for what the machine lacks; None for all else."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number in FULL or any(os.strerror(code) in text for code in FULL):
+        return UserError(f"the disk is full ({where}); free some space and run the same command again")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return UserError(f"out of memory ({where}): {text.splitlines()[0] if text else 'no details'}")
+    if isinstance(error, OSError) and number in FORBIDDEN:
+        return UserError(f"{_file(error) or where}: {os.strerror(number)}; choose a folder you may write to")
+    return None
+
+
+def explained(error: Exception, where: str) -> UserError | None:
+    """The `UserError` for what a file, a name or the machine can be the cause of; None for errors of the program."""
+    if known := readable(error, where):
+        return known
+    if isinstance(error, OSError):
+        why = error.strerror or one_line(str(error)) or type(error).__name__
+        return UserError(f"{_file(error) or where}: {why}")
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(
+            f"a file that was read is not {error.encoding} text: {error.reason} at byte {error.start} ({where})"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        found = ascii(error.object[error.start : error.end])
+        return UserError(
+            f"a text has {found}, which is no character and cannot be written as {error.encoding} ({where})"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"a file that was read is not valid JSON: {error} ({where})")
+    for (module, name), what in BROKEN.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and isinstance(error, kind):
+            return UserError(f"{what} that was read is broken: {one_line(str(error))} ({where})")
+    return None
+
+
+def _file(error: OSError) -> str:
+    """The files that an error of the system is about."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return " → ".join(os.fsdecode(name) for name in names)
+
+
+def one_line(text: str) -> str:
+    """A library's message in one line, and not endless."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+
+
+def without_foreign_advice(message: str) -> str:
+    """A message without the advice of transformers to run code that comes with a model, which is never done here."""
+    if "trust_remote_code" not in message:
+        return message
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", message)
+    kept = [s for s in sentences if "trust_remote_code" not in s and "can inspect the repository" not in s]
+    return one_line(" ".join([*kept, _NO_CODE]))
