@@ -14,7 +14,7 @@ from .memory import Setting
 from .writing import forward
 
 GUARDED = 3  # cuts that held-out rows compare at the end
-BLOCKS_PER_GAP = 3  # of cuts that need not be one run, as found on SmolLM2: 2 gaps at 6 blocks, 2 or 3 at 9
+GAPS_PER_BLOCK = 1 / 2  # of cuts that need not be one run; found on SmolLM2: 2 to 4 gaps at 6 blocks, 2 or 3 at 9
 SQUARES = 3  # products with the features' sums per candidate, besides the solution
 
 
@@ -70,7 +70,7 @@ def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
     heal, shape, hidden = config.heal, at.shape, at.shape.hidden
     if not isinstance(heal, LeastSquares) or not count:
         return Work()
-    gaps = 1 if isinstance(config.search, Window) else math.ceil(count / BLOCKS_PER_GAP)
+    gaps = 1 if isinstance(config.search, Window) else math.ceil(count * GAPS_PER_BLOCK)
     rounds = heal.iterations + 1 if isinstance(heal, CosineHeal) else 1
     passes = rounds * (2 * gaps - 1)  # behind a healed gap the unpruned model is run besides
     features = shape.intermediate if isinstance(heal, RefitHeal) else hidden
