@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..stage import Section
 
-FORMAT = 3
+FORMAT = 4
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]
 OnnxPrecision = Literal["int4", "int8", "fp32"]
 
