@@ -27,7 +27,8 @@ def merge_work(config: MergeConfig, at: Setting, models: int, held: float) -> Wo
 
 
 def export_work(config: ExportConfig, at: Setting) -> Work:
-    """The checkpoint on the probe and for the importance matrix; each type written, read back and tried."""
+    """The checkpoint on the probe and for the importance matrix; each type written, read back and tried, and the graph
+    tried at high precision."""
     small = at.shape.parameters(at.kept)
     work = Work(forward(at.shape, at.kept, config.imatrix_tokens + config.verify.tokens, 256))
     for kind in [*config.gguf, *config.onnx]:
@@ -35,6 +36,11 @@ def export_work(config: ExportConfig, at: Setting) -> Work:
         work = work + Work(host_flops=0 if plain else QUANTIZING * small, host_read=4 * 4 * small)
         for depth in at.exported(config):
             work = work + _scored(at, kind, depth, config.verify.tokens, config.verify.window)
+    for precise, kinds in (("F16", config.gguf), ("fp32", config.onnx)):  # the graph, once per format
+        written = bool(kinds) and precise == "F16" and precise not in kinds
+        work = work + Work(host_read=(4 + 2) * small if written else 0)
+        for depth in at.exported(config) if kinds else ():
+            work = work + _scored(at, precise, depth, config.verify.tokens, config.verify.window)
     return work
 
 

@@ -373,8 +373,9 @@ def export_memory(config: ExportConfig, at: Setting) -> StageMemory:
     if config.onnx and not at.cuda:
         moments.append(building)
     host = sum(building.values()) if config.onnx and at.cuda else 0
-    # The float32 graph that the others are made from.
-    return StageMemory(worst(*moments), disk, note, 4 * small if config.onnx else 0, host)
+    # The float32 graph that the others are made from; before it the F16 file that llama.cpp's graph is checked with.
+    checked = 2 * small if config.gguf and "F16" not in config.gguf else 0
+    return StageMemory(worst(*moments), disk, note, max(4 * small if config.onnx else 0, checked), host)
 
 
 def measured_tokens(config: EvaluateConfig, at: Setting) -> int:
