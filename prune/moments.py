@@ -4,7 +4,8 @@ For a gap behind block i, ended by block j, the map depends on Σ uᵀu and Σ u
 adds, r the residual stream it is added to, h the stream after block j. All of that is the unpruned model's, so one
 pass serves every gap that is not longer than `longest`. Sums do not grow with tokens: (longest + 1) · L · H² float32
 (of products taken in float64), or · H where only a scale per channel can be fused. The ridge is chosen per gap on
-some held-out tokens, whose hidden states are kept.
+some held-out tokens, whose hidden states are kept. All of this is kept in the machine's own memory, as the maps are
+(15 GB for an 8B model and 6 blocks): a GPU takes the products, and has each map for as long as it is applied.
 """
 
 from __future__ import annotations
@@ -51,28 +52,29 @@ class Moments:
         self.decoder, self.longest, self.ridges, self.toward = decoder, longest, list(ridges), toward
         self._full = decoder.can_fuse_after_mlp
         self._maps: dict[tuple[int, int], Tensor] = {}
-        count, size, device = decoder.num_blocks, decoder.hidden_size, decoder.model.device
+        count, size = decoder.num_blocks, decoder.hidden_size
         shape = (size, size) if self._full else (size,)
-        self._uu = [torch.zeros(shape, device=device) for _ in range(count)]
+        self._uu = [torch.zeros(shape) for _ in range(count)]
         self._ud = {
-            (i, j): torch.zeros(shape, device=device)
-            for i in range(count)
-            for j in range(i + 1, min(i + longest, count - 1) + 1)
+            (i, j): torch.zeros(shape) for i in range(count) for j in range(i + 1, min(i + longest, count - 1) + 1)
         }
         self._held = self._gather(batches, advance)
 
     def map(self, first: int, last: int) -> Tensor:
-        """T, (H, H) or (H,), float32, behind the MLP of block `first` − 1 for the gap `first` … `last`."""
+        """T, (H, H) or (H,), float32, behind the MLP of block `first` − 1 for the gap `first` … `last`; in the
+        machine's own memory."""
         if (first, last) not in self._maps:
-            block = first - 1
+            block, device = first - 1, self.decoder.model.device
             u, d = self._held.mlp[block], self._held.after[last] - self._held.residual(block)
+            u, d = u.to(device), d.to(device)
             maps = [self._solve(block, last, ridge) for ridge in self.ridges]
             errors = [float((apply_map(u, map) - d).square().sum()) for map in maps]
-            self._maps[first, last] = maps[errors.index(min(errors))]
+            self._maps[first, last] = maps[errors.index(min(errors))].cpu()
         return self._maps[first, last]
 
     def _solve(self, block: int, last: int, ridge: float) -> Tensor:
-        uu, ud = self._uu[block].double(), self._ud[block, last].double()
+        device = self.decoder.model.device
+        uu, ud = self._uu[block].to(device).double(), self._ud[block, last].to(device).double()
         alpha = ridge * float(uu.diagonal().mean() if self._full else uu.mean())
         if self._full:
             eye = torch.eye(len(uu), dtype=uu.dtype, device=uu.device)
@@ -103,7 +105,8 @@ class Moments:
             real = batch.segment_ids >= 0
             self._add(states, (real & ~held).flatten().nonzero()[:, 0])
             index = (real & held).flatten().nonzero()[: HELD - sum(len(part.mlp[0]) for part in kept), 0]
-            kept.append(_States([state[index] for state in states.mlp], [state[index] for state in states.after]))
+            mlp, after = ([state[index].cpu() for state in part] for part in (states.mlp, states.after))
+            kept.append(_States(mlp, after))
             del states  # before the next batch's
             advance(batch.tokens)
         parts = ([part.mlp for part in kept], [part.after for part in kept])
@@ -124,12 +127,13 @@ class Moments:
         """Add the positions `index` of a batch."""
         for block, mlp in enumerate(states.mlp):
             u, residual = mlp[index].double(), states.residual(block)[index]
-            self._uu[block] += u.T @ u if self._full else u.square().sum(0)
+            self._uu[block] += (u.T @ u if self._full else u.square().sum(0)).cpu()
             for last in range(block + 1, min(block + self.longest, self.decoder.num_blocks - 1) + 1):
                 d = (states.after[last][index] - residual).double()  # what the MLP would have to add
-                self._ud[block, last] += u.T @ d if self._full else (u * d).sum(0)
+                self._ud[block, last] += (u.T @ d if self._full else (u * d).sum(0)).cpu()
 
 
 def apply_map(mlp: Tensor, map: Tensor) -> Tensor:
     """What an MLP adds (..., H) through a full map (H, H) or a scale per channel (H,)."""
+    map = map.to(mlp.device)
     return mlp * map if map.ndim == 1 else mlp @ map.to(mlp.dtype)

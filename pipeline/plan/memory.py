@@ -223,9 +223,15 @@ def prune_memory(config: PruneConfig, at: Setting) -> StageMemory:
         statistics = (longest + 1) * square
         held = 2 * shape.blocks * min(HELD_STATES, config.calibration.tokens // 8) * shape.hidden * 4
         kept = statistics + held  # until the blocks are chosen
-        searching["other"] = kept + max(2 * states, longest * square // 2)  # one batch's states; the maps tried out
-        if config.blocks == "auto":  # heals cuts while it chooses
-            healing["other"] += kept
+        maps = longest * square // 2  # that are tried out
+        if at.cuda:  # all in the machine's own memory; here one batch's states, and a map and what it is solved from
+            searching["other"] = max(2 * states, 6 * shape.hidden**2 * 8)
+            host = kept + maps + (sums if config.blocks == "auto" else 0)
+            host = max(host, sums)
+        else:
+            searching["other"] = kept + max(2 * states, maps)
+            if config.blocks == "auto":  # heals cuts while it chooses
+                healing["other"] += kept
         note += f"; statistics of all gaps {megabytes(statistics)}"
     return StageMemory(worst(scanning, searching, healing), at.small, note, host=host)
 

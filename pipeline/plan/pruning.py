@@ -46,11 +46,11 @@ def greedy_runs(blocks: int, candidates: int, count: int) -> tuple[float, int]:
 
 def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
     """Rounds over all candidates, on the scoring rows; then the guard, on the held-out ones."""
-    shape, half = at.shape, config.calibration.length / 2
-    total, hidden = shape.blocks, shape.hidden
+    calibration, shape = config.calibration, at.shape
+    half, total, hidden = calibration.length / 2, shape.blocks, shape.hidden
     candidates = total - (1 if config.heal.kind == "none" else 2)
     runs, cuts = greedy_runs(total, candidates, count)
-    scored, held = config.calibration.scoring, config.calibration.held_out
+    scored, held = calibration.scoring, calibration.held_out
     flops = forward(shape, runs, scored, half, 0) + cuts * forward(shape, 0, scored, 0)
     flops += GUARDED * forward(shape, total, held, half)
     for rows in (scored, held):  # what the unpruned model says: its logits, and the head's rows weighed by them
@@ -62,7 +62,9 @@ def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
     maps = candidates + 2 * count  # a round's new gaps: what neighbours the blocks dropped before
     double = 2 * tokens * pairs * hidden**2 + maps * ridges * (2 / 3 + 2) * hidden**3
     flops += forward(shape, total, tokens, half, 0) + 2 * cuts * scored * hidden**2
-    return Work(flops, double=double)
+    # A GPU's products are added up in the machine's own memory: read and written, and moved there before.
+    moved = math.ceil(tokens / (calibration.length * calibration.batch)) * 3 * pairs * hidden**2 * 8
+    return Work(flops, double=double, host_read=moved if at.cuda else 0)
 
 
 def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
