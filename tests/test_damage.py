@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from compress.pipeline import cli
 
-CASES = int(os.environ.get("DAMAGE_CASES", "20"))
+CASES = int(os.environ.get("DAMAGE_CASES", "5"))
 FIRST = int(os.environ.get("DAMAGE_FIRST", "0"))
 RECIPE = """name: r
 model: checkpoint
