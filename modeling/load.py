@@ -188,7 +188,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer.json; a fast tokenizer is needed")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, use_fast=True, trust_remote_code=False
+            )  # or it asks on the console whether to run the code
             tokenizer.decode(tokenizer("a")["input_ids"])  # some wrong values show themselves only in use
     except Exception as error:  # tokenizers raises plain Exception; a wrong value whatever it happens to meet
         raise UserError(f"the tokenizer in {folder} could not be loaded: {error}") from error

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -317,3 +318,17 @@ def test_the_sections_of_commands_are_checked_first(place, refused, idle, tiny):
     assert "gguf" in refused("export", tiny(), "--gguf", "Q5", "--out", "new")
     with pytest.raises(UserError, match="name at least one type"):
         direct._config(ExportConfig, {})
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_asking(tiny, refused, tmp_path, monkeypatch):
+    def asked(*_: Any) -> str:
+        raise AssertionError("asked whether to run a model's code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny(), folder)
+    file = folder / "tokenizer_config.json"
+    code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tok.Own", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    said = refused("export", folder, "--gguf", "Q8_0", "--out", tmp_path / "out")
+    assert "trust_remote_code" not in said and "take auto_map out of its tokenizer_config.json" in said
