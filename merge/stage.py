@@ -15,6 +15,7 @@ from ..data.packing import pack
 from ..errors import UserError
 from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
+from ..modeling.soundness import check_checkpoint
 from ..modeling.weights import tensor_headers
 from ..stage import WORK, Context, Inputs, write_whole
 from .alignment import check_alike
@@ -97,6 +98,12 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
     shutil.rmtree(partial, ignore_errors=True)
     merge_weights(config, used, base, shapes, partial, context)
     copy_companions(used[names[0]], partial, str(config.out_dtype))
+    try:
+        check_checkpoint(partial, finite=True)
+    except UserError as error:
+        raise UserError(
+            f"merge: {config.method} made no model that can be used; change merge.parameters ({error})"
+        ) from error
     partial.replace(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -162,7 +163,9 @@ def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base:
     with pytest.raises(UserError, match=rf"vllm is not installed here.*docs/data\.md.*{ways}"):
         check_engine(VllmEngine(), Context(device="cuda"))
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    # Not syspath_prepend: it would put the path without site-packages back when the test ends.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
     for ask in (
         lambda: check_engine(VllmEngine(), Context()),
         lambda: open_engine(VllmEngine(), base, Context(), 9, 1),
