@@ -214,7 +214,7 @@ def check_weights(what: str, errors: Iterator[tuple[str, str, float]]) -> float:
     """The largest row error; `UserError` naming the tensor where one is past its type's limit."""
     worst = 0.0
     for tensor, kind, error in errors:
-        if error > LIMITS[kind]:
+        if not error <= LIMITS[kind]:
             raise UserError(
                 f"{what}: tensor {tensor} ({kind}) differs from the checkpoint by {error:.3g} of a row's norm, "
                 f"where {LIMITS[kind]:g} is the limit: the file is damaged or was written wrongly"

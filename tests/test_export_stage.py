@@ -84,7 +84,8 @@ def test_the_model_card_says_how_to_run_it(exported):
     assert "ollama create tiny -f Modelfile" in card and 'og.Model("onnx/int4")' in card
     for artifact in read_bundle(exported).artifacts:
         assert f"| `{artifact.path}` | {artifact.type} |" in card
-    assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n"
+    ends = 'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n'
+    assert (exported / "Modelfile").read_text() == "FROM ./gguf/tiny-F16.gguf\n" + ends
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_inspect_and_the_card_tell_of_heads(kv_bundle, checkpoint, capsys, monke
     command = re.search(r"    (compress generate \. .*--kv-budget .*) < text", (kv_bundle / "README.md").read_text())
     assert command is not None
     where = [str(kv_bundle) if word == "." else word for word in command[1].split()[1:]]
-    monkeypatch.setattr("sys.stdin", io.StringIO("the way of many people " * 40))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the way of many people " * 40)))
     compress(*where, "--max-tokens", 4)
     assert "24 keys and values per head (retaining)" in capsys.readouterr().err
 
@@ -222,7 +222,7 @@ def test_a_server_keeps_a_budget(kv_bundle, monkeypatch):
 
 def test_chat_and_bench_keep_a_budget(kv_bundle, capsys, monkeypatch):
     talk = "the way of many people and the water\nwhat time is it\n/depth 2\nand now\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(talk))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(talk.encode())))
     compress("chat", kv_bundle, "--kv-budget", 24, "--kv-evict-decoding", "--max-tokens", 6, "--engine", "onnx")
     said = capsys.readouterr()
     assert said.out.count("\n") >= 3 and "error" not in said.err
