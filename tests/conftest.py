@@ -168,6 +168,22 @@ def torch_engine() -> type[TorchEngine]:
     return TorchEngine
 
 
+class Noted(Progress):
+    """Keeps what is noted, in `texts`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture(scope="session")
+def noted() -> type[Noted]:
+    """noted() -> a progress that keeps its notes in `texts`."""
+    return Noted
+
+
 class Killer(Progress):
     """Raises on the n-th call of a bar's `advance`, in place of a kill there; never, if n is 0."""
 

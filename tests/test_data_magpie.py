@@ -256,10 +256,11 @@ def test_unfinished_answers_can_be_kept(
     assert second.targets == first.targets + 1 and second.tokens == first.tokens + 2  # the end of the turn, a newline
 
 
-def test_too_few_rows(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_rows(
+    noted: Callable[[], Any], tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load_tokenizer(tiny())
     ask = Sampled(tokenizer("Same")["input_ids"], True)
-    notes: list[str] = []
     scripted(monkeypatch, tokenizer, [ask] * 1000, {"Same": ask})
     with pytest.raises(UserError, match=r"of 12 rows the model wrote, 1 are usable \(11 duplicate\)"):
         run(MagpieConfig(source="magpie", rows=4, batch=4, max_attempts=3), Inputs(tiny(), tiny()), tmp_path, Context())
@@ -267,14 +268,9 @@ def test_too_few_rows(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: py
     fresh.mkdir()
     prompts = [Sampled(tokenizer(f"Say {i % 5}")["input_ids"], True) for i in range(100)]
     scripted(monkeypatch, tokenizer, prompts, {f"Say {i}": ask for i in range(5)})
-
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    config = MagpieConfig(source="magpie", rows=10, batch=4, max_attempts=2)
-    assert run(config, Inputs(tiny(), tiny()), fresh, Context(progress=Notes()))["rows"] == 5
-    assert notes[0] == "5 rows instead of 10 after data.max_attempts (15 duplicate)"
+    config, progress = MagpieConfig(source="magpie", rows=10, batch=4, max_attempts=2), noted()
+    assert run(config, Inputs(tiny(), tiny()), fresh, Context(progress=progress))["rows"] == 5
+    assert progress.texts[0] == "5 rows instead of 10 after data.max_attempts (15 duplicate)"
 
 
 def test_a_text_that_closes_the_turn_ends_the_prompt(tiny: Callable[..., Path]) -> None:

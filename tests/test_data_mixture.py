@@ -13,21 +13,13 @@ from compress.data.config import DataConfig
 from compress.data.rows import read_rows
 from compress.data.stage import check, run
 from compress.errors import UserError
-from compress.stage import Context, Inputs, Progress
+from compress.stage import Context, Inputs
 from pydantic import TypeAdapter, ValidationError
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 class Stage:
-    def __init__(self, base: Path, folder: Path):
-        self.base, self.folder, self.runs = base, folder, 0
+    def __init__(self, noted: Callable[[], Any], base: Path, folder: Path):
+        self.noted, self.base, self.folder, self.runs = noted, base, folder, 0
 
     def file(self, name: str, records: list[Any]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -38,15 +30,15 @@ class Stage:
         self.out = self.folder / f"out{self.runs}"
         self.out.mkdir()
         config = TypeAdapter(DataConfig).validate_python(section)
-        self.progress = Notes()
+        self.progress = self.noted()
         context = Context(seed=seed, recipe_dir=self.folder, progress=self.progress)
         check(config, self.base, context)
         return run(config, Inputs(self.base, self.base), self.out, context)
 
 
 @pytest.fixture
-def stage(tiny: Callable[..., Path], tmp_path: Path) -> Stage:
-    made = Stage(tiny(), tmp_path)
+def stage(noted: Callable[[], Any], tiny: Callable[..., Path], tmp_path: Path) -> Stage:
+    made = Stage(noted, tiny(), tmp_path)
     for name in "abc":
         made.file(f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "so"} for i in range(40)])
     return made
@@ -92,10 +84,10 @@ def test_a_set_that_runs_out_is_told_and_filled_up(stage: Stage) -> None:
     stage.file("b.jsonl", [{"prompt": f"b {i}", "response": "so"} for i in range(3)])
     metrics = stage(source="datasets", sets=sets(a=1, b=1), rows=30)
     assert metrics["sets"] == {"a.jsonl": 27, "b.jsonl": 3}
-    assert "b.jsonl has run out after 3 rows; the others fill up" in stage.progress.notes
+    assert "b.jsonl has run out after 3 rows; the others fill up" in stage.progress.texts
     metrics = stage(source="datasets", sets=sets(a=1, b=1), rows=60)
     assert metrics["rows"] == 43
-    assert "43 rows instead of 60: there are no more" in stage.progress.notes
+    assert "43 rows instead of 60: there are no more" in stage.progress.texts
 
 
 def test_sets_have_columns_and_rewriting_of_their_own(stage: Stage) -> None:

@@ -15,7 +15,7 @@ from compress.data.stage import check, run
 from compress.data.turns import Unusable, conversation, tool_definitions
 from compress.errors import UserError
 from compress.modeling.random import CHAT_TEMPLATE, build_tokenizer
-from compress.stage import Context, Inputs, Progress
+from compress.stage import Context, Inputs
 
 PLAIN = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
@@ -114,19 +114,11 @@ def test_tool_definitions() -> None:
             tool_definitions(wrong)
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 class Stage:
     """Runs the stage on rows."""
 
-    def __init__(self, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.base, self.folder, self.runs = base, folder, 0
+    def __init__(self, noted: Callable[[], Any], base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.noted, self.base, self.folder, self.runs = noted, base, folder, 0
         self.tokenizer = build_tokenizer()
         monkeypatch.setattr("compress.data.stage.load_tokenizer", lambda _: self.tokenizer)
 
@@ -138,7 +130,7 @@ class Stage:
         lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
         (self.folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
         config = DatasetConfig(source="dataset", path="a.jsonl", **options)
-        self.progress = Notes()
+        self.progress = self.noted()
         context = Context(seed=7, recipe_dir=self.folder, progress=self.progress)
         check(config, self.base, context)
         return run(config, Inputs(self.base, self.base), self.out, context)
@@ -155,8 +147,10 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    return Stage(tiny(), tmp_path, monkeypatch)
+def stage(
+    noted: Callable[[], Any], tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Stage:
+    return Stage(noted, tiny(), tmp_path, monkeypatch)
 
 
 def called(number: int) -> Messages:
@@ -241,7 +235,7 @@ def test_dropped_rows_are_told_and_too_many_stop_the_stage(stage: Stage) -> None
     good = [row(i) for i in range(8)]
     surrogate = r'{"prompt": "bad \ud83d", "response": "x"}'
     assert stage([*good, surrogate, row(0)])["dropped"] == {"duplicate": 1, "not_unicode": 1}
-    assert "a.jsonl: 2 of 10 rows dropped (1 duplicate, 1 not_unicode)" in stage.progress.notes
+    assert "a.jsonl: 2 of 10 rows dropped (1 duplicate, 1 not_unicode)" in stage.progress.texts
     many = [*good, surrogate, surrogate, {"prompt": "x", "response": ""}, *good]
     with pytest.raises(UserError) as caught:
         stage(many)
@@ -251,9 +245,9 @@ def test_dropped_rows_are_told_and_too_many_stop_the_stage(stage: Stage) -> None
         "line 9 of a.jsonl has half of a surrogate pair" in message
         and "mend the rows, or, if they are to be left out, set data.max_dropped to 0.28" in message
     )
-    assert "a.jsonl: 11 of 19 rows dropped (8 duplicate, 2 not_unicode, 1 empty)" in stage.progress.notes
+    assert "a.jsonl: 11 of 19 rows dropped (8 duplicate, 2 not_unicode, 1 empty)" in stage.progress.texts
     assert stage(many, max_dropped=0.28)["rows"] == 8
-    assert stage(good)["dropped"] == {} and not any("dropped" in note for note in stage.progress.notes)
+    assert stage(good)["dropped"] == {} and not any("dropped" in note for note in stage.progress.texts)
 
 
 def test_unknown_roles_are_counted_by_name(stage: Stage) -> None:

@@ -38,14 +38,6 @@ WEIGHT = {"weight": 1.0}
 SIZES: dict[str, Any] = {"blocks": 3, "hidden": 32, "heads": 2, "kv_heads": 1, "intermediate": 48}
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def section(method: str, **options: Any) -> MergeConfig:
     return MergeConfig.model_validate({"method": method} | options)
 
@@ -114,12 +106,17 @@ BAD = {
     ],
 )
 def test_the_better_of_the_merge_and_its_parents_goes_on(
-    world: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], chosen: str | None
+    noted: Callable[[], Any],
+    world: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    chosen: str | None,
 ) -> None:
     passes: list[Path] = []
     plain = measure.unpruned
     monkeypatch.setattr(stage, "unpruned", lambda folder, *args: passes.append(folder) or plain(folder, *args))
-    progress = Notes()
+    progress = noted()
     metrics = run(section("linear", **options), world, tmp_path / "out", progress)
     distill = world.stages["distill"]
     folders = {"merge": tmp_path / "out" / WORK / "merged", "start": world.stages["prune"] / "model"}
@@ -143,7 +140,7 @@ def test_the_better_of_the_merge_and_its_parents_goes_on(
     asked = [entry["model"] for entry in record["config"]["models"]]
     assert [entry["name"] for entry in record["models"] if entry["merged"]] == sorted(asked)
     verdict = "the merge by linear" if metrics["chosen"] == "merge" else f"{metrics['chosen']}, which is better than"
-    assert f"kept: {verdict}" in progress.notes[-1]
+    assert f"kept: {verdict}" in progress.texts[-1]
 
 
 def test_a_killed_stage_goes_on_and_two_places_have_the_same_bytes(

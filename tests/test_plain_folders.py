@@ -23,16 +23,6 @@ from safetensors.torch import load_file, save_file
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-class Notes(Progress):
-    """Collects what is noted."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
-
-
 @pytest.fixture
 def copy(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """copy(family, **options) -> a folder of one's own with a tiny checkpoint."""
@@ -68,7 +58,24 @@ def shard(folder: Path, parts: int = 2) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def read(folder: Path, notes: Notes | None = None) -> Path:
+def arguments(command: str, folder: Path, place: Path) -> list[str]:
+    """A command and what it needs to work on a checkpoint folder; what it makes goes to `place`."""
+    recipe, text = place / "r.yaml", place / "t.txt"
+    text.write_text("words " * 100)
+    recipe.write_text(
+        f"name: x\nmodel: {folder}\nprune: {{blocks: 1, heal: none, calibration: {{text: {text}, tokens: 64}}}}\n"
+    )
+    further = {
+        "plan": [str(recipe)],
+        "run": [str(recipe), "--runs", str(place / "runs")],
+        "export": [str(folder), "--gguf", "F16", "--out", str(place / "b")],
+        "eval": [str(folder), "--text", str(text)],
+        "inspect": [str(folder)],
+    }
+    return [command, *further[command]]
+
+
+def read(folder: Path, notes: Progress | None = None) -> Path:
     return resolve(str(folder), folder.parent / "cache", progress=notes)
 
 
@@ -85,7 +92,7 @@ def test_a_plain_folder_is_used_where_it_lies(copy):
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_vendors_copy_of_the_weights_is_not_read(copy, tmp_path, sharded):
+def test_a_vendors_copy_of_the_weights_is_not_read(noted, copy, tmp_path, sharded):
     """Neither counted nor loaded nor exported, by any part of the package."""
     folder = copy("mistral")
     expected, count = logits(folder), count_parameters(folder)
@@ -94,7 +101,7 @@ def test_a_vendors_copy_of_the_weights_is_not_read(copy, tmp_path, sharded):
         shard(folder)
     save(folder, others, "consolidated.safetensors")
     (folder / "consolidated.safetensors.index.json").write_text("{}")
-    notes = Notes()
+    notes = noted()
     found = read(folder, notes)
     assert any("consolidated.safetensors is not read" in text for text in notes.texts)
     assert found != folder and torch.equal(logits(found), expected) and count_parameters(found) == count
@@ -194,13 +201,13 @@ def test_numbers_that_are_not_finite_are_named(copy):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(copy, family):
+def test_a_head_of_its_own_is_used_though_the_configuration_ties_it(noted, copy, family):
     folder = copy(family, tied=True)
     tensors = weights(folder)
     embedding = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = embedding + 0.5 * embedding.std() * torch.randn_like(embedding)
     save(folder, tensors)
-    notes = Notes()
+    notes = noted()
     found = read(folder, notes)
     assert len([text for text in notes.texts if "the file's own head is used" in text]) == 1
     assert load_config(found).tie_word_embeddings is False
@@ -221,11 +228,11 @@ def test_no_head_where_the_configuration_has_one_is_refused_with_the_way_out(cop
 
 
 @pytest.mark.parametrize("count", [3, 6, 1])
-def test_a_list_per_block_of_one_kind_is_given_the_length_of_the_blocks(copy, count):
+def test_a_list_per_block_of_one_kind_is_given_the_length_of_the_blocks(noted, copy, count):
     folder = copy("qwen3")
     expected = logits(folder)
     edit(folder, layer_types=["full_attention"] * count)
-    notes = Notes()
+    notes = noted()
     found = read(folder, notes)
     assert load_config(found).layer_types == ["full_attention"] * 4
     assert [f"had {count} entries for 4 blocks" in text for text in notes.texts] == [True]
@@ -236,31 +243,18 @@ def test_a_list_per_block_of_one_kind_is_given_the_length_of_the_blocks(copy, co
 def test_a_list_per_block_that_cannot_be_told_is_one_line_in_every_command(copy, tmp_path, capfd, command):
     folder = copy("gemma3_text", layer_types=["sliding_attention", "full_attention"] * 2)
     edit(folder, layer_types=["sliding_attention", "full_attention"] * 3)
-    text = tmp_path / "t.txt"
-    text.write_text("words " * 100)
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        f"name: x\nmodel: {folder}\nprune: {{blocks: 1, heal: none, calibration: {{text: {text}, tokens: 64}}}}\n"
-    )
-    arguments = {
-        "plan": [str(recipe)],
-        "run": [str(recipe), "--runs", str(tmp_path / "runs")],
-        "export": [str(folder), "--gguf", "F16", "--out", str(tmp_path / "b")],
-        "eval": [str(folder), "--text", str(text)],
-        "inspect": [str(folder)],
-    }
     with pytest.raises(SystemExit) as ended:
-        main([command, *arguments[command]])
+        main(arguments(command, folder, tmp_path))
     out, err = capfd.readouterr()
     told = " ".join((out if command == "inspect" else err).replace("│", " ").split())
     assert "layer_types has 6 entries for 4 blocks (num_hidden_layers), and they differ" in told
     assert ended.value.code == (0 if command == "inspect" else 2) and "Traceback" not in err
 
 
-def test_records_of_another_cut_are_left_out(copy):
+def test_records_of_another_cut_are_left_out(noted, copy):
     folder = copy()
     edit(folder, compress_kept_blocks=[0, 1, 2, 4, 5], compress_depths=[2, 5])
-    notes = Notes()
+    notes = noted()
     config = load_config(read(folder, notes))
     assert not hasattr(config, "compress_kept_blocks") and not hasattr(config, "compress_depths")
     assert len(notes.texts) == 2
@@ -283,19 +277,8 @@ QUANTIZED = {
 def test_quantized_checkpoints_are_refused_before_any_work(copy, tmp_path, capfd, method, command):
     folder = copy()
     edit(folder, quantization_config=QUANTIZED[method])
-    recipe, text = tmp_path / "r.yaml", tmp_path / "t.txt"
-    text.write_text("words " * 100)
-    recipe.write_text(
-        f"name: x\nmodel: {folder}\nprune: {{blocks: 1, heal: none, calibration: {{text: {text}, tokens: 64}}}}\n"
-    )
-    arguments = {
-        "plan": [str(recipe)],
-        "run": [str(recipe), "--runs", str(tmp_path / "runs")],
-        "export": [str(folder), "--gguf", "F16", "--out", str(tmp_path / "b")],
-        "eval": [str(folder), "--text", str(text)],
-    }
     with pytest.raises(SystemExit) as ended:
-        main([command, *arguments[command]])
+        main(arguments(command, folder, tmp_path))
     err = capfd.readouterr().err
     assert ended.value.code == 2 and f"is quantized already ({method}" in err and "take the float checkpoint" in err
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").glob("*/*-*"))
@@ -329,9 +312,9 @@ def adapted(copy: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path, torc
         return base, tmp_path / "adapter", model(torch.arange(3, 40)[None]).logits
 
 
-def test_an_adapter_alone_is_merged_into_its_base(adapted, tmp_path):
+def test_an_adapter_alone_is_merged_into_its_base(noted, adapted, tmp_path):
     base, adapter, expected = adapted
-    notes = Notes()
+    notes = noted()
     edit(adapter, "adapter_config.json", base_model_name_or_path="model")  # beside the adapter's folder
     found = resolve(str(adapter), tmp_path / "cache", progress=notes)
     assert any("merging the adapter adapter into its base model" in text for text in notes.texts)
@@ -339,7 +322,7 @@ def test_an_adapter_alone_is_merged_into_its_base(adapted, tmp_path):
     assert not torch.allclose(logits(base), expected, atol=1e-2)
     assert not (found / "adapter_config.json").exists()
     assert load_tokenizer(found).get_vocab() == load_tokenizer(base).get_vocab()
-    again = Notes()
+    again = noted()
     assert resolve(str(adapter), tmp_path / "cache", progress=again) == found and not again.texts
 
 
@@ -360,12 +343,12 @@ def test_an_adapter_that_cannot_be_merged_is_one_line(adapted, tmp_path, change,
         resolve(str(adapter), tmp_path / "cache")
 
 
-def test_an_adapter_beside_a_model_is_not_attached(adapted):
+def test_an_adapter_beside_a_model_is_not_attached(noted, adapted):
     base, adapter, together = adapted
     expected = logits(base)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / name, base / name)
-    notes = Notes()
+    notes = noted()
     found = read(base, notes)
     assert any("is not applied" in text for text in notes.texts)
     assert torch.equal(logits(found), expected) and not torch.allclose(expected, together, atol=1e-2)

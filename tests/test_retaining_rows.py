@@ -163,24 +163,20 @@ def test_a_model_without_chat_reads_on():
     assert key in prompt and prompt.endswith("?\n") and "<|im" not in prompt + answer
 
 
-def users(tmp_path: Path, rows: list[Any], length: int = 300, heldout: int = 2, **columns: str) -> Any:
+def users(
+    tmp_path: Path, rows: list[Any], length: int = 300, heldout: int = 2, progress: Any = None, **columns: str
+) -> Any:
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LongRows.model_validate({"path": "long.jsonl"} | columns)
-    context = Context(seed=3, recipe_dir=tmp_path, progress=Notes())
+    context = Context(seed=3, recipe_dir=tmp_path, progress=progress or Progress())
     return users_rows(TOKENIZER, config, length, 5, heldout, context, tmp_path / "cache")
 
 
-class Notes(Progress):
-    texts: list[str] = []  # noqa: RUF012
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
-
-
-def test_a_users_rows(tmp_path):
+def test_a_users_rows(noted, tmp_path):
     rows = [{"q": f"question {n}", "a": f"answer {n}", "long": "the way " * (10 if n % 3 else 400)} for n in range(12)]
-    found = users(tmp_path, rows, prompt="q", context="long", response="a")
-    assert len(found.heldout) == 2 and "4 rows of more than 300 tokens are left out" in Notes.texts[-1]
+    progress = noted()
+    found = users(tmp_path, rows, progress=progress, prompt="q", context="long", response="a")
+    assert len(found.heldout) == 2 and "4 rows of more than 300 tokens are left out" in progress.texts[-1]
     train = [found.train(n) for n in range(found.count)]
     texts = [TOKENIZER.decode(row.ids) for row in train]
     assert len(set(texts)) == len(texts) == 5

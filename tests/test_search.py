@@ -25,7 +25,6 @@ from compress.prune.scoring import Scorer
 from compress.prune.search import choose
 from compress.prune.search.trials import Trials
 from compress.prune.study import Study, read_ledger
-from compress.stage import Progress
 from torch import Tensor
 
 BLOCKS = 6
@@ -41,14 +40,6 @@ def rows(sizes: Sequence[int], seed: int) -> list[list[int]]:
 
 def packed(ids: list[list[int]]) -> list[Batch]:
     return pack([Encoded(row, [True] * len(row)) for row in ids], 48, 2, 9)
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -147,11 +138,11 @@ def test_a_beam_as_wide_as_there_are_cuts_is_exhaustive(model: Any, measure: str
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch, model: Any) -> Callable[..., Study]:
+def tables(noted: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, model: Any) -> Callable[..., Study]:
     """tables(scores, held_out) → a study whose trials read scores from tables; `notes["asked"]` are the parents."""
 
     def make(scores: dict[Cut, float], held_out: dict[Cut, float] | None = None) -> Study:
-        known = study(model, progress=Notes())
+        known = study(model, progress=noted())
 
         def look_up(self: Trials, cuts: list[Cut], parent: Cut, keep: int) -> dict[Cut, float]:
             assert all(set(parent) < set(c) for c in cuts)
@@ -233,7 +224,7 @@ def test_the_guard_takes_a_cheap_cut_where_held_out_rows_prefer_it(tables: Calla
         assert known.notes["guard"] == {
             key: {"dropped": list(cut), "held_out": held_out[cut]} for key, cut in {kind: free, **cheap}.items()
         }
-        told = [line for line in known.progress.lines if "held-out rows prefer" in line]  # type: ignore[attr-defined]
+        told = [line for line in known.progress.texts if "held-out rows prefer" in line]
         assert len(told) == (wanted != free) and all(f"prefer the {name} (" in line for line in told)
         known = tables(scores, held_out)
         assert choose(known, config(kind, guard=False, **options), 2, INNER) == free
