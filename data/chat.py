@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from .rows import Message, Messages, Row, Split, read_rows
-from .spans import Span, TemplateError, answer_span, leaves_out
+from .spans import Span, TemplateError, answer_span, leaves_out, unwritten
 
 # Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they were encoded on, so such
 # templates are given a day that stays: the one that Llama 3.1's own template falls back on.
@@ -148,7 +148,25 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
         windows = encode_text(tokenizer, row.text or "", max_length)
         return replace(windows[0], row=row.id) if windows else Encoded([], [], row.id)
     write = writer(tokenizer, row.messages, row.tools)
-    text = write(row.messages)
+    return _encode(tokenizer, row, row.messages, write, write(row.messages), max_length)
+
+
+def encode_whole(tokenizer: Any, row: Row) -> Encoded:
+    """As `encode_row`, of a conversation that someone brings: raises `TemplateError` also for a turn of another role
+    that the template leaves out."""
+    messages = row.messages or []
+    write = writer(tokenizer, messages, row.tools)
+    text = write(messages)
+    encoded = _encode(tokenizer, row, messages, write, text, None)
+    left_out = unwritten(text, messages)
+    if left_out:
+        raise TemplateError(left_out, "left_out")
+    return encoded
+
+
+def _encode(
+    tokenizer: Any, row: Row, messages: Messages, write: Callable[..., str], text: str, max_length: int | None
+) -> Encoded:
     # The template has written the beginning-of-text token where the model wants one.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoding["input_ids"])
@@ -157,10 +175,10 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
     ends = [special.get(i, "") for i in ids]
     mask = [False] * len(ids)
     last = -1
-    for number, message in enumerate(row.messages):
+    for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            span = answer_span(write, row.messages, number, text)
-            if row.cut and number == len(row.messages) - 1:
+            span = answer_span(write, messages, number, text)
+            if row.cut and number == len(messages) - 1:
                 span = replace(span, limit=span.end)
             last = _last_target(ends, offsets, text, span.end, span.limit)
             if message.get("weight") != 0:

@@ -12,14 +12,14 @@ from typing import Any
 
 from ..errors import UserError
 from ..stage import Context
-from .chat import encode_row, encode_text, special_tokens, writer
+from .chat import encode_text, encode_whole, special_tokens
 from .config import DatasetConfig, DatasetsConfig
 from .decontaminate import Overlap
 from .drafts import KEPT, dropped_note, reasons
 from .readers import Record, Source, read_records
 from .rewriting import Gold
 from .rows import Row
-from .spans import TemplateError, unwritten
+from .spans import TemplateError
 from .turns import strings, words
 
 ADVICE = {
@@ -181,20 +181,13 @@ class _Sieve:
             token = next((token for token in self.special if token in text), None)
             if token is not None:
                 return "special_token", f"{record.place} contains the model's own token {token}"
-        row = Row(0, "train", messages, tools=record.tools)
         try:
-            encoded = encode_row(self.tokenizer, row)
-            left_out = unwritten(writer(self.tokenizer, messages, record.tools), messages)
+            size = len(encode_whole(self.tokenizer, Row(0, "train", messages, tools=record.tools)).input_ids)
         except TemplateError as error:
             return error.reason, f"{record.place}: {error}"
-        if left_out:
-            return "left_out", f"{record.place}: {left_out}"
-        size = len(encoded.input_ids)
-        return (
-            ("too_long", f"{record.place} has {size} tokens, and data.length is {self.length}")
-            if (size > self.length)
-            else ("", "")
-        )
+        if size > self.length:
+            return "too_long", f"{record.place} has {size} tokens, and data.length is {self.length}"
+        return "", ""
 
 
 def _advice(counts: Mapping[str, int]) -> str:

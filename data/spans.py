@@ -176,9 +176,10 @@ def common(a: str, b: str) -> int:
     return low
 
 
-def unwritten(render: Render, messages: Messages) -> str:
-    """What of a conversation's other turns the template leaves out, as a message; empty if nothing."""
-    text = _squeezed(render(messages))
+def unwritten(text: str, messages: Messages) -> str:
+    """What of a conversation's other turns is not in the text that the template makes of it, as a message; empty if
+    nothing."""
+    text = _squeezed(text)
     for number, message in enumerate(messages, 1):
         said = message["content"] or ""
         if message["role"] != "assistant" and not any(_squeezed(form) in text for form in _forms(said)):

@@ -21,8 +21,8 @@ from ..errors import UserError
 from .source import checkpoint_files
 from .weights import INDEX, SINGLE
 
-# Keys in which libraries note where they read a model from.
 SHARD = 2 << 30  # bytes of weights in a file
+# Keys in which libraries note where they read a model from.
 PLACES = ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 

@@ -340,10 +340,8 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # On CPUs with AVX-512 BF16 bitsandbytes says, when it is imported, that a package of faster kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a file's name may have bytes that are no text, and must print all the same
+    # A file's name may have bytes that are no text, and must print all the same.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -195,3 +195,11 @@ def test_of_a_conversation_the_last_answer_counts(tmp_path):
     row = found.train(0)
     assert TOKENIZER.decode(row.ids[: row.prompt]) == render(TOKENIZER, turns[:3], answer=True)
     assert TOKENIZER.decode(row.ids[row.prompt :]) == "assistant 1<|im_end|>"
+
+
+def test_a_users_turn_that_the_template_leaves_out_is_no_silence(tmp_path, monkeypatch):
+    template = TOKENIZER.chat_template.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    turns = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant")]
+    with pytest.raises(UserError, match=r"3 left_out; the first: left_out: line \d of .* of the role system"):
+        users(tmp_path, [{"m": turns}] * 3, messages="m")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data.chat import Encoded, encode_row
+from ...data.chat import Encoded, encode_row, encode_whole
 from ...data.drafts import reasons
 from ...data.readers import Record, Source, read_records
 from ...data.rows import Messages, Row, Split, read_rows
@@ -258,7 +258,7 @@ def _users_row(tokenizer: Any, record: Record) -> tuple[LongRow | None, str, str
     if record.messages is None:
         return None, record.dropped or "no_answer", record.detail
     try:
-        encoded = encode_row(tokenizer, Row(record.number, "train", record.messages, tools=record.tools))
+        encoded = encode_whole(tokenizer, Row(record.number, "train", record.messages, tools=record.tools))
     except TemplateError as error:
         return None, error.reason, f"{record.place}: {error}"
     return last_answer(encoded), "no_answer", ""

@@ -136,8 +136,8 @@ def choose(
     """Solve with the ridge whose solution on the fitted rows has the least error on the held-out ones.
 
     `sums` are those of the rows to fit on and of the held-out ones; `toward` is X₀, `unhealed` the X that changes
-    nothing, for comparison. Solved on the processor: a solution takes several times the
-    memory of the sums, gigabytes where 14,336 features are fitted, and a GPU that holds the model has no room for them.
+    nothing, for comparison. Solved on the processor: a solution takes several times the memory of the sums, gigabytes
+    where 14,336 features are fitted, and a GPU that holds the model has no room for them.
     """
     device, home = toward.device, torch.device("cpu")
     fit, held = (part.to(home) for part in sums)
