@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +231,8 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
     trained = settings["max_position_embeddings"]
     original = values.count("rope.scaling.original_context_length", trained)
     attention = values.number("rope.scaling.attn_factor", 1.0)
-    if FACTORS in tensors and not np.all(_read(tensors[FACTORS]) == 1):
-        found = llama3_parameters(_read(tensors[FACTORS]), rope["rope_theta"], size)
+    if FACTORS in tensors and not np.all(read_tensor(tensors[FACTORS]) == 1):
+        found = llama3_parameters(read_tensor(tensors[FACTORS]), rope["rope_theta"], size)
         if found is None or kind not in ("none", "linear") or factor not in (0.0, 1.0):
             raise UserError(
                 f"{values.file}: its rotary factors ({FACTORS}) follow no rule that is known here (Llama 3's); give "
@@ -266,8 +266,8 @@ def _longrope(
         raise UserError(f"{values.file} has no {missing}, which its rope scaling (longrope) needs")
     rope = {
         "rope_type": "longrope",
-        "long_factor": [_decimal(number) for number in _read(tensors[LONG_FACTORS])],
-        "short_factor": [_decimal(number) for number in _read(tensors[SHORT_FACTORS])],
+        "long_factor": [_decimal(number) for number in read_tensor(tensors[LONG_FACTORS])],
+        "short_factor": [_decimal(number) for number in read_tensor(tensors[SHORT_FACTORS])],
         "original_max_position_embeddings": original,
     }
     scale = settings["max_position_embeddings"] / original
@@ -360,7 +360,7 @@ def _bytes(place: TensorPlace, file: Path) -> int:
     return place.size // block * size
 
 
-def _read(place: TensorPlace) -> np.ndarray:
+def read_tensor(place: TensorPlace) -> np.ndarray:
     """A tensor in float32."""
     kind = gguf.GGMLQuantizationType(place.kind)
     data = np.memmap(place.file, np.uint8, "r", place.offset, (_bytes(place, place.file),))
@@ -382,7 +382,7 @@ def _weight(
     theirs, place = found
     if place.shape != shape:
         raise UserError(f"{place.file}: {theirs} has the shape {list(place.shape)}, the metadata ask for {list(shape)}")
-    values = _read(place)
+    values = read_tensor(place)
     if not np.isfinite(values).all():
         raise UserError(f"{place.file}: {theirs} holds numbers that are not finite (NaN or infinity)")
     return from_gguf(theirs, values, config)
@@ -392,10 +392,3 @@ def _write_generation_config(metadata: Mapping[str, Any], folder: Path) -> None:
     values = {name: number for name, number in _special(metadata).items() if number is not None}
     text = json.dumps(values, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
-
-
-def tensors_of(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a GGUF file, in all its parts, dequantized to float32."""
-    for part in split_files(file):
-        for name, place in read_tensors(part).items():
-            yield name, _read(place)

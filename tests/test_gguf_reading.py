@@ -15,7 +15,7 @@ from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import family_name, write_family
 from compress.gguf_header import read_metadata, read_tensors
-from compress.modeling.gguf import convert_gguf, tensors_of
+from compress.modeling.gguf import convert_gguf, read_tensor
 from compress.modeling.gguf_layout import llama3_factors, llama3_parameters
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
 from compress.runtime.llamacpp_engine import LlamaCppEngine
@@ -93,7 +93,7 @@ def test_read_in_and_written_out_a_file_is_the_same_to_the_byte(shaken, tmp_path
 def test_quantized_tensors_are_read_as_ggml_dequantizes_them(shaken, tmp_path, quantized):
     file = tmp_path / "m.gguf"
     write_gguf(shaken("qwen2", tied=False, hidden=256, intermediate=512), file, quantized)
-    found = dict(tensors_of(file))
+    found = {name: read_tensor(place) for name, place in read_tensors(file).items()}
     for tensor in GGUFReader(file).tensors:
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(found[tensor.name], expected.reshape(found[tensor.name].shape)), tensor.name
