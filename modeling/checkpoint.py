@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from ..errors import UserError
@@ -45,6 +46,20 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder in a cache that runs may share: filled by `make` unless it is there, whole or not at all."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                make(partial)
+                partial.replace(folder)
+    return folder
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from ..errors import UserError
 from ..files import read_json
 from ..stage import Progress
-from .checkpoint import quiet
+from .checkpoint import made_once, quiet
 from .config import read_config
 from .source import Source, base_of_adapter, fingerprint_source, parse_source
 from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files
@@ -37,37 +34,29 @@ def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: P
         assert source.path is not None
         folder = source.path
     elif source.kind != "hub":
-        folder = cache / f"{source.name}-{fingerprint_source(source, cache, base_dir)[:12]}"
-        if not folder.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs may share the cache
-                if not folder.exists():
-                    _make(source, folder, cache, base_dir, progress)
+        name = f"{source.name}-{fingerprint_source(source, cache, base_dir)[:12]}"
+        folder = made_once(cache / name, lambda partial: _make(source, partial, cache, base_dir, progress))
     return plain_folder(folder, cache, progress)
 
 
 def _make(source: Source, folder: Path, cache: Path, base_dir: Path, progress: Progress) -> None:
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     if source.kind == "random":
         from .random import random_checkpoint
 
-        random_checkpoint(temporary, source.text.removeprefix("random:"), blocks=8)
+        random_checkpoint(folder, source.text.removeprefix("random:"), blocks=8)
     elif source.kind == "adapter":
         from .adapter import merge_adapter
 
         assert source.path is not None
         base = resolve(base_of_adapter(source.path, base_dir).text, cache, base_dir=base_dir, progress=progress)
         progress.note(f"merging the adapter {source.name} into its base model {base.name} (once)")
-        merge_adapter(source.path, base, temporary)
+        merge_adapter(source.path, base, folder)
     else:
         from .gguf import convert_gguf
 
         assert source.path is not None
         progress.note(f"reading {source.path.name} into float32 safetensors (once)")
-        convert_gguf(source.path, temporary)
-    temporary.replace(folder)
+        convert_gguf(source.path, folder)
 
 
 def _download(source: Source) -> Path:

@@ -9,7 +9,6 @@ used where it lies: a plain folder of links to its files, with what was put righ
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import read_json_if_there, read_text
 from ..stage import Progress
+from .checkpoint import made_once
 from .config import CONFIG, read_config
 from .soundness import check_checkpoint, decide_tied
 from .source import checkpoint_files, hash_json
@@ -45,15 +45,12 @@ def plain_folder(folder: Path, cache: Path, progress: Progress) -> Path:
     if not notes and not changes:
         check_checkpoint(folder)
         return folder
-    place = cache / f"{folder.name}-plain-{_key(folder)}"
-    if not place.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f"{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+
+    def make(partial: Path) -> None:
         _link(folder, partial, files)
         _write(partial, changes | {CONFIG: json.dumps(values, indent=2, ensure_ascii=False) + "\n"})
-        partial.replace(place)
+
+    place = made_once(cache / f"{folder.name}-plain-{_key(folder)}", make)
     check_checkpoint(place)
     return place
 
