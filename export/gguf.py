@@ -67,7 +67,7 @@ def check_gguf(checkpoint: Path) -> None:
     vocabulary_kind(read_tokenizer(checkpoint), checkpoint)
     problem = next(_unlike_llamacpp(config), None)
     if problem:
-        raise UserError(f"{checkpoint}: {problem}. Export ONNX instead")
+        raise UserError(f"{checkpoint}: {problem}")
     Source(checkpoint, config)  # names a weight that has no place in a GGUF
 
 
@@ -88,6 +88,9 @@ def _unlike_llamacpp(config: Any) -> Iterator[str]:
             yield "the positions of its sliding blocks are scaled, llama.cpp scales those of full attention alone"
     rope = rope_settings(config)
     kind = rope.get("rope_type", "default")
+    turned = rope.get("partial_rotary_factor", 1.0)
+    if family in ("llama", "mistral") and turned != 1:
+        yield f"its positions turn {turned:g} of each head (partial_rotary_factor), llama.cpp's all"
     if kind not in ROPES:
         yield f"rope scaling {kind!r} is not one of llama.cpp's ({', '.join(ROPES)})"
     if kind in FACTOR_KINDS and family not in FACTOR_KINDS[kind]:

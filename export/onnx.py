@@ -53,6 +53,8 @@ ROPES = {
     "phi3": ("default", "longrope"),
     "gemma3_text": ("default", "linear"),
 }
+# Settings that the builder passes over, with what attention would do.
+LEFT_OUT = {"attn_logit_softcapping": "is soft-capped", "use_bidirectional_attention": "looks ahead"}
 # The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
 _IMPORTANCE = {
     "attn/qkv_proj": "attn_q",
@@ -87,11 +89,14 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
         raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     if values.get("quantization_config"):
         raise UserError("ONNX export reads plain weights; this checkpoint is quantized already")
+    for key, what in LEFT_OUT.items():
+        if values.get(key):
+            raise UserError(f"ONNX export of attention that {what} ({key}) is not supported")
     rope = values.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     kind = rope.get("rope_type", "default")
     if kind not in ROPES[family]:
-        raise UserError(f"ONNX export of {family} with rope scaling {kind!r} is not supported; GGUF may be")
+        raise UserError(f"ONNX export of {family} with rope scaling {kind!r} is not supported")
     head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     turned = int(head * rope.get("partial_rotary_factor", 1.0))
     if turned % 16:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,25 @@ BUNDLE = "bundle"
 
 def check(config: ExportConfig, base: Path, context: Context) -> None:
     """Refuse what GGUF or ONNX cannot carry before any work is done."""
-    if config.gguf:
-        check_gguf(base)
     model = load_config(base)
+    if config.gguf:
+        _check_format(lambda: check_gguf(base), "ONNX", lambda: check_onnx(model))
     for precision in config.onnx:
-        check_onnx(model, precision)
+        _check_format(partial(check_onnx, model, precision), "GGUF", lambda: check_gguf(base))
     if config.depths and config.depths[-1] > model.num_hidden_layers:
         raise UserError(f"export.depths names {config.depths[-1]} blocks; {base} has {model.num_hidden_layers}")
+
+
+def _check_format(check: Callable[[], None], other: str, check_other: Callable[[], None]) -> None:
+    """A format's refusal, and whether the other format takes the model."""
+    try:
+        check()
+    except UserError as error:
+        try:
+            check_other()
+        except UserError as theirs:
+            raise UserError(f"{error}. {other} is no way out: {theirs}") from error
+        raise UserError(f"{error}. Export {other} instead") from error
 
 
 def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -56,16 +70,16 @@ def export_checkpoint(
         raise UserError("an importance matrix needs a recipe with a data stage")
     check(config, checkpoint, context)
     chosen_depths(config, checkpoint)
-    partial = out.with_name(f".{out.name}.partial")
-    work = partial / WORK
+    unfinished = out.with_name(f".{out.name}.partial")
+    work = unfinished / WORK
     work.mkdir(parents=True, exist_ok=True)
-    bundle = partial / BUNDLE
+    bundle = unfinished / BUNDLE
     inputs = Inputs(checkpoint, checkpoint)
     metrics = Job(checkpoint, bundle, work, config, context, name or checkpoint.name, inputs).run({})
     if out.exists():
         out.rmdir()
     bundle.rename(out)
-    shutil.rmtree(partial)
+    shutil.rmtree(unfinished)
     return metrics
 
 

@@ -204,11 +204,13 @@ def test_a_text_too_long_to_run_is_not_run(tiny):
     assert far_windows(tokenizer, load_config(tiny()), 512, 10**6) == []
 
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gelu": ("llama", {"hidden_act": "gelu"}, "its MLP computes gelu, llama.cpp's llama silu"),
+    "gelu": ("llama", {"hidden_act": "gelu"}, "MLP computes gelu, llama.cpp's llama silu. Export ONNX instead"),
     "exact gelu": ("gemma3_text", {"hidden_activation": "gelu"}, "computes gelu, llama.cpp's gemma3_text gelu_pytorch"),
-    "soft cap": ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attention is soft-capped"),
-    "both ways": ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
+    "soft cap": ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attention is soft-capped.* ONNX is no way out"),
+    "both ways": ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead.* ONNX is no way out"),
+    "part of a head": ("llama", {"rope_parameters": PARTIAL}, r"positions turn 0\.5 of each head.* ONNX is no way out"),
     "dynamic": ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "'dynamic' is not one of llama.cpp's"),
     "llama3 in qwen": ("qwen2", {"rope_parameters": LLAMA3}, "no rope scaling 'llama3' for qwen2"),
     "yarn's limits": ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast 16, llama.cpp's 32"),
@@ -222,6 +224,14 @@ def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(tiny, conte
     checkpoint = tiny(family, **options)
     with pytest.raises(UserError, match=message):
         check(config(gguf=["Q4_K_M"]), checkpoint, context)
+
+
+def test_the_advice_to_export_gguf_is_given_where_gguf_takes_the_model(tiny, context):
+    scaled = {"rope_parameters": LINEAR}
+    with pytest.raises(UserError, match=r"rope scaling 'linear' is not supported. Export GGUF instead"):
+        check(config(onnx=["int4"]), tiny("llama", **scaled), context)
+    with pytest.raises(UserError, match=r"'linear' is not supported. GGUF is no way out: .* computes gelu"):
+        check(config(onnx=["int4"]), tiny("llama", **scaled, hidden_act="gelu"), context)
 
 
 @pytest.mark.parametrize("window", [8, 64])
