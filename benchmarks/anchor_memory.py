@@ -72,6 +72,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import random
 
     import torch
+    from compress.core.stage import WORK, Context
     from compress.data.chat import load_encoded
     from compress.data.config import TeacherConfig
     from compress.data.rows import Row, write_rows
@@ -81,7 +82,6 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from compress.modeling.load import load_model, load_tokenizer
     from compress.modeling.random import random_checkpoint
     from compress.modeling.weights import count_parameters
-    from compress.stage import WORK, Context
 
     base, data = folder / "base", folder / "data"
     random_checkpoint(
@@ -122,9 +122,9 @@ def ours(case: str, folder: Path, options: argparse.Namespace) -> dict[str, floa
     import bitsandbytes  # noqa: F401
     import peft.tuners.lora  # noqa: F401
     import torch.profiler  # noqa: F401
+    from compress.core.stage import Advance, Context, Inputs, Progress
     from compress.distill import stage
     from compress.distill.config import DistillConfig
-    from compress.stage import Advance, Context, Inputs, Progress
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     clock = Clock()

@@ -22,11 +22,11 @@ from compress.data import stage as data
 from compress.data.config import TextsConfig
 from compress.distill import stage as distill
 from compress.distill.config import DistillConfig
-from compress.distill.sorted import stage as sort
-from compress.distill.sorted.config import SortConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
+from compress.sort import stage as sort
+from compress.sort.config import SortConfig
 from study import Study, measure, written
 
 TRUNCATED, APART = "truncated", "tuned apart"

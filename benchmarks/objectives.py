@@ -17,9 +17,9 @@ import sys
 import time
 
 import torch
-from compress.distill.config import Asft, Dft, Kd, Sft
-from compress.distill.losses import combine, needs_teacher, objective_loss
 from compress.modeling.agreement import Head, States, token_terms
+from compress.training.config import Asft, Dft, Kd, Sft
+from compress.training.losses import combine, needs_teacher, objective_loss
 
 OBJECTIVES = {"sft": Sft, "dft": Dft, "asft": Asft, "kd": Kd}
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.cli.progress import ConsoleProgress
+from compress.core.files import read_text
+from compress.core.stage import Context, Inputs
 from compress.data import stage as data_stage
 from compress.data.calibration import calibration_batches
 from compress.data.chat import encode_text
@@ -29,10 +32,8 @@ from compress.data.config import TextsConfig
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.suite import Suite, TorchPlayer
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
-from compress.files import read_text
 from compress.modeling.blocks import Decoder, replaced, without_blocks
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.pipeline.progress import ConsoleProgress
 from compress.prune.config import PruneConfig
 from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, describe, gaps
@@ -42,7 +43,6 @@ from compress.prune.heal.stream import Gap
 from compress.prune.search import choose
 from compress.prune.stage import candidate_blocks, take
 from compress.prune.study import Study
-from compress.stage import Context, Inputs
 from rich.console import Console
 
 FIGURES = ("perplexity", "accuracy", "copying")

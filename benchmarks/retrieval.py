@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.cli.progress import ConsoleProgress
+from compress.core.stage import Context
 from compress.evaluation.config import RetrievalConfig
 from compress.evaluation.retrieval import Measured, Retrieval, summarised
 from compress.evaluation.statistics import wilson
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.pipeline.progress import ConsoleProgress
-from compress.stage import Context
 from rich.console import Console
 
 TASKS = {

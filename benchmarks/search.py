@@ -27,11 +27,11 @@ from unittest import mock
 
 import torch
 from clock import Took, timed
+from compress.core.files import read_text
 from compress.data.calibration import pad_id
 from compress.data.chat import Encoded, encode_text, special_tokens
 from compress.data.packing import pack
 from compress.data.sampling import Sampling, row_seed, sample
-from compress.files import read_text
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.prune import scoring

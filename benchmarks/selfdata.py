@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.cli.progress import ConsoleProgress
+from compress.core.stage import Context
 from compress.data.asking import last_answer, rewrite_prompt
 from compress.data.collect import collect
 from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine
@@ -28,8 +30,6 @@ from compress.data.engines import Engine, open_engine
 from compress.data.rewriting import Gold, Rewriter
 from compress.data.sampling import Sampled, Sampling
 from compress.modeling.load import load_tokenizer, resolve
-from compress.pipeline.progress import ConsoleProgress
-from compress.stage import Context
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 

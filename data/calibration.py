@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_text
-from ..stage import Inputs
+from ..core.errors import UserError
+from ..core.files import read_text
+from ..core.stage import Inputs
 from .chat import Encoded, encode_text, load_encoded
 from .packing import Batch, pack
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .rows import Message, Messages, Row, Split, read_rows
 from .spans import Span, TemplateError, answer_span, leaves_out, unwritten
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..stage import Context
+from ..core.errors import UserError
+from ..core.stage import Context
 from .chat import encode_text, encode_whole, special_tokens
 from .config import DatasetConfig, DatasetsConfig
 from .decontaminate import Overlap

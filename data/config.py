@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..stage import Section
+from ..core.stage import Section
 
 FORMAT = 3
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")

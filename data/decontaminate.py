@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from ..errors import UserError
-from ..files import json_lines, read_text
-from ..stage import Context
+from ..core.errors import UserError
+from ..core.files import json_lines, read_text
+from ..core.stage import Context
 from .config import Decontaminate
 from .drafts import normalised
 from .rows import Messages

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..stage import Context
+from ..core.errors import UserError
+from ..core.stage import Context
 from .config import MagpieConfig, TextsConfig
 from .parts import in_rounds
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..stage import Context
+from ..core.errors import UserError
+from ..core.stage import Context
 from .chat import encode_row, render, special_tokens
 from .config import MagpieConfig
 from .drafts import KEPT, Draft, Drafts, normalised

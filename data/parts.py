@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import json_lines
-from ..stage import Group
+from ..core.files import json_lines
+from ..core.stage import Group
 
 Records = list[dict[str, Any]]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..stage import Context
+from ..core.errors import UserError
+from ..core.stage import Context
 from .config import SUFFIXES, Columns
 from .rows import Messages
 from .tables import Table, open_table

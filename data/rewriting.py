@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json_if_there
+from ..core.errors import UserError
+from ..core.files import read_json_if_there
+from ..core.stage import Context
 from ..modeling.load import load_config
-from ..stage import Context
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
 from .checks import agrees

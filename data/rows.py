@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 FILE = "rows.parquet"
 ROW_GROUP = 4096

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .rows import Message, Messages
 
 Render = Callable[..., str]  # (messages, answer=False)

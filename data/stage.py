@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_model, load_tokenizer
-from ..stage import WORK, Context, Inputs
 from .chat import encode_row, encode_text
 from .collect import collect, sources
 from .config import FORMAT as FORMAT

@@ -22,10 +22,10 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.stage import WORK, Context
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
-from ..stage import WORK, Context
 from .calibration import pad_id
 from .chat import Encoded, encode_rows
 from .config import TeacherConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..stage import Context
+from ..core.stage import Context
 from .chat import encode_text, special_tokens
 from .config import TextsConfig
 from .drafts import KEPT, Draft, Drafts, normalised

@@ -13,7 +13,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
-from ..files import parse, plain
+from ..core.files import parse, plain
 from .rows import Message, Messages
 
 ROLES = {

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..stage import Section
+from ..core.stage import Section
 
 FORMAT = 4
 BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from ..core.stage import Advance
 from ..data.chat import render, special_tokens
 from ..data.sampling import Sampling, sample
 from ..runtime.engine import Engine
-from ..stage import Advance
 from .statistics import Outcome, mean
 
 # A minus sign counts where it cannot be a dash or a subtraction: not after a digit, a letter or a closing bracket.

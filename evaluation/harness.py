@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.stage import Advance, Context
 from ..modeling.checkpoint import quiet
-from ..stage import Advance, Context
 from .config import EvaluateConfig
 from .statistics import Kind, Outcome, mean
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.attention import Heads, own_attention
 from ..modeling.blocks import AttentionShape, Decoder
 from ..modeling.rotary import Rotary, check_positions

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
+from ..core.files import read_text
+from ..core.stage import Advance
 from ..data.chat import Encoded, encode_text, load_encoded
-from ..errors import UserError
-from ..files import read_text
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Distribution, Engine, Window, divergence
-from ..stage import Advance
 
 CHUNK = 128  # positions whose logits exist at once
 LEAST = -6e4  # log-probabilities of what is impossible, within half precision

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import read_text
+from ..core.errors import UserError
+from ..core.files import read_text, write_whole
+from ..core.stage import Advance, Context
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
-from ..stage import Advance, Context, write_whole
 from .config import Policy, RetrievalConfig
 from .generation import stops, text_of
 from .kv_cache import CacheSettings, KVCache, shared_steps

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .generation import Exercise, prepare
 
 LEAD = "Some facts that matter are hidden in the following text. You will be asked about one of them."

@@ -12,14 +12,16 @@ from typing import Any
 
 import psutil
 
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..core.memory import give_back_memory
+from ..core.stage import WORK, Context, Inputs
 from ..data.chat import Encoded
-from ..errors import UserError
 from ..modeling.blocks import depths, drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
-from ..stage import WORK, Context, Inputs, give_back_memory, write_whole
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .retrieval import Retrieval, summarised

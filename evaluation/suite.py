@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.stage import Advance, Context
 from ..runtime.engine import Engine
-from ..stage import Advance, Context
 from .builtin import exercises
 from .config import BUILTIN, EvaluateConfig, task_name
 from .generation import Exercise, Prompt, judge, prepare, write_with_engine, write_with_model

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
+from ..core.files import Number, json_lines, plain
+from ..core.stage import Advance
 from ..data.calibration import pad_id
 from ..data.turns import strings
-from ..errors import UserError
-from ..files import Number, json_lines, plain
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Engine, Window
-from ..stage import Advance
 from .generation import Exercise
 from .statistics import Outcome, mean
 

@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..runtime.bundle import Verification
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
-from ..stage import Progress
 from . import gguf_family, onnx_depths, onnx_retaining
 from .bundle import Size
 from .config import ExportConfig

@@ -7,10 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import read_json
+from ..core.files import read_json, sha256, write_whole
 from ..modeling.plain import MORE_TEMPLATES, TEMPLATE
 from ..runtime.bundle import MANIFEST, FileEntry, Manifest
-from ..stage import sha256, write_whole
 from .ends import write_generation_config
 
 TOKENIZER = "tokenizer_config.json"

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from ..core.files import read_json
 from ..runtime.bundle import ArtifactEntry, Manifest
 from .ends import end_tokens, read_vocabulary
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..stage import Section
+from ..core.stage import Section
 
 FORMAT = 4
 GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]

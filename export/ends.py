@@ -10,11 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json, read_json_if_there
-from ..gguf_header import read_metadata
+from ..core.errors import UserError
+from ..core.files import read_json, read_json_if_there, write_whole
+from ..core.gguf_header import read_metadata
 from ..modeling.plain import chat_templates
-from ..stage import write_whole
 
 GENERATION = "generation_config.json"
 # Tokens that end a text in llama.cpp whatever its file says (llama-vocab.cpp).

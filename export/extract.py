@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..runtime.bundle import ArtifactEntry, read_bundle
 from .gguf_family import join
 from .onnx_depths import extract_depth

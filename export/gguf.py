@@ -20,10 +20,10 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.stage import Progress
 from ..modeling.gguf_layout import ARCHITECTURES, Array, head_size, rope_settings
 from ..modeling.load import load_config
-from ..stage import Progress
 from .gguf_source import Source
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
 from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type

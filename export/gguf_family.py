@@ -21,12 +21,12 @@ import gguf
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from ..errors import UserError
-from ..gguf_header import read_header, read_tensor_names, split_files
+from ..core.errors import UserError
+from ..core.gguf_header import read_header, read_tensor_names, split_files
+from ..core.stage import Progress
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
 from ..modeling.gguf_layout import Array
-from ..stage import Progress
 from .bundle import Size
 from .gguf import Conversion, Tensor
 from .gguf_source import block_of, differing_tensors, file_order

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_names, to_gguf
 from ..modeling.weights import tensor_headers
 

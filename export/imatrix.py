@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..core.errors import UserError
+from ..core.stage import Advance
 from ..data.packing import Batch
-from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..modeling.gguf_layout import ARCHITECTURES
-from ..stage import Advance
 
 
 @torch.no_grad()

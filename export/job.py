@@ -9,8 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..core.memory import give_back_memory
+from ..core.stage import Context, Inputs, check_deepest
 from ..data.calibration import calibration_batches
-from ..errors import UserError
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link
 from ..modeling.load import load_config, load_model, load_tokenizer
@@ -18,7 +21,6 @@ from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
 from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
 from ..runtime.engine import Window
-from ..stage import Context, Inputs, check_deepest, give_back_memory, write_whole
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
 from .card import write_card

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.stage import Progress
 from ..modeling.checkpoint import link_file
 from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
-from ..stage import Progress
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
 from ..runtime.onnx_engine import WEIGHTS

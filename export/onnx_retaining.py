@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.load import load_config
 from ..modeling.retaining import RetainingHeads, has_heads, load_heads
 

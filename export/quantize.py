@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Type = GGMLQuantizationType
 # Recipe name -> (what general.file_type says, the type most tensors get)

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_config
-from ..stage import WORK, Context, Inputs
 from .config import ExportConfig
 from .gguf import check_gguf
 from .job import Job, chosen_depths

@@ -17,8 +17,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from ..core.errors import UserError
 from ..data.chat import Encoded, encode_text, load_encoded
-from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..modeling.gguf_layout import rope_kinds
 from ..modeling.retaining import RetainingHeads

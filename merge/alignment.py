@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.blocks import kept_blocks
 from ..modeling.load import load_config
 from ..modeling.weights import TensorHeader, tensor_headers

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.stage import Context
 from ..modeling.checkpoint import quiet
-from ..stage import Context
 from .config import SHARD, START, MergeConfig, nearest
 
 

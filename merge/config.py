@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ..stage import Section
+from ..core.stage import Section
 
 FORMAT = 1
 START = "start"  # the model that all variants were trained from

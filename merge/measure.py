@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.stage import Context
 from ..data.packing import Batch
 from ..modeling.agreement import Head, States, response_positions, token_terms
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
-from ..stage import Context
 
 CHUNK = 256  # positions whose logits exist at once
 

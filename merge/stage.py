@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import pad_id
 from ..data.chat import load_encoded
 from ..data.packing import pack
-from ..errors import UserError
 from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
 from ..modeling.soundness import check_checkpoint
 from ..modeling.weights import tensor_headers
-from ..stage import WORK, Context, Inputs, write_whole
 from .alignment import check_alike
 from .bridge import check_method, merge_weights
 from .config import START, MergeConfig

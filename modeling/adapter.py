@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 from .checkpoint import quiet, save_checkpoint
 from .load import load_model, load_tokenizer
 from .weights import ADAPTER_CONFIG, tensor_headers

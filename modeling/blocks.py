@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .config import DEPTHS, KEPT_BLOCKS, PER_BLOCK_LISTS, RECORDS
 
 # model_type -> whether `down_proj`'s output is added to the residual stream unchanged. Gemma-3 normalises it

@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .source import checkpoint_files
 from .weights import INDEX, SINGLE
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 
 CONFIG = "config.json"
 KEPT_BLOCKS = "compress_kept_blocks"  # numbers, in the unpruned model, of the blocks this model has

@@ -15,8 +15,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..errors import UserError
-from ..gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
+from ..core.errors import UserError
+from ..core.gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
 from .checkpoint import save_checkpoint, write_shards
 from .gguf_layout import (
     FACTORS,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json
-from ..stage import Progress
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.stage import Progress
 from .checkpoint import made_once, quiet
 from .config import read_config
 from .source import Source, base_of_adapter, fingerprint_source, parse_source

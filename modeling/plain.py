@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json_if_there, read_text
-from ..stage import Progress
+from ..core.errors import UserError
+from ..core.files import read_json_if_there, read_text
+from ..core.stage import Progress
 from .checkpoint import made_once
 from .config import CONFIG, read_config
 from .soundness import check_checkpoint, decide_tied

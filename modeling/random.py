@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .checkpoint import save_checkpoint
 from .pretokenizers import PRE_TOKENIZERS
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .blocks import Decoder
 
 

@@ -10,10 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import read_json
-from ..gguf_header import split_files
-from ..stage import sha256
+from ..core.errors import UserError
+from ..core.files import read_json, sha256
+from ..core.gguf_header import split_files
 from .weights import ADAPTER_CONFIG, INDEX, is_adapter_alone, weight_files
 
 SUFFIXES = (".json", ".jinja", ".model")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

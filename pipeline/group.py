@@ -16,8 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UserError
-from ..stage import Group
+from ..core.errors import UserError
+from ..core.stage import Group
 
 JOINING = timedelta(minutes=10)
 TIMEOUT = timedelta(days=7)  # stages that are not shared may take long; a process that died is noticed at once

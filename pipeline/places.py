@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import json_lines, read_text, why_not_utf8
+from ..core.errors import UserError
+from ..core.files import json_lines, read_text, why_not_utf8
 from .explain import FULL
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs and bundles, and with that of files

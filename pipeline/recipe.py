@@ -14,17 +14,18 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 
+from ..core.errors import UserError
+from ..core.files import read_text
+from ..core.stage import Section
 from ..data.config import DataConfig
-from ..distill.config import DistillConfig, needs_teacher
-from ..distill.retaining.config import RetainConfig
-from ..distill.sorted.config import SortConfig
-from ..errors import UserError
+from ..distill.config import DistillConfig
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
-from ..files import read_text
 from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
-from ..stage import Section
+from ..retain.config import RetainConfig
+from ..sort.config import SortConfig
+from ..training.config import needs_teacher
 from .explain import one_line
 from .places import LONGEST_NAME, NAME
 from .problems import Problem, describe_problems

@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_whole
+from ..core.memory import give_back_memory
+from ..core.stage import Context, Group, Inputs, Progress
 from ..modeling.source import fingerprint_source, hash_file, parse_source
-from ..stage import Context, Group, Inputs, Progress, give_back_memory, write_whole
 from .explain import readable_errors
 from .group import check_same, check_shared, in_turn
 from .measure import Meter

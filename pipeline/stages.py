@@ -36,13 +36,13 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill"), makes_model=True),
         StageSpec(
             "sort",
-            "distill.sorted",
+            "sort",
             ("data", "prune", "distill", "merge"),
             needs=("data",),
             parallel=True,
             makes_model=True,
         ),
-        StageSpec("retain", "distill.retaining", ("data", "prune", "distill", "merge", "sort"), makes_model=True),
+        StageSpec("retain", "retain", ("data", "prune", "distill", "merge", "sort"), makes_model=True),
         StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort", "retain")),
         StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "retain", "export")),
     )

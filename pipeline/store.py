@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UserError
-from ..files import read_json
+from ..core.errors import UserError
+from ..core.files import read_json, write_whole
+from ..core.stage import WORK
 from ..modeling.source import hash_file, hash_json
-from ..stage import WORK, write_whole
 
 MANIFEST = "manifest.json"
 DISCARDED = ".old"  # end of the names of folders that are about to be deleted

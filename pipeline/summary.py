@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UserError
-from ..files import read_json, read_text
+from ..core.errors import UserError
+from ..core.files import read_json, read_text
 from .report.collect import StageRecord, build_report
 from .report.html import final_model, megabytes, number, percent, render, smallest_artifact, write_report
 from .report.retrieval import retrieval_lengths, retrieval_lines

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..modeling.blocks import Decoder, replaced, without_blocks
 from .config import Goal, PruneConfig
 from .cuts import Cut, describe

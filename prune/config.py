@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..stage import Section
+from ..core.stage import Section
 
 FORMAT = 2
 

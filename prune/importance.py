@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
-from ..stage import Advance
 
 TOKENS_AT_ONCE = 256  # of pairwise cosines; keeps the stacked copy of the hidden states within the CPU's caches
 

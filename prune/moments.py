@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
+from ..core.stage import Advance
 from ..data.packing import Batch
-from ..errors import UserError
 from ..modeling.blocks import Decoder
-from ..stage import Advance
 
 HELD = 1024  # tokens kept to choose ridges
 EVERY = 8  # each such packed row is held out

@@ -20,11 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
+from ..core.stage import Advance
 from ..data.packing import Batch
-from ..errors import UserError
 from ..modeling.blocks import Decoder
 from ..modeling.linear import linear
-from ..stage import Advance
 from .cuts import Cut, gaps
 from .moments import Moments, apply_map
 

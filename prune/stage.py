@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
+from ..core.memory import give_back_memory
+from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import calibration_batches
 from ..data.packing import Batch
-from ..errors import UserError
 from ..modeling.blocks import drop_blocks, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..stage import WORK, Context, Inputs, give_back_memory
 from .auto import decide
 from .config import PruneConfig
 from .copying import read_twice

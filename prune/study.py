@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
-from ..stage import Progress
 from .cuts import Cut, cut
 from .importance import Distances, scan
 from .moments import Moments

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .bundle import read_bundle
 from .generator import Request, Work
 from .kv_budget import KvBudget

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .generator import check_depth
 from .onnx_cut import Part, cut_model
 from .onnx_engine import PREFILL_CHUNK, first_line, read_genai_config

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .block_chain import BlockChain, bind_array
 from .kv_budget import (
     KvBudget,

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import UserError
-from ..files import read_json
-from ..stage import sha256
+from ..core.errors import UserError
+from ..core.files import read_json, sha256
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2

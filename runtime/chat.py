@@ -13,8 +13,8 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import UserError
-from ..files import read_json_if_there
+from ..core.errors import UserError
+from ..core.files import read_json_if_there
 
 # Each with role and content; perhaps with tool_calls, as `{"type": "function", "function": {"name", "arguments"}}`.
 Messages = Sequence[Mapping[str, Any]]

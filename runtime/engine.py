@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Logprob = float  # natural logarithm of a probability
 SMALLEST = -1e4  # stands for the logarithm of a probability that underflowed in the runtime

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .engine import Distribution, Engine, Window, distributions, pick
 from .onnx_engine import read_genai_config
 

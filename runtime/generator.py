@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Finish = Literal["stop", "length"]
 KvPolicy = Literal["retaining", "recent", "random"]  # what says which entries of a bounded cache stay

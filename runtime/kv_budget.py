@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .generator import KvPolicy, KvPositions
 
 HEADS_SETTINGS = ("chunk", "stabilizers", "local", "pool", "sinks")  # how a bundle's heads were meant to be used

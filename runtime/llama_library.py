@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
-from ..llamacpp import short_spins
+from ..core.errors import UserError
+from .llamacpp_server import short_spins
 
 EXTRA = "pip install 'compress[llama-kv]'"
 NORM_ROPE = 0  # llama_rope_type of models that rotate adjacent pairs; their query and key rows are reordered for it

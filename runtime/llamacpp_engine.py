@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..gguf_header import read_header, split_files
-from ..llamacpp import SEEDS, checked, open_server, post
+from ..core.errors import UserError
+from ..core.gguf_header import read_header, split_files
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
+from .llamacpp_server import SEEDS, checked, open_server, post
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .generator import Generator, Request, Tokens, Work
 from .llamacpp_engine import LlamaCppEngine
 

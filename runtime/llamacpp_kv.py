@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
-from ..gguf_header import read_header, split_files
+from ..core.errors import UserError
+from ..core.gguf_header import read_header, split_files
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
 from .kv_budget import KvBudget, pooled

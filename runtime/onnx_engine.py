@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .engine import Distribution, Engine, Window, distributions, pick
 
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once

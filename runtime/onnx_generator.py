@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .block_chain import BlockChain, CachedText
 from .bounded_text import BoundedText
 from .early_exit import choose_at_first_confident

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .bundle import ArtifactEntry, Manifest, read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth

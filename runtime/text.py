@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 _HALF = "\ufffd"  # what decoding makes of bytes that are no whole character
 _LONGEST = 3  # marks that the beginning of one character may decode to

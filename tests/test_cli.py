@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.cli import main as cli
 from compress.export.gguf import write_gguf
-from compress.pipeline import cli
 from compress.pipeline.recipe import shipped
 
 Run = Callable[..., tuple[int, str, str]]
@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(recipe, run, tmp_pa
     magpie = "{source: magpie, rows: 48, batch: 4, max_prompt_tokens: 24, max_tokens: 24, answer_temperature: 1.0,"
     arguments = recipe("random:llama", f"data: {magpie} answer_top_p: 1.0, max_attempts: 12}}\n")
     process = subprocess.Popen(
-        [sys.executable, "-m", "compress.pipeline.cli", *arguments],
+        [sys.executable, "-m", "compress.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.pipeline import cli
+from compress.cli import main as cli
 
 CASES = int(os.environ.get("DAMAGE_CASES", "5"))
 FIRST = int(os.environ.get("DAMAGE_FIRST", "0"))

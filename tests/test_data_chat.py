@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.core.errors import UserError
 from compress.data.chat import encode_row, encode_text, load_encoded
 from compress.data.rows import Messages, Row, read_rows, write_rows
-from compress.errors import UserError
 from compress.modeling.load import load_tokenizer
 from compress.modeling.random import CHAT_TEMPLATE, build_tokenizer
 

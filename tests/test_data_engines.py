@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Context, Group, Inputs
 from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine, VllmEngine
 from compress.data.engines import check_engine, open_engine, settle
 from compress.data.sampling import LOOP, Sampled, Sampling, choose
 from compress.data.stage import check, ready, run
-from compress.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_model
-from compress.stage import Context, Group, Inputs
 
 PROMPTS = [[1, 40, 41, 42, 43], [1, 40, 41], [1, 40, 41, 99, 98, 97, 96, 95], [1, 77]]
 

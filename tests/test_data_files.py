@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.config import DatasetConfig
 from compress.data.rows import read_rows
 from compress.data.stage import check, run
 from compress.data.tables import open_table
 from compress.data.turns import literal
-from compress.errors import UserError
-from compress.stage import Context, Inputs
 
 TRICKY = [
     "007",

@@ -9,16 +9,16 @@ from typing import Any
 import compress.data.magpie as magpie_module
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Advance, Context, Inputs, Progress
 from compress.data.config import MagpieConfig
 from compress.data.drafts import normalised
 from compress.data.magpie import query
 from compress.data.rows import read_rows
 from compress.data.sampling import LOOP, Sampled, Sampling, choose, loops, row_seed, sample
 from compress.data.stage import check, run
-from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.random import build_tokenizer
-from compress.stage import Advance, Context, Inputs, Progress
 
 # The random model's likeliest first word is the end of the turn: draw answers as it would, not cooler.
 TINY: dict[str, Any] = {"source": "magpie", "answer_temperature": 1.0, "answer_top_p": 1.0, "max_attempts": 20}

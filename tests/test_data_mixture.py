@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.config import DataConfig
 from compress.data.rows import read_rows
 from compress.data.stage import check, run
-from compress.errors import UserError
-from compress.stage import Context, Inputs
 from pydantic import TypeAdapter, ValidationError
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Inputs
 from compress.data.calibration import calibration_batches
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.data.rows import Row, write_rows
-from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import Inputs
 
 
 def random_rows(sizes: list[int], seed: int = 0) -> list[Encoded]:

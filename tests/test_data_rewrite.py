@@ -10,15 +10,15 @@ from typing import Any
 
 import compress.data.stage as stage_module
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Advance, Context, Inputs, Progress
 from compress.data.asking import last_answer, leaks, own_prompt, rewrite_prompt
 from compress.data.config import DataConfig, DatasetConfig, General, Maths
 from compress.data.rewriting import WINDOW
 from compress.data.rows import Row, read_rows
 from compress.data.sampling import Sampled, Sampling, row_seed
 from compress.data.stage import check, run
-from compress.errors import UserError
 from compress.modeling.load import load_tokenizer
-from compress.stage import Advance, Context, Inputs, Progress
 from pydantic import TypeAdapter, ValidationError
 
 

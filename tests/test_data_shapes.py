@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.config import DatasetConfig
 from compress.data.readers import advise
 from compress.data.rows import Messages, Row, read_rows, write_rows
 from compress.data.stage import check, run
 from compress.data.turns import Unusable, conversation, tool_definitions
-from compress.errors import UserError
 from compress.modeling.random import CHAT_TEMPLATE, build_tokenizer
-from compress.stage import Context, Inputs
 
 PLAIN = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.config import DataConfig, DatasetConfig, MagpieConfig
 from compress.data.rows import Row, read_rows
 from compress.data.stage import check, run, split_rows
-from compress.errors import UserError
-from compress.stage import Context, Inputs
 from pydantic import TypeAdapter, ValidationError
 
 RECORDS = [{"prompt": f"Wie viele? {i} 🙂", "response": f"中文 é {i}\nso", "n": i} for i in range(12)]

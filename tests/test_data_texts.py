@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs
 from compress.data.chat import load_encoded
 from compress.data.config import TextsConfig
 from compress.data.rows import read_rows
 from compress.data.sampling import Sampling, row_seed, sample
 from compress.data.stage import check, run
 from compress.data.texts import Texts
-from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs
 
 
 def settings(**values: Any) -> TextsConfig:

@@ -16,7 +16,9 @@ from typing import Any
 
 import compress.export.artifacts as artifacts
 import pytest
-from compress.errors import UserError
+from compress.cli import main as cli
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.evaluation.stage import bundle_subjects
 from compress.export.config import ExportConfig
 from compress.export.gguf_family import family_name
@@ -26,10 +28,8 @@ from compress.export.verify import KL_LIMITS
 from compress.modeling.blocks import drop_blocks, record_depths
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.pipeline import cli
 from compress.runtime.bundle import Manifest, read_bundle
 from compress.runtime.open import open_engine
-from compress.stage import Context, Inputs
 from pydantic import ValidationError
 
 VERIFY = {"tokens": 32, "window": 32}

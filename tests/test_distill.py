@@ -13,16 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import Encoded, load_encoded
 from compress.data.rows import Row, write_rows
-from compress.distill import recorder, stage, students, train, weights
-from compress.distill.config import Copy, DistillConfig
-from compress.distill.teacher import CopyTeacher, quantization
-from compress.errors import UserError
+from compress.distill import stage
+from compress.distill.config import DistillConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.training import recorder, students, train, weights
+from compress.training import run as training
+from compress.training.config import Copy
+from compress.training.teacher import CopyTeacher, quantization
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
@@ -216,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world: World, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         world(out=out, calls=7, **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "save_checkpoint", stop)
+        patch.setattr(training, "save_checkpoint", stop)
         world(out=out, **options)
     again = world(out=out, **options)
     assert started == [None, None, "checkpoint-2", "checkpoint-2", "checkpoint-2", "checkpoint-6", "checkpoint-6"]
@@ -272,7 +275,7 @@ def test_a_teacher_in_fewer_bits_is_nearly_the_teacher(
 ) -> None:
     folder = tiny(blocks=2, tied=tied)
     exact, coarse = (CopyTeacher(folder, Copy(quantize=kind), Context()) for kind in (None, bits))
-    batch = stage.pack_rows(world.config(), world.rows("heldout"), load_tokenizer(folder))[0]
+    batch = training.pack_rows(world.config(), world.rows("heldout"), load_tokenizer(folder))[0]
     wanted, found = exact.hidden(batch), coarse.hidden(batch)
     assert 1e-4 < float((found - wanted).norm() / wanted.norm()) < most
     assert torch.equal(coarse.head.weight, exact.head.weight)  # the head keeps its bits

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs
 from compress.data.chat import Encoded
-from compress.errors import UserError
 from compress.evaluation import stage as evaluation_stage
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.generation import Exercise
@@ -35,7 +36,6 @@ from compress.evaluation.tasks import (
 from compress.modeling.blocks import record_depths
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs
 
 TEXT = "The library opens at nine. Anna returned three books, paid a fine and walked home along the river. " * 6
 

@@ -12,10 +12,11 @@ import compress.export.artifacts as artifacts
 import numpy as np
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.data.rows import Row, write_rows
-from compress.errors import UserError
 from compress.export.bundle import settle_tokenizer
 from compress.export.card import optimum_runs
 from compress.export.config import ExportConfig
@@ -28,7 +29,6 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime.bundle import read_bundle
 from compress.runtime.open import open_engine
-from compress.stage import Context, Inputs
 from pydantic import ValidationError
 
 TYPES = {"gguf": ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"], "onnx": ["int4", "int8", "fp32"]}

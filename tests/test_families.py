@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from compress.core.stage import Context, Inputs
 from compress.export.gguf import context_length, write_gguf
 from compress.export.onnx import write_onnx
 from compress.export.quantize import FILE_TYPES
@@ -32,7 +33,6 @@ from compress.prune.config import PruneConfig
 from compress.runtime.engine import Window
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 from compress.runtime.onnx_engine import OnnxEngine
-from compress.stage import Context, Inputs
 from transformers import AutoModelForCausalLM
 
 SAME = 1e-5  # nats, of every log-probability: the same weights in torch twice

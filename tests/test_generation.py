@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.stage import Context
 from compress.evaluation import builtin
 from compress.evaluation.config import BUILTIN, EvaluateConfig
 from compress.evaluation.generation import (
@@ -28,7 +29,6 @@ from compress.evaluation.tasks import read_questions, read_task
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime.open import open_engine
-from compress.stage import Context
 from pydantic import ValidationError
 
 

@@ -16,9 +16,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.gguf_header import read_header
 from compress.export.gguf import context_length, safe_name, write_gguf
-from compress.gguf_header import read_header
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.gguf_layout import ARCHITECTURES

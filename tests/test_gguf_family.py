@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.gguf_header import read_header, split_files
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import check_family, family_name, join, measure_gguf, write_family
-from compress.gguf_header import read_header, split_files
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.gguf_layout import ARCHITECTURES

@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.gguf_header import read_metadata, read_tensors
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import family_name, write_family
-from compress.gguf_header import read_metadata, read_tensors
 from compress.modeling.gguf import convert_gguf, read_tensor
 from compress.modeling.gguf_layout import llama3_factors, llama3_parameters
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_tokenizer

@@ -11,12 +11,12 @@ import compress.export.gguf as gguf_export
 import compress.export.job as job
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.gguf_header import read_metadata
 from compress.export.config import ExportConfig
 from compress.export.ends import end_tokens
 from compress.export.stage import check, export_checkpoint
 from compress.export.verify import far_windows, gapped_reference, original_context, torch_reference
-from compress.gguf_header import read_metadata
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.runtime.bundle import read_bundle

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.stage import Context
 from compress.evaluation import stage as evaluation_stage
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.harness import _together
 from compress.evaluation.statistics import Outcome
 from compress.evaluation.suite import EnginePlayer, Suite, TorchPlayer
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import Context
 
 TASK = """
 task: {name}

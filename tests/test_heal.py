@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Advance, Progress
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
-from compress.errors import UserError
 from compress.modeling.blocks import Decoder, drop_blocks, replaced
 from compress.modeling.load import load_model
 from compress.prune.config import CosineHeal, HealConfig, LinearHeal, NoHeal, PatchHeal, RefitHeal
 from compress.prune.cuts import gaps
 from compress.prune.heal import fit_gaps, heal
 from compress.prune.heal.hadamard import hadamard
-from compress.stage import Advance, Progress
 from torch import Tensor
 
 SIZES = [40, 33, 48, 29, 37, 45, 26, 44, 31, 48, 39, 28]  # none fits beside another: row i is packed sequence i

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
-from compress.errors import UserError
 from compress.modeling.blocks import FAMILIES, Decoder
 from compress.modeling.load import load_model
 from compress.prune.config import PruneConfig

@@ -15,7 +15,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress.errors import UserError
+from compress.cli import main as cli
+from compress.cli.direct import extract_command
+from compress.cli.inspection import inspect_path
+from compress.core.errors import UserError
+from compress.core.stage import Context
 from compress.export.config import ExportConfig
 from compress.export.extract import extract
 from compress.export.onnx import write_onnx
@@ -24,14 +28,10 @@ from compress.modeling.blocks import AttentionShape, Decoder
 from compress.modeling.checkpoint import link_files
 from compress.modeling.load import load_config, load_model
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
-from compress.pipeline import cli
-from compress.pipeline.direct import extract_command
-from compress.pipeline.inspection import inspect_path
 from compress.runtime.bundle import read_bundle
 from compress.runtime.kv_budget import KvBudget, choose_budget
 from compress.runtime.onnx_engine import OnnxEngine
 from compress.runtime.session import Session, Settings, depth_artifacts
-from compress.stage import Context
 from rich.console import Console
 from safetensors.numpy import load_file
 

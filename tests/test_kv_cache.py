@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.evaluation.kv_cache import CacheSettings, KVCache, Step, all_but_worst, best, shared_steps, steps
 from compress.evaluation.kv_policies import (
     SINKS,

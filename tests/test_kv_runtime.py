@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.evaluation.kv_cache import CacheSettings, KVCache
 from compress.evaluation.kv_policies import make_policy
 from compress.export.onnx import FAMILIES, write_onnx

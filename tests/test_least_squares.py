@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import pack
-from compress.errors import UserError
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from compress.prune.config import CosineHeal, LinearHeal

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import write_family
 from compress.modeling.blocks import AttentionShape, Decoder, without_blocks
@@ -281,7 +281,7 @@ def test_what_is_evicted_shows_in_the_text(runs):
 REFUSED = """
 import ctypes, sys
 from pathlib import Path
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.runtime import llama_library
 from compress.runtime.generator import Request, Work
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
@@ -393,7 +393,7 @@ def test_a_bundle_writes_with_a_budget_at_each_depth(bundle, tmp_path):
 def test_another_ggml_in_the_process_is_noticed():
     """Quantizing loads libggml-python's; llama.cpp would be linked to it without a word."""
     code = (
-        "from compress.errors import UserError\n"
+        "from compress.core.errors import UserError\n"
         "from compress.export.quantize import _ggml\n"
         "from compress.runtime.llama_library import open_library\n"
         "_ggml()\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from compress.distill.config import Asft, Dft, Kd, Sft
-from compress.distill.losses import TopK, needs_teacher, objective_loss
 from compress.modeling.agreement import Head, States, response_positions
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
+from compress.training.config import Asft, Dft, Kd, Sft
+from compress.training.losses import TopK, needs_teacher, objective_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context
 from compress.merge import bridge, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor

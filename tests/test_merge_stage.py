@@ -16,20 +16,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from compress.cli import main as cli
+from compress.cli.inspection import inspect_path
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import load_encoded
-from compress.errors import UserError
 from compress.evaluation.stage import checkpoints
 from compress.merge import measure, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.load import load_tokenizer
-from compress.pipeline import cli
-from compress.pipeline.inspection import inspect_path
 from compress.pipeline.plan import make_plan
 from compress.pipeline.plan.memory import StageMemory
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
-from compress.stage import WORK, Context, Inputs, Progress
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -15,9 +15,10 @@ from typing import Any, get_args
 import compress.prune
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Advance, Progress
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
-from compress.errors import UserError
 from compress.modeling.blocks import without_blocks
 from compress.modeling.load import load_model
 from compress.prune.config import HealConfig, PruneConfig, SearchConfig
@@ -25,7 +26,6 @@ from compress.prune.importance import scan
 from compress.prune.metrics import taylor, windows
 from compress.prune.scoring import Scorer
 from compress.prune.study import Study
-from compress.stage import Advance, Progress
 from torch import Tensor
 
 BLOCKS = 5

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.blocks import (
     FAMILIES,

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.stage import Progress
 from compress.export.onnx import FAMILIES, build_float32, check_onnx, write_onnx
 from compress.export.onnx_quantize import BLOCK, quantize_int4, quantize_int8
 from compress.export.tensors import dequantize_nbits, onnx_errors
@@ -28,7 +29,6 @@ from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.runtime.engine import Window
 from compress.runtime.genai_engine import GenaiEngine
 from compress.runtime.onnx_engine import PREFILL_CHUNK, OnnxEngine
-from compress.stage import Progress
 from onnx.numpy_helper import to_array
 
 TOLERANCE = 1e-4  # nats, of every log-probability in float32

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.onnx import FAMILIES, write_onnx
 from compress.export.onnx_depths import (
     check_family,

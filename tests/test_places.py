@@ -15,12 +15,13 @@ from typing import Any
 
 import jinja2
 import pytest
-from compress.errors import UserError
+from compress.cli import direct
+from compress.cli import main as cli
+from compress.core.errors import UserError
+from compress.core.files import write_whole
 from compress.export.config import ExportConfig
-from compress.pipeline import cli, direct
 from compress.pipeline.explain import explained, without_foreign_advice
 from compress.pipeline.places import bundle_name, check_file_place, check_folder, check_name, check_new, check_text
-from compress.stage import write_whole
 from safetensors import SafetensorError
 
 NOT_UTF8 = os.fsdecode(b"bad \xff byte")
@@ -286,7 +287,7 @@ def test_what_files_and_the_machine_cause_is_one_line(error, said, refused, monk
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("compress.pipeline.inspection.inspect_path", fail)
+    monkeypatch.setattr("compress.cli.inspection.inspect_path", fail)
     refused("inspect", "x")
 
 
@@ -297,7 +298,7 @@ def test_errors_of_the_program_keep_their_traceback(error, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("compress.pipeline.inspection.inspect_path", fail)
+    monkeypatch.setattr("compress.cli.inspection.inspect_path", fail)
     with pytest.raises(type(error)):
         cli.main(["inspect", "x"])
 

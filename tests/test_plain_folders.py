@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from compress.errors import UserError
+from compress.cli.main import main
+from compress.core.errors import UserError
+from compress.core.stage import Progress
 from compress.modeling import load as loading
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
 from compress.modeling.source import Source
 from compress.modeling.weights import INDEX, count_parameters, weight_files
-from compress.pipeline.cli import main
-from compress.stage import Progress
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 

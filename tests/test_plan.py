@@ -11,20 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from compress.distill.config import DistillConfig, Full, Lora
-from compress.distill.students import build_student
-from compress.errors import UserError
+from compress.cli import main as cli
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
+from compress.distill.config import DistillConfig
 from compress.export.config import ExportConfig
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_config, load_model
-from compress.pipeline import cli
 from compress.pipeline.plan import Geometry, find_device, make_plan, parse_size, read_geometry, smallest_change
 from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.plan.memory import PARTS, Setting, lora_parameters, stage_memory, worst
 from compress.pipeline.plan.plan import setting
 from compress.pipeline.plan.work import forward, rows_of, stage_work
 from compress.pipeline.recipe import load_recipe, shipped
-from compress.stage import Context, Inputs
+from compress.training.config import Full, Lora
+from compress.training.students import build_student
 from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
@@ -232,7 +233,7 @@ def test_what_cannot_be_told_has_no_time():
 
 def test_the_plan_is_within_15_percent_of_what_a_run_holds(tmp_path):
     """The real command in a process of its own; the report then has both figures."""
-    command = [sys.executable, "-m", "compress.pipeline.cli", "run", "tiny_random", "--runs", str(tmp_path)]
+    command = [sys.executable, "-m", "compress.cli.main", "run", "tiny_random", "--runs", str(tmp_path)]
     command += ["--until", "distill", "--set", "data.rows=8", "--set", "distill.max_steps=1"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     report = json.loads((tmp_path / "tiny-random" / "report.json").read_text())

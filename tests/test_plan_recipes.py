@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from compress.cli import main as cli
+from compress.core.stage import Context, Inputs
 from compress.data.config import DatasetsConfig, VllmEngine
 from compress.evaluation.config import BUILTIN, EvaluateConfig
 from compress.export.config import ExportConfig
 from compress.modeling.random import random_checkpoint
-from compress.pipeline import cli
 from compress.pipeline.plan import make_plan, read_geometry
 from compress.pipeline.plan.devices import DEVICES, GIB, Work
 from compress.pipeline.plan.measuring import SLOTS, evaluate_work, export_work
@@ -29,7 +30,6 @@ from compress.pipeline.recipe import load_recipe
 from compress.prune.config import Greedy, PruneConfig, RefitHeal
 from compress.prune.heal.least_squares import Sums
 from compress.prune.stage import run
-from compress.stage import Context, Inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 FLAGSHIPS = ("llama8b_26L", "llama70b_64L")

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.data.calibration import calibration_batches
 from compress.data.rows import Row, write_rows
-from compress.errors import UserError
 from compress.modeling.load import load_model, load_tokenizer
 from compress.prune.config import LinearHeal, PruneConfig
 from compress.prune.heal import heal
 from compress.prune.importance import Distances, scan
 from compress.prune.stage import candidate_blocks, check, run
 from compress.prune.study import Study
-from compress.stage import Context, Inputs
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.pipeline.recipe import load_recipe, shipped
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -287,7 +287,7 @@ def test_malformed_overrides(override, message):
 def test_validating_reads_no_model_and_no_torch(write):
     recipe = write("name: x\nmodel: ./not-there.gguf\nprune: {blocks: 2}\n")
     code = (
-        "import sys\nfrom compress.pipeline.cli import app\n"
+        "import sys\nfrom compress.cli.main import app\n"
         f"app(['validate', {recipe!r}], standalone_mode=False)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )

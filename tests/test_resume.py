@@ -25,7 +25,7 @@ SHORT = (
     "export.verify.window=16 evaluate.speed=null evaluate.tokens=64"
 ).split()
 # The processes are forked from one that has imported everything, so that the kills strike work and not imports.
-PRELOAD = ["data", "prune", "distill", "distill.retaining", "export", "evaluation"]
+PRELOAD = ["data", "prune", "distill", "retain", "export", "evaluation"]
 PRELOAD = [f"compress.{name}.stage" for name in PRELOAD] + ["compress.pipeline.summary", "accelerate", "peft"]
 PRELOAD += [
     "compress.pipeline.report.plots",
@@ -51,7 +51,7 @@ def watch(event, args):
             file.write(str(args[1]) + "\\n")
 sys.addaudithook(watch)
 sys.argv = ["compress", *arguments]
-from compress.pipeline.cli import main
+from compress.cli.main import main
 main()
 """
 MEASURED = ("peak_memory_bytes", "tokens_per_second", "prefill_tokens_per_second")

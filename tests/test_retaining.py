@@ -11,21 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.rows import Row, write_rows
-from compress.distill.retaining import samples, stage, train
-from compress.distill.retaining.config import RetainConfig, head_width, measured_after
-from compress.distill.retaining.rows import LongRow
-from compress.distill.retaining.samples import Pairs, draw_pairs, keep_pairs, read_pairs
-from compress.distill.retaining.train import (
-    batches,
-    block_loss,
-    fresh_heads,
-    kept_share,
-    kept_shares,
-    learn,
-    learning_rate,
-)
-from compress.errors import UserError
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.random import FAMILY_CLASSES
@@ -37,7 +25,19 @@ from compress.pipeline.plan.work import stage_work
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.retain import samples, stage, train
+from compress.retain.config import RetainConfig, head_width, measured_after
+from compress.retain.rows import LongRow
+from compress.retain.samples import Pairs, draw_pairs, keep_pairs, read_pairs
+from compress.retain.train import (
+    batches,
+    block_loss,
+    fresh_heads,
+    kept_share,
+    kept_shares,
+    learn,
+    learning_rate,
+)
 from rich.console import Console
 from torch import nn
 

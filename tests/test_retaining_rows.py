@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import Context, Progress
 from compress.data.chat import render
 from compress.data.rows import Row, write_rows
-from compress.distill.retaining.config import LongRows
-from compress.distill.retaining.rows import (
+from compress.modeling.random import build_tokenizer
+from compress.retain.config import LongRows
+from compress.retain.rows import (
     KINDS,
     LEAD,
     Document,
@@ -26,9 +29,6 @@ from compress.distill.retaining.rows import (
     read_documents,
     users_rows,
 )
-from compress.errors import UserError
-from compress.modeling.random import build_tokenizer
-from compress.stage import Context, Progress
 
 TOKENIZER = build_tokenizer()
 LENGTH = 1600

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.errors import UserError
+from compress.cli.main import app
+from compress.core.errors import UserError
+from compress.core.stage import Context, Inputs
 from compress.evaluation.config import EvaluateConfig, RetrievalConfig
 from compress.evaluation.retrieval import Item, Retrieval, check, summarised
 from compress.evaluation.retrieval_tasks import Filler, Question, continuation, hide, keys, passkey
@@ -21,11 +23,9 @@ from compress.modeling.blocks import AttentionShape
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.random import build_tokenizer
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, save_heads
-from compress.pipeline.cli import app
 from compress.pipeline.report.html import render
 from compress.pipeline.report.retrieval import heat_map, memory_plot, retrieval_lines
 from compress.pipeline.report.schema import ModelEntry, Report
-from compress.stage import Context, Inputs
 from pydantic import ValidationError
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.runtime import bench
 from compress.runtime.bench import DepthFigures, choose_depth, measure_all, measure_draft
 from compress.runtime.session import Session, Settings

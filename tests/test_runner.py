@@ -14,13 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
+from compress.core.stage import Progress
 from compress.modeling.source import hash_file
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, Run, execute, plan_run
 from compress.pipeline.stages import STAGES, StageSpec
 from compress.pipeline.store import lock
-from compress.stage import Progress
 from safetensors.torch import load_file, save_file
 
 ORDER = ("data", "prune", "distill", "export", "evaluate")
@@ -365,7 +365,7 @@ def test_a_finished_run_prints_its_summary_without_torch(home, made):
     """As the command line does it: --dry-run shows what is to do, and a second run imports no torch."""
     execute(plan(home, until="data"), Progress())
     code = (
-        "import sys\nfrom compress.pipeline.cli import app\n"
+        "import sys\nfrom compress.cli.main import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), 'heavy'\n"
     )

@@ -16,11 +16,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compress import llamacpp
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.onnx import write_onnx
 from compress.modeling.load import load_model, load_tokenizer
+from compress.runtime import llamacpp_server as llamacpp
 from compress.runtime.engine import Distribution, Window, distributions, divergence, log_softmax, perplexity, pick
 from compress.runtime.measure import measure
 from compress.runtime.open import open_engine

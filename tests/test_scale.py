@@ -51,20 +51,21 @@ COMMAND = """
 arguments, hurt = given
 exec(hurt)
 sys.argv = ["compress", *arguments]
-from compress.pipeline.cli import main
+from compress.cli.main import main
 main()
 """
 # The distill stage alone, or the sort stage where depths are given; the gradients of its steps are saved.
 TRAIN = """
 from pathlib import Path
 from safetensors.torch import save_file
-from compress.distill import stage, train
+from compress.distill import stage
+from compress.training import train
 from compress.distill.config import DistillConfig
-from compress.distill.sorted import stage as sort
-from compress.distill.sorted.config import SortConfig
+from compress.sort import stage as sort
+from compress.sort.config import SortConfig
 from compress.pipeline.group import processes
-from compress.stage import Context, Inputs
-from compress.distill.sharding import whole
+from compress.core.stage import Context, Inputs
+from compress.training.sharding import whole
 options, base, model, data, out, hurt, shard = given
 keep, found = train.Recorder.on_pre_optimizer_step, {}
 def note(recorder, args, state, control, **rest):
@@ -244,7 +245,7 @@ def test_what_two_processes_began_one_finishes(killed: Path, alone: dict[str, by
 
 FAILS = """
 from compress.data import drafts
-from compress.errors import UserError
+from compress.core.errors import UserError
 def fail(*_): raise UserError("no more of this")
 drafts.Drafts._batch = fail
 """

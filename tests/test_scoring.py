@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
-from compress.errors import UserError
 from compress.modeling.blocks import Decoder, without_blocks
 from compress.modeling.load import load_model
 from compress.prune.cuts import Cut, gaps

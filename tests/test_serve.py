@@ -18,7 +18,7 @@ from typing import Any
 
 import openai
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.runtime.serve.server import listen
 from compress.runtime.serve.worker import Job, Stopping, Worker
 from compress.runtime.session import Piece, Pieces, Session, Settings

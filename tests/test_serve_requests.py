@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.runtime.chat import ChatTemplate
 from compress.runtime.serve.protocol import ChatRequest, CompletionRequest, read_request
 from compress.runtime.serve.refusal import Refused

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.onnx import write_onnx
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.load import load_model, load_tokenizer
@@ -379,7 +379,7 @@ def test_generating_needs_no_torch(bundle, engine):
         "--threads",
         "1",
     ]
-    script = BLOCKED + f"sys.argv = {['compress', *command]!r}\nfrom compress.pipeline.cli import main\nmain()\n"
+    script = BLOCKED + f"sys.argv = {['compress', *command]!r}\nfrom compress.cli.main import main\nmain()\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with Session(bundle, engine, threads=1) as session:

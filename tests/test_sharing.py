@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from compress.core.errors import UserError
+from compress.core.stage import Context, Group
 from compress.data.parts import in_rounds
 from compress.distill import stage
 from compress.distill.config import DistillConfig
-from compress.distill.order import BatchOrder
-from compress.errors import UserError
 from compress.pipeline.group import processes
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import load_recipe
-from compress.stage import Context, Group
+from compress.training.order import BatchOrder
 from torch.utils.data import BatchSampler
 
 

@@ -11,25 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import load_encoded
 from compress.data.config import TeacherConfig
 from compress.data.rows import read_rows
 from compress.data.teacher_cache import write_teacher
 from compress.distill import stage as distill
-from compress.distill import train
-from compress.distill.config import DistillConfig, Lora
-from compress.distill.shared import SharedTeacher
-from compress.distill.sorted import stage
-from compress.distill.sorted.config import SortConfig
-from compress.distill.sorted.depths import Depths
-from compress.errors import UserError
+from compress.distill.config import DistillConfig
 from compress.modeling.blocks import Decoder, depths, drop_blocks, kept_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.pipeline import runner
 from compress.pipeline.plan import StagePlan, make_plan, read_geometry
 from compress.pipeline.recipe import load_recipe
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.sort import stage
+from compress.sort.config import SortConfig
+from compress.training import train
+from compress.training.config import Lora
+from compress.training.depths import Depths
+from compress.training.shared import SharedTeacher
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor

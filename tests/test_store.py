@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.pipeline import store
 from compress.pipeline.explain import readable_errors
 from compress.pipeline.store import StageFolder, fingerprint, lock, write_json

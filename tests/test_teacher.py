@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import Encoded, load_encoded
 from compress.data.config import TeacherConfig
 from compress.data.packing import Batch, pack
 from compress.data.rows import read_rows
 from compress.data.teacher_cache import TeacherCache, write_teacher
-from compress.distill import stage, students
-from compress.distill.config import Copy, DistillConfig, Lora
-from compress.distill.shared import SharedTeacher
-from compress.distill.teacher import CopyTeacher
+from compress.distill import stage
+from compress.distill.config import DistillConfig
 from compress.distill.variants import plan_jobs
-from compress.errors import UserError
 from compress.modeling.agreement import States, response_positions
 from compress.modeling.blocks import Decoder, drop_blocks, kept_blocks
 from compress.modeling.changes import find_changes
@@ -32,7 +31,11 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.pipeline.plan import make_plan
 from compress.pipeline.recipe import load_recipe
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.training import run as training
+from compress.training import students
+from compress.training.config import Copy, Lora
+from compress.training.shared import SharedTeacher
+from compress.training.teacher import CopyTeacher
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -329,10 +332,10 @@ def test_nothing_of_the_unpruned_model_stays_that_is_not_needed(
     inputs = Inputs(world.base, world.inputs.model, {"data": world.data(4)})
     (job,) = plan_jobs(config, world.folder / "out", Context())
     train, held = (
-        stage.pack_rows(
+        training.pack_rows(
             config, load_encoded(world.data(4), load_tokenizer(world.base), split, LENGTH), load_tokenizer(world.base)
         )
-        for split in stage.SPLITS
+        for split in training.SPLITS
     )
     preparation = students.Preparation(inputs, held, Context())
     student, held_by, held_out = preparation.student(job, train, [])
@@ -350,13 +353,13 @@ def test_the_best_weights_are_merged_with_no_other_model_held(
     world: World, monkeypatch: pytest.MonkeyPatch, teacher: str
 ) -> None:
     """A head that is still held would hold all of the file that it is mapped from."""
-    merge, merged = stage.best_model, []
+    merge, merged = training.best_model, []
 
     def alone(*args: Any) -> Any:
         merged.append(sum(isinstance(thing, States) for thing in gc.get_objects()))
         return merge(*args)
 
-    monkeypatch.setattr(stage, "best_model", alone)
+    monkeypatch.setattr(training, "best_model", alone)
     world(k=4 if teacher == "cached" else 0, teacher=teacher, max_steps=1)
     assert merged == [0]
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data import stage as data_stage
 from compress.data import teacher_cache
 from compress.data.chat import Encoded, encode_rows
@@ -18,10 +20,8 @@ from compress.data.config import DatasetConfig, TeacherConfig
 from compress.data.packing import pack
 from compress.data.rows import Row
 from compress.data.teacher_cache import TeacherCache, read_top_k, top_k, write_teacher
-from compress.errors import UserError
 from compress.modeling.agreement import response_positions
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs, Progress
 
 LENGTH, SEED = 64, 7
 WORDS = "the way of many people is which model time and look so é 42".split()

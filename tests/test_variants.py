@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import load_encoded
-from compress.distill import stage, students
+from compress.distill import stage
 from compress.distill.config import DistillConfig
-from compress.distill.variants import choose, plan_jobs, share
-from compress.errors import UserError
+from compress.distill.variants import choose, plan_jobs
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.stage import WORK, Context, Inputs, Progress
+from compress.training import run as training
+from compress.training import students
+from compress.training.job import share
 from pydantic import ValidationError
 from transformers import Trainer
 
@@ -145,7 +148,7 @@ def test_slices_share_no_row_and_leave_none_out(inputs: Inputs, tmp_path: Path) 
     jobs = plan_jobs(config, tmp_path, Context())
     assert [share(range(18), job) for job in jobs] == [list(range(5)), list(range(5, 10)), list(range(10, 18))]
     rows = load_encoded(inputs.stages["data"], load_tokenizer(inputs.model), "train", 64)
-    batches = [stage.load_batches(job, rows, load_tokenizer(inputs.model)) for job in jobs]
+    batches = [training.load_batches(job, rows, load_tokenizer(inputs.model)) for job in jobs]
     tokens = [sum(len(row.input_ids) for row in part) for part in (rows[:5], rows[5:10], rows[10:])]
     assert [sum(batch.tokens for batch in part) for part in batches] == tokens
     with pytest.raises(UserError, match=r"variants: a has no rows: \[0\.0, 0\.3\] of 1 training rows; give it a wider"):

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import onnx
 import pytest
-from compress.errors import UserError
+from compress.core.errors import UserError
 from compress.export.config import ExportConfig
 from compress.export.gguf_family import family_name
 from compress.export.stage import export_checkpoint

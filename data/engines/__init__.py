@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import UserError
-from ...stage import Context
+from ...core.errors import UserError
+from ...core.stage import Context
 from ..config import LlamaCppEngine, TransformersEngine, VllmEngine
 from ..sampling import Sampled, Sampling, loops
 

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ...gguf_header import read_header
-from ...llamacpp import SEEDS, checked, open_server, post
+from ...core.errors import UserError
+from ...core.gguf_header import read_header
 from ...modeling.load import load_config
+from ...runtime.llamacpp_server import SEEDS, checked, open_server, post
 from ..sampling import Sampled, Sampling
 from . import settle
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...core.stage import Context
 from ...modeling.load import load_model
-from ...stage import Context
 from ..sampling import Sampled, Sampling, sample
 
 

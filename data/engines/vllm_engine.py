@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...core.errors import UserError
+from ...core.stage import Context
 from ...modeling.blocks import AttentionShape
 from ...modeling.load import load_config
-from ...stage import Context
 from ..config import VllmEngine
 from ..sampling import Sampled, Sampling
 from . import settle

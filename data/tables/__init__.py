@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import UserError
+from ...core.errors import UserError
 
 
 class Table(Protocol):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...errors import UserError
-from ...files import why_not_utf8
+from ...core.errors import UserError
+from ...core.files import why_not_utf8
 
 LONGEST = 1 << 30  # characters of one value; the csv module's own limit is 131,072
 

@@ -6,8 +6,8 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ...files import Number, kind_of, parse, parse_line, read_text
+from ...core.errors import UserError
+from ...core.files import Number, kind_of, parse, parse_line, read_text
 from . import Table
 
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
-from ...errors import UserError
+from ...core.errors import UserError
 
 GIB = 2**30
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...distill.config import Copy, Lora, TrainingConfig
-from ...distill.retaining.config import RetainConfig
-from ...errors import UserError
+from ...core.errors import UserError
+from ...retain.config import RetainConfig
+from ...training.config import Copy, Lora, TrainingConfig
 from ..recipe import LoadedRecipe, load_recipe
 from .memory import Setting, stage_memory
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ...files import read_json
-from ...gguf_header import read_header, read_tensor_names
+from ...core.errors import UserError
+from ...core.files import read_json
+from ...core.gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
 from ...modeling.source import Source, base_of_adapter, parse_source
 from ..recipe import LoadedRecipe, ModelSpec

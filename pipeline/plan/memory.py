@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.errors import UserError
 from ...data.config import DatasetConfig, DatasetsConfig, LlamaCppEngine, MagpieConfig, VllmEngine
-from ...distill.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
-from ...distill.retaining.config import RetainConfig, head_width
-from ...distill.sorted.config import SortConfig
-from ...errors import UserError
 from ...evaluation.config import EvaluateConfig
 from ...export.config import ExportConfig
 from ...merge.config import SHARD, MergeConfig
 from ...prune.config import PruneConfig, RefitHeal
+from ...retain.config import RetainConfig, head_width
+from ...sort.config import SortConfig
+from ...training.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
 from ..report.html import megabytes
 from .geometry import Geometry
 

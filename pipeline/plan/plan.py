@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...core.errors import UserError
+from ...core.stage import check_deepest
 from ...data.config import LlamaCppEngine, RowsFromData
-from ...errors import UserError
 from ...prune.config import PruneConfig
-from ...stage import check_deepest
 from ..recipe import LoadedRecipe
 from ..stages import STAGES
 from .devices import Device

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.config import DatasetConfig, DatasetsConfig, MagpieConfig
-from ...distill.config import Cached, DistillConfig, Full, TrainingConfig, needs_teacher
-from ...distill.retaining.config import SPREAD, RetainConfig, measured_after
-from ...distill.sorted.config import SortConfig
+from ...distill.config import DistillConfig
 from ...merge.config import MergeConfig
+from ...retain.config import SPREAD, RetainConfig, measured_after
+from ...sort.config import SortConfig
+from ...training.config import Cached, Full, TrainingConfig, needs_teacher
 from .devices import Work
 from .measuring import evaluate_work, export_work, merge_work
 from .memory import TEMPLATE, Setting, head_parameters

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import json_lines, read_json, read_json_value
+from ...core.files import json_lines, read_json, read_json_value
 from .schema import Report, StageEntry
 
 SAMPLES = 3

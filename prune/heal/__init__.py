@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ...core.errors import UserError
+from ...core.stage import Progress
 from ...data.packing import Batch
-from ...errors import UserError
 from ...modeling.blocks import Decoder, replaced
-from ...stage import Progress
 from ..config import HealConfig
 from ..cuts import gaps
 from .stream import Gap, Healing, Values

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ...core.errors import UserError
+from ...core.stage import Advance
 from ...data.packing import Batch
-from ...errors import UserError
 from ...modeling.blocks import Decoder, replaced
-from ...stage import Advance
 
 Values = dict[nn.Parameter, Tensor]
 

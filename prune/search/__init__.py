@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..config import PruneConfig
 from ..cuts import Cut
 

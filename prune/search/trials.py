@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...stage import Advance
+from ...core.stage import Advance
 from ..config import PruneConfig, Scored
 from ..cuts import Cut, cut, describe
 from ..scoring import Measure, Scorer

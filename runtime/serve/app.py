@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..bundle import MANIFEST
 from ..generator import check_depth
 from ..session import Pieces, Session, Usage

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import uvicorn
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..session import Session
 from .app import make_app
 from .worker import Worker

@@ -1,0 +1,99 @@
+"""The command-line options of a KV budget, for every command that runs a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from ..runtime.kv_budget import KvBudget
+
+BudgetOption = Annotated[
+    int | None,
+    typer.Option("--kv-budget", help="Hold so many keys and values per block and KV head; the rest is evicted."),
+]
+ChunkOption = Annotated[
+    int | None, typer.Option("--kv-chunk", help="Tokens read between evictions; as the heads were made for, or 256.")
+]
+StabilizersOption = Annotated[
+    int | None, typer.Option("--kv-stabilizers", help="Newest entries kept at an eviction; as made for, or 64.")
+]
+LocalOption = Annotated[
+    int | None, typer.Option("--kv-local", help="Last tokens of a prompt, always held; as made for, or 100.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option("--kv-policy", help="What stays: retaining (the default), recent or random.")
+]
+PositionsOption = Annotated[
+    str | None,
+    typer.Option("--kv-positions", help="true, or contiguous: counted over what is held, past the trained context."),
+]
+EvictDecodingOption = Annotated[
+    bool, typer.Option("--kv-evict-decoding", help="Evict while writing, too: budget + local entries at most.")
+]
+
+
+@dataclass(frozen=True)
+class KvOptions:
+    """What the options were given; each field is one."""
+
+    kv: BudgetOption = None
+    kv_chunk: ChunkOption = None
+    kv_stabilizers: StabilizersOption = None
+    kv_local: LocalOption = None
+    kv_policy: PolicyOption = None
+    kv_positions: PositionsOption = None
+    kv_evict_decoding: EvictDecodingOption = False
+
+    def budget(self, bundle: Path) -> KvBudget | None:
+        """What they ask for; None without a budget, of which the others say how."""
+        how = {
+            "chunk": self.kv_chunk,
+            "stabilizers": self.kv_stabilizers,
+            "local": self.kv_local,
+            "policy": self.kv_policy,
+            "positions": self.kv_positions,
+            "evict_decoding": self.kv_evict_decoding or None,
+        }
+        if self.kv is None:
+            asked = [f"--kv-{key.replace('_', '-')}" for key, value in how.items() if value is not None]
+            if asked:
+                raise UserError(f"{', '.join(asked)} says how a KV budget is kept: give it with --kv-budget")
+            return None
+        from ..runtime.kv_budget import choose_budget
+
+        return choose_budget(bundle, self.kv, **how)
+
+
+NO_BUDGET = KvOptions()
+
+
+def with_kv_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with these options in the place of its parameter `options`, a `KvOptions`."""
+    names = [field.name for field in fields(KvOptions)]
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(KvOptions, include_extras=True)
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name == "options":
+            own = [Parameter(f.name, parameter.kind, default=f.default) for f in fields(KvOptions)]
+        else:
+            own = [parameter]
+        parameters += [each.replace(annotation=hints[each.name]) for each in own]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = KvOptions(**{name: given.pop(name) for name in names})
+        command(**given, options=options)
+
+    # typer reads both.
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -1,0 +1,358 @@
+"""The commands that run a bundle: generate, chat, bench. They import neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..core.errors import UserError
+from ..core.files import why_not_utf8
+from ..pipeline.places import check_file_place, check_text, decode, read_standard_input
+from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+
+if TYPE_CHECKING:
+    from ..runtime.kv_budget import KvBudget
+    from ..runtime.session import Session, Settings, Usage
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as compress export writes it.")]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", help="onnx or llama.cpp; llama.cpp where the bundle has a GGUF.")
+]
+TypeOption = Annotated[str | None, typer.Option("--type", help="Q4_K_M, int4 …; the engine's first in the bundle.")]
+DepthOption = Annotated[str | None, typer.Option("--depth", help="How many blocks to run, or auto; all if not given.")]
+LatencyOption = Annotated[
+    float | None, typer.Option("--latency-ms", help="With --depth auto: at most so long per token, measured here.")
+]
+MemoryOption = Annotated[
+    float | None, typer.Option("--memory-mb", help="With --depth auto: at most so much memory, weights and cache.")
+]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="At most so many new tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this mass.")]
+SeedOption = Annotated[int, typer.Option(help="Of the draws.")]
+ContextOption = Annotated[int, typer.Option("--context", help="Tokens that llama.cpp reserves its cache for.")]
+ThreadsOption = Annotated[int, typer.Option(help="0 is one per core.")]
+SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
+
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+@with_kv_options
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer; - reads it from standard input.")],
+    depth: DepthOption = None,
+    engine: EngineOption = None,
+    kind: TypeOption = None,
+    max_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    latency_ms: LatencyOption = None,
+    memory_mb: MemoryOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on from the prompt as it stands, without template.")] = False,
+    system: SystemOption = None,
+    draft_depth: Annotated[int | None, typer.Option("--draft-depth", help="A depth that drafts for the other.")] = None,
+    draft: Annotated[Path | None, typer.Option("--draft", help="A bundle that drafts, of the same tokenizer.")] = None,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
+    early_exit: Annotated[
+        str | None,
+        typer.Option(
+            "--early-exit",
+            metavar="P",
+            help="Take a token from the first depth surer than this: 0.9, or 12=0.95,18=0.9.",
+        ),
+    ] = None,
+    context: ContextOption = 4096,
+    threads: ThreadsOption = 0,
+    options: KvOptions = NO_BUDGET,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on standard error.")] = False,
+) -> None:
+    """Answer a prompt with a bundle, streaming; at any of its depths, in ONNX Runtime or llama.cpp."""
+    from ..runtime.session import Session, Settings
+
+    check_text(system, "--system")
+    check_text(prompt, "--prompt")
+    text = read_standard_input() if prompt == "-" else prompt
+    budget = options.budget(bundle)
+    tokens = len(text) // 3 + max_tokens
+    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
+    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv": budget}
+    with Session(bundle, engine, kind, **where) as session:
+        settings = Settings(
+            max_tokens=max_tokens,
+            depth=fixed,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            draft_depth=draft_depth,
+            draft_tokens=draft_tokens,
+            exits=_exits(early_exit, session),
+        )
+        messages = [{"role": "system", "content": system}] if system else []
+        started = time.perf_counter()
+        answer = (
+            session.complete(text, settings)
+            if raw
+            else session.chat([*messages, {"role": "user", "content": text}], settings)
+        )
+        usage = None
+        try:
+            for piece in answer:
+                print(piece.text, end="", flush=True)
+                usage = piece.usage
+        except KeyboardInterrupt:
+            print()
+            raise typer.Exit(130) from None
+        print()
+        if usage is not None and not quiet:
+            errors.print(_summary(session, usage, time.perf_counter() - started), style="dim")
+
+
+@with_kv_options
+def chat(
+    bundle: BundleArgument,
+    depth: DepthOption = None,
+    engine: EngineOption = None,
+    kind: TypeOption = None,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    latency_ms: LatencyOption = None,
+    memory_mb: MemoryOption = None,
+    system: SystemOption = None,
+    context: ContextOption = 4096,
+    threads: ThreadsOption = 0,
+    options: KvOptions = NO_BUDGET,
+) -> None:
+    """Talk with a bundle. What was said stays in its cache; /depth N switches depth, /exit ends."""
+    from dataclasses import replace
+
+    from ..runtime.session import Session, Settings
+
+    check_text(system, "--system")
+    budget = options.budget(bundle)
+    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
+    settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv=budget) as session:
+        shown = ", ".join(map(str, session.depths))
+        errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
+        errors.print("/depth N switches depth, /reset forgets what was said, /exit or Ctrl-D ends", style="dim")
+        while (line := _read_line()) is not None:
+            if line == "/reset":
+                messages = list(start)
+            elif line.startswith("/depth"):
+                number = line.removeprefix("/depth").strip()
+                if number.isdecimal() and int(number) in session.depths:
+                    settings = replace(settings, depth=int(number))
+                else:
+                    errors.print(f"there is no depth {number or 'without a number'}; there are: {shown}", style="red")
+            elif line:
+                messages.append({"role": "user", "content": line})
+                _answer(session, messages, settings)
+
+
+def _answer(session: Session, messages: list[dict[str, str]], settings: Settings) -> None:
+    """Write an answer and add it to the conversation; Ctrl-C ends it early, an error takes the question back."""
+    said = ""
+    try:
+        for piece in session.chat(messages, settings):
+            print(piece.text, end="", flush=True)
+            said += piece.text
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        errors.print(f"error: {error}", style="red")
+        messages.pop()
+        return
+    print()
+    messages.append({"role": "assistant", "content": said})
+
+
+def _read_line() -> str | None:
+    """The next line, None when the conversation is over. `UserError` for one that is not UTF-8 and was not typed."""
+    try:
+        line = _typed_line() if sys.stdin.isatty() else _piped_line()
+    except (EOFError, KeyboardInterrupt):
+        errors.print("")
+        return None
+    return None if line in ("/exit", "/quit") else line
+
+
+def _typed_line() -> str:
+    while True:
+        try:
+            return input("> ").strip()
+        except UnicodeDecodeError as error:
+            errors.print(f"error: the line is not UTF-8 text: {why_not_utf8(error.object, error)}", style="red")
+
+
+def _piped_line() -> str:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return decode(line, "a line of standard input").strip()
+
+
+@with_kv_options
+def bench(
+    bundle: BundleArgument,
+    engine: EngineOption = None,
+    kind: TypeOption = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after it.")] = 64,
+    repeat: Annotated[int, typer.Option(help="The best of so many turns counts.")] = 2,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Every lesser depth as a draft of the deepest, too.")
+    ] = False,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
+    threads: ThreadsOption = 0,
+    options: KvOptions = NO_BUDGET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a page (.html) or the figures (.json).")] = None,
+) -> None:
+    """Measure every depth in every engine: prefill, decoding, first token, memory; each in a process of its own."""
+    from ..runtime.bench import measure_all, measure_draft
+    from ..runtime.bundle import read_bundle
+    from .bench_report import bench_entries, keep_in_run, show_bench, write_bench
+
+    if out is not None and out.suffix not in (".html", ".json"):
+        raise UserError(f"--out {out}: must end in .html or .json")
+    if out is not None:
+        check_file_place(out)
+    how: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeat": repeat,
+        "threads": threads,
+    }
+    if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
+        raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
+    budget = options.budget(bundle)
+    if budget is not None:
+        if speculate:
+            raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")
+        engine = engine or "onnx"
+    with errors.status("measuring") as status:
+        found = measure_all(
+            bundle,
+            engine,
+            kind,
+            done=lambda f: status.update(f"measured {f.engine} {f.type} at depth {f.depth}"),
+            kv=budget,
+            **how,
+        )
+        drafts = []
+        for figures in found if speculate else []:
+            pair = [f for f in found if (f.engine, f.type) == (figures.engine, figures.type)]
+            if figures.depth < max(f.depth for f in pair):
+                status.update(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
+                drafts.append(
+                    measure_draft(
+                        bundle,
+                        figures.engine,
+                        figures.type,
+                        figures.depth,
+                        draft_tokens=draft_tokens,
+                        new_tokens=new_tokens,
+                        threads=threads,
+                    )
+                )
+    report = bench_entries(read_bundle(bundle), found, [asdict(draft) for draft in drafts])
+    if budget is not None:
+        report["kv"] = asdict(budget)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show_bench(report)
+    # A run's report sets speed against quality, which a budget changes.
+    for file in [*write_bench(report, out), *([] if budget else keep_in_run(report, bundle))]:
+        errors.print(str(file))
+
+
+def _depth(
+    bundle: Path,
+    depth: str | None,
+    engine: str | None,
+    kind: str | None,
+    latency_ms: float | None,
+    memory_mb: float | None,
+    tokens: int,
+    threads: int,
+    kv: KvBudget | None,
+) -> tuple[int | None, int | None]:
+    """(the depth to run, the greatest to load); with auto, measured for a text of about `tokens`."""
+    limited = latency_ms is not None or memory_mb is not None
+    if depth != "auto":
+        if limited:
+            raise UserError("--latency-ms and --memory-mb choose a depth: give them with --depth auto")
+        if depth is None:
+            return None, None
+        if not depth.isdecimal():
+            raise UserError(f"--depth {depth}: must be a number or auto")
+        return int(depth), None
+    from ..runtime.bench import choose_depth
+
+    prompt = max(min(tokens, 512), 16)
+    with errors.status("measuring depths"):
+        memory = None if memory_mb is None else int(memory_mb * 1e6)
+        found = choose_depth(
+            bundle,
+            engine,
+            kind,
+            latency_ms=latency_ms,
+            memory_bytes=memory,
+            prompt_tokens=prompt,
+            new_tokens=24,
+            repeat=2,
+            threads=threads,
+            kv=kv,
+        )
+    errors.print(
+        f"depth {found.depth}: {found.latency_ms:.1f} ms per token, {found.peak_memory_bytes / 1e6:.0f} MB", style="dim"
+    )
+    return found.depth, found.depth
+
+
+def _exits(text: str | None, session: Session) -> dict[int, float]:
+    if text is None:
+        return {}
+    try:
+        if "=" not in text:
+            return {depth: float(text) for depth in session.depths[:-1]}
+        return {int(depth): float(p) for depth, p in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"--early-exit {text}: must be a probability, or DEPTH=PROBABILITY,…") from error
+
+
+def _summary(session: Session, usage: Usage, seconds: float) -> str:
+    parts = [
+        f"{usage.prompt_tokens} + {usage.completion_tokens} tokens in {seconds:.1f} s",
+        f"{session.engine} {session.kind}",
+        "depth "
+        + ", ".join(
+            f"{depth}: {count}" if len(usage.depths) > 1 else str(depth) for depth, count in usage.depths.items()
+        ),
+    ]
+    if session.kv is not None:
+        parts.append(f"{session.kv.budget} keys and values per head ({session.kv.policy})")
+    if usage.drafted:
+        parts.append(f"{usage.accepted} of {usage.drafted} drafted tokens accepted")
+    return "; ".join(parts)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(epilog='Example: compress generate bundle --depth 18 --prompt "Why is the sky blue?"')(generate)
+    app.command(epilog="Example: compress chat bundle --engine onnx --depth auto --latency-ms 20")(chat)
+    app.command(epilog="Example: compress bench bundle --speculate --out bench.html")(bench)

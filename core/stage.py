@@ -1,0 +1,133 @@
+"""The stage contract: what a stage is given, and what it gives back.
+
+A stage is a module `<area>/stage.py` with the functions below, and a module `<area>/config.py`, importable without
+torch, with its configuration class (a `Section`) and `FORMAT: int`, bumped when the meaning of its output changes.
+
+    ready(config, context) -> None                         optional; refuses what is not installed, before the model is
+                                                           fetched
+    check(config, base, context) -> None                   optional; cheap refusals before any work is done
+                                                           (base: the unpruned model's checkpoint folder)
+    run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
+
+A stage knows nothing of the pipeline. `out_dir` exists when `run` is called; after a kill the same folder is handed
+over again with what had been written, so long stages resume from it. `out_dir/.work/` is for resumable state and is
+deleted on completion; all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an
+interrupted run ends with the same bytes as an uninterrupted one. A stage that makes a model leaves it, as a
+checkpoint folder, in `out_dir/model`.
+
+A run may be several processes (`Context.group`). A stage that can share its work is called in all of them, with the
+same folder: each does its part, the first one alone writes the artifact and returns the metrics. Any other stage is
+called in the first process only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from .errors import UserError
+
+WORK = ".work"
+
+
+class Section(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def input_files(self) -> list[str]:
+        """Local files and folders named by this section whose content belongs in the stage's fingerprint."""
+        return []
+
+
+class Advance(Protocol):
+    def __call__(self, n: int = 1, note: str = "") -> None: ...
+
+
+class Progress:
+    """Where a stage reports its progress. This one is silent; the command line passes one that draws."""
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        """A bar of `total` steps; call the yielded function to advance it, with a short note such as a loss."""
+
+        def advance(n: int = 1, note: str = "") -> None:
+            return None
+
+        yield advance
+
+    def note(self, text: str) -> None:
+        """One line worth reading: a count, a choice made, a figure."""
+
+
+class Group:
+    """The processes that run a recipe together. This one is alone; `pipeline/group.py` has the one of several."""
+
+    rank: int = 0
+    world: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it, and none
+        goes on before all have."""
+        return [value]
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, for all. All of them must call it."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.gather(None)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a stage runs, as opposed to what it does."""
+
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"  # of weights and activations: float32, bfloat16 or float16
+    recipe_dir: Path = field(default_factory=Path.cwd)
+    progress: Progress = field(default_factory=Progress)
+    group: Group = field(default_factory=Group)
+    shard: bool = False  # spread the weights that are trained over the group
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those of the run; 0 writes the artifact."""
+        return self.group.rank
+
+    @property
+    def world(self) -> int:
+        """How many processes the run has."""
+        return self.group.world
+
+    def resolve(self, path: str) -> Path:
+        """A path written in the recipe, taken relative to the recipe's folder."""
+        found = Path(path).expanduser()
+        return found if found.is_absolute() else self.recipe_dir / found
+
+
+def check_deepest(key: str, depths: Sequence[int], blocks: int, where: str) -> None:
+    """`UserError` unless the depths that the recipe's `key` names end with all of the blocks that the model `where`
+    names has."""
+    if depths[-1] != blocks:
+        raise UserError(
+            f"{key} ends with {depths[-1]}, but {where} has {blocks} blocks; the last depth is the whole model, so "
+            f"write [..., {blocks}]" + (f", or prune to {depths[-1]} blocks first" if depths[-1] < blocks else "")
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The folders a stage reads."""
+
+    base: Path  # checkpoint folder of the unpruned model
+    model: Path  # checkpoint folder of the model so far; the base before any stage made one
+    stages: dict[str, Path] = field(default_factory=dict)  # finished earlier stages, by name
+    name: str = "model"  # of the unpruned model: a Hub id, or the name of a file or folder without its path

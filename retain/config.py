@@ -1,0 +1,99 @@
+"""The recipe's `retain` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ..core.stage import Section
+from ..data.config import Columns
+
+FORMAT = 4
+LONGEST = 10240  # tokens per row, as published
+SPREAD = 8  # the shortest made row is so many times shorter than the longest
+
+
+class LongRows(Columns):
+    """A user's rows: long prompts with their answers."""
+
+    @model_validator(mode="after")
+    def _answers(self) -> Self:
+        if self.text is not None or self.rewrite is not None or self.answer is not None or self.tests is not None:
+            raise ValueError("rows are prompts with answers: prompt and response (with context, if any), or messages")
+        return self
+
+
+class RetainConfig(Section):
+    """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The
+    model itself stays as it is."""
+
+    budget: int = Field(1024, ge=1, description="keys and values kept per block and KV head, unless chosen at run time")
+    chunk: int = Field(256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time")
+    stabilizers: int = Field(64, ge=0, description="newest tokens of a chunk that are kept whatever their score")
+    local: int = Field(100, ge=1, description="last tokens of a prompt, which are read last and kept")
+    pool: int = Field(
+        9, ge=1, description="a token's score is the mean over so many neighbours, itself in the middle; published: 1"
+    )
+    sinks: int = Field(4, ge=0, description="first tokens of a text that are kept whatever their score; published: 0")
+    width: int | None = Field(None, ge=1, description="of the heads; null: a quarter of the model's hidden size")
+    dataset: LongRows | None = Field(
+        None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
+    )
+    rows: int = Field(1000, ge=1, description="long rows that are read, each once; of a data set at most so many")
+    tokens: int = Field(128, ge=2, description="tokens of each row that heads learn from, in pairs of neighbours")
+    length: int | None = Field(
+        None,
+        ge=128,
+        description="tokens in the longest row; null: 10,240, or as many as the model was trained for if that is less",
+    )
+    labels: Literal["detrended", "published"] = Field(
+        "detrended",
+        description="what heads learn: logits less what comes of a key's distance to the answer alone, or as published",
+    )
+    steps: int = Field(3000, ge=1, description="optimizer steps of every head")
+    batch: int = Field(1024, ge=2, description="tokens of a step, drawn from all rows")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="of AdamW"
+    )
+    weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
+    warmup: float = Field(
+        2 / 3, ge=0, lt=1, description="share of the steps over which the rate rises, before it falls to nothing"
+    )
+    clip: float = Field(0.5, gt=0, description="gradients are cut off at this value, each for itself")
+    smooth: float = Field(0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
+    heldout: int = Field(8, ge=1, description="rows to measure on")
+    eval_every: int = Field(100, ge=1, description="steps between measurements on them")
+
+    @model_validator(mode="after")
+    def _stabilizers_fit(self) -> Self:
+        if self.stabilizers > self.budget:
+            raise ValueError(
+                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
+            )
+        return self
+
+    @field_validator("pool")
+    @classmethod
+    def _odd(cls, pool: int) -> int:
+        if pool % 2 == 0:
+            raise ValueError(f"{pool} neighbours have no middle; write an odd number")
+        return pool
+
+    def input_files(self) -> list[str]:
+        return [self.dataset.path] if self.dataset is not None and self.dataset.local else []
+
+    def longest(self, positions: int) -> int:
+        """Tokens in the longest row, for a model trained for so many positions."""
+        return self.length or min(LONGEST, positions)
+
+
+def head_width(width: int | None, hidden: int) -> int:
+    """The heads' width: a quarter of the hidden size, as published for Llama-3.1-8B, up to a multiple of 64."""
+    return width or -(-hidden // 4 // 64) * 64 or 64
+
+
+def measured_after(config: RetainConfig) -> list[int]:
+    """The steps after which the loss is measured on held-out rows."""
+    return [*range(0, config.steps, config.eval_every), config.steps]

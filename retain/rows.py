@@ -1,0 +1,302 @@
+"""Long rows to learn from: the self-data's documents one after another, with facts hidden among them and asked about at
+the end; or a user's own."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.stage import Context
+from ..data.chat import Encoded, encode_row, encode_whole
+from ..data.drafts import reasons
+from ..data.readers import Record, Source, read_records
+from ..data.rows import Messages, Row, Split, read_rows
+from ..data.spans import TemplateError
+from .config import SPREAD, LongRows
+
+LEAD = "Read the following. A question about it comes at the end."
+LEAST = 32  # tokens of documents in a row
+TRIES = 20  # draws of facts that are too long for the longest row
+BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
+PASSKEYS = (  # as it is told, asked and answered
+    ("The pass key is {0}. Remember it. {0} is the pass key.", "What is the pass key?", "The pass key is {0}."),
+    ("One of the special magic numbers is {0}.", "What is the special magic number?", "The magic number is {0}."),
+    ("Keep this code: {0}.", "Which code were you to keep?", "The code I was to keep is {0}."),
+)
+KEYS = (  # of a place
+    "The key of the {0} is {1}.",
+    "To open the {0}, enter {1}.",
+    "The {0} has the number {1}.",
+)
+PLACES = (
+    "harbour", "library", "station", "garden", "workshop", "museum", "bakery", "castle", "hospital", "school", "market",
+    "bridge", "theatre", "factory", "chapel", "airport", "cellar", "tower", "office", "farm",
+)  # fmt: skip
+PEOPLE = (
+    "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karla", "Leon", "Maria",
+    "Niko", "Olga", "Peter", "Rosa", "Simon", "Tanja", "Victor",
+)  # fmt: skip
+THINGS = {
+    "bicycle": ("red", "green", "blue", "yellow", "black", "white", "silver", "orange"),
+    "favourite fruit": ("apple", "pear", "mango", "cherry", "plum", "peach", "melon", "fig"),
+    "home town": ("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Vienna", "Nairobi"),
+    "instrument": ("violin", "flute", "piano", "drum", "guitar", "harp", "trumpet", "cello"),
+}
+
+
+@dataclass(frozen=True)
+class LongRow:
+    """Tokens of a row; the first `prompt` of them are the prompt, the rest is the answer."""
+
+    ids: list[int]
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row of the data stage as a text to be read; a conversation's first question can be asked again."""
+
+    text: str
+    tokens: int
+    question: str = ""  # empty: plain text
+    answer: str = ""
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is hidden in a text, what is asked about it, and the answer."""
+
+    facts: list[str]
+    question: str
+    answer: str
+    cut: bool = False  # the answer stops in the middle
+    document: Document | None = None  # that is hidden, rather than a sentence
+
+
+def passkey(draw: random.Random, _documents: list[Document]) -> Asked:
+    """One number in one sentence."""
+    told, asked, answer = draw.choice(PASSKEYS)
+    key = _number(draw)
+    return Asked([told.format(key)], asked, answer.format(key))
+
+
+def keys(draw: random.Random, _documents: list[Document]) -> Asked:
+    """Several numbers, each of a named place; all are asked for, since a reader cannot know which will be."""
+    places = draw.sample(PLACES, draw.randint(4, 8))
+    told = draw.choice(KEYS)
+    lines = {place: told.format(place, _number(draw)) for place in places}
+    asked = draw.sample(places, len(places))
+    question = f"Which number goes with the {_listed(asked)}?"
+    return Asked(list(lines.values()), question, " ".join(lines[place] for place in asked))
+
+
+def facts(draw: random.Random, _documents: list[Document]) -> Asked:
+    """Statements about people; all are asked for."""
+    people = draw.sample(PEOPLE, draw.randint(3, 6))
+    found = {name: (thing := draw.choice(list(THINGS)), draw.choice(THINGS[thing])) for name in people}
+    asked = draw.sample(people, len(people))
+
+    def told(name: str) -> str:
+        return f"{name}'s {found[name][0]} is {found[name][1]}."
+
+    question = " ".join(f"What is {name}'s {found[name][0]}?" for name in asked)
+    return Asked([told(name) for name in people], question, " ".join(told(name) for name in asked))
+
+
+def again(draw: random.Random, documents: list[Document]) -> Asked:
+    """A conversation that is one of the documents: its question once more, and the same answer."""
+    document = draw.choice([document for document in documents if document.question])
+    return Asked([document.text], document.question, document.answer, document.cut, document)
+
+
+Kind = Callable[[random.Random, list[Document]], Asked]
+KINDS: tuple[Kind, ...] = (passkey, keys, facts, again)
+
+
+def _number(draw: random.Random) -> int:
+    return draw.randrange(10 ** (digits := draw.randint(3, 6)), 10 * 10**digits)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", the ".join(names[:-1]) + f" and the {names[-1]}"
+
+
+class Maker:
+    """Makes rows of up to `length` tokens from documents; a row depends on its number and the seed alone."""
+
+    def __init__(self, tokenizer: Any, documents: list[Document], length: int, seed: str):
+        self.tokenizer, self.documents, self.length, self.seed = tokenizer, documents, length, seed
+        longest = length // 2
+        self.askable = [document for document in documents if document.question and document.tokens <= longest]
+        self.kinds = KINDS if self.askable else KINDS[:-1]
+
+    def row(self, number: int) -> LongRow:
+        """Row `number`: kinds take turns, lengths are drawn evenly on a scale of ratios. Raises `UserError` where the
+        longest possible row has no room for documents."""
+        draw = random.Random(f"{self.seed} {number}")
+        length = round(self.length / SPREAD ** draw.random())
+        asked, depths, bare = self._asked(self.kinds[number % len(self.kinds)], draw)
+        order = draw.sample(self.documents, len(self.documents))
+        length = max(length, bare + LEAST)
+        room = length - bare
+        while True:
+            row = self._encode(self._documents(order, room, asked.document), asked, depths)
+            if len(row.ids) <= length:
+                return row
+            room -= len(row.ids) - length  # tokens that the pieces have only together
+
+    def _asked(self, kind: Kind, draw: random.Random) -> tuple[Asked, list[float], int]:
+        """What is asked, how deep each fact lies, and the row's tokens without documents."""
+        for _ in range(TRIES):
+            asked = kind(draw, self.askable)
+            depths = [draw.random() for _ in asked.facts]
+            bare = len(self._encode("", asked, depths).ids)
+            if bare + LEAST <= self.length:
+                return asked, depths, bare
+        raise UserError(
+            f"retain.length: {self.length} tokens have no room for documents beside a question and what it asks about; "
+            "make it longer"
+        )
+
+    def _documents(self, order: list[Document], tokens: int, without: Document | None) -> str:
+        """Documents one after another, again and again if there are too few, cut after so many tokens."""
+        taken, count = [], 0
+        others = [document for document in order if document is not without] or order
+        while count < tokens:
+            document = others[len(taken) % len(others)]
+            taken.append(document.text)
+            count += document.tokens
+        text = "\n\n".join(taken)
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = offsets["offset_mapping"][: max(0, tokens)]
+        return text[: spans[-1][1]] if spans else ""
+
+    def _encode(self, text: str, asked: Asked, depths: list[float]) -> LongRow:
+        hidden = hide(text, asked.facts, depths)
+        prompt = f"{LEAD}\n\n{hidden}\n\n{asked.question}"
+        if not getattr(self.tokenizer, "chat_template", None):  # a model without chat reads on
+            before = self.tokenizer(f"{prompt}\n", verbose=False)["input_ids"]
+            after = self.tokenizer(asked.answer, add_special_tokens=False, verbose=False)["input_ids"]
+            return LongRow([*before, *after], len(before))
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": asked.answer}]
+        row = last_answer(encode_row(self.tokenizer, Row(-1, "train", turns, cut=asked.cut)))
+        assert row is not None
+        return row
+
+
+def hide(text: str, facts: list[str], depths: list[float]) -> str:
+    """A text with each fact as a paragraph of its own, at the break between sentences or lines that is nearest to its
+    depth: 0 is the beginning, 1 the end."""
+    breaks = [0, *(match.end() for match in BREAK.finditer(text)), len(text)]
+    places = [min(breaks, key=lambda place: abs(place - depth * len(text))) for depth in depths]
+    pieces, rest = [], len(text)
+    for place, fact in sorted(zip(places, facts, strict=True), key=lambda pair: pair[0], reverse=True):
+        pieces += [text[place:rest].strip(), fact]
+        rest = place
+    pieces.append(text[:rest].strip())
+    return "\n\n".join(piece for piece in reversed(pieces) if piece)
+
+
+def last_answer(encoded: Encoded) -> LongRow | None:
+    """A conversation up to the end of its last answer; None where that has no tokens or nothing before it."""
+    mask = encoded.loss_mask
+    end = max((i for i, learned in enumerate(mask) if learned), default=-1) + 1
+    prompt = end
+    while prompt > 0 and mask[prompt - 1]:
+        prompt -= 1
+    return LongRow(encoded.input_ids[:end], prompt) if 0 < prompt < end else None
+
+
+def read_documents(tokenizer: Any, folder: Path, split: Split) -> list[Document]:
+    """The rows of one split of a data stage's folder as documents; `UserError` if there are none."""
+    found = [_document(tokenizer, row) for row in read_rows(folder, split)]
+    found = [document for document in found if document.tokens]
+    if not found:
+        raise UserError(f"no {split} row of {folder.name} has a text to make long rows of")
+    return found
+
+
+def _document(tokenizer: Any, row: Row) -> Document:
+    turns: Messages = [turn for turn in row.messages or [] if turn["role"] in ("user", "assistant")]
+    question = answer = ""
+    if row.messages is None:
+        text = (row.text or "").strip()
+    elif [turn["role"] for turn in turns] == ["user", "assistant"] and all(turn["content"] for turn in turns):
+        question, answer = ((turn["content"] or "").strip() for turn in turns)
+        text = f"Question: {question}\nAnswer: {answer}"
+    else:
+        text = "\n".join((turn["content"] or "").strip() for turn in turns)
+    tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return Document(text, tokens, question, answer, row.cut)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to learn from, by number below `count`, and rows to measure on."""
+
+    train: Callable[[int], LongRow]
+    count: int
+    heldout: list[LongRow]
+
+
+def made_rows(tokenizer: Any, folder: Path, length: int, count: int, heldout: int, seed: int) -> Rows:
+    """Rows made of a data stage's documents: its training rows' to learn from, its held-out rows' to measure on."""
+    train = Maker(tokenizer, read_documents(tokenizer, folder, "train"), length, f"retain {seed}")
+    held = Maker(tokenizer, read_documents(tokenizer, folder, "heldout"), length, f"retain heldout {seed}")
+    return Rows(train.row, count, [held.row(number) for number in range(heldout)])
+
+
+def _users_row(tokenizer: Any, record: Record) -> tuple[LongRow | None, str, str]:
+    """The row, or why there is none."""
+    if record.messages is None:
+        return None, record.dropped or "no_answer", record.detail
+    try:
+        encoded = encode_whole(tokenizer, Row(record.number, "train", record.messages, tools=record.tools))
+    except TemplateError as error:
+        return None, error.reason, f"{record.place}: {error}"
+    return last_answer(encoded), "no_answer", ""
+
+
+def users_rows(
+    tokenizer: Any, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
+) -> Rows:
+    """A user's rows in an order drawn from the seed: the first `heldout` to measure on, then at most `wanted` to learn
+    from. Longer ones are left out. Raises `UserError` where too few are left."""
+    source = Source(config, context, "retain.dataset")
+    found: list[LongRow] = []
+    longer = 0
+    dropped: Counter[str] = Counter()
+    first = ""
+    for record in read_records(source, cache, shuffle=f"retain rows {context.seed}"):
+        row, reason, detail = _users_row(tokenizer, record)
+        if row is None:
+            dropped[reason] += 1
+            first = first or f"{reason}: {detail or record.place}"
+            continue
+        if len(row.ids) > length:
+            longer += 1
+            continue
+        found.append(row)
+        if len(found) == heldout + wanted:
+            break
+    if len(found) <= heldout:
+        more = f", {reasons(dropped)}; the first: {first}" if first else ""
+        raise UserError(
+            f"retain.dataset: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
+            f"longer{more}); {heldout} are held out (retain.heldout), and at least one more is needed"
+        )
+    if dropped:
+        context.progress.note(f"rows of {config.title} that cannot be used: {reasons(dropped)}; the first: {first}")
+    if longer:
+        context.progress.note(f"{longer} rows of more than {length} tokens are left out")
+    train = found[heldout:]
+    if len(train) < wanted:
+        context.progress.note(f"{len(train)} rows to learn from, not {wanted} (retain.rows): there are no more")
+    return Rows(train.__getitem__, len(train), found[:heldout])

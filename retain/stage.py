@@ -1,0 +1,103 @@
+"""The retain stage: the model as it is, with heads that say which keys and values are worth keeping."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.files import write_whole
+from ..core.stage import WORK, Context, Inputs
+from ..data.readers import Source, local_file
+from ..modeling.blocks import Decoder
+from ..modeling.checkpoint import link_file
+from ..modeling.load import load_config, load_model, load_tokenizer
+from ..modeling.retaining import RetainingSettings, save_heads
+from ..modeling.source import checkpoint_files
+from .config import RetainConfig, head_width
+from .rows import Rows, made_rows, users_rows
+from .samples import keep_all
+from .train import fresh_heads, kept_shares, train_heads
+
+CURVES = "curves.jsonl"
+
+
+def check(config: RetainConfig, base: Path, context: Context) -> None:
+    """Refuse rows that are not there, and rows longer than what the model was trained for, before any work is done."""
+    positions = load_config(base).max_position_embeddings
+    if config.length is not None and config.length > positions:
+        raise UserError(
+            f"retain.length is {config.length}, but the model was trained for {positions} positions: beyond them "
+            f"it does not find what it is asked about; write {positions} or less"
+        )
+    if config.dataset is not None:
+        local_file(Source(config.dataset, context, "retain.dataset"))
+
+
+def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
+    """Write `model/`, the model so far by links and its heads in `model/retaining/`, and `curves.jsonl`, a line per
+    step and per measurement. A killed run goes on behind the last row it read, or the last head it trained."""
+    work = out_dir / WORK
+    work.mkdir(exist_ok=True)
+    started = time.monotonic()
+    model = load_model(inputs.model, context.dtype, context.device).requires_grad_(False)
+    decoder = Decoder(model)
+    rows = _rows(config, inputs, work, context)
+    width = head_width(config.width, decoder.hidden_size)
+    heads, fresh = (fresh_heads(decoder, width, context.seed).to(context.device) for _ in range(2))
+    named = {f"train-{number}": partial(rows.train, number) for number in range(rows.count)}
+    named |= {f"heldout-{number}": partial(rows.heldout.__getitem__, number) for number in range(len(rows.heldout))}
+    with context.progress.bar("long rows", len(named)) as advance:
+        files = keep_all(decoder, named, work / "rows", config, context.seed, advance)
+    with context.progress.bar("retaining heads", decoder.num_blocks) as advance:
+        train, held = files[: rows.count], files[rows.count :]
+        lines, loss = train_heads(heads, train, held, config, work / "heads", context.seed, advance)
+    shares = kept_shares(decoder, rows.heldout, config, fresh, heads)
+    before = {"eval_loss": lines[0]["eval_loss"], "eval_recall": shares[0]}
+    after = {"eval_loss": loss, "eval_recall": shares[1]}
+    lines[0]["eval_recall"], lines[-1]["eval_recall"] = shares
+    link_model(inputs.model, out_dir / "model")
+    settings = RetainingSettings(
+        config.budget, config.chunk, config.stabilizers, config.local, config.pool, config.sinks
+    )
+    save_heads(heads.cpu(), settings, out_dir / "model")
+    write_whole(out_dir / CURVES, "".join(json.dumps(line) + "\n" for line in lines))
+    context.progress.note(
+        f"of the quarter of a prompt that answers attend to most, the heads keep "
+        f"{100 * shares[0]:.0f} % → {100 * shares[1]:.0f} %"
+    )
+    return {
+        "rows": rows.count,
+        "steps": config.steps,
+        "width": width,
+        "trainable_parameters": sum(p.numel() for p in heads.parameters()),
+        "before": before,
+        "after": after,
+        "seconds_training": round(time.monotonic() - started, 1),
+    }
+
+
+def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) -> Rows:
+    tokenizer = load_tokenizer(inputs.model)
+    length = config.longest(load_config(inputs.model).max_position_embeddings)
+    if config.dataset is not None:
+        cache = work / "datasets"
+        return users_rows(tokenizer, config.dataset, length, config.rows, config.heldout, context, cache)
+    if "data" not in inputs.stages:
+        raise UserError(
+            "retain makes its rows of the data stage's, and there is none; name a data set in retain.dataset"
+        )
+    return made_rows(tokenizer, inputs.stages["data"], length, config.rows, config.heldout, context.seed)
+
+
+def link_model(source: Path, folder: Path) -> None:
+    """A checkpoint's files under a second name, without heads it may have; the files themselves where it is a folder of
+    links, as in the Hub's cache."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in checkpoint_files(source):
+        link_file(file.resolve(), folder / file.name)

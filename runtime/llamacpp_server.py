@@ -1,0 +1,132 @@
+"""llama.cpp's server in this process, through xllamacpp: what running and sampling a GGUF file share. No torch."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..core.errors import UserError
+
+LOG_SECONDS = 5  # in which llama.cpp says why it cannot load a file
+SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
+
+
+def open_server(
+    file: Path, threads: int, slots: int, context: int, draft: Path | None = None, draft_tokens: int = 4
+) -> Any:
+    """An `xllamacpp.Server` on `file` that answers, with `slots` places for texts of `context` tokens each.
+
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time. Raises `UserError`, with
+    llama.cpp's own reason, where a file is missing or broken.
+    """
+    xllamacpp = _import()
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx = context * slots
+    parameters.n_parallel = slots
+    parameters.kv_unified = False
+    parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
+    parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
+    parameters.fit_params = False
+    parameters.warmup = False
+    parameters.endpoint_slots = False
+    parameters.ui = False
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
+    if draft is not None:
+        guess = parameters.speculative
+        guess.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        guess.draft.mparams.path = str(draft)
+        guess.draft.n_max = draft_tokens
+        guess.draft.cpuparams.n_threads = threads
+        guess.draft.cpuparams_batch.n_threads = threads
+    parameters.verbosity = 0  # llama.cpp writes nothing to the terminal
+    try:
+        server = xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        parameters.verbosity = 1  # errors only: load again to learn why, catching what it writes
+        raise UserError(f"llama.cpp cannot load {file}: {_reason(xllamacpp, parameters)}") from error
+    # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
+    checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
+    return server
+
+
+def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What the server answers over HTTP, an error under "error". Never through a proxy: it is this process."""
+    address = urlsplit(server.listening_address)
+    assert address.hostname is not None
+    # A connection each: kept open, every answer would wait 40 ms for the acknowledgement of its header.
+    connection = http.client.HTTPConnection(address.hostname, address.port)
+    try:
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        connection.request("POST", path, json.dumps(request), headers)
+        return json.load(connection.getresponse())
+    finally:
+        connection.close()
+
+
+def checked(answer: dict[str, Any], what: object) -> dict[str, Any]:
+    """A server's answer; `UserError` where it refused `what`, with its reason."""
+    if "error" in answer:
+        raise UserError(f"llama.cpp refused {what}: {answer['error'].get('message', answer['error'])}")
+    return answer
+
+
+@contextmanager
+def short_spins() -> Iterator[None]:
+    """Load a library of llama.cpp in here.
+
+    GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
+    machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
+    """
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+def _import() -> Any:
+    with short_spins():
+        import xllamacpp
+    return xllamacpp
+
+
+def _reason(xllamacpp: Any, parameters: Any) -> str:
+    """Why loading fails, from what llama.cpp writes to file descriptor 2."""
+    marker = "error loading model: "
+    with tempfile.TemporaryFile() as log:
+        kept = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            xllamacpp.Server(parameters)
+        except RuntimeError:
+            pass
+        finally:
+            text = _settled(log.fileno(), marker)
+            os.dup2(kept, 2)
+            os.close(kept)
+    reasons = [line.split(marker, 1)[1] for line in text.splitlines() if marker in line]
+    return reasons[0].removeprefix("llama_model_loader: ") if reasons else "the file is broken or unsupported"
+
+
+def _settled(descriptor: int, marker: str) -> str:
+    """What is in a file once it has the marker and grows no more: llama.cpp writes from a thread of its own, which on a
+    busy machine may be late. Without a marker after `LOG_SECONDS`, what there is."""
+    text, end = "", time.monotonic() + LOG_SECONDS
+    while time.monotonic() < end:
+        before, text = text, os.pread(descriptor, 1 << 20, 0).decode(errors="replace")  # the writer's place stays
+        if marker in text and text == before:
+            break
+        time.sleep(0.05)
+    return text

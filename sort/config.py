@@ -1,0 +1,58 @@
+"""The recipe's `sort` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ..training.config import TrainingConfig
+
+FORMAT = 1
+
+
+class SortConfig(TrainingConfig):
+    """Sorted training (SoFT, arXiv 2309.08968): at each depth the first so many blocks, with the norm and the head that
+    all share, become a model of their own. All of them learn from the unpruned model."""
+
+    stage: ClassVar[str] = "sort"
+    sorts: ClassVar[bool] = True
+
+    depths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        description="numbers of blocks to run at, ascending; the last is all the blocks the model has by then"
+    )
+    weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="what each depth counts for, in the order of `depths`; null: all the same"
+    )
+    sample: int | None = Field(
+        default=None,
+        ge=1,
+        description="depths that learn from each response token: the deepest, and others drawn; null: all of them",
+    )
+
+    @field_validator("depths")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if sorted(set(value)) != value:
+            raise ValueError(f"write the depths in ascending order, each once: {sorted(set(value))}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_depths(self) -> Self:
+        count = len(self.depths)
+        if self.weights is not None and len(self.weights) != count:
+            raise ValueError(f"weights has {len(self.weights)} numbers for {count} depths; give one for each")
+        if self.sample is not None and not min(2, count) <= self.sample <= count:
+            raise ValueError(
+                f"sample is {self.sample}: of {count} depths, {min(2, count)} to {count} can learn from a token (the "
+                "deepest and at least one other)"
+            )
+        return self
+
+    @property
+    def passes(self) -> int:
+        return self.sample or len(self.depths)
+
+    def depth_weights(self, blocks: int) -> dict[int, float]:
+        given = self.weights or [1.0] * len(self.depths)
+        return {depth: weight / sum(given) for depth, weight in zip(self.depths, given, strict=True)}

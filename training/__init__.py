@@ -1,0 +1,1 @@
+"""What distill and sort share: objectives, teachers, the training loop."""

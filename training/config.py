@@ -1,0 +1,153 @@
+"""What the recipe's `distill` and `sort` sections have in common: objective, what is tuned, teacher, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ..core.stage import Section
+
+
+def _named(value: Any) -> Any:
+    """`objective: asft` is short for `objective: {kind: asft}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Sft(Section):
+    """Supervised fine-tuning: the negative log-likelihood of the response."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class Dft(Section):
+    """Dynamic fine-tuning (arXiv 2508.05629): the likelihood-weighted negative log-likelihood."""
+
+    kind: Literal["dft"] = "dft"
+
+
+class Asft(Section):
+    """Anchored fine-tuning (arXiv 2509.23753): dft plus a KL term that holds the model to the unpruned one."""
+
+    kind: Literal["asft"] = "asft"
+    kl_weight: float = Field(
+        default=0.05, ge=0, description="weight of KL(unpruned ‖ student), over the full vocabulary"
+    )
+
+
+class Kd(Section):
+    """Distillation: KL(unpruned ‖ student), over the full vocabulary."""
+
+    kind: Literal["kd"] = "kd"
+
+
+class Lora(Section):
+    """Low-rank adapters, merged into the weights at the end."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="names of the linear layers to adapt, such as [q_proj, v_proj]; the head never is",
+    )
+    quantize_base: Literal["nf4"] | None = Field(
+        default=None,
+        description="hold the frozen weights in 4 bits while training (QLoRA); the merge uses the full ones",
+    )
+    train_norm: bool = Field(default=False, description="train the final norm too")
+    train_head: bool = Field(default=False, description="train the head too; where it is tied, the embedding with it")
+
+
+class Full(Section):
+    """Every weight is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+class Copy(Section):
+    """A frozen copy of the unpruned model runs beside the student."""
+
+    kind: Literal["copy"] = "copy"
+    quantize: Literal["nf4", "int8"] | None = Field(
+        default=None, description="hold the copy in fewer bits (bitsandbytes)"
+    )
+
+
+class Shared(Section):
+    """Teacher and student are one set of weights: it runs all blocks with the adapters off (LoRA only)."""
+
+    kind: Literal["shared"] = "shared"
+
+
+class Cached(Section):
+    """The teacher's likeliest tokens, which the data stage wrote down; see `data.teacher`."""
+
+    kind: Literal["cached"] = "cached"
+
+
+Objective = Annotated[Sft | Dft | Asft | Kd, Field(discriminator="kind"), BeforeValidator(_named)]
+Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(_named)]
+Teacher = Annotated[Copy | Shared | Cached, Field(discriminator="kind"), BeforeValidator(_named)]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
+    """Whether the objective has a KL term."""
+    return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
+
+
+class TrainingConfig(Section):
+    """How a student is trained: what it learns, what of it is trained, from whom, and for how long."""
+
+    stage: ClassVar[str]  # the section's name in a recipe
+    sorts: ClassVar[bool] = False  # trains several depths, which the checkpoint then records
+
+    objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
+    tune: Tune = Field(default_factory=Lora, description="lora or full")
+    teacher: Teacher = Field(
+        default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"
+    )
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    schedule: Schedule = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
+    batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
+    accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
+    length: int = Field(default=512, ge=8, description="tokens per packed sequence")
+    chunk: int = Field(default=256, ge=1, description="positions whose logits exist at once")
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
+    save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
+    select: Literal["kl", "perplexity", "loss", "last"] = Field(
+        default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
+    )
+
+    @model_validator(mode="after")
+    def _shared_needs_lora(self) -> Self:
+        if isinstance(self.teacher, Shared) and any(isinstance(student.tune, Full) for student in self.students):
+            raise ValueError(
+                "teacher: shared is for LoRA, which leaves the weights as they are; with tune: full they are trained, "
+                "and nothing would be left of the teacher: take teacher: copy or cached"
+            )
+        return self
+
+    @property
+    def students(self) -> Sequence[TrainingConfig]:
+        """The section as it is for each student; there is one."""
+        return [self]
+
+    @property
+    def passes(self) -> int:
+        """How often the head works on each response token."""
+        return 1
+
+    def depth_weights(self, blocks: int) -> dict[int, float]:
+        """What each trained depth of a model with so many blocks counts for; they sum to one."""
+        return {blocks: 1.0}

@@ -1,0 +1,115 @@
+"""What is written down while training: the curves, and the best weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..core.files import write_whole
+from ..core.stage import Advance
+from .weights import save_whole, trainable_state
+
+
+class Recorder(TrainerCallback):
+    """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
+    one writes."""
+
+    def __init__(self, trainer: Any, work: Path, advance: Advance):
+        self.trainer, self.advance, self.group = trainer, advance, trainer.group
+        self.curves, self.best = work / "curves.jsonl", work / "best.json"
+        self.best_weights = work / "best.safetensors"
+        self.note, self.lr = "", 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.group.rank:
+            torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
+        begun = False
+        if self.group.rank == 0:
+            keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
+            _write_lines(self.curves, keep)
+            begun = bool(keep)
+        self.advance(state.global_step)
+        if not self.group.share(begun):
+            self._measure(0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
+        self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
+
+    def _epoch_steps(self) -> int:
+        return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        table = torch.tensor(self.group.gather(trainer.running.tolist()), dtype=torch.float64).sum(0)
+        trainer.running.zero_()
+        trainer.passed = 0
+        means = trainer.depth_means(table)
+        loss, nll, kl = trainer.depths.mean(means).tolist()
+        config, step = trainer.config, state.global_step
+        epochs, steps = divmod(step, self._epoch_steps())
+        line = {
+            "step": step,
+            "epoch": round(epochs + steps * config.accumulate / trainer.order.count, 4),
+            "loss": loss,
+            "nll": nll,
+            "lr": self.lr,
+            "tokens": int(table[-1, 3]),
+        }
+        if trainer.teacher is not None:
+            line["kl"] = kl
+        line |= trainer.by_depth("depths", means)
+        if self.group.rank == 0:
+            _append_line(self.curves, line)
+        last = step >= state.max_steps
+        if step % config.eval_every == 0 or last:
+            self._measure(step)
+        if step % config.save_every == 0 and not last:
+            control.should_save = True
+        self.advance(1, f"loss {loss:.3f}  {self.note}")
+
+    def _measure(self, step: int) -> None:
+        found = self.trainer.measure()
+        for name in ("loss", "kl"):
+            if not math.isfinite(found[f"eval_{name}"]):
+                raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
+        if self.group.rank == 0:
+            _append_line(self.curves, {"step": step, **found})
+        self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
+        select = self.trainer.config.select
+        value = -float(step) if select == "last" else found[f"eval_{select}"]
+        # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
+        if self.group.share(self.group.rank == 0 and self._is_best(value)):
+            weights = trainable_state(self.trainer.student)
+            if self.group.rank == 0:
+                save_whole(weights, self.best_weights)
+                write_whole(self.best, json.dumps({"value": value, "step": step, **found}))
+
+    def _is_best(self, value: float) -> bool:
+        best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
+        return value < best or not self.best_weights.exists()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,147 @@
+"""Students are trained one after another and saved with their curves."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.memory import give_back_memory
+from ..core.stage import Context, Inputs
+from ..data.calibration import pad_id
+from ..data.chat import Encoded, load_encoded
+from ..data.packing import Batch, pack
+from ..data.rows import Split
+from ..modeling.blocks import forget_depths, record_depths
+from ..modeling.checkpoint import quiet, save_checkpoint
+from ..modeling.load import load_tokenizer
+from .config import Copy, Lora, TrainingConfig
+from .job import TrainingJob, share
+from .recorder import read_lines
+from .students import Preparation, best_model
+from .train import DistillTrainer, total_steps
+from .weights import latest_checkpoint
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+def check(config: TrainingConfig, base: Path, context: Context) -> None:
+    """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
+    if config.accumulate % context.world:
+        raise UserError(
+            f"{config.stage}.accumulate is {config.accumulate}: so many forward passes per step cannot be shared "
+            f"evenly by {context.world} processes; make it a multiple of that, or start fewer processes"
+        )
+    for own in config.students:
+        _check_shard(own, context)
+    tunes = [own.tune for own in config.students]
+    copied = config.teacher.quantize if isinstance(config.teacher, Copy) else None
+    bits = copied or next((t.quantize_base for t in tunes if isinstance(t, Lora) and t.quantize_base), None)
+    if bits or config.optimizer == "adamw_8bit":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            what = f"{config.stage}: {bits or config.optimizer}"
+            raise UserError(f"{what} needs bitsandbytes, which failed: {error}") from error
+
+
+def _check_shard(config: TrainingConfig, context: Context) -> None:
+    for wrong, why in (
+        (context.world == 1, "needs several processes: start them with torchrun or accelerate launch"),
+        (
+            isinstance(config.tune, Lora),
+            f"spreads what is trained, which {config.stage}.tune: lora has little of; leave it out",
+        ),
+        (config.optimizer != "adamw", f"cannot spread the states of {config.stage}.optimizer: adamw_8bit; use adamw"),
+        (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
+    ):
+        if context.shard and wrong:
+            raise UserError(f"--shard {why}")
+
+
+def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inputs, context: Context) -> None:
+    """Train students one after another, and save them with their curves."""
+    tokenizer = load_tokenizer(inputs.model)
+    train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
+    preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
+    for number, job in enumerate(jobs, start=1):
+        batches = load_batches(job, train, tokenizer)
+        figures = _train_student(job, inputs, tokenizer, preparation, batches, jobs[number:])
+        if context.rank == 0:
+            job.finish(figures)
+
+
+def _train_student(
+    job: TrainingJob,
+    inputs: Inputs,
+    tokenizer: Any,
+    preparation: Preparation,
+    train: list[Batch],
+    later: list[TrainingJob],
+) -> dict[str, Any]:
+    """Train one student and save it with its curves; its figures."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with quiet(bars=True):
+        figures = _train(job, preparation, train, later)
+    if not later:
+        preparation.forget()
+    give_back_memory()  # the trainer's objects refer to each other
+    if job.context.rank:
+        return {}
+    seconds = time.monotonic() - started
+    job.context.progress.note(
+        f"{job.label}held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → "
+        f"{figures['best']['eval_kl']:.3f} (step {figures['best']['step']} of {figures['steps']})"
+    )
+    with quiet():
+        model = best_model(job.config, inputs, job.work, job.context)
+    if job.config.sorts:
+        record_depths(model.config, list(job.config.depth_weights(model.config.num_hidden_layers)))
+    else:
+        forget_depths(model.config)
+    save_checkpoint(model, tokenizer, job.folder / "model")
+    shutil.copyfile(job.work / "curves.jsonl", job.folder / "curves.jsonl")
+    lines = [line for line in read_lines(job.folder / "curves.jsonl") if "tokens" in line]
+    return figures | {
+        "target_tokens": sum(line["tokens"] for line in lines),
+        "train_tokens": sum(batch.tokens for batch in train),
+        "seconds_training": round(seconds, 1),
+    }
+
+
+def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
+    """A job's share of the training rows, packed in an order drawn from its seed; batches are of like lengths."""
+    own = share(rows, job)
+    random.Random(job.context.seed).shuffle(own)
+    return pack_rows(job.config, own, tokenizer, grouped=True)
+
+
+def pack_rows(config: TrainingConfig, rows: list[Encoded], tokenizer: Any, *, grouped: bool = False) -> list[Batch]:
+    """Rows as they are run: in packed sequences of the section's length, in their order."""
+    return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
+
+
+def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later: list[TrainingJob]) -> dict[str, Any]:
+    config, work, context = job.config, job.work, job.context
+    student, teacher, held_out = preparation.student(job, train, later)
+    steps = total_steps(config, len(train))
+    with context.progress.bar(f"{job.label}training", steps) as advance:
+        trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
+        found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
+        trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
+    if context.rank:
+        return {}
+    lines = [line for line in read_lines(work / "curves.jsonl") if "eval_kl" in line]
+    return {
+        "objective": config.objective.kind,
+        "steps": steps,
+        "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        "before": lines[0],
+        "last": lines[-1],
+        "best": {k: v for k, v in json.loads((work / "best.json").read_text()).items() if k != "value"},
+    }

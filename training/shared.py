@@ -1,0 +1,134 @@
+"""Teacher and student in one set of weights (LoRA): all blocks with the adapters off, and the kept ones with them on.
+
+At rest the model is the student: gradient checkpointing runs blocks again in the backward pass, when whatever was
+switched for the teacher must be over. What healing changed is held beside the original; linear layers that it only
+multiplied (heal/refit.py, heal/patch.py) are held once, and the factor is applied to what they give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.stage import Context
+from ..data.packing import Batch
+from ..modeling.agreement import Head, States
+from ..modeling.blocks import Decoder, arranged, arrangement, drop_blocks
+from ..modeling.changes import find_changes
+from ..modeling.load import load_model
+from .config import Lora
+from .teacher import quantization
+from .train import lora_model, trained_beside
+
+Place = tuple[nn.Module, str]  # a module and the name of one of its parameters
+
+
+class SharedTeacher:
+    """The unpruned model, at rest its pruned and healed student with fresh adapters (`model`).
+
+    The student is the same as one that was loaded from the pruned checkpoint. With `tune.quantize_base` what healing
+    changed is quantized as well. Raises `UserError` for targets of the adapters that are not there.
+    """
+
+    def __init__(self, base: Path, pruned: Path, tune: Lora, context: Context):
+        changes = find_changes(base, pruned, context.dtype)
+        options = quantization(tune.quantize_base, context.dtype)
+        if options:
+            options["device_map"] = {"": context.device}
+        model = load_model(base, context.dtype, context.device, **options).requires_grad_(False)
+        self.decoder, self.held_twice = Decoder(model), changes.parameters
+        self._original: dict[Place, nn.Parameter] = {}
+        healed: dict[Place, nn.Parameter] = {}
+        for name, value in changes.replaced.items():
+            old = model.get_parameter(name)
+            new = _like(old, value)
+            for place in _places(model, old):
+                self._original[place], healed[place] = old, new
+        for old in trained_beside(self.decoder, tune):
+            places = [place for place in _places(model, old) if place not in healed]
+            new = nn.Parameter(old.detach().clone(), requires_grad=False)
+            self._original |= dict.fromkeys(places, old)
+            healed |= dict.fromkeys(places, new)
+            self.held_twice += new.numel() if places else 0
+        self._teaching = False
+        for name, factor in changes.scaled.items():
+            model.get_submodule(name).register_forward_hook(self._scaling(factor))
+        self._whole = arrangement(model)
+        drop_blocks(model, changes.dropped)
+        _put(healed)
+        self.model = lora_model(model, tune, context.seed)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """All blocks, original weights, no adapters, no gradients, evaluation mode; restored exactly afterwards."""
+        model = self.decoder.model
+        modes = {module: module.training for module in model.modules()}
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        healed = {(module, name): module._parameters[name] for module, name in self._original}
+        with ExitStack() as stack:
+            stack.callback(_put, healed)
+            _put(self._original)
+            stack.callback(_restore, modes, trained)
+            # peft marks adapters as not trained when it turns them off, and as trained when it turns them on.
+            stack.callback(self.model.base_model.enable_adapter_layers)
+            self.model.base_model.disable_adapter_layers()
+            stack.callback(setattr, self, "_teaching", False)
+            self._teaching = True
+            stack.enter_context(arranged(model, self._whole))
+            stack.enter_context(torch.no_grad())
+            model.eval()
+            yield
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(B, T, H) after the final norm."""
+        with self.on():
+            return self.decoder.hidden(**batch.model_inputs())
+
+    @property
+    def head(self) -> Head:
+        return Head(self.decoder.head_weight.detach(), self.decoder.softcap)
+
+    def anchor(self, batch: Batch, positions: Tensor) -> States:
+        with self.on():  # the head may be one of the things that the student has of its own
+            hidden = self.decoder.hidden(**batch.model_inputs())
+            return States(hidden.flatten(0, 1)[positions], self.head)
+
+    def _scaling(self, factor: float) -> Any:
+        def scale(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            return output if self._teaching else output * factor
+
+        return scale
+
+
+def _places(model: nn.Module, parameter: nn.Parameter) -> list[Place]:
+    """Where a parameter is; tied ones are in several places."""
+    return [(m, name) for m in model.modules() for name, found in m._parameters.items() if found is parameter]
+
+
+def _put(parameters: Mapping[Place, nn.Parameter | None]) -> None:
+    for (module, name), parameter in parameters.items():
+        module._parameters[name] = parameter
+
+
+def _restore(modes: Mapping[nn.Module, bool], trained: Mapping[nn.Parameter, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+    for parameter, wanted in trained.items():
+        parameter.requires_grad_(wanted)
+
+
+def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A frozen parameter of that value, held as the other one is: on its device, in its type or its 4 bits."""
+    if type(old) is nn.Parameter:
+        return nn.Parameter(value.to(old), requires_grad=False)
+    packed: Any = old  # bitsandbytes' Params4bit, which quantizes on its way to a device
+    options = {
+        name: getattr(packed, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    fresh: Any = type(packed)(value, requires_grad=False, **options)
+    return fresh.to(old.device)

@@ -1,0 +1,334 @@
+"""The training loop: transformers' Trainer around chunked objectives, exactly resumable."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from ..core.errors import UserError
+from ..core.stage import Advance, Context, Group
+from ..data.packing import Batch
+from ..modeling.agreement import Anchor, Head, States, response_positions
+from ..modeling.blocks import Decoder
+from .config import Lora, TrainingConfig
+from .depths import Depths, Drawn
+from .losses import weighted_loss
+from .order import BatchOrder, blank
+from .recorder import Recorder
+from .sharding import is_sharded, load_optimizer, save_optimizer
+from .teacher import Teacher
+from .weights import WEIGHTS, WHOLE, load_trainable, save_whole, trainable_state
+
+OPTIMIZER = "optimizer.pt"  # the Trainer's name for it
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+
+
+class Student(nn.Module):
+    """The model being trained, called for its hidden states at every depth that learns, or for what `finish` makes of
+    them while all weights of a sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder, depths: Depths):
+        super().__init__()
+        self.model = model
+        self.decoder = decoder
+        self.depths = depths
+
+    def forward(self, finish: Callable[[list[Tensor]], Any] | None = None, **inputs: Any) -> Any:
+        hidden = self.decoder.hidden_at(self.depths.blocks, **inputs)
+        return hidden if finish is None else finish(hidden)
+
+
+@dataclass(frozen=True)
+class DepthSums:
+    """Sums over response tokens: the weighted loss of all depths, which carries the gradient, and a row per depth of
+    loss, negative log-likelihood, KL and number of tokens, (D, 4)."""
+
+    loss: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This process's share of the held-out batches, with the unpruned model's hidden states at their response
+    positions."""
+
+    batches: list[Batch]
+    anchors: list[States]
+
+    def with_head_of(self, decoder: Decoder) -> HeldOut:
+        """The same with the student's head for the teacher's, so that this can go: where they are equal and the
+        student's is not trained."""
+        weight = decoder.head_weight
+        if weight.requires_grad or not torch.equal(weight, self.anchors[0].head.weight):
+            return self
+        head = Head(weight.detach(), decoder.softcap)
+        return HeldOut(self.batches, [States(anchor.hidden, head) for anchor in self.anchors])
+
+
+@torch.no_grad()
+def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | None = None) -> HeldOut:
+    """Run a teacher that has the unpruned model over the held-out batches once, every `world`-th in this process; only
+    response positions are kept. All processes have equally many: blank ones come on top."""
+    if group is not None and group.world > 1:
+        blanks = [blank(batches)] * (-len(batches) % group.world)
+        batches = [*batches, *blanks][group.rank :: group.world]
+    anchors = []
+    for batch in batches:
+        moved = batch.to(device)
+        anchors.append(teacher.anchor(moved, response_positions(moved.input_ids, moved.loss_mask)[0]))
+    return HeldOut(batches, anchors)
+
+
+def lora_model(model: Any, tune: Lora, seed: int) -> Any:
+    """The model with fresh adapters; everything else is frozen, but for the norm and the head where they are to be
+    trained. Raises `UserError` for unknown target names."""
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, tune.targets)
+    beside = trained_beside(Decoder(model), tune)
+    config = LoraConfig(
+        r=tune.rank,
+        lora_alpha=tune.alpha,  # type: ignore[arg-type]
+        lora_dropout=tune.dropout,
+        target_modules=tune.targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    for parameter in beside:
+        parameter.data = parameter.data.float()  # as the adapters: small steps would be lost in fewer bits
+        parameter.requires_grad_(True)
+    return adapted
+
+
+def trained_beside(decoder: Decoder, tune: Lora) -> list[nn.Parameter]:
+    """Parameters that are trained as they are, beside the adapters."""
+    found = list(decoder.norm.parameters()) if tune.train_norm else []
+    return [*found, *decoder.head_module.parameters()] if tune.train_head else found
+
+
+def _check_targets(model: Any, targets: list[str] | str) -> None:
+    # peft is content when one of several names is found, and would adapt the head, which the loss reads unadapted.
+    layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise UserError(f"distill.tune.targets: the blocks have no linear layer {target!r}; they have: {known}")
+
+
+class DistillTrainer(Trainer):
+    """transformers' Trainer with our loss, small checkpoints, and held-out measurements."""
+
+    def __init__(
+        self,
+        student: Student,
+        config: TrainingConfig,
+        teacher: Teacher | None,
+        held_out: HeldOut,
+        work: Path,
+        context: Context,
+        batches: list[Batch],
+        advance: Advance,
+    ):
+        super().__init__(
+            model=student,
+            args=_arguments(config, work, context, len(batches)),
+            # The last is blank: where batches do not divide evenly, processes without one take it and learn nothing.
+            train_dataset=[*batches, blank(batches)],  # type: ignore[arg-type]
+            data_collator=lambda items: vars(items[0]),
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
+        self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
+        self.order = BatchOrder(len(batches), context.world, context.seed)
+        self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
+        self.depths = student.depths
+        self.running = torch.zeros(len(self.depths.blocks), 4, dtype=torch.float64)  # `DepthSums` since the last step
+        self.passed = 0  # batches since the last step
+        self.add_callback(Recorder(self, work, advance))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        sums = self.sums(model, Batch(**inputs))
+        if not torch.isfinite(sums.loss):
+            raise self.diverged("training loss", sums.loss.item(), self.state.global_step + 1)
+        self.running += sums.table
+        self.passed += 1
+        return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
+
+    def diverged(self, figure: str, value: float, step: int) -> UserError:
+        return UserError(
+            f"the {figure} is {value} at step {step}: training diverged. "
+            f"Lower {self.config.stage}.lr (it is {self.config.lr:g}) or raise {self.config.stage}.warmup."
+        )
+
+    def sums(self, model: Any, batch: Batch) -> DepthSums:
+        """The objective over one batch of training rows."""
+        positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+        # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
+        anchor = self.teacher.anchor(batch, positions) if self.teacher is not None else None
+        drawn = self.depths.draw(len(positions), self._draw_seed())
+        return self._objective(model, batch, positions, targets, anchor, drawn)
+
+    def _draw_seed(self) -> int:
+        # Of the batch's place in the step, which is the same however many processes there are, and after a kill.
+        place = self.passed * self.group.world + self.group.rank
+        return random.Random(f"depths {self.args.seed} {self.state.global_step} {place}").getrandbits(63)
+
+    def _objective(
+        self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None, drawn: Drawn
+    ) -> DepthSums:
+        """The objective at some positions, computed where the head's weights are whole."""
+        config, drawn = self.config, drawn.to(positions.device)
+
+        def finish(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
+            head = Head(self.decoder.head_weight, self.decoder.softcap)
+            states = drawn.take(torch.stack([depth.flatten(0, 1)[positions] for depth in hidden]))
+            loss, values = weighted_loss(config.objective, states, drawn.weight, head, targets, anchor, config.chunk)
+            return loss.clone(), values  # FSDP2 wants no view of the loss
+
+        inputs = batch.model_inputs()
+        loss, values = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
+        return DepthSums(loss, drawn.sums(values, len(self.depths.blocks)))
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """Loss, KL to the teacher and perplexity on the held-out rows of all processes: the weighted mean over depths,
+        and in a sorted training each depth's own."""
+        self.student.eval()
+        own: list[list[list[float]]] = []
+        for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
+            batch = batch.to(self.args.device)
+            positions, targets = response_positions(batch.input_ids, batch.loss_mask)
+            every = self.depths.every(len(positions))
+            with self._numbers():
+                sums = self._objective(self.student, batch, positions, targets, anchor, every)
+            own.append(sums.table.tolist())
+        shares = self.group.gather(own)
+        total = torch.zeros_like(self.running)
+        for number in range(sum(map(len, shares))):  # in the batches' order, however many processes there are
+            total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
+        means = self.depth_means(total)
+        loss, nll, kl = self.depths.mean(means).tolist()
+        found = {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
+        return found | self.by_depth("eval_depths", means)
+
+    def _numbers(self) -> Any:
+        """A head that is trained in float32 beside blocks of another type needs its products cast, as in training."""
+        tune = self.config.tune
+        cast = isinstance(tune, Lora) and tune.train_head
+        return self.compute_loss_context_manager() if cast else nullcontext()
+
+    def depth_means(self, table: Tensor) -> Tensor:
+        """(D, 3): mean loss, negative log-likelihood and KL of each depth's tokens."""
+        return table[:, :3] / table[:, 3:].clamp(min=1)
+
+    def by_depth(self, key: str, means: Tensor) -> dict[str, Any]:
+        """Each depth's figures, under `key`; none for a student of one depth."""
+        if not self.config.sorts:
+            return {}
+        rows = zip(self.depths.blocks, means.tolist(), strict=True)
+        return {
+            key: [
+                {"depth": depth, "loss": loss, "kl": kl, "perplexity": math.exp(min(nll, 700))}
+                for depth, (loss, nll, kl) in rows
+            ]
+        }
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        count = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
+        if self.accelerator.num_processes == 1:
+            return count
+        gathered: Any = self.accelerator.gather(count)
+        return gathered.sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        return self.order
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = trainable_state(self.student)
+        if self.group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_whole(state, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded:
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), self.group)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.sharded:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.group)
+        elif not (Path(checkpoint) / OPTIMIZER).exists():
+            raise UserError(f"{checkpoint} is of a training begun with --shard; go on with it, or delete that folder")
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.group.barrier()  # every process has written its part
+        if self.group.rank == 0:
+            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+
+
+def total_steps(config: TrainingConfig, batches: int) -> int:
+    """Optimizer steps of a run over `batches` batches per epoch."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulate)))
+
+
+def _arguments(config: TrainingConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
+    steps = total_steps(config, batches)
+    on_cpu = context.device == "cpu"
+    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights. float16
+    # needs its losses scaled, which there is no scaler for on CPUs.
+    mixed = context.dtype == "bfloat16" or (context.dtype == "float16" and not on_cpu)
+    arguments = TrainingArguments(
+        output_dir=str(work / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # a data set item is a whole batch of packed sequences
+        gradient_accumulation_steps=config.accumulate // context.world,
+        learning_rate=config.lr,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # its first step has a rate of 0
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        optim=OPTIMIZERS[config.optimizer],
+        seed=context.seed,
+        data_seed=context.seed,
+        use_cpu=on_cpu,
+        bf16=mixed and context.dtype == "bfloat16",
+        fp16=mixed and context.dtype == "float16",
+        eval_strategy="no",
+        save_strategy="no",  # the recorder asks for checkpoints
+        logging_strategy="no",
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,  # the head is used, but outside what DDP sees
+        ddp_broadcast_buffers=False,  # they are constants
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU, however many there are
+    return arguments
