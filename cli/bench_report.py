@@ -20,7 +20,7 @@ from ..runtime.bundle import Manifest
 
 
 def bench_entries(manifest: Manifest, found: Sequence[DepthFigures], drafts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures with the quality that the bundle's verification measured; keys as in docs/depths.md."""
+    """The figures with the quality that the bundle's verification measured; keys as in docs/explanation/depths.md."""
     formats = {"gguf": "llama.cpp", "onnx": "onnx"}
     quality = {(formats[a.format], a.type, a.depth): a for a in manifest.artifacts}
     entries = []

@@ -39,7 +39,9 @@ class MagpieConfig(_Source):
     source: Literal["magpie"]
     rows: int = Field(96, ge=2, description="how many rows to keep")
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(32, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
+    batch: int = Field(
+        32, ge=1, description="rows sampled together; part of what the rows are, see docs/explanation/self-data.md"
+    )
     max_prompt_tokens: int = Field(64, ge=1, description="prompts that have not ended by then are dropped")
     max_tokens: int = Field(192, ge=1, description="answers are cut off there, see `unfinished`")
     unfinished: Literal["drop", "keep"] = Field(
@@ -62,7 +64,9 @@ class TextsConfig(_Source):
     source: Literal["texts"]
     rows: int = Field(128, ge=2, description="how many texts to keep")
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(64, ge=1, description="rows sampled together; part of what the rows are, see docs/data.md")
+    batch: int = Field(
+        64, ge=1, description="rows sampled together; part of what the rows are, see docs/explanation/self-data.md"
+    )
     tokens: int = Field(256, ge=8, description="texts that have not ended by then are cut off there")
     openings: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="what texts begin with, in turn: words of your domain; empty: one random token each"
@@ -84,7 +88,7 @@ class General(Section):
     marker: str | None = Field(
         None,
         min_length=1,
-        description="the final answer follows these words, such as 'Answer:' (default: docs/data.md)",
+        description="the final answer follows these words, such as 'Answer:' (default: docs/explanation/self-data.md)",
     )
     own_answer_first: bool = Field(
         False, description="before gold is shown, let the model answer; taken where the check agrees (arXiv 2502.08130)"
@@ -229,7 +233,9 @@ class RowsFromData(_Source):
         "decontaminate drops are not counted",
     )
     decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
-    batch: int = Field(32, ge=1, description="rows rewritten together; part of what the rows are, see docs/data.md")
+    batch: int = Field(
+        32, ge=1, description="rows rewritten together; part of what the rows are, see docs/explanation/self-data.md"
+    )
     engine: Engine = Field(
         default_factory=TransformersEngine, description="what rewrites: transformers, llama.cpp or vllm"
     )

@@ -1,6 +1,6 @@
 """Python tests of a row, run against the code in an answer, in a process of their own with limits.
 
-What it holds back, and what it does not, is told in docs/data.md.
+What it holds back, and what it does not, is told in docs/explanation/self-data.md.
 """
 
 from __future__ import annotations
