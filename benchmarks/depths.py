@@ -1,4 +1,4 @@
-"""The table of docs/explanation/depths.md: sorted depths against truncated and separately tuned ones, from equal tokens per depth.
+"""The table of docs/research/depths.md: sorted depths, truncated and tuned apart, at equal tokens per depth.
 
     python benchmarks/depths.py --text wikitext2_valid.txt --task arc_easy.jsonl [--depths 12,16,20,24] [--steps 48]
         [--out build/depths]

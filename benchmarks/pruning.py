@@ -1,4 +1,4 @@
-"""The table of docs/explanation/pruning.md: every metric and search, healed and not, beside the published ways, on the same tokens.
+"""The table of docs/research/pruning.md: every metric and search, healed or not, and published ways, on equal tokens.
 
     python benchmarks/pruning.py --text wikitext2_valid.txt --task arc_easy.jsonl [--drop 6 3 9] [--out build/pruning]
 

@@ -1,4 +1,4 @@
-"""The table of docs/explanation/objectives.md: recovering a pruned model by each way, from equal tokens and several seeds.
+"""The table of docs/research/recovery.md: recovery by each way, from equal tokens and several seeds.
 
     python benchmarks/recovery.py --prompts science_qa_train.jsonl --text wikitext2_valid.txt --task arc_easy.jsonl
         [--task openbookqa.jsonl] [--steps 40] [--seeds 3] [--out build/recovery]
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--task", type=Path, action="append", default=[], help="multiple-choice rows (JSONL)")
     parser.add_argument("--drop", type=int, default=6, help="blocks")
     parser.add_argument(
-        "--copying", type=float, default=0, help="search for a cut that can still copy (docs/explanation/pruning.md)"
+        "--copying", type=float, default=0, help="search for a cut that can still copy (docs/research/pruning.md)"
     )
     parser.add_argument("--rows", type=int, default=400, help="prompts to rewrite")
     parser.add_argument("--texts", type=int, default=160, help="texts to calibrate on, of 256 tokens")

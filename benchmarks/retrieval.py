@@ -1,4 +1,4 @@
-"""The table of docs/explanation/retaining.md: what is found again in long prompts, policy by policy, at equal budget.
+"""The table of docs/research/retaining.md: what is found again in long prompts, policy by policy, at equal budget.
 
     python benchmarks/retrieval.py --checkpoint runs/x/retain-0a1b2c/model --text wikitext2_valid.txt
         [--lengths 2048,4096,8192] [--fractions 2,4,8,16] [--rows 10] [--tasks passkey,keys,continuation]

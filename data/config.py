@@ -39,9 +39,7 @@ class MagpieConfig(_Source):
     source: Literal["magpie"]
     rows: int = Field(96, ge=2, description="how many rows to keep")
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(
-        32, ge=1, description="rows sampled together; part of what the rows are, see docs/explanation/self-data.md"
-    )
+    batch: int = Field(32, ge=1, description="rows sampled together; a different number draws different rows")
     max_prompt_tokens: int = Field(64, ge=1, description="prompts that have not ended by then are dropped")
     max_tokens: int = Field(192, ge=1, description="answers are cut off there, see `unfinished`")
     unfinished: Literal["drop", "keep"] = Field(
@@ -64,9 +62,7 @@ class TextsConfig(_Source):
     source: Literal["texts"]
     rows: int = Field(128, ge=2, description="how many texts to keep")
     heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(
-        64, ge=1, description="rows sampled together; part of what the rows are, see docs/explanation/self-data.md"
-    )
+    batch: int = Field(64, ge=1, description="rows sampled together; a different number draws different rows")
     tokens: int = Field(256, ge=8, description="texts that have not ended by then are cut off there")
     openings: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="what texts begin with, in turn: words of your domain; empty: one random token each"
@@ -233,9 +229,7 @@ class RowsFromData(_Source):
         "decontaminate drops are not counted",
     )
     decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
-    batch: int = Field(
-        32, ge=1, description="rows rewritten together; part of what the rows are, see docs/explanation/self-data.md"
-    )
+    batch: int = Field(32, ge=1, description="rows rewritten together; a different number draws different rows")
     engine: Engine = Field(
         default_factory=TransformersEngine, description="what rewrites: transformers, llama.cpp or vllm"
     )

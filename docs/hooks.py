@@ -1,7 +1,7 @@
 """Pages that come from the code, written while the site is built: every recipe key, and every command's own help.
 
-mkdocs calls `on_config` and `on_files` (mkdocs.yml). The checkout is imported as `compress` through a link in a temporary
-folder, so the pages describe the source beside this file, whatever is installed and whatever the checkout is called.
+mkdocs calls `on_config` and `on_files` (mkdocs.yml). The checkout is imported as `compress` through a link in a
+temporary folder, so the pages describe the source beside this file, whatever is installed or the checkout is called.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base:
     ways = r"take --set data\.engine=transformers, or \{kind: llama\.cpp, gguf: FILE\}"
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), *(p for p in sys.path if "site-packages" not in p)])
-    with pytest.raises(UserError, match=rf"vllm is not installed here.*docs/explanation/self-data\.md.*{ways}"):
+    with pytest.raises(UserError, match=rf"vllm is not installed here.*docs/how-to/vllm\.md.*{ways}"):
         check_engine(VllmEngine(), Context(device="cuda"))
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
     # Not syspath_prepend: it would put the path without site-packages back when the test ends.

@@ -1,4 +1,4 @@
-"""The flagship recipes are what docs/explanation/pruning.md advises and what a night on their machines can hold, by plan; and what
+"""The flagship recipes are what docs/explanation/pruning.md advises and fit a night of their machines, by plan; what
 that plan counts is what the code does."""
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "in all on cpu-2core: ?, for prune cannot be told from the recipe" in out
 
 
-# As docs/research/log.md has them, of 2026-11-29, on two cores; `evaluate` is planned with answers as long as they may be.
+# From docs/research/log.md, 2026-11-29, on two cores; `evaluate` is planned with answers as long as they may be.
 @pytest.mark.parametrize(
     ("stage", "seconds", "least", "most"),
     [("data", 51, 0.85, 1.15), ("prune", 250, 0.85, 1.15), ("distill", 61, 0.85, 1.15), ("evaluate", 88, 0.85, 1.5)],

@@ -396,7 +396,7 @@ def real_int4(smollm2, tmp_path_factory) -> Path:
 
 
 def rounds_alike() -> bool:
-    """Whether the processor has the matrix kernels that round a row alike alone and among others (docs/explanation/depths.md)."""
+    """Whether the processor has the matrix kernels that round a row alone as among others."""
     found = Path("/proc/cpuinfo")
     return found.exists() and "avx512f" in found.read_text().split()
 

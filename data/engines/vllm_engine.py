@@ -40,7 +40,7 @@ def import_vllm() -> Any:
         if error.name != "vllm":
             raise UserError(f"data.engine: vllm cannot be imported ({error}); mend it, {OTHERS}") from error
         raise UserError(
-            f"data.engine: vllm is not installed here; install it beside compress (docs/explanation/self-data.md), {OTHERS}"
+            f"data.engine: vllm is not installed here; install it beside compress (docs/how-to/vllm.md), {OTHERS}"
         ) from error
     except Exception as error:  # a build for another torch fails in ways of its own
         raise UserError(f"data.engine: vllm cannot be imported ({_reason(error)}); mend it, {OTHERS}") from error
