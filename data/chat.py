@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..modeling.config import eos_ids
 from .rows import Message, Messages, Row, Split, read_rows
 from .spans import Span, TemplateError, answer_span, leaves_out, unwritten
 
@@ -221,6 +222,11 @@ def _last_target(
 def special_tokens(tokenizer: Any) -> dict[int, str]:
     """Id and text of all tokens marked special: beginning and end of text or turn, roles, padding."""
     return {number: token.content for number, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+
+
+def end_tokens(tokenizer: Any, base: Path) -> list[int]:
+    """Tokens that end what the model in the folder `base` writes, by its configurations and by its tokenizer."""
+    return [*eos_ids(base), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None) -> list[Encoded]:

@@ -27,10 +27,42 @@ class TeacherConfig(Section):
     batch: int = Field(1, ge=1, description="packed sequences of `length` tokens per forward pass")
 
 
+class TransformersEngine(Section):
+    """PyTorch; the only engine whose rows are the same bytes again on the same machine."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+class LlamaCppEngine(Section):
+    """llama.cpp on a quantized GGUF file of the unpruned model: a fraction of the memory, for large models on CPUs."""
+
+    kind: Literal["llama.cpp"] = "llama.cpp"
+    gguf: str = Field(min_length=1, description="a GGUF file of the unpruned model, of any type of weights")
+    threads: int = Field(0, ge=0, description="0: one per core")
+
+
+class VllmEngine(Section):
+    """vLLM, on a GPU or, where the build for CPUs is installed, on a CPU; an optional package."""
+
+    kind: Literal["vllm"] = "vllm"
+    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
+    gpus: int = Field(default=1, ge=1, description="GPUs that hold the model together, each a part of every block")
+
+
+EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
+Engine = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
 class _Source(Section):
     """What every source has."""
 
+    engine: Engine = Field(
+        default_factory=TransformersEngine, description="what writes text: transformers, llama.cpp or vllm"
+    )
     teacher: TeacherConfig | None = Field(None, description="write the unpruned model's likeliest tokens down too")
+
+    def input_files(self) -> list[str]:
+        return [self.engine.gguf] if isinstance(self.engine, LlamaCppEngine) else []
 
 
 class MagpieConfig(_Source):
@@ -110,32 +142,7 @@ class Maths(General):
     check: Check = Field("number", description="what a rewrite has to agree with gold in, as in general")
 
 
-class TransformersEngine(Section):
-    """PyTorch; the only engine whose rows are the same bytes again on the same machine."""
-
-    kind: Literal["transformers"] = "transformers"
-
-
-class LlamaCppEngine(Section):
-    """llama.cpp on a quantized GGUF file of the unpruned model: a fraction of the memory, for large models on CPUs."""
-
-    kind: Literal["llama.cpp"] = "llama.cpp"
-    gguf: str = Field(min_length=1, description="a GGUF file of the unpruned model, of any type of weights")
-    threads: int = Field(0, ge=0, description="0: one per core")
-
-
-class VllmEngine(Section):
-    """vLLM, on a GPU or, where the build for CPUs is installed, on a CPU; an optional package."""
-
-    kind: Literal["vllm"] = "vllm"
-    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
-    gpus: int = Field(default=1, ge=1, description="GPUs that hold the model together, each a part of every block")
-
-
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(_named)]
-Engine = Annotated[
-    TransformersEngine | LlamaCppEngine | VllmEngine, Field(discriminator="kind"), BeforeValidator(_named)
-]
 
 
 class Decontaminate(Section):
@@ -230,9 +237,6 @@ class RowsFromData(_Source):
     )
     decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
     batch: int = Field(32, ge=1, description="rows rewritten together; a different number draws different rows")
-    engine: Engine = Field(
-        default_factory=TransformersEngine, description="what rewrites: transformers, llama.cpp or vllm"
-    )
 
     @property
     def parts(self) -> Sequence[Columns]:
@@ -242,7 +246,7 @@ class RowsFromData(_Source):
     def input_files(self) -> list[str]:
         files = [part.path for part in self.parts if part.local]
         files += self.decontaminate.files if self.decontaminate else []
-        return [*files, self.engine.gguf] if isinstance(self.engine, LlamaCppEngine) else files
+        return [*files, *super().input_files()]
 
 
 class DatasetConfig(RowsFromData, Columns):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,8 +11,10 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.stage import Context
+from ..modeling.load import load_config
 from .config import MagpieConfig, TextsConfig
 from .parts import in_rounds
+from .writing import Writer
 
 KEPT = "kept"
 
@@ -35,11 +36,16 @@ class Drafts:
     """Draws rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and depends on no other batch, so that several
     processes draw side by side and a run that was killed goes on with the batches it was in."""
 
-    def __init__(self, config: MagpieConfig | TextsConfig, model: Any, tokenizer: Any, context: Context, work: Path):
-        self.config, self.model, self.tokenizer, self.seed = config, model, tokenizer, context.seed
+    def __init__(self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: Any, context: Context, work: Path):
+        self.config, self.tokenizer, self.seed = config, tokenizer, context.seed
         self.parts, self.group = work / "parts", context.group
-        self.seconds = 0.0
-        self.sampled = 0  # tokens drawn in this process
+        # Tokenizers may list special tokens that the model has no logit for.
+        self.vocab_size = int(load_config(base).vocab_size)
+        self.writer = Writer(config.engine, base, self.longest(), config.batch, context)
+
+    def longest(self) -> int:
+        """Tokens of the longest text that is written, with what is put before it."""
+        raise NotImplementedError
 
     def draw(self, ids: range) -> list[Draft]:
         """The rows of these numbers. Of rows alike the later ones are marked as duplicates, where that saves work."""
@@ -63,17 +69,8 @@ class Drafts:
             yield drafts
 
     def _batch(self, number: int) -> list[dict[str, Any]]:
-        begun = time.perf_counter()
-        drafts = self.draw(range(number * self.config.batch, (number + 1) * self.config.batch))
-        self.sampled += sum(draft.drawn for draft in drafts)
-        self.seconds += time.perf_counter() - begun
-        return [asdict(draft) for draft in drafts]
-
-    def speed(self) -> float | None:
-        """Tokens per second of all processes together; None if nothing was drawn. All of them must call it."""
-        drawn = self.group.gather([self.sampled, self.seconds])
-        seconds = max(seconds for _, seconds in drawn)
-        return sum(sampled for sampled, _ in drawn) / seconds if seconds else None
+        size = self.config.batch
+        return [asdict(draft) for draft in self.draw(range(number * size, (number + 1) * size))]
 
 
 def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft], Counter[str]]:

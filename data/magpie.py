@@ -13,11 +13,11 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.stage import Context
-from .chat import encode_row, render, special_tokens
+from .chat import encode_row, end_tokens, render, special_tokens
 from .config import MagpieConfig
 from .drafts import KEPT, Draft, Drafts, normalised
 from .rows import Messages, Row
-from .sampling import Sampled, Sampling, row_seed, sample
+from .sampling import Sampled, Sampling, row_seed
 
 _SENTINEL = "USERCONTENTSTANDSHERE"
 _CLOSING = 12  # tokens looked at for a closing text; such texts ("[/INST]") are a few tokens long
@@ -33,8 +33,9 @@ class Query:
     banned: list[int]  # special tokens that do not
 
 
-def query(tokenizer: Any, model: Any = None, topic: str | None = None) -> Query:
-    """Read the user's turn off the chat template, by rendering one with a marker for its words.
+def query(tokenizer: Any, base: Path, topic: str | None = None) -> Query:
+    """Read the user's turn off the chat template of the model in the folder `base`, by rendering one with a marker for
+    its words.
 
     Raises `UserError` where there is no template or it does not show the user's words as they are.
     """
@@ -49,18 +50,11 @@ def query(tokenizer: Any, model: Any = None, topic: str | None = None) -> Query:
     end = next((token for token in follows if token in special), None)
     # A template whose user turn ends in plain text (Mistral's [/INST]) is watched for that text.
     closing = "" if end is not None and not after[: after.index(special[end])].strip() else after.strip()
-    stop = set(eos_ids(tokenizer, model)) | ({end} if end is not None and not closing else set())
+    stop = set(end_tokens(tokenizer, base)) | ({end} if end is not None and not closing else set())
     if not stop and not closing:
         raise UserError("the model has no end-of-turn token, so nothing it writes would end; use a data set")
     # A space before the words is part of the first word's token; given alone it would be followed by another.
     return Query(before.rstrip(" "), closing, frozenset(stop), [token for token in special if token not in stop])
-
-
-def eos_ids(tokenizer: Any, model: Any) -> list[int]:
-    """Tokens that end what the model writes, by its generation configuration and by its tokenizer."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = eos if isinstance(eos, list) else [eos]
-    return [token for token in [*listed, tokenizer.eos_token_id] if token is not None]
 
 
 class Magpie(Drafts):
@@ -68,12 +62,17 @@ class Magpie(Drafts):
 
     config: MagpieConfig
 
-    def __init__(self, config: MagpieConfig, model: Any, tokenizer: Any, context: Context, work: Path):
-        super().__init__(config, model, tokenizer, context, work)
-        self.queries = [query(tokenizer, model, topic) for topic in config.topics or [None]]
-        # Tokenizers may list special tokens that the model has no logit for.
-        self.banned = sorted({t for q in self.queries for t in q.banned if t < model.config.vocab_size})
+    def __init__(self, config: MagpieConfig, base: Path, tokenizer: Any, context: Context, work: Path):
+        self.queries = [query(tokenizer, base, topic) for topic in config.topics or [None]]
+        super().__init__(config, base, tokenizer, context, work)
+        self.banned = sorted({t for q in self.queries for t in q.banned if t < self.vocab_size})
         self.stop = frozenset(t for q in self.queries for t in q.stop)
+
+    def longest(self) -> int:
+        asking = max(len(self._tokens(asked.before)) for asked in self.queries)
+        answering = len(self._tokens(render(self.tokenizer, [{"role": "user", "content": ""}], answer=True)))
+        # A prompt read from its text may have more tokens than it was written in.
+        return max(asking, answering) + 2 * self.config.max_prompt_tokens + self.config.max_tokens
 
     def draw(self, ids: range) -> list[Draft]:
         drafts = self._prompts(ids)
@@ -88,7 +87,9 @@ class Magpie(Drafts):
         queries = [self.queries[row % len(self.queries)] for row in ids]
         seeds = [row_seed(self.seed, row, "prompt") for row in ids]
         how = Sampling(self.config.max_prompt_tokens, self.config.temperature, self.config.top_p, self.config.top_k)
-        drawn = self._sample([q.before for q in queries], seeds, how, self._watch(queries[0].closing))
+        drawn = self._sample(
+            [self._tokens(asked.before) for asked in queries], seeds, how, self._watch(queries[0].closing)
+        )
         drafts, seen = [], set()
         for row, seed, sampled, asked in zip(ids, seeds, drawn, queries, strict=True):
             text = self._text(sampled).removesuffix(asked.closing).strip() if asked.closing else self._text(sampled)
@@ -104,11 +105,11 @@ class Magpie(Drafts):
         return drafts
 
     def _answers(self, drafts: list[Draft]) -> list[Draft]:
-        texts = [render(self.tokenizer, _asked(draft), answer=True) for draft in drafts]
+        prompts = [self._tokens(render(self.tokenizer, _asked(draft), answer=True)) for draft in drafts]
         seeds = [row_seed(self.seed, draft.id, "answer") for draft in drafts]
         config = self.config
         how = Sampling(config.max_tokens, config.answer_temperature, config.answer_top_p, config.top_k)
-        drawn = self._sample(texts, seeds, how, None)
+        drawn = self._sample(prompts, seeds, how, None)
         return [self._answered(draft, sampled) for draft, sampled in zip(drafts, drawn, strict=True)]
 
     def _answered(self, draft: Draft, sampled: Sampled) -> Draft:
@@ -132,10 +133,12 @@ class Magpie(Drafts):
         return KEPT if len(encoded.input_ids) <= self.config.length else "too_long"
 
     def _sample(
-        self, texts: list[str], seeds: list[int], how: Sampling, stopped: Callable[[list[int]], bool] | None
+        self, prompts: list[list[int]], seeds: list[int], how: Sampling, stopped: Callable[[list[int]], bool] | None
     ) -> list[Sampled]:
-        prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return sample(self.model, prompts, seeds, how, stop=self.stop, banned=self.banned, stopped=stopped)
+        return self.writer.sample(prompts, seeds, how, stop=self.stop, banned=self.banned, stopped=stopped)
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _watch(self, closing: str) -> Callable[[list[int]], bool] | None:
         """Whether the tokens' end says `closing`, for templates without an end-of-turn token; else None."""

@@ -6,28 +6,25 @@ foreign answers would move it elsewhere. Gold is kept where the rewrite cannot b
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import read_json_if_there
 from ..core.stage import Context
 from ..modeling.load import load_config
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
 from .checks import agrees
-from .config import General
-from .engines import Engine
+from .config import EngineConfig, General
 from .magpie import query
 from .parts import in_rounds
 from .rows import Messages, Origin, Row
 from .sampling import Sampled, Sampling, row_seed
 from .sandbox import passes
+from .writing import Writer
 
 WINDOW = 8  # batches among which rows are sorted by length
 
@@ -58,53 +55,36 @@ class Rewriter:
     """Rewrites rows batch by batch. Which rows are drawn together follows from the rows alone, and each batch is
     written, whole, to a part file of its own, so that a run that was killed ends with the same rows."""
 
-    def __init__(self, tokenizer: Any, base: Path, length: int, batch: int, context: Context, work: Path):
-        self.tokenizer, self.length, self.batch, self.seed = tokenizer, length, batch, context.seed
+    def __init__(
+        self, tokenizer: Any, base: Path, length: int, batch: int, engine: EngineConfig, context: Context, work: Path
+    ):
+        self.tokenizer, self.length, self.batch, self.context = tokenizer, length, batch, context
+        self.base, self.engine, self.seed = base, engine, context.seed
         self.config = load_config(base)
-        asked = query(tokenizer, SimpleNamespace(generation_config=_generation_config(base)))
+        asked = query(tokenizer, base)
         self.stop = asked.stop
         self.banned = [token for token in asked.banned if token < self.config.vocab_size]
         self.special = list(special_tokens(tokenizer).values())
-        self.parts, self.group, self.progress = work / "rewrites", context.group, context.progress
-        self.seconds = 0.0
-        self.sampled = 0  # tokens drawn in this process
+        self.parts = work / "rewrites"
 
-    def run(self, golds: Sequence[Gold], engine: Callable[[int], Engine]) -> list[Outcome]:
-        """What becomes of each row that is to be rewritten; `engine(length)` opens the engine, for texts of so many
-        tokens, if anything is left to draw."""
+    def run(self, golds: Sequence[Gold]) -> tuple[list[Outcome], float | None]:
+        """What becomes of each row that is to be rewritten, and the tokens written per second, if any were."""
         batches = list(self._batches(golds))
         longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
-        opened: list[Engine] = []
-
-        def ready() -> Engine:
-            if not opened:
-                opened.append(engine(min(longest, self._context())))
-            return opened[0]
-
         found: list[Outcome] = []
-        try:
-            with self.progress.bar("rewriting", sum(map(len, batches))) as advance:
-                for records in in_rounds(
-                    self.parts, len(batches), self.group, lambda number: self._batch(batches[number], ready)
-                ):
-                    found += [Outcome(**record) for record in records]
-                    taken = sum(outcome.origin != "gold" for outcome in found)
-                    advance(len(records), f"{taken} of {len(found)} taken")
-        finally:
-            for each in opened:
-                each.close()
-        return found
+        with (
+            Writer(self.engine, self.base, longest, self.batch, self.context) as writer,
+            self.context.progress.bar("rewriting", sum(map(len, batches))) as advance,
+        ):
 
-    def _batch(self, batch: list[tuple[Gold, int]], engine: Callable[[], Engine]) -> list[dict[str, Any]]:
-        outcomes = self._draw([gold for gold, _ in batch], engine)
-        self.sampled += sum(outcome.drawn for outcome in outcomes)
-        return [asdict(outcome) for outcome in outcomes]
+            def draw(number: int) -> list[dict[str, Any]]:
+                return [asdict(outcome) for outcome in self._draw([gold for gold, _ in batches[number]], writer)]
 
-    def speed(self) -> float | None:
-        """Tokens per second of all processes together; None if nothing was drawn. All of them must call it."""
-        drawn = self.group.gather([self.sampled, self.seconds])
-        seconds = max(seconds for _, seconds in drawn)
-        return sum(sampled for sampled, _ in drawn) / seconds if seconds else None
+            for records in in_rounds(self.parts, len(batches), self.context.group, draw):
+                found += [Outcome(**record) for record in records]
+                taken = sum(outcome.origin != "gold" for outcome in found)
+                advance(len(records), f"{taken} of {len(found)} taken")
+        return found, writer.speed()
 
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
         """Rows and their prompts' lengths: those with the same instructions together, sorted by length within a
@@ -129,7 +109,7 @@ class Rewriter:
         except UserError:
             return 0
 
-    def _draw(self, golds: list[Gold], engine: Callable[[], Engine]) -> list[Outcome]:
+    def _draw(self, golds: list[Gold], writer: Writer) -> list[Outcome]:
         found: dict[int, Outcome] = {}
         open_golds = []
         for gold in golds:
@@ -140,15 +120,15 @@ class Rewriter:
                 open_golds.append(gold)
         how = golds[0].rewrite
         if how is not None and how.own_answer_first:
-            own = self._round(open_golds, engine, "own")
+            own = self._round(open_golds, writer, "own")
             found |= {outcome.id: outcome for outcome in own}
             open_golds = [gold for gold in open_golds if found[gold.row.id].origin == "gold"]
-        for outcome in self._round(open_golds, engine, "rewritten"):
+        for outcome in self._round(open_golds, writer, "rewritten"):
             before = found.get(outcome.id)
             found[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
         return [found[gold.row.id] for gold in golds]
 
-    def _round(self, golds: list[Gold], engine: Callable[[], Engine], origin: Origin) -> list[Outcome]:
+    def _round(self, golds: list[Gold], writer: Writer, origin: Origin) -> list[Outcome]:
         """One answer of the model to each row: alone, or with gold before it."""
         if not golds:
             return []
@@ -157,10 +137,7 @@ class Rewriter:
         prompts = [self._tokens(make(self.tokenizer, last_answer(_turns(gold), gold.row.tools), how)) for gold in golds]
         seeds = [row_seed(self.seed, gold.row.id, origin) for gold in golds]
         sampling = Sampling(how.max_tokens, how.temperature, how.top_p, how.top_k)
-        ready = engine()
-        begun = time.perf_counter()  # opening the engine is not drawing
-        drawn = ready.sample(prompts, seeds, sampling, stop=self.stop, banned=self.banned)
-        self.seconds += time.perf_counter() - begun
+        drawn = writer.sample(prompts, seeds, sampling, stop=self.stop, banned=self.banned)
         return [
             self._judged(gold, sampled, seed, origin) for gold, sampled, seed in zip(golds, drawn, seeds, strict=True)
         ]
@@ -286,9 +263,3 @@ def _turns(gold: Gold) -> Messages:
 def _how(gold: Gold) -> General:
     assert gold.rewrite is not None
     return gold.rewrite
-
-
-def _generation_config(base: Path) -> Any:
-    """What the checkpoint says of generation, if it says anything."""
-    values = read_json_if_there(base / "generation_config.json")
-    return SimpleNamespace(**values) if values else None

@@ -37,6 +37,17 @@ class Sampled:
     ended: bool = False
     looped: bool = False
 
+    def append(self, token: int, stop: Collection[int], stopped: Callable[[list[int]], bool] | None) -> None:
+        """Take the next token, unless the text is over; note where it ends it."""
+        if self.ended or self.looped:
+            return
+        if token in stop:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        self.ended = stopped is not None and stopped(self.tokens)
+        self.looped = not self.ended and loops(self.tokens)
+
 
 def row_seed(seed: int, row: int, phase: str) -> int:
     """The seed of one row's random numbers: the same whatever other rows there are."""
@@ -69,7 +80,7 @@ def sample(
         logits[:, list(banned)] = -torch.inf
         chosen = choose(logits, uniforms[rows, step], how)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            _append(found[row], token, ends, stopped)
+            found[row].append(token, ends, stopped)
         keep = [i for i, row in enumerate(rows) if not (found[row].ended or found[row].looped)]
         if not keep or step == how.max_tokens - 1:
             break
@@ -107,17 +118,6 @@ def choose(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
     inside = (mass < how.top_p).sum(-1, keepdim=True).clamp_max(width - 1)  # the nucleus's last place
     point = uniforms[:, None] * mass.gather(1, inside)
     return tokens.gather(1, (mass <= point).sum(-1, keepdim=True).minimum(inside))[:, 0]
-
-
-def _append(row: Sampled, token: int, ends: frozenset[int], stopped: Callable[[list[int]], bool] | None) -> None:
-    if row.ended or row.looped:
-        return
-    if token in ends:
-        row.ended = True
-        return
-    row.tokens.append(token)
-    row.ended = stopped is not None and stopped(row.tokens)
-    row.looped = not row.ended and loops(row.tokens)
 
 
 def loops(tokens: list[int]) -> bool:

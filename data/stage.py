@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..core.stage import WORK, Context, Inputs
-from ..modeling.load import load_model, load_tokenizer
+from ..modeling.load import load_tokenizer
 from .chat import encode_row, encode_text
 from .collect import collect, sources
 from .config import FORMAT as FORMAT
 from .config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
 from .decontaminate import evaluation_file
 from .drafts import KEPT, draw_rows
-from .engines import check_engine, open_engine
+from .engines import check_engine
 from .magpie import Magpie, query, to_row
 from .readers import local_file
 from .rewriting import Rewriter, examples, settle_row, shares
@@ -32,7 +32,7 @@ EXAMPLES = "examples.json"  # rewrites beside gold
 
 def ready(config: DataConfig, context: Context) -> None:
     """Refuse engines that are not installed, before the model is fetched."""
-    if isinstance(config, (DatasetConfig, DatasetsConfig)) and any(part.rewrite is not None for part in config.parts):
+    if not isinstance(config, (DatasetConfig, DatasetsConfig)) or any(part.rewrite for part in config.parts):
         check_engine(config.engine, context)
 
 
@@ -46,7 +46,7 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
         if all(part.text is not None for part in config.parts):
             return
     if not isinstance(config, TextsConfig):
-        query(load_tokenizer(base))
+        query(load_tokenizer(base), base)
 
 
 def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -84,15 +84,15 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
 def _from_model(
     config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: Any, work: Path, context: Context
 ) -> tuple[list[Row], Counter[str], dict[str, Any]]:
-    model = load_model(inputs.base, context.dtype, context.device)
     if isinstance(config, MagpieConfig):
-        drawer, made = Magpie(config, model, tokenizer, context, work), to_row
+        drawer, made = Magpie(config, inputs.base, tokenizer, context, work), to_row
         hint = "it may not be an instruction-tuned model, or data.max_tokens and data.max_prompt_tokens are too small"
     else:
-        drawer, made = Texts(config, model, tokenizer, context, work), to_text_row
+        drawer, made = Texts(config, inputs.base, tokenizer, context, work), to_text_row
         hint = "raise data.temperature"
-    drafts, counts = draw_rows(drawer, context, hint)
-    speed = drawer.speed()  # rows taken over from before an interruption were not timed here
+    with drawer.writer as writer:
+        drafts, counts = draw_rows(drawer, context, hint)
+    speed = writer.speed()  # rows taken over from before an interruption were not timed here
     return [made(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
@@ -110,11 +110,8 @@ def _from_data(
     golds = collected.golds
     if all(part.rewrite is None for part in config.parts):
         return [gold.row for gold in golds], collected.counts, figures, {}
-    rewriter = Rewriter(tokenizer, inputs.base, config.length, config.batch, context, work)
-    outcomes = rewriter.run(
-        golds, lambda length: open_engine(config.engine, inputs.base, context, length, config.batch)
-    )
-    speed = rewriter.speed()
+    rewriter = Rewriter(tokenizer, inputs.base, config.length, config.batch, config.engine, context, work)
+    outcomes, speed = rewriter.run(golds)
     if context.rank:
         return [], collected.counts, figures, {}
     by_id = {outcome.id: outcome for outcome in outcomes}

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.stage import Context
-from .chat import encode_text, special_tokens
+from .chat import encode_text, end_tokens, special_tokens
 from .config import TextsConfig
 from .drafts import KEPT, Draft, Drafts, normalised
-from .magpie import eos_ids
 from .rows import Row
-from .sampling import Sampled, Sampling, row_seed, sample
+from .sampling import Sampled, Sampling, row_seed
 
 
 class Texts(Drafts):
@@ -25,15 +24,18 @@ class Texts(Drafts):
 
     config: TextsConfig
 
-    def __init__(self, config: TextsConfig, model: Any, tokenizer: Any, context: Context, work: Path):
-        super().__init__(config, model, tokenizer, context, work)
-        special = special_tokens(tokenizer)
-        size = min(len(tokenizer), model.config.vocab_size)
-        self.stop = frozenset(eos_ids(tokenizer, model))
-        self.banned = [token for token in special if token < size and token not in self.stop]
+    def __init__(self, config: TextsConfig, base: Path, tokenizer: Any, context: Context, work: Path):
         self.begin = list(tokenizer("")["input_ids"])  # what the tokenizer begins every text with, if anything
-        self.openings = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in self.config.openings]
+        self.openings = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in config.openings]
+        super().__init__(config, base, tokenizer, context, work)
+        special = special_tokens(tokenizer)
+        size = min(len(tokenizer), self.vocab_size)
+        self.stop = frozenset(end_tokens(tokenizer, base))
+        self.banned = [token for token in special if token < size and token not in self.stop]
         self.first = [token for token in range(size) if token not in special and _is_text(tokenizer.decode([token]))]
+
+    def longest(self) -> int:
+        return len(self.begin) + max([1, *map(len, self.openings)]) + self.config.tokens
 
     def draw(self, ids: range) -> list[Draft]:
         seeds = [row_seed(self.seed, row, "text") for row in ids]
@@ -41,7 +43,7 @@ class Texts(Drafts):
         config = self.config
         how = Sampling(config.tokens, config.temperature, config.top_p, config.top_k)
         prompts = [[*self.begin, *start] for start in starts]
-        drawn = sample(self.model, prompts, seeds, how, stop=self.stop, banned=self.banned)
+        drawn = self.writer.sample(prompts, seeds, how, stop=self.stop, banned=self.banned)
         return [self._draft(*drafted) for drafted in zip(ids, seeds, starts, drawn, strict=True)]
 
     def _start(self, row: int, seed: int) -> list[int]:

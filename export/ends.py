@@ -13,6 +13,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import read_json, read_json_if_there, write_whole
 from ..core.gguf_header import read_metadata
+from ..modeling.config import eos_ids
 from ..modeling.plain import chat_templates
 
 GENERATION = "generation_config.json"
@@ -27,12 +28,7 @@ BY_TEXT = frozenset(
 def end_tokens(checkpoint: Path) -> list[int]:
     """The ids of all tokens that end a text, ascending; none where the checkpoint names none."""
     vocabulary = read_vocabulary(checkpoint)
-    found: set[int] = set()
-    for name in (GENERATION, "config.json"):
-        value = read_json_if_there(checkpoint / name).get("eos_token_id")
-        if value is not None:
-            found |= set(value if isinstance(value, list) else [value])
-            break
+    found = set(eos_ids(checkpoint))
     token = read_json_if_there(checkpoint / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token in vocabulary:

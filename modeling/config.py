@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import read_json
+from ..core.files import read_json, read_json_if_there
 
 CONFIG = "config.json"
 KEPT_BLOCKS = "compress_kept_blocks"  # numbers, in the unpruned model, of the blocks this model has
@@ -100,3 +100,13 @@ def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[
             del values[name]
             notes.append(f"{name} is of a model with another number of blocks than {blocks}, and is left out")
     return values, notes
+
+
+def eos_ids(folder: Path) -> list[int]:
+    """The tokens that end a text by generation_config.json, or, where that names none, by config.json; as transformers
+    reads them."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_json_if_there(folder / name).get("eos_token_id")
+        if value is not None:
+            return list(value) if isinstance(value, list) else [value]
+    return []

@@ -16,12 +16,14 @@ import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.stage import Context, Group, Inputs
-from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine, VllmEngine
+from compress.data.config import DataConfig, DatasetConfig, LlamaCppEngine, TextsConfig, TransformersEngine, VllmEngine
 from compress.data.engines import check_engine, open_engine, settle
+from compress.data.rows import read_rows
 from compress.data.sampling import LOOP, Sampled, Sampling, choose
 from compress.data.stage import check, ready, run
 from compress.export.gguf import write_gguf
 from compress.modeling.load import load_model
+from pydantic import TypeAdapter
 
 PROMPTS = [[1, 40, 41, 42, 43], [1, 40, 41], [1, 40, 41, 99, 98, 97, 96, 95], [1, 77]]
 
@@ -42,6 +44,8 @@ def test_settle_cuts_where_sampling_would_have_stopped() -> None:
     assert settle([5, 6, 2, 7], {2}, 9) == Sampled([5, 6], ended=True)
     assert settle([5, 6, 7], {2}, 2) == Sampled([5, 6])
     assert settle([], {2}, 5) == Sampled([])
+    # A template whose user turn ends in plain text: the tokens that close it stay, as in `sample`.
+    assert settle([5, 6, 7, 8], {2}, 9, lambda tokens: tokens[-2:] == [6, 7]) == Sampled([5, 6, 7], ended=True)
     assert settle([5] * (LOOP + 9) + [2], {2}, 99) == Sampled([5] * LOOP, looped=True)
 
 
@@ -106,6 +110,39 @@ def test_a_row_is_rewritten_by_llamacpp(base: Path, gguf: Path, tmp_path: Path) 
     check(config, base, context)
     metrics = run(config, Inputs(base, base), tmp_path, context)
     assert metrics["rewritten"]["asked"] == 4 and set(config.input_files()) == {"a.jsonl", str(gguf)}
+
+
+def test_texts_are_written_by_llamacpp_as_by_transformers(base: Path, gguf: Path, tmp_path: Path) -> None:
+    """The same first tokens, the likeliest next ones: the same rows, whatever writes them."""
+    rows = {}
+    for kind in ({"kind": "transformers"}, {"kind": "llama.cpp", "gguf": str(gguf), "threads": 1}):
+        config = TextsConfig(source="texts", rows=6, batch=4, tokens=12, temperature=0, engine=kind)  # type: ignore[arg-type]
+        out = tmp_path / kind["kind"]
+        out.mkdir()
+        context = Context(3, recipe_dir=tmp_path)
+        ready(config, context)
+        assert run(config, Inputs(base, base), out, context)["tokens_per_second"] > 0
+        rows[kind["kind"]] = [row.text for row in read_rows(out)]
+    assert rows["llama.cpp"] == rows["transformers"] and len(set(rows["llama.cpp"])) == 6
+
+
+def test_conversations_are_written_by_llamacpp(base: Path, gguf: Path, tmp_path: Path) -> None:
+    engine = {"kind": "llama.cpp", "gguf": str(gguf), "threads": 1}
+    config = TypeAdapter(DataConfig).validate_python(
+        {"source": "magpie", "rows": 4, "batch": 8, "max_prompt_tokens": 12, "max_tokens": 12, "unfinished": "keep"}
+        | {"answer_temperature": 1.0, "answer_top_p": 1.0, "max_attempts": 20, "engine": engine}
+    )
+    context = Context(3, recipe_dir=tmp_path)
+    ready(config, context)
+    assert run(config, Inputs(base, base), tmp_path, context)["rows"] == 4 and config.input_files() == [str(gguf)]
+    for row in read_rows(tmp_path):
+        assert row.source == "magpie" and row.messages and all(message["content"] for message in row.messages)
+
+
+def test_every_source_checks_its_engine(tmp_path: Path) -> None:
+    config = TextsConfig(source="texts", engine={"kind": "llama.cpp", "gguf": "nowhere.gguf"})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.engine\.gguf: there is no file"):
+        ready(config, Context(recipe_dir=tmp_path))
 
 
 def test_another_models_file_and_broken_files_are_refused(

@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import compress.data.magpie as magpie_module
 import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.stage import Advance, Context, Inputs, Progress
 from compress.data.config import MagpieConfig
 from compress.data.drafts import normalised
-from compress.data.magpie import query
+from compress.data.magpie import Magpie, query
 from compress.data.rows import read_rows
 from compress.data.sampling import LOOP, Sampled, Sampling, choose, loops, row_seed, sample
 from compress.data.stage import check, run
+from compress.data.writing import Writer
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.random import build_tokenizer
 
@@ -121,21 +121,21 @@ def test_loops_are_seen() -> None:
     assert not loops([5] * (LOOP - 1)) and not loops(list(range(17)) * 3) and not loops([5] * (LOOP - 1) + [6])
 
 
-def test_query_is_read_off_the_template() -> None:
-    tokenizer = build_tokenizer()
-    found = query(tokenizer)
+def test_query_is_read_off_the_template(tiny: Callable[..., Path]) -> None:
+    tokenizer, base = build_tokenizer(), tiny()
+    found = query(tokenizer, base)
     assert found.before == "<|im_start|>user\n" and found.closing == "" and found.stop == {2} and found.banned == [0, 1]
-    about = query(tokenizer, topic="tides")
+    about = query(tokenizer, base, "tides")
     assert about.before.endswith("asks about tides.<|im_end|>\n<|im_start|>user\n")
     tokenizer.chat_template = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
-    found = query(tokenizer)
+    found = query(tokenizer, base)
     assert found.before == "[INST]" and found.closing == "[/INST]" and found.stop == {2}
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(UserError, match="does not show the user's words"):
-        query(tokenizer)
+        query(tokenizer, base)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        query(tokenizer)
+        query(tokenizer, base)
 
 
 def test_normalised_prompts() -> None:
@@ -203,13 +203,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, prompts: list[Any]
     """Replaces sampling: prompts come in order; an answer goes by its prompt."""
     left = iter(prompts)
 
-    def fake(model: Any, texts: list[list[int]], seeds: Any, how: Sampling, **_: Any) -> list[Sampled]:
+    def fake(_: Writer, texts: list[list[int]], seeds: Any, how: Sampling, **__: Any) -> list[Sampled]:
         if how.temperature == 1.0:
             return [next(left) for _ in texts]
         asked = [tokenizer.decode(ids).split("user\n")[1].split("<|im_end|>")[0] for ids in texts]
         return [answers[prompt] for prompt in asked]
 
-    monkeypatch.setattr(magpie_module, "sample", fake)
+    monkeypatch.setattr(Writer, "sample", fake)
 
 
 def test_rows_are_dropped_and_counted_by_reason(
@@ -280,8 +280,8 @@ def test_a_text_that_closes_the_turn_ends_the_prompt(tiny: Callable[..., Path]) 
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
         "{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
     )
-    asked = query(tokenizer)
-    drawer = magpie_module.Magpie.__new__(magpie_module.Magpie)
+    asked = query(tokenizer, tiny())
+    drawer = Magpie.__new__(Magpie)
     drawer.tokenizer = tokenizer
     watch = drawer._watch(asked.closing)
     assert watch is not None

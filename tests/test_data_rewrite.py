@@ -48,6 +48,7 @@ class Fake:
         *,
         stop: Collection[int],
         banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
         assert 2 in stop and 2 not in banned and len(prompts) == len(seeds)
         texts = [self.tokenizer.decode(prompt) for prompt in prompts]
@@ -87,7 +88,7 @@ class Stage:
             self.opened.append(length)
             return self.fake
 
-        self.monkeypatch.setattr(stage_module, "open_engine", opens)
+        self.monkeypatch.setattr("compress.data.writing.open_engine", opens)
         config = TypeAdapter(DatasetConfig).validate_python(
             {"source": "dataset", "path": "a.jsonl", "rewrite": rewrite, **options}
         )
@@ -350,7 +351,7 @@ def test_sets_with_instructions_of_their_own_are_drawn_apart(
         return "that is 4"
 
     fake = Fake(load_tokenizer(base), reply)
-    monkeypatch.setattr(stage_module, "open_engine", lambda *_: fake)
+    monkeypatch.setattr("compress.data.writing.open_engine", lambda *_: fake)
     metrics = run(config, Inputs(base, base), tmp_path, Context(recipe_dir=tmp_path))
     assert sorted(asked) == [(9, True)] * 4 + [(256, False)] * 4 and len(fake.calls) == 2
     assert metrics["rewritten"]["asked"] == 8 and metrics["sets"] == {

@@ -16,6 +16,7 @@ from compress.data.rows import read_rows
 from compress.data.sampling import Sampling, row_seed, sample
 from compress.data.stage import check, run
 from compress.data.texts import Texts
+from compress.data.writing import Writer
 from compress.modeling.load import load_model, load_tokenizer
 
 
@@ -39,7 +40,7 @@ def test_rows_are_plain_text_of_the_model_itself(tiny: Callable[..., Path], tmp_
     rows = [row for split in ("train", "heldout") for row in read_rows(tmp_path / "out", split)]
     assert (stats["rows"], stats["heldout"], len(rows)) == (12, 3, 12)
     model, tokenizer = load_model(base), load_tokenizer(base)
-    texts = Texts(config, model, tokenizer, Context(seed=7), tmp_path)
+    texts = Texts(config, base, tokenizer, Context(seed=7), tmp_path)
     batch = range(0, 5)
     seeds = [row_seed(7, number, "text") for number in batch]
     starts = [texts.first[seed % len(texts.first)] for seed in seeds]
@@ -67,15 +68,15 @@ def test_openings_take_turns_and_are_part_of_the_text(tiny: Callable[..., Path],
 
 
 def test_first_tokens_are_text_and_never_special(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    model, tokenizer = load_model(tiny()), load_tokenizer(tiny())
-    first = Texts(settings(), model, tokenizer, Context(), tmp_path).first
+    tokenizer = load_tokenizer(tiny())
+    first = Texts(settings(), tiny(), tokenizer, Context(), tmp_path).first
     pieces = [tokenizer.decode([token]) for token in first]
     assert len(first) > 50 and not set(first) & set(tokenizer.all_special_ids)
     assert all(any(c.isalnum() for c in piece) and "\ufffd" not in piece for piece in pieces)
 
 
 def test_a_tokenizer_that_begins_texts_does_so_here(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    model, tokenizer = load_model(tiny()), load_tokenizer(tiny())
+    tokenizer = load_tokenizer(tiny())
 
     class Beginning:
         def __getattr__(self, name: str) -> Any:
@@ -89,7 +90,7 @@ def test_a_tokenizer_that_begins_texts_does_so_here(tiny: Callable[..., Path], t
             found["input_ids"] = [1, *found["input_ids"]]
             return found
 
-    assert Texts(settings(), model, Beginning(), Context(), tmp_path).begin == [1]
+    assert Texts(settings(), tiny(), Beginning(), Context(), tmp_path).begin == [1]
 
 
 def test_a_model_without_a_chat_template_will_do(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -118,7 +119,6 @@ def test_killed_and_resumed_is_the_same(tiny: Callable[..., Path], tmp_path: Pat
 def test_loops_duplicates_and_empties_are_dropped_and_counted(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import compress.data.texts as module
     from compress.data.sampling import Sampled
 
     monkeypatch.setattr(Texts, "_start", lambda self, row, seed: [40], raising=True)
@@ -129,17 +129,16 @@ def test_loops_duplicates_and_empties_are_dropped_and_counted(
         first = next(scripts, [])
         return first + [Sampled([next(fallback), 70], ended=True) for _ in range(len(prompts) - len(first))]
 
-    monkeypatch.setattr(module, "sample", scripted)
+    monkeypatch.setattr(Writer, "sample", scripted)
     stats = make(tiny(), tmp_path / "out", settings(rows=6))
     assert stats["dropped"]["duplicate"] >= 1 and stats["dropped"]["repetitive"] == 1 and stats["rows"] == 6
 
 
 def test_too_few_rows_are_refused(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.data.texts as module
     from compress.data.sampling import Sampled
 
     monkeypatch.setattr(
-        module, "sample", lambda _m, prompts, *_a, **_o: [Sampled([9] * 24, looped=True) for _ in prompts]
+        Writer, "sample", lambda _w, prompts, *_a, **_o: [Sampled([9] * 24, looped=True) for _ in prompts]
     )
     with pytest.raises(UserError, match=r"of \d+ rows the model wrote, 0 are usable .*raise data\.temperature"):
         make(tiny(), tmp_path / "out", settings())

@@ -1,17 +1,15 @@
-"""What rewrites: engines that continue many prompts, all behind one interface."""
+"""What writes text: engines that continue many prompts, all behind one interface."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ...core.errors import UserError
 from ...core.stage import Context
-from ..config import LlamaCppEngine, TransformersEngine, VllmEngine
-from ..sampling import Sampled, Sampling, loops
-
-EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
+from ..config import EngineConfig, LlamaCppEngine, VllmEngine
+from ..sampling import Sampled, Sampling
 
 
 class Engine(Protocol):
@@ -25,8 +23,10 @@ class Engine(Protocol):
         *,
         stop: Collection[int],
         banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
-        """What follows each prompt (token ids, not empty), up to a token of `stop` or `how.max_tokens`.
+        """What follows each prompt (token ids, not empty), up to a token of `stop`, `how.max_tokens`, or where
+        `stopped(tokens)` holds.
 
         Row i is drawn from `seeds[i]`; tokens of `banned` are never drawn.
         """
@@ -69,16 +69,17 @@ def open_engine(config: EngineConfig, base: Path, context: Context, length: int,
     return Torch(base, context)
 
 
-def settle(tokens: Sequence[int], stop: Collection[int], limit: int) -> Sampled:
+def settle(
+    tokens: Sequence[int],
+    stop: Collection[int],
+    limit: int,
+    stopped: Callable[[list[int]], bool] | None = None,
+) -> Sampled:
     """The tokens that an engine gave, as `sample` would have left them: cut at the first that ends the text, or where
     they have begun to repeat themselves."""
     found = Sampled([])
     for token in list(tokens)[:limit]:
-        if token in stop:
-            found.ended = True
-            return found
-        found.tokens.append(token)
-        if loops(found.tokens):
-            found.looped = True
-            return found
+        found.append(token, stop, stopped)
+        if found.ended or found.looped:
+            break
     return found

@@ -7,7 +7,7 @@ beginning that all prompts share is read once per place.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class LlamaCpp:
         *,
         stop: Collection[int],
         banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
         likeliest = how.temperature == 0
         shared = {
@@ -58,7 +59,7 @@ class LlamaCpp:
 
         def draw(prompt: list[int], seed: int) -> Sampled:
             answer = self._ask({"prompt": list(prompt), "seed": seed % SEEDS, **shared})
-            found = settle(answer["tokens"], stop, how.max_tokens)
+            found = settle(answer["tokens"], stop, how.max_tokens, stopped)
             # llama.cpp ends texts by its file's own list of tokens, too.
             found.ended = found.ended or (answer["stop_type"] == "eos" and not found.looped)
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ class Torch:
         *,
         stop: Collection[int],
         banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
-        return sample(self.model, prompts, seeds, how, stop=stop, banned=banned)
+        return sample(self.model, prompts, seeds, how, stop=stop, banned=banned, stopped=stopped)
 
     def close(self) -> None:
         self.model = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Vllm:
         *,
         stop: Collection[int],
         banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
         if len(banned) > MOST_BANNED:
             raise UserError(
@@ -132,7 +133,7 @@ class Vllm:
             raise UserError(f"data.engine: vllm failed while it wrote: {_reason(error)}; mend it, {OTHERS}") from error
         found = []
         for output in outputs:
-            row = settle(output.outputs[0].token_ids, stop, how.max_tokens)
+            row = settle(output.outputs[0].token_ids, stop, how.max_tokens, stopped)
             # Whether the token that ended a text is among its tokens is vLLM's choice.
             row.ended = row.ended or (output.outputs[0].finish_reason == "stop" and not row.looped)
             found.append(row)

@@ -1,0 +1,65 @@
+"""The unpruned model as the writer of rows: an engine that is opened for the first text, timed, and closed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..core.stage import Context
+from ..modeling.load import load_config
+from .config import EngineConfig
+from .engines import Engine, open_engine
+from .sampling import Sampled, Sampling
+
+
+class Writer:
+    """Continues prompts through the recipe's engine on the unpruned model in the folder `base`.
+
+    Up to `rows` texts are written together, of up to `length` tokens each with their prompts; never more than the
+    model was made for. A run whose texts were all written before opens no engine.
+    """
+
+    def __init__(self, config: EngineConfig, base: Path, length: int, rows: int, context: Context):
+        most = int(getattr(load_config(base), "max_position_embeddings", None) or length)
+        self.config, self.base, self.length, self.rows, self.context = config, base, min(length, most), rows, context
+        self._engine: Engine | None = None
+        self._seconds = 0.0
+        self._tokens = 0  # drawn in this process
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        how: Sampling,
+        *,
+        stop: Collection[int],
+        banned: Sequence[int] = (),
+        stopped: Callable[[list[int]], bool] | None = None,
+    ) -> list[Sampled]:
+        """As `Engine.sample`."""
+        if self._engine is None:
+            self._engine = open_engine(self.config, self.base, self.context, self.length, self.rows)
+        begun = time.perf_counter()  # opening the engine is not writing
+        drawn = self._engine.sample(prompts, seeds, how, stop=stop, banned=banned, stopped=stopped)
+        self._seconds += time.perf_counter() - begun
+        self._tokens += sum(len(sampled.tokens) for sampled in drawn)
+        return drawn
+
+    def speed(self) -> float | None:
+        """Tokens per second of all processes together; None if nothing was written. All of them must call it."""
+        drawn = self.context.group.gather([self._tokens, self._seconds])
+        seconds = max(seconds for _, seconds in drawn)
+        return sum(tokens for tokens, _ in drawn) / seconds if seconds else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
