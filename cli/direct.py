@@ -92,7 +92,7 @@ def merge_command(
     from ..merge.bridge import find_method
     from ..merge.stage import merge_checkpoints
     from ..modeling.load import resolve
-    from ..pipeline.recipe import apply_override
+    from ..pipeline.overrides import apply_override
 
     asked = {parameter.name for parameter in find_method(method).spec.parameters if parameter.required}
     even = {name: value for name, value in {"t": 0.5, "weight": 1.0}.items() if name in asked}
@@ -112,7 +112,7 @@ def merge_command(
 
 def _retrieval(overrides: list[str]) -> dict[str, Any]:
     """KEY=VALUE of `evaluate.retrieval`; a text is a path as the command line has it."""
-    from ..pipeline.recipe import apply_override
+    from ..pipeline.overrides import apply_override
 
     tree = CommentedMap()
     for override in overrides:

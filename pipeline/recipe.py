@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
 from ..core.errors import UserError
@@ -27,6 +28,8 @@ from ..retain.config import RetainConfig
 from ..sort.config import SortConfig
 from ..training.config import needs_teacher
 from .explain import one_line
+from .options import as_json
+from .overrides import apply_override
 from .places import LONGEST_NAME, NAME
 from .problems import Problem, describe_problems
 from .stages import STAGES
@@ -42,8 +45,10 @@ class ModelSpec(Section):
     )
 
 
-class Recipe(Section):
+class RecipeKeys(Section):
     """A whole pipeline: what is done to which model. Stages run in the order in which the file has them."""
+
+    model_config = ConfigDict(title="Recipe")
 
     name: str = Field(pattern=NAME, max_length=LONGEST_NAME, description="names the run's folder and the artifacts")
     model: str | ModelSpec = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
@@ -67,7 +72,7 @@ class Recipe(Section):
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe. Where a section has a `kind`, that word alone is short for it."""
-    schema = Recipe.model_json_schema()
+    schema = RecipeKeys.model_json_schema()
     for section in schema["$defs"].values():
         for name, node in section.get("properties", {}).items():
             kinds = _kinds(node, schema["$defs"])
@@ -88,14 +93,51 @@ def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class LoadedRecipe:
-    """A recipe with where it came from."""
+class Recipe:
+    """A checked recipe, and where it came from.
 
-    recipe: Recipe
-    path: Path
-    order: tuple[str, ...]  # the stages in the file, in its order
-    text: str  # the file's text, with overrides as comments at the end
-    overrides: tuple[str, ...] = field(default=())
+    >>> recipe = Recipe.load("smollm2_135m_24L", set=["prune.blocks=4"])
+    >>> recipe.order, recipe.recipe.prune.blocks
+    (('data', 'prune', 'distill', 'export', 'evaluate'), 4)
+    """
+
+    recipe: RecipeKeys  # its keys, checked: `recipe.prune.blocks`; a section that it lacks is None
+    path: Path  # the file; paths in it are relative to the file's folder
+    order: tuple[str, ...]  # its stages, in the order in which they run
+    content: str  # the file's text
+    overrides: tuple[str, ...] = ()  # KEY=VALUE, over the text
+
+    @classmethod
+    def load(cls, name: str | Path, set: Sequence[str] = ()) -> Recipe:
+        """Read and check a recipe file, or a shipped recipe by its name.
+
+        `set` are overrides such as "prune.blocks=4"; a path in them is relative to the current folder. Raises
+        `UserError` with every wrong key, type and value at once, each with its line and the nearest valid key.
+        """
+        path = find_recipe(str(name))
+        return _checked(path, read_text(path), set)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], folder: Path | None = None) -> Recipe:
+        """Check a recipe of Python values, spelt as in a file; paths are relative to `folder`, or the current one.
+
+        >>> Recipe.from_dict({"name": "cut", "model": "org/model", "prune": {"blocks": 6}})
+
+        Raises `UserError` as `load` does.
+        """
+        text = io.StringIO()
+        YAML(typ="rt").dump(json.loads(as_json(dict(values))), text)
+        given = {(str(key),): "recipe" for key in values}
+        return _checked((folder or Path.cwd()) / "recipe", text.getvalue(), (), given)
+
+    def changed(self, set: Sequence[str]) -> Recipe:
+        """The recipe with more overrides. Raises `UserError` as `load` does."""
+        return _checked(self.path, self.content, [*self.overrides, *set])
+
+    @property
+    def text(self) -> str:
+        """The file's text, with the overrides as comments at the end."""
+        return self.content + "".join(f"# --set {override}\n" for override in self.overrides)
 
     @property
     def folder(self) -> Path:
@@ -103,6 +145,7 @@ class LoadedRecipe:
 
     @property
     def source(self) -> str:
+        """The unpruned model."""
         model = self.recipe.model
         return model if isinstance(model, str) else model.source
 
@@ -130,22 +173,26 @@ def find_recipe(text: str) -> Path:
     raise UserError(f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {', '.join(known)}")
 
 
-def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read and check a recipe; all problems are reported at once in one `UserError`."""
-    path = find_recipe(text)
-    content = read_text(path)
+def load_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    return Recipe.load(text, overrides)
+
+
+def _checked(
+    path: Path, content: str, overrides: Sequence[str], given: Mapping[tuple[Any, ...], str] | None = None
+) -> Recipe:
+    """`given`: where keys are from, where not from a line of the file."""
     tree = _parse(path, content)
-    origins: dict[tuple[Any, ...], str] = {}
+    origins = dict(given or {})
     for override in overrides:
         apply_override(tree, override, origins)
     plain = _plain(tree)
     problems: list[Problem] = []
-    recipe: Recipe | None = None
+    recipe: RecipeKeys | None = None
     try:
         # JSON mode, strict: "6" is no number and true no count, but a YAML list may fill a tuple.
-        recipe = Recipe.model_validate_json(json.dumps(plain, default=str), strict=True)
+        recipe = RecipeKeys.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
-        problems = describe_problems(error, plain, Recipe)
+        problems = describe_problems(error, plain, RecipeKeys)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
     problems += _order_problems(order) + _teacher_problems(recipe) + _retain_problems(recipe)
     if recipe is not None and recipe.merge is not None:
@@ -156,8 +203,7 @@ def load_recipe(text: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         lines = [problem.render(str(path), tree, origins) for problem in problems]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise UserError(f"{path.name} has {count}:\n" + "\n".join(f"  {line}" for line in lines))
-    noted = content + "".join(f"# --set {override}\n" for override in overrides)
-    return LoadedRecipe(recipe, path, order, noted, tuple(overrides))
+    return Recipe(recipe, path, order, content, tuple(overrides))
 
 
 def _parse(path: Path, content: str) -> CommentedMap:
@@ -173,64 +219,6 @@ def _parse(path: Path, content: str) -> CommentedMap:
     if not isinstance(tree, CommentedMap):
         raise UserError(f"{path}: a recipe is a mapping of keys such as name, model, prune")
     return tree
-
-
-def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str]) -> None:
-    """Put KEY=VALUE into a recipe's tree in place, and note in `origins` which keys came from it."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"--set {override}: write it as key.path=value, such as --set prune.blocks=4")
-    try:
-        value = YAML(typ="safe").load(text) if text.strip() else None
-    except Exception as error:  # as above
-        raise UserError(f"--set {override}: the value is not valid YAML") from error
-    _make_room(tree, parts[0])
-    node: Any = tree
-    for depth, part in enumerate(parts[:-1], start=1):
-        child = _child(node, part)
-        if isinstance(child, str):  # a shorthand such as `objective: asft`, about to get options
-            child = CommentedMap({"kind": child})
-        elif child is None:
-            child = CommentedMap()
-            origins[tuple(parts[:depth])] = f"--set {override}"
-        elif not isinstance(child, (CommentedMap, CommentedSeq, dict, list)):
-            raise UserError(f"--set {override}: {'.'.join(parts[:depth])} is a value, not a section")
-        _put(node, part, child, override)
-        node = child
-    _put(node, parts[-1], _from_here(value), override)
-    origins[tuple(parts)] = f"--set {override}"
-
-
-def _make_room(tree: CommentedMap, stage: str) -> None:
-    """A stage that the recipe does not have gets its place before the first stage that reads what it makes."""
-    if stage in STAGES and stage not in tree:
-        readers = [i for i, name in enumerate(tree) if name in STAGES and stage in STAGES[name].reads]
-        tree.insert(min(readers, default=len(tree)), stage, None)
-
-
-def _child(node: Any, part: str) -> Any:
-    if isinstance(node, list):
-        return node[int(part)] if part.isdigit() and int(part) < len(node) else None
-    return node.get(part)
-
-
-def _put(node: Any, part: str, value: Any, override: str) -> None:
-    if not isinstance(node, list):
-        node[part] = value
-    elif part.isdigit() and int(part) < len(node):
-        node[int(part)] = value
-    else:
-        raise UserError(f"--set {override}: the list has no entry {part} (it has 0 to {len(node) - 1})")
-
-
-def _from_here(value: Any) -> Any:
-    """Paths typed on the command line are relative to where it was typed, not to the recipe."""
-    if isinstance(value, list):
-        return [_from_here(item) for item in value]
-    if isinstance(value, str) and ("/" in value or "." in value) and Path(value).exists():
-        return str(Path(value).resolve())
-    return value
 
 
 def _plain(node: Any) -> Any:
@@ -268,7 +256,7 @@ def _merge_problems(merge: MergeConfig, variants: list[str], recovers: bool) -> 
     return [Problem(("merge", *path), message) for path, message in merge.unknown_names(variants)]
 
 
-def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
+def _teacher_problems(recipe: RecipeKeys | None) -> list[Problem]:
     if recipe is None or recipe.data is None or recipe.data.teacher is not None:
         return []
     message = "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher"
@@ -281,7 +269,7 @@ def _teacher_problems(recipe: Recipe | None) -> list[Problem]:
     ]
 
 
-def _retain_problems(recipe: Recipe | None) -> list[Problem]:
+def _retain_problems(recipe: RecipeKeys | None) -> list[Problem]:
     if recipe is None or recipe.retain is None or recipe.data is not None or recipe.retain.dataset is not None:
         return []
     message = (

@@ -22,7 +22,7 @@ from .group import check_same, check_shared, in_turn
 from .measure import Meter
 from .places import bundle_name
 from .plan import Geometry, planned_memory, read_geometry, setting
-from .recipe import LoadedRecipe
+from .recipe import Recipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
 
@@ -59,7 +59,7 @@ class PlannedStage:
 class Run:
     """A recipe's stages in order, with their fingerprints."""
 
-    loaded: LoadedRecipe
+    loaded: Recipe
     options: Options
     folder: Path
     base: str  # fingerprint of the unpruned model
@@ -74,7 +74,7 @@ class Run:
         return self.options.runs / ".sources"
 
 
-def plan_run(loaded: LoadedRecipe, options: Options) -> Run:
+def plan_run(loaded: Recipe, options: Options) -> Run:
     """Work out fingerprints and which stages are pending; nothing is written but the cache of file hashes."""
     order = _selected(loaded.order, options)
     source = parse_source(loaded.source, loaded.folder)

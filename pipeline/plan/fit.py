@@ -14,7 +14,7 @@ from typing import Any
 from ...core.errors import UserError
 from ...retain.config import RetainConfig
 from ...training.config import Copy, Lora, TrainingConfig
-from ..recipe import LoadedRecipe, load_recipe
+from ..recipe import Recipe
 from .memory import Setting, stage_memory
 
 SMALLEST_CHUNK, SHORTEST = 32, 128
@@ -28,7 +28,7 @@ class Change:
     memory: int
 
 
-def smallest_change(loaded: LoadedRecipe, stage: str, at: Setting, room: int) -> Change | None:
+def smallest_change(loaded: Recipe, stage: str, at: Setting, room: int) -> Change | None:
     """The first change, or the fewest changes, with which the stage fits; None where nothing in the list is enough."""
     steps = []
     for step in _steps(stage, loaded.section(stage), at):
@@ -47,7 +47,7 @@ def smallest_change(loaded: LoadedRecipe, stage: str, at: Setting, room: int) ->
 
 
 def _without_needless(
-    loaded: LoadedRecipe, stage: str, at: Setting, room: int, taken: list[tuple[str, ...]]
+    loaded: Recipe, stage: str, at: Setting, room: int, taken: list[tuple[str, ...]]
 ) -> Change | None:
     # The dearest are tried first: what came later changes more.
     for step in list(reversed(taken)):
@@ -68,10 +68,10 @@ def _flat(steps: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-def _peak(loaded: LoadedRecipe, stage: str, at: Setting, overrides: Sequence[str]) -> int | None:
+def _peak(loaded: Recipe, stage: str, at: Setting, overrides: Sequence[str]) -> int | None:
     """The stage's peak memory with these overrides; None where the recipe does not take them."""
     try:
-        changed = load_recipe(str(loaded.path), [*loaded.overrides, *overrides])
+        changed = loaded.changed(overrides)
     except UserError:
         return None
     return stage_memory(stage, changed.section(stage), at).needed

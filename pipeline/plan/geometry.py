@@ -11,7 +11,7 @@ from ...core.files import read_json
 from ...core.gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
 from ...modeling.source import Source, base_of_adapter, parse_source
-from ..recipe import LoadedRecipe, ModelSpec
+from ..recipe import ModelSpec, Recipe
 
 NEEDED = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -80,19 +80,19 @@ class Geometry:
         return 4 * self.hidden + 3 * self.intermediate
 
 
-def read_geometry(loaded: LoadedRecipe, cache: Path) -> Geometry:
+def read_geometry(loaded: Recipe, cache: Path) -> Geometry:
     """The shape of a recipe's model. Raises `UserError` where its configuration cannot be had."""
     return Geometry.of(_read_config(loaded, cache))
 
 
-def _read_config(loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
+def _read_config(loaded: Recipe, cache: Path) -> dict[str, Any]:
     model = loaded.recipe.model
     if isinstance(model, ModelSpec) and model.config:
         return read_json(loaded.folder / model.config)
     return _source_config(parse_source(loaded.source, loaded.folder), loaded, cache)
 
 
-def _source_config(source: Source, loaded: LoadedRecipe, cache: Path) -> dict[str, Any]:
+def _source_config(source: Source, loaded: Recipe, cache: Path) -> dict[str, Any]:
     if source.kind == "folder":
         assert source.path is not None
         return read_config(source.path)[0]

@@ -10,7 +10,7 @@ from ...core.errors import UserError
 from ...core.stage import check_deepest
 from ...data.config import LlamaCppEngine, RowsFromData
 from ...prune.config import PruneConfig
-from ..recipe import LoadedRecipe
+from ..recipe import Recipe
 from ..stages import STAGES
 from .devices import Device
 from .fit import Change, smallest_change
@@ -69,7 +69,7 @@ class Plan:
 
 
 def make_plan(
-    loaded: LoadedRecipe,
+    loaded: Recipe,
     dtype: str,
     cache: Path,
     device: Device | None = None,
@@ -92,7 +92,7 @@ def make_plan(
     return Plan(loaded.recipe.name, loaded.source, *parameters, blocks, dtype, stages, device, room, cards)
 
 
-def _stage(loaded: LoadedRecipe, name: str, at: Setting, device: Device | None, cards: int) -> StagePlan:
+def _stage(loaded: Recipe, name: str, at: Setting, device: Device | None, cards: int) -> StagePlan:
     section, rows = loaded.section(name), rows_of(loaded.recipe.data)
     found, work = stage_memory(name, section, at), stage_work(name, section, at, rows)
     seconds = device.seconds(work, at.dtype) / _shared(name, section, cards) if work and device else None
@@ -123,16 +123,14 @@ def _writes(section: Any) -> bool:
     return not isinstance(section, RowsFromData) or any(part.rewrite is not None for part in section.parts)
 
 
-def planned_memory(
-    loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1
-) -> dict[str, StageMemory]:
+def planned_memory(loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> dict[str, StageMemory]:
     """The memory of every stage of a recipe, for a model whose shape is known."""
     at = setting(loaded, shape, dtype, cuda, shards)
     return {name: stage_memory(name, loaded.section(name), at) for name in loaded.order}
 
 
 def setting(
-    loaded: LoadedRecipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1, room: int | None = None
+    loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1, room: int | None = None
 ) -> Setting:
     """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are, and where
     the depths of a sorted training or those to export do not end with all that are left."""
@@ -160,7 +158,7 @@ def setting(
     )
 
 
-def _measured(loaded: LoadedRecipe, whole: int, left: int) -> tuple[int, ...]:
+def _measured(loaded: Recipe, whole: int, left: int) -> tuple[int, ...]:
     """Blocks of the checkpoints that an evaluation measures: base, pruned, healed, recovered, merged, and depths."""
     recipe = loaded.recipe
     after = 0

@@ -1,0 +1,40 @@
+"""Options given as Python values or on the command line, checked as the sections of a recipe are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ..core.errors import UserError
+from ..core.stage import Section
+from .problems import describe_problems
+
+S = TypeVar("S", bound=Section)
+
+
+def as_json(values: Any) -> str:
+    """Values that a recipe file could have, as JSON: sections by their keys, paths as texts."""
+    return json.dumps(values, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+def checked(section: type[S], values: Mapping[str, Any], name: str = "") -> S:
+    """The section with these keys; what is None is left out.
+
+    Raises `UserError` in the words that a recipe's problems have, in one line: "prune.block: unknown key 'block'; did
+    you mean 'blocks'?". `name` is the section's, where the user would not know which one is meant.
+    """
+    text = as_json({key: value for key, value in values.items() if value is not None})
+    try:
+        return section.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = describe_problems(error, json.loads(text), section)
+    prefix = (name,) if name else ()
+    lines = [": ".join([".".join(map(str, (*prefix, *problem.path))), problem.message]) for problem in problems]
+    raise UserError("; ".join(line.removeprefix(": ") for line in lines))
