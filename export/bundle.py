@@ -7,8 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.chat_templates import MORE_TEMPLATES, TEMPLATE
 from ..core.files import read_json, sha256, write_whole
-from ..modeling.plain import MORE_TEMPLATES, TEMPLATE
 from ..runtime.bundle import MANIFEST, FileEntry, Manifest
 from .ends import write_generation_config
 

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..core.chat_templates import chat_templates
 from ..core.errors import UserError
 from ..core.files import read_json, read_json_if_there, write_whole
 from ..core.gguf_header import read_metadata
 from ..modeling.config import eos_ids
-from ..modeling.plain import chat_templates
 
 GENERATION = "generation_config.json"
 # Tokens that end a text in llama.cpp whatever its file says (llama-vocab.cpp).

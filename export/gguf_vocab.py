@@ -9,9 +9,9 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from ..core.chat_templates import chat_templates
 from ..core.errors import UserError
 from ..core.files import read_json, read_json_if_there
-from ..modeling.plain import chat_templates
 from ..modeling.pretokenizers import PRE_TOKENIZERS, recognise
 from .ends import further_ends
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..core.chat_templates import MORE_TEMPLATES
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.stage import Progress
@@ -79,7 +80,7 @@ def _download(source: Source) -> Path:
 
     # The Hub's * reaches into folders (original/, onnx/), where other copies of the model lie.
     folder = fetch("*.json", "*.jinja", "*.model", ignore="*/*")
-    fetch("additional_chat_templates/*.jinja")
+    fetch(f"{MORE_TEMPLATES}/*.jinja")
     if is_adapter_alone(folder):
         return fetch("adapter_model.safetensors")
     if (folder / INDEX).is_file():

@@ -13,8 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from ..core.files import read_json_if_there, read_text
+from ..core.chat_templates import (
+    MORE_TEMPLATES,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    chat_templates,
+    template_files,
+)
+from ..core.files import read_json_if_there
 from ..core.stage import Progress
 from .checkpoint import made_once
 from .config import CONFIG, read_config
@@ -22,10 +28,6 @@ from .soundness import check_checkpoint, decide_tied
 from .source import checkpoint_files, hash_json
 from .weights import ADAPTER_CONFIG, INDEX, SINGLE, weight_files
 
-TEMPLATE = "chat_template.jinja"
-OLD_TEMPLATE = "chat_template.json"
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
-TOKENIZER_CONFIG = "tokenizer_config.json"
 FORMAT = 1  # of the folders made here
 
 
@@ -118,50 +120,3 @@ def _write(place: Path, files: Mapping[str, str]) -> None:
         if not file.parent.is_dir():
             file.parent.mkdir()
         file.write_text(text, encoding="utf-8")
-
-
-def chat_templates(folder: Path) -> dict[str, str]:
-    """A checkpoint's chat templates by name, `default` first; empty where it has none.
-
-    They stand in chat_template.jinja and additional_chat_templates/, or (older) in chat_template.json or under
-    `chat_template` of tokenizer_config.json, as a text or as a list by name. Raises `UserError` for damaged ones.
-    """
-    if (folder / TEMPLATE).is_file():
-        found = {"default": read_text(folder / TEMPLATE)}
-        more = folder / MORE_TEMPLATES
-        named = sorted(file for file in more.iterdir() if file.suffix == ".jinja") if more.is_dir() else []
-        return found | {file.stem: read_text(file) for file in named}
-    for name in (OLD_TEMPLATE, TOKENIZER_CONFIG):
-        value = read_json_if_there(folder / name).get("chat_template")
-        if value is not None:
-            return _named(value, folder / name)
-    return {}
-
-
-def _named(value: Any, where: Path) -> dict[str, str]:
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list):
-        value = {
-            str(entry.get("name")): entry.get("template")
-            for entry in value
-            if isinstance(entry, dict) and "name" in entry
-        }
-    if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
-        raise UserError(f"{where}: chat_template is neither a text nor a list of {{name, template}}")
-    for name in value:
-        if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise UserError(f"{where}: a chat template is called {name!r}, which cannot be a file's name")
-    if "default" not in value:
-        raise UserError(
-            f"{where}: there are chat templates called {', '.join(sorted(value))} and none called default; name the "
-            "one that is meant so"
-        )
-    return {"default": value["default"]} | value
-
-
-def template_files(templates: Mapping[str, str]) -> dict[str, str]:
-    """The files in which transformers keeps templates: path within a checkpoint folder → text."""
-    return {
-        TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja": text for name, text in templates.items()
-    }

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.chat_templates import MORE_TEMPLATES
 from ..core.errors import UserError
 from ..core.files import read_json, sha256
 from ..core.gguf_header import split_files
@@ -137,7 +138,7 @@ def fingerprint_source(source: Source, cache: Path, base_dir: Path | None = None
     if source.kind == "gguf":
         return hash_json([GGUF_FORMAT, *([f.name, hash_file(f, cache)] for f in split_files(source.path))])
     files = checkpoint_files(source.path)
-    for name in ("retaining", "additional_chat_templates"):
+    for name in ("retaining", MORE_TEMPLATES):
         files += sorted(file for file in (source.path / name).glob("*") if file.is_file())
     return hash_json([[f.name, hash_file(f, cache)] for f in files])
 

@@ -13,6 +13,7 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..core.chat_templates import TOKENIZER_CONFIG, chat_templates
 from ..core.errors import UserError
 from ..core.files import read_json_if_there
 
@@ -26,8 +27,10 @@ class ChatTemplate:
     """The chat template of a bundle or checkpoint folder. `UserError` where it has none, or a broken one."""
 
     def __init__(self, folder: Path):
-        config = read_json_if_there(folder / "tokenizer_config.json")
-        source = _source(folder, config)
+        config = read_json_if_there(folder / TOKENIZER_CONFIG)
+        source = chat_templates(folder).get("default")
+        if not source:
+            raise UserError(f"{folder} has no chat template: give the model plain text (--raw)")
         self.special = {name: _content(config[name]) for name in _SPECIAL if config.get(name)}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -101,18 +104,6 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
-
-
-def _source(folder: Path, config: Mapping[str, Any]) -> str:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several templates by name
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-    if not found:
-        raise UserError(f"{folder} has no chat template: give the model plain text (--raw)")
-    return str(found)
 
 
 def _content(token: Any) -> str:

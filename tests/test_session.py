@@ -176,6 +176,29 @@ def test_templates_that_refuse_or_are_not_there(bundle, tmp_path):
         ChatTemplate(tmp_path).render(TALK)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", b"\xff{{ messages }}", "chat_template.jinja is not UTF-8 text"),
+        ("tokenizer_config.json", b'{"chat_template": ', "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "tool", "template": "T"}]}', "none called default"),
+    ],
+)
+def test_damaged_templates_are_told(tmp_path, file, content, message):
+    from compress.runtime.chat import ChatTemplate
+
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        ChatTemplate(tmp_path)
+
+
+def test_a_template_in_its_old_place_is_read(tmp_path):
+    from compress.runtime.chat import ChatTemplate
+
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert ChatTemplate(tmp_path).render(TALK) == TALK[0]["content"]
+
+
 def test_pieces_are_whole_characters(bundle):
     from compress.runtime.text import TextStream, Tokenizer
 
