@@ -18,10 +18,8 @@ import time
 
 import torch
 from compress.modeling.agreement import Head, States, token_terms
-from compress.training.config import Asft, Dft, Kd, Sft
-from compress.training.losses import combine, needs_teacher, objective_loss
-
-OBJECTIVES = {"sft": Sft, "dft": Dft, "asft": Asft, "kd": Kd}
+from compress.training.losses import objective_loss
+from compress.training.objectives import OBJECTIVES
 
 
 def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
@@ -32,7 +30,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     hidden, teacher = torch.randn(shape).requires_grad_(), torch.randn(shape)
     weight = torch.randn(options.vocabulary, options.hidden) * 0.02
     targets = torch.randint(0, options.vocabulary, (options.positions,))
-    objective = OBJECTIVES[options.objective]()
+    objective = OBJECTIVES.get(options.objective)()
     head = Head(weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
@@ -42,10 +40,9 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
         if variant == "chunked":
             loss = objective_loss(objective, hidden, head, targets, States(teacher, head), options.chunk).loss
         else:
-            anchor = States(teacher, head) if needs_teacher(objective) else None
+            anchor = States(teacher, head) if objective.needs_teacher else None
             said = None if anchor is None else anchor.at(slice(None))
-            nll, kl = token_terms(head.logits(hidden), targets, said)
-            loss = combine(objective, nll, kl).sum()
+            loss = objective.loss(token_terms(head.logits(hidden), targets, said)).sum()
         loss.backward()
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,7 +55,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--objective", choices=OBJECTIVES, default="asft")
+    parser.add_argument("--objective", choices=OBJECTIVES.names, default="asft")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--variant", choices=["chunked", "whole"], help=argparse.SUPPRESS)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from ..core.stage import Section
-from ..training.config import Objective, Schedule, TrainingConfig, Tune
+from ..training.config import AnyObjective, Schedule, TrainingConfig, Tune
 
 FORMAT = 1
 RESERVED = ("start", "merge")  # in a merge these are the model that all variants start from, and the result
@@ -23,7 +23,7 @@ class Variant(Section):
         default=(0.0, 1.0),
         description="which training rows it learns from: [from, to], as shares of them in the data stage's order",
     )
-    objective: Objective | None = Field(default=None, description="as in the section")
+    objective: AnyObjective | None = Field(default=None, description="as in the section")
     tune: Tune | None = Field(default=None, description="as in the section")
     epochs: float | None = Field(default=None, gt=0, description="comes before the section's max_steps")
     max_steps: int | None = Field(default=None, ge=1, description="as in the section")

@@ -40,7 +40,7 @@ def heldout_figures(
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
             terms = token_terms(head.logits(hidden[part]), targets[part], expected.at(part))
-            sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
+            sums += torch.stack([term.sum(dtype=torch.float64) for term in (terms.nll, terms.kl)]).cpu()
         count += len(targets)
     nll, kl = (sums / max(count, 1)).tolist()
     return {"eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700.0)) if math.isfinite(nll) else math.inf}

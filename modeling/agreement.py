@@ -64,12 +64,23 @@ class States:
             return Whole(self.head.logits(self.hidden[part]))
 
 
-def token_terms(logits: Tensor, targets: Tensor, teacher: Spoken | None) -> tuple[Tensor, Tensor]:
-    """(nll, kl) per token, (n,) each, from logits (n, V), targets (n,) and what the teacher says at the same positions;
-    kl is zero without one."""
+@dataclass(frozen=True)
+class TokenTerms:
+    """What an objective knows of n tokens: of the student, which carries gradients, and of the teacher."""
+
+    nll: Tensor  # (n,) −log π(y)
+    kl: Tensor  # (n,) KL(teacher ‖ student); zero without a teacher
+    log_probs: Tensor  # (n, V) log π
+    targets: Tensor  # (n,) y
+    teacher: Spoken | None
+
+
+def token_terms(logits: Tensor, targets: Tensor, teacher: Spoken | None) -> TokenTerms:
+    """The terms of n tokens from logits (n, V), targets (n,) and what the teacher says at the same positions."""
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
-    return nll, torch.zeros_like(nll) if teacher is None else teacher.kl(log_probs)
+    kl = torch.zeros_like(nll) if teacher is None else teacher.kl(log_probs)
+    return TokenTerms(nll, kl, log_probs, targets, teacher)
 
 
 def response_positions(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:

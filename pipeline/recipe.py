@@ -26,7 +26,6 @@ from ..merge.config import MergeConfig
 from ..prune.config import PruneConfig
 from ..retain.config import RetainConfig
 from ..sort.config import SortConfig
-from ..training.config import needs_teacher
 from .explain import one_line
 from .options import as_json
 from .overrides import apply_override
@@ -265,7 +264,7 @@ def _teacher_problems(recipe: RecipeKeys | None) -> list[Problem]:
         for section in (recipe.distill, recipe.sort)
         if section is not None
         and section.teacher.kind == "cached"
-        and any(needs_teacher(student.objective) for student in section.students)
+        and any(student.objective.needs_teacher for student in section.students)
     ]
 
 

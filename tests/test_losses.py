@@ -12,8 +12,11 @@ import torch
 from compress.modeling.agreement import Head, States, response_positions
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
-from compress.training.config import Asft, Dft, Kd, Sft
-from compress.training.losses import TopK, needs_teacher, objective_loss
+from compress.training.losses import TopK, objective_loss
+from compress.training.objectives.asft import Asft
+from compress.training.objectives.dft import Dft
+from compress.training.objectives.kd import Kd
+from compress.training.objectives.sft import Sft
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -153,12 +156,12 @@ def test_a_missing_teacher_is_an_error_where_one_is_needed(objective: Any) -> No
         found = objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"])
         torch.testing.assert_close(found.loss.detach(), expected(objective.kind, s, None)[0])
         assert found.kl == 0
-    assert needs_teacher(objective) is (objective.kind in ("asft", "kd"))
+    assert objective.needs_teacher is (objective.kind in ("asft", "kd"))
 
 
 def test_an_anchor_without_weight_is_dft() -> None:
     s = sample(5)
-    assert not needs_teacher(Asft(kl_weight=0))
+    assert not Asft(kl_weight=0).needs_teacher
     found = objective_loss(Asft(kl_weight=0), s["hidden"], Head(s["weight"]), s["targets"])
     torch.testing.assert_close(found.loss.detach(), expected("dft", s, None)[0], rtol=1e-11, atol=0)
 

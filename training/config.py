@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.registry import named
 from ..core.stage import Section
-
-
-def _named(value: Any) -> Any:
-    """`objective: asft` is short for `objective: {kind: asft}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-class Sft(Section):
-    """Supervised fine-tuning: the negative log-likelihood of the response."""
-
-    kind: Literal["sft"] = "sft"
-
-
-class Dft(Section):
-    """Dynamic fine-tuning (arXiv 2508.05629): the likelihood-weighted negative log-likelihood."""
-
-    kind: Literal["dft"] = "dft"
-
-
-class Asft(Section):
-    """Anchored fine-tuning (arXiv 2509.23753): dft plus a KL term that holds the model to the unpruned one."""
-
-    kind: Literal["asft"] = "asft"
-    kl_weight: float = Field(
-        default=0.05, ge=0, description="weight of KL(unpruned ‖ student), over the full vocabulary"
-    )
-
-
-class Kd(Section):
-    """Distillation: KL(unpruned ‖ student), over the full vocabulary."""
-
-    kind: Literal["kd"] = "kd"
+from .objectives import OBJECTIVES
+from .objectives.asft import Asft
 
 
 class Lora(Section):
@@ -88,15 +59,13 @@ class Cached(Section):
     kind: Literal["cached"] = "cached"
 
 
-Objective = Annotated[Sft | Dft | Asft | Kd, Field(discriminator="kind"), BeforeValidator(_named)]
-Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(_named)]
-Teacher = Annotated[Copy | Shared | Cached, Field(discriminator="kind"), BeforeValidator(_named)]
+Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(named)]
+Teacher = Annotated[Copy | Shared | Cached, Field(discriminator="kind"), BeforeValidator(named)]
 Schedule = Literal["cosine", "linear", "constant"]
-
-
-def needs_teacher(objective: Sft | Dft | Asft | Kd) -> bool:
-    """Whether the objective has a KL term."""
-    return isinstance(objective, Kd) or (isinstance(objective, Asft) and objective.kl_weight > 0)
+if TYPE_CHECKING:
+    from .objectives import Objective as AnyObjective
+else:
+    AnyObjective = OBJECTIVES.union()
 
 
 class TrainingConfig(Section):
@@ -105,7 +74,7 @@ class TrainingConfig(Section):
     stage: ClassVar[str]  # the section's name in a recipe
     sorts: ClassVar[bool] = False  # trains several depths, which the checkpoint then records
 
-    objective: Objective = Field(default_factory=Asft, description="sft, dft, asft or kd; on response tokens only")
+    objective: AnyObjective = Field(default_factory=Asft, description=f"{OBJECTIVES.listed()}; on response tokens only")
     tune: Tune = Field(default_factory=Lora, description="lora or full")
     teacher: Teacher = Field(
         default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"

@@ -1,9 +1,7 @@
 """Objectives on response tokens, computed from hidden states a chunk of positions at a time.
 
-Every objective is a function of two numbers per response token: the student's negative log-likelihood of the token,
-and KL(teacher ‖ student) at its position, over the full vocabulary or over buckets of it. The logits of a whole batch
-never exist: a chunk's gradient with respect to its hidden states is taken while its logits are there, and kept in
-their place.
+The objectives themselves are in training/objectives. The logits of a whole batch never exist: a chunk's gradient with
+respect to its hidden states is taken while its logits are there, and kept in their place.
 """
 
 from __future__ import annotations
@@ -14,22 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.agreement import Anchor, Head, token_terms
-from .config import Asft, Dft, Kd, Sft, needs_teacher
-
-
-def combine(objective: Sft | Dft | Asft | Kd, nll: Tensor, kl: Tensor) -> Tensor:
-    """Loss per token (N,) from the negative log-likelihoods and the KL divergences (N,), both in nats.
-
-    dft weights each token by its own likelihood without a gradient through the weight (arXiv 2508.05629);
-    asft adds the anchor (arXiv 2509.23753).
-    """
-    if isinstance(objective, Sft):
-        return nll
-    if isinstance(objective, Kd):
-        return kl
-    dft = (-nll).exp().detach() * nll
-    return dft if isinstance(objective, Dft) else dft + objective.kl_weight * kl
+from ..modeling.agreement import Anchor, Head, Spoken, token_terms
+from .objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class LossSums:
 
 
 def objective_loss(
-    objective: Sft | Dft | Asft | Kd,
+    objective: Objective,
     hidden: Tensor,
     head: Head,
     targets: Tensor,
@@ -91,7 +75,7 @@ def objective_loss(
 
 
 def weighted_loss(
-    objective: Sft | Dft | Asft | Kd,
+    objective: Objective,
     hidden: Tensor,
     weights: Tensor,
     head: Head,
@@ -105,13 +89,21 @@ def weighted_loss(
     worked out once for all P. Returns the sum, which carries the gradient, and (3, P, N) without one: loss, negative
     log-likelihood and KL per token.
     """
-    if needs_teacher(objective) and anchor is None:
+    if objective.needs_teacher and anchor is None:
         raise ValueError(f"the objective {objective.kind} needs a teacher")
     weight = head.weight
     if not torch.is_grad_enabled():  # the function below cannot see that no gradient is wanted
         hidden, weight = hidden.detach(), weight.detach()
     loss, values = _Chunked.apply(hidden, weight, weights, objective, head, targets, anchor, chunk)
     return loss, values
+
+
+def _per_token(
+    objective: Objective, logits: Tensor, targets: Tensor, teacher: Spoken | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, negative log-likelihood and KL of n tokens, (n,) each; all else about them is let go."""
+    terms = token_terms(logits, targets, teacher)
+    return objective.loss(terms), terms.nll, terms.kl
 
 
 class _Chunked(torch.autograd.Function):
@@ -123,7 +115,7 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         weights: Tensor,
-        objective: Sft | Dft | Asft | Kd,
+        objective: Objective,
         head: Head,
         targets: Tensor,
         anchor: Anchor | None,
@@ -141,8 +133,7 @@ class _Chunked(torch.autograd.Function):
                 with torch.set_grad_enabled(wants_hidden or wants_weight):
                     h = hidden[number, part].detach().requires_grad_(wants_hidden)
                     w = weight.detach().requires_grad_(wants_weight)
-                    nll, kl = token_terms(head.logits(h, w), targets[part], teacher)
-                    loss = combine(objective, nll, kl)
+                    loss, nll, kl = _per_token(objective, head.logits(h, w), targets[part], teacher)
                     total = (loss * weights[number, part]).sum()
                 if wants_hidden or wants_weight:
                     wanted = [tensor for tensor in (h, w) if tensor.requires_grad]

@@ -14,7 +14,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from .cached import CachedTeacher
-from .config import Cached, Copy, Lora, Shared, TrainingConfig, needs_teacher
+from .config import Cached, Copy, Lora, Shared, TrainingConfig
 from .depths import Depths
 from .job import TrainingJob
 from .sharding import sharded
@@ -43,7 +43,7 @@ class Preparation:
         """A job's student, its teacher (none where the objective asks nothing of one), and the held-out rows; `later`
         are the jobs to come."""
         config, way, tune = job.config, job.config.teacher, job.config.tune
-        anchored = needs_teacher(config.objective)
+        anchored = config.objective.needs_teacher
         bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
         if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
             shared = SharedTeacher(self.inputs.base, self.inputs.model, tune, job.context)
@@ -57,7 +57,7 @@ class Preparation:
             teacher = CachedTeacher(self.inputs.stages["data"], train) if cached else self._copied(how)
         ran = f"copy {how.quantize}"
         held_out = self._look(ran, lambda: self._copied(how))
-        if not (isinstance(way, Copy) and any(needs_teacher(other.config.objective) for other in later)):
+        if not (isinstance(way, Copy) and any(other.config.objective.needs_teacher for other in later)):
             self._copy = None  # unless it is the teacher, it was only needed to say how far the students are from it
         student = build_student(config, self.inputs, job.context)
         self._known[ran] = held_out.with_head_of(student.decoder)

@@ -19,7 +19,7 @@ from ...merge.config import SHARD, MergeConfig
 from ...prune.config import PruneConfig, RefitHeal
 from ...retain.config import RetainConfig, head_width
 from ...sort.config import SortConfig
-from ...training.config import Copy, Full, Lora, Shared, TrainingConfig, needs_teacher
+from ...training.config import Copy, Full, Lora, Shared, TrainingConfig
 from ..report.html import megabytes
 from .geometry import Geometry
 
@@ -250,7 +250,7 @@ def _student_memory(config: TrainingConfig, at: Setting) -> StageMemory:
     """Student, teacher, what the backward pass needs, and one chunk of logits, at one depth after another."""
     shape, tokens = at.shape, config.batch * config.length
     student = shape.parameters(at.kept)
-    anchored = needs_teacher(config.objective)
+    anchored = config.objective.needs_teacher
     shared = anchored and isinstance(config.teacher, Shared) and isinstance(config.tune, Lora)
     if isinstance(config.tune, Full):
         weights, adapters, trained = student * 4, 0, student

@@ -16,7 +16,7 @@ from ...distill.config import DistillConfig
 from ...merge.config import MergeConfig
 from ...retain.config import SPREAD, RetainConfig, measured_after
 from ...sort.config import SortConfig
-from ...training.config import Cached, Full, TrainingConfig, needs_teacher
+from ...training.config import Cached, Full, TrainingConfig
 from .devices import Work
 from .measuring import evaluate_work, export_work, merge_work
 from .memory import TEMPLATE, Setting, head_parameters
@@ -97,7 +97,7 @@ def _training(config: TrainingConfig, at: Setting, train: float, held: float, te
     factor = 3 if isinstance(config.tune, Full) else 2  # forward and backward; the weights' own gradients
     factor += config.gradient_checkpointing
     flops = steps * per_step * student * factor
-    if needs_teacher(config.objective) and not isinstance(config.teacher, Cached):
+    if config.objective.needs_teacher and not isinstance(config.teacher, Cached):
         flops += steps * per_step * teacher
     heads = len(config.depths) if isinstance(config, SortConfig) else 1
     measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)

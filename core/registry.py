@@ -1,0 +1,164 @@
+"""Methods found by name: one class in one file of a folder, and those that installed packages add.
+
+A method is a class derived from the base class of its folder (an objective, a metric, a heal, a search). Its fields are
+its options in the recipe, `kind` is its name there, and the file that holds it has that name too:
+
+    class Focal(Objective):                       # training/objectives/focal.py
+        kind: Literal["focal"] = "focal"
+        gamma: float = 2.0
+
+Another package adds one with an entry point of that name in the folder's group:
+
+    [project.entry-points."compress.objectives"]
+    focal = "my_package.focal:Focal"
+
+Methods are imported when a recipe is checked, so their files must not import torch at the top.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, distributions
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from .errors import UserError
+from .stage import Section
+
+
+class Method(Section):
+    """What a folder's base class derives from: one way to do something, and its options."""
+
+    kind: str  # each method narrows it to its own name: Literal["asft"] = "asft"
+
+
+M = TypeVar("M", bound=Method)
+UNUSABLE = "unusable_method"  # type of pydantic's error for a method that is there and cannot be used
+_PACKAGES: dict[type, tuple[str, str]] = {}  # the package and version that added a method
+
+
+def named(value: Any) -> Any:
+    """`objective: asft` is short for `objective: {kind: asft}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Registry(Generic[M]):
+    """The methods in a package's folder and in the entry points of a group.
+
+    `base` is the class they derive from, `noun` what messages call one. Lists begin with the names in `first`, in that
+    order; all others follow alphabetically.
+    """
+
+    def __init__(self, package: str, base: type[M], group: str, noun: str, first: Sequence[str] = ()):
+        self._package, self._base, self._group, self._noun, self._first = package, base, group, noun, first
+        self.unusable: dict[str, str] = {}  # why, by name; complete once `methods` was read
+
+    @property
+    def names(self) -> list[str]:
+        """The names a recipe may give."""
+        return list(self.methods)
+
+    @cached_property
+    def methods(self) -> dict[str, type[M]]:
+        """Every method by its name."""
+        found: dict[str, type[M]] = {}
+        for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+            found[module.name] = self._of_module(f"{self._package}.{module.name}", module.name)
+        points = [point for point in _entry_points() if point.group == self._group]
+        for point in sorted(points, key=lambda point: (point.name, *_origin(point))):
+            if point.name in found or point.name in self.unusable:
+                other = " ".join(_PACKAGES.get(found.pop(point.name, Method), ("compress",)))
+                self.unusable[point.name] = (
+                    f"the {self._noun} {point.name!r} is in two packages, {other} and {' '.join(_origin(point))}; "
+                    "uninstall one of them"
+                )
+            elif (method := self._of_entry_point(point)) is not None:
+                found[point.name] = method
+        order = {name: number for number, name in enumerate(self._first)}
+        return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+    def get(self, name: str) -> type[M]:
+        """The method of that name. Raises `UserError` where there is none, or where it cannot be used."""
+        if name in self.methods:
+            return self.methods[name]
+        if name in self.unusable:
+            raise UserError(self.unusable[name])
+        near = get_close_matches(name, self.names, 1)
+        meant = f"; did you mean {near[0]!r}?" if near else "."
+        raise UserError(f"there is no {self._noun} {name!r}{meant} There are: {', '.join(self.names)}")
+
+    def union(self) -> Any:
+        """The type of a recipe's key that takes one of the methods: a name, or a mapping with `kind` and options."""
+
+        def usable(value: Any) -> Any:
+            value = named(value)
+            kind = value.get("kind") if isinstance(value, dict) else None
+            if isinstance(kind, str) and kind in self.unusable:
+                raise PydanticCustomError(UNUSABLE, "{why}", {"why": self.unusable[kind]})
+            return value
+
+        kinds = tuple(self.methods.values())
+        return Annotated[Union[kinds], Field(discriminator="kind"), BeforeValidator(usable)]  # noqa: UP007
+
+    def listed(self) -> str:
+        """The names as a sentence has them: sft, dft or kd."""
+        return " or ".join(part for part in (", ".join(self.names[:-1]), self.names[-1]) if part)
+
+    def _of_module(self, module: str, name: str) -> type[M]:
+        for value in vars(importlib.import_module(module)).values():
+            if self._is_method(value, name):
+                return value
+        raise TypeError(f"{module} has no {self._base.__name__} whose kind is {name!r}")
+
+    def _of_entry_point(self, point: EntryPoint) -> type[M] | None:
+        """The class it names; None, with the reason noted, where a foreign package is broken."""
+        try:
+            method: Any = point.load()
+            if not self._is_method(method, point.name):
+                raise TypeError(f"{point.value} is no {self._base.__name__} whose kind is {point.name!r}")
+            method.model_rebuild()
+        except (Exception, SystemExit) as error:  # whatever a module of others does when it is imported
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            package = " ".join(_origin(point))
+            self.unusable[point.name] = f"the {self._noun} {point.name!r} of the package {package} is broken: {why}"
+            return None
+        _PACKAGES[method] = _origin(point)
+        return method
+
+    def _is_method(self, value: Any, name: str) -> bool:
+        if not (isinstance(value, type) and issubclass(value, self._base)):
+            return False
+        kind = value.model_fields["kind"]
+        return get_args(kind.annotation) == (name,) and kind.default == name
+
+
+def packages(value: Any) -> dict[str, str]:
+    """The packages that added the methods which a section of a recipe uses, with their versions."""
+    found: dict[str, str] = {}
+    if isinstance(value, BaseModel):
+        if type(value) in _PACKAGES:
+            name, version = _PACKAGES[type(value)]
+            found[name] = version
+        value = [getattr(value, name) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        value = list(value.values())
+    for part in value if isinstance(value, (list, tuple)) else ():
+        found |= packages(part)
+    return found
+
+
+@cache
+def _entry_points() -> list[EntryPoint]:
+    """Those of all installed packages, read once: it takes a tenth of a second."""
+    return [point for package in distributions() for point in package.entry_points]
+
+
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    """Name and version of the package that an entry point is of."""
+    return (point.dist.name, point.dist.version) if point.dist is not None else (point.module, "")
