@@ -11,12 +11,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..core.errors import UserError
+from ..core.extras import REPORT, need
 from ..core.files import write_whole
 from ..pipeline.report.collect import BENCH
 from ..pipeline.report.html import bench_page, megabytes, number, percent
 from ..pipeline.summary import LAST, rebuild
 from ..runtime.bench import DepthFigures
 from ..runtime.bundle import Manifest
+from .run_commands import errors
 
 
 def bench_entries(manifest: Manifest, found: Sequence[DepthFigures], drafts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -103,4 +106,9 @@ def keep_in_run(report: dict[str, Any], bundle: Path) -> list[Path]:
     if not (run / LAST).is_file():
         return []
     write_whole(run / BENCH, json.dumps({**report, "stage": stage.name}, indent=2) + "\n")
+    try:
+        need("drawing the run's report again", *REPORT)
+    except UserError as error:  # what was measured is kept all the same
+        errors.print(f"note: {error}", style="yellow")
+        return [run / BENCH]
     return [run / BENCH, *rebuild(run)]

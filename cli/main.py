@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import UserError
+from ..core.extras import FULL, REPORT, missing, need
 from ..pipeline.explain import explained, without_foreign_advice
 from . import run_commands, serve_command
 
@@ -89,6 +90,8 @@ def run(
     from ..pipeline.runner import Options, execute, plan_run
     from ..pipeline.summary import finish
 
+    if not dry_run:
+        need("compress run", *FULL)
     with processes(device) as (group, own_device):
         _check_dtype(dtype)
         options = Options(runs, own_device, dtype, until, start, shard)
@@ -192,6 +195,7 @@ def export(
     """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
     from .direct import export_command
 
+    need("compress export", *FULL)
     export_command(checkpoint, out, _split(gguf), _split(onnx), _split(depths), name, runs / ".sources", _progress())
     console.print(f"bundle: {out}")
 
@@ -230,6 +234,7 @@ def merge(
     from ..core.stage import Context
     from .direct import merge_command
 
+    need("compress merge", *FULL)
     context = Context(seed=seed, device=device, progress=_progress())
     merge_command(checkpoints, out, method, base, settings or [], context, runs / ".sources")
     console.print(f"merged: {out}")
@@ -265,6 +270,7 @@ def evaluate(
     """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed, retrieval."""
     from .direct import eval_command
 
+    need("compress eval", *FULL)
     _check_dtype(dtype)
     settings = {"text": text, "tasks": task or [], "tokens": tokens, "window": window, "limit": limit}
     if task_folder is not None:
@@ -289,6 +295,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as run
     """Write report.json and report.html of a run again, from its stage folders."""
     from ..pipeline.summary import rebuild
 
+    need("compress report", *REPORT)
     for file in rebuild(run_folder):
         console.print(str(file), highlight=False)
 
@@ -353,6 +360,8 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
         sys.exit(130)
     except Exception as error:
         known = explained(error, f"{name} {' '.join(arguments)}")
+        if isinstance(error, ModuleNotFoundError):
+            known = missing(" ".join(["compress", *arguments[:1]]), error)
         if known is None:
             raise
         _refuse(known)

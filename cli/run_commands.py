@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ..core.errors import UserError
+from ..core.extras import need
 from ..core.files import why_not_utf8
 from ..pipeline.places import check_file_place, check_text, decode, read_standard_input
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
@@ -230,6 +231,8 @@ def bench(
         raise UserError(f"--out {out}: must end in .html or .json")
     if out is not None:
         check_file_place(out)
+        if out.suffix == ".html":
+            need("compress bench --out with a page", "matplotlib")
     how: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -31,6 +31,9 @@ def serve(
 ) -> None:
     """Serve a bundle as OpenAI's API; NAME@18 as the model's name runs 18 blocks. Ctrl-C ends it."""
     from ..core.errors import UserError
+    from ..core.extras import need
+
+    need("compress serve", "starlette", "uvicorn")
     from ..runtime.generator import check_depth
     from ..runtime.serve.server import address, is_loopback, listen
     from ..runtime.serve.server import serve as run

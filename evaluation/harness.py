@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.extras import load_library
 from ..core.stage import Advance, Context
 from ..modeling.checkpoint import quiet
 from .config import EvaluateConfig
@@ -30,13 +31,7 @@ def load_tasks(config: EvaluateConfig, context: Context) -> dict[str, list[Any]]
 
     Raises `UserError` where lm-eval is missing, for unknown names, and for data that cannot be had.
     """
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"evaluate.tasks: {', '.join(config.harness_tasks)} are run by lm-eval, which is not installed ({error}); "
-            "install it with: pip install 'compress[eval]'"
-        ) from error
+    load_library(f"evaluate.tasks: {', '.join(config.harness_tasks)}", "lm_eval.tasks")
     folder = context.resolve(config.harness.folder) if config.harness.folder else None
     if folder is not None and not folder.is_dir():
         raise UserError(f"evaluate.harness.folder: there is no folder {folder}")

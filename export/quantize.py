@@ -7,14 +7,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from ..core.errors import UserError
+from ..core.extras import package_folder
 
 Type = GGMLQuantizationType
 # Recipe name -> (what general.file_type says, the type most tensors get)
@@ -32,10 +31,7 @@ ROWS_AT_ONCE = 1 << 22  # values per thread and call
 
 @cache
 def _ggml() -> ctypes.CDLL:
-    spec = find_spec("libggml")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("libggml-python is not installed; run `pip install libggml-python`")
-    folder = Path(spec.submodule_search_locations[0])
+    folder = package_folder("quantizing for GGUF", "libggml")
     found = sorted(folder.glob("lib*/libggml-base.*")) + sorted(folder.glob("*/ggml-base.dll"))
     if not found:
         raise UserError(f"libggml-python in {folder} has no ggml-base library for this system")

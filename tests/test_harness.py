@@ -167,7 +167,7 @@ def test_what_cannot_be_run_is_refused_before_any_work(home, model, monkeypatch)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     config = EvaluateConfig(tasks=["arc_easy"])
-    with pytest.raises(UserError, match=r"arc_easy are run by lm-eval.*compress\[eval\]"):
+    with pytest.raises(UserError, match=r"arc_easy needs lm-eval.*pip install 'llm-compress\[eval\]'"):
         evaluation_stage.check(config, folder, context)
 
 

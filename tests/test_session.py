@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -375,40 +373,6 @@ def test_leaving_depths_out_of_memory(bundle, checkpoint, engine):
     with Session(bundle, engine, threads=1, deepest=3, context=256) as session:
         assert session.depths == (2, 3)
         check_greedy(checkpoint, 3, IDS[:9], write(session, IDS[:9], 8, 3), engine)
-
-
-BLOCKED = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "onnx", "onnx_ir", "datasets", "matplotlib"):
-            raise ImportError(name + " is not installed here")
-sys.meta_path.insert(0, Blocker())
-"""
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_generating_needs_no_torch(bundle, engine):
-    """The command line itself, where torch and transformers cannot be imported."""
-    command = [
-        "generate",
-        str(bundle),
-        "--prompt",
-        "the way",
-        "--engine",
-        engine,
-        "--max-tokens",
-        "5",
-        "--threads",
-        "1",
-    ]
-    script = BLOCKED + f"sys.argv = {['compress', *command]!r}\nfrom compress.cli.main import main\nmain()\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with Session(bundle, engine, threads=1) as session:
-        expected = text_of(session, Settings(max_tokens=5), [{"role": "user", "content": "the way"}])
-    assert done.stdout == expected + "\n"
-    assert engine in done.stderr
 
 
 @pytest.fixture(scope="module")

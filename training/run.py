@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.extras import load_library
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs
 from ..data.calibration import pad_id
@@ -42,11 +43,7 @@ def check(config: TrainingConfig, base: Path, context: Context) -> None:
     copied = config.teacher.quantize if isinstance(config.teacher, Copy) else None
     bits = copied or next((t.quantize_base for t in tunes if isinstance(t, Lora) and t.quantize_base), None)
     if bits or config.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            what = f"{config.stage}: {bits or config.optimizer}"
-            raise UserError(f"{what} needs bitsandbytes, which failed: {error}") from error
+        load_library(f"{config.stage}: {bits or config.optimizer}", "bitsandbytes")
 
 
 def _check_shard(config: TrainingConfig, context: Context) -> None:
