@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..modeling.attention import Heads, own_attention
-from ..modeling.blocks import AttentionShape, Decoder
+from ..modeling.blocks import Decoder
 from ..modeling.rotary import Rotary, check_positions
+from ..modeling.shape import AttentionShape
 
 Positions = Literal["true", "contiguous"]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import read_json
+from ..modeling.families import family_of
+from ..modeling.shape import AttentionShape
 from ..runtime.bundle import ArtifactEntry, Manifest
 from .ends import end_tokens, read_vocabulary
 
@@ -56,10 +58,10 @@ def optimum_runs(config: dict[str, Any]) -> bool:
 
     It takes a head's size to be hidden size ÷ heads but for Gemma-3, and Phi-3 to have as many KV heads as heads.
     """
-    heads, size = config["num_attention_heads"], config.get("head_dim")
-    if config["model_type"] == "phi3" and config.get("num_key_value_heads") not in (None, heads):
+    builder, shape = family_of(config).onnx, AttentionShape.of(config)
+    if builder is None or not (builder.optimum_kv_heads or shape.kv_heads == shape.heads):
         return False
-    return config["model_type"] == "gemma3_text" or size in (None, config["hidden_size"] // heads)
+    return builder.optimum_head_dim or shape.size == config["hidden_size"] // shape.heads
 
 
 def _first_type(manifest: Manifest, form: str) -> list[ArtifactEntry]:

@@ -22,18 +22,16 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 from ..core.errors import UserError
 from ..core.stage import Progress
-from ..modeling.gguf_layout import ARCHITECTURES, Array, head_size, rope_settings
+from ..modeling.families import family_of
+from ..modeling.gguf_layout import Array
 from ..modeling.load import load_config
+from ..modeling.shape import LONGROPE, AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
 from .gguf_source import Source
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
 from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
 
 TYPES = tuple(FILE_TYPES)
-ROPES = ("default", "linear", "yarn", "llama3", "longrope", "su")
-# Kinds that llama.cpp reads from a tensor of factors, which not all of its architectures look for.
-FACTOR_KINDS = {"llama3": ("llama", "mistral"), "longrope": ("llama", "mistral", "phi3"), "su": ("phi3",)}
-# What the MLPs of a family compute in llama.cpp, where that is not silu.
-ACTIVATIONS = {"gemma3_text": ("gelu_pytorch_tanh",)}
+ROPES = ("default", "linear", "yarn", "llama3", *LONGROPE)  # that can be written; a family takes some of them
 
 
 @dataclass(frozen=True)
@@ -73,28 +71,24 @@ def check_gguf(checkpoint: Path) -> None:
 
 def _unlike_llamacpp(config: Any) -> Iterator[str]:
     """What a configuration asks for and llama.cpp's graph of its family does not do."""
-    family = config.model_type
+    family, name = family_of(config), config.model_type
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    known = ACTIVATIONS.get(family, ("silu", "swish"))
-    if activation not in known:
-        yield f"its MLP computes {activation}, llama.cpp's {family} {known[0]}"
+    if activation not in family.activations:
+        yield f"its MLP computes {activation}, llama.cpp's {name} {family.activations[0]}"
     if getattr(config, "attn_logit_softcapping", None):
         yield "its attention is soft-capped (attn_logit_softcapping), llama.cpp's is not"
     if getattr(config, "use_bidirectional_attention", None):
         yield "its attention looks ahead (use_bidirectional_attention), llama.cpp's does not"
-    if family == "gemma3_text":
-        local = config.rope_parameters.get("sliding_attention") or {}
-        if local.get("rope_type", "default") != "default":
-            yield "the positions of its sliding blocks are scaled, llama.cpp scales those of full attention alone"
+    if family.gguf.windows == "blocks" and rope_settings(config, "sliding_attention")["rope_type"] != "default":
+        yield "the positions of its sliding blocks are scaled, llama.cpp scales those of full attention alone"
     rope = rope_settings(config)
-    kind = rope.get("rope_type", "default")
-    turned = rope.get("partial_rotary_factor", 1.0)
-    if family in ("llama", "mistral") and turned != 1:
+    kind, turned = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
+    if turned != 1 and not family.partial_rotary:
         yield f"its positions turn {turned:g} of each head (partial_rotary_factor), llama.cpp's all"
     if kind not in ROPES:
         yield f"rope scaling {kind!r} is not one of llama.cpp's ({', '.join(ROPES)})"
-    if kind in FACTOR_KINDS and family not in FACTOR_KINDS[kind]:
-        yield f"llama.cpp has no rope scaling {kind!r} for {family}"
+    elif kind not in family.gguf.ropes:
+        yield f"llama.cpp has no rope scaling {kind!r} for {name}"
     if kind == "yarn":
         yield from _unlike_yarn(rope)
 
@@ -154,16 +148,15 @@ class Conversion:
         return GgufInfo(self.qtype, file.stat().st_size, 8 * self.bytes / weights, fallbacks, kinds)
 
     def _type(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-        config = self.config
-        blocks, tied = config.num_hidden_layers, config.tie_word_embeddings
-        grouped = config.model_type == "qwen2" or config.num_attention_heads != config.num_key_value_heads
-        big = blocks == 80 and grouped and config.model_type in ("llama", "mistral", "qwen2")
+        blocks, tied = self.config.num_hidden_layers, self.config.tie_word_embeddings
+        rule, heads = family_of(self.config).gguf.is_70b, AttentionShape.of(self.config)
+        big = blocks == 80 and (rule == "always" or (rule == "grouped" and heads.heads != heads.kv_heads))
         weighted = self.imatrix is not None
         return tensor_type(name, shape, self.qtype, blocks, tied=tied, importance=weighted, is_70b=big)
 
     def writer(self) -> GGUFWriter:
         """A writer that holds the architecture's name and nothing else."""
-        return GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[self.config.model_type]])
+        return GGUFWriter(None, family_of(self.config).gguf.architecture)
 
     def described(self, config: Any, name: str) -> GGUFWriter:
         """A writer that holds all metadata of the model with this configuration, vocabulary included."""
@@ -237,12 +230,11 @@ def write_gguf(
 def context_length(config: Any) -> int:
     """The longest text that llama.cpp runs as the checkpoint does.
 
-    Of these families it slides attention windows for Gemma-3 alone; within one window full attention is the same.
+    Where it slides no windows: within one window full attention is the same.
     """
-    window = getattr(config, "sliding_window", None)
-    if config.model_type == "gemma3_text" or not window:
+    if family_of(config).gguf.windows == "blocks" or not any(sliding_blocks(config)):
         return config.max_position_embeddings
-    return min(window, config.max_position_embeddings)
+    return min(config.sliding_window, config.max_position_embeddings)
 
 
 def safe_name(name: str, checkpoint: Path) -> str:
@@ -259,7 +251,7 @@ def safe_name(name: str, checkpoint: Path) -> str:
 
 
 def _write_metadata(writer: GGUFWriter, config: Any, qtype: str, name: str) -> None:
-    rope, size = rope_settings(config), head_size(config)
+    rope, shape = rope_settings(config), AttentionShape.of(config)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[qtype][0])
@@ -269,51 +261,46 @@ def _write_metadata(writer: GGUFWriter, config: Any, qtype: str, name: str) -> N
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
+    writer.add_key_length(shape.size)
+    writer.add_value_length(shape.size)
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(int(size * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(rotated_size(config))
     _write_scaling(writer, config, rope)
-    family: dict[str, Callable[[GGUFWriter, Any], None]] = {"phi3": _write_phi3, "gemma3_text": _write_gemma3}
-    family.get(config.model_type, lambda *_: None)(writer, config)
+    family = family_of(config)
+    if family.gguf.windows == "one":
+        writer.add_sliding_window(config.sliding_window or 0)  # 0: full attention
+    if family.gguf.windows == "blocks":
+        _write_windows(writer, config)
+    if family.softcap and config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
-    kind = rope.get("rope_type", "default")
+    kind, always = rope["rope_type"], family_of(config).gguf.original_context
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if kind in ("longrope", "su"):
-        original = _original_context(config, rope)
+    if kind in LONGROPE:
+        original = original_context(config)
         scale = rope.get("factor") or config.max_position_embeddings / original
-        if config.model_type != "phi3":  # whose files have it in any case
+        if not always:
             writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or attention)
+    if always:
+        writer.add_rope_scaling_orig_ctx_len(original_context(config))
 
 
-def _original_context(config: Any, rope: dict[str, Any]) -> int:
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return original or config.max_position_embeddings
-
-
-def _write_phi3(writer: GGUFWriter, config: Any) -> None:
-    writer.add_rope_scaling_orig_ctx_len(_original_context(config, rope_settings(config)))
-    writer.add_sliding_window(getattr(config, "sliding_window", None) or 0)  # 0: full attention
-
-
-def _write_gemma3(writer: GGUFWriter, config: Any) -> None:
-    slides = [kind == "sliding_attention" for kind in config.layer_types]
+def _write_windows(writer: GGUFWriter, config: Any) -> None:
+    slides = sliding_blocks(config)
     if any(slides):  # llama.cpp ends the process at a window that no block uses
         writer.add_sliding_window(config.sliding_window)
         # Said block by block: after blocks went, the pattern no longer repeats.
         writer.add_sliding_window_pattern(slides)
-        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        writer.add_rope_freq_base_swa(rope_settings(config, "sliding_attention")["rope_theta"])

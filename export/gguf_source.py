@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..modeling.families import family_of
 from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_names, to_gguf
 from ..modeling.weights import tensor_headers
 
@@ -17,7 +18,7 @@ class Source:
     def __init__(self, checkpoint: Path, config: Any):
         self.config = config
         headers = tensor_headers(checkpoint)
-        names = tensor_names(config.model_type, config.num_hidden_layers, list(headers))
+        names = tensor_names(family_of(config), config.num_hidden_layers, list(headers))
         self.files: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in sorted(headers.items()):
@@ -70,6 +71,6 @@ def file_order(name: str) -> tuple[int, int, str]:
 
 def differing_tensors(config: Any, depths: Sequence[int]) -> list[str]:
     """Tensors that are not the same at every depth: Gemma-3's query norms, where one depth is 62 (`query_scale`)."""
-    if config.model_type != "gemma3_text" or len({query_scale(config, depth) for depth in depths}) == 1:
+    if not family_of(config).gguf.query_scale or len({query_scale(config, depth) for depth in depths}) == 1:
         return []
     return [f"blk.{block}.attn_q_norm.weight" for block in range(config.num_hidden_layers)]

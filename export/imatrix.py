@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,14 +18,14 @@ from ..core.errors import UserError
 from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
-from ..modeling.gguf_layout import ARCHITECTURES
+from ..modeling.gguf_layout import name_map
 
 
 @torch.no_grad()
 def collect(model: Any, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, NDArray[np.float32]]:
     """Mean squared inputs (columns,) of every linear layer in the blocks, by llama.cpp tensor name; no padding."""
     decoder = Decoder(model)
-    names = gguf.get_tensor_name_map(ARCHITECTURES[model.config.model_type], decoder.num_blocks)
+    names = name_map(decoder.family, decoder.num_blocks)
     sums: dict[str, Tensor] = {}
     real: list[Tensor] = []
     tokens = 0

@@ -26,8 +26,10 @@ from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.stage import Progress
 from ..modeling.checkpoint import link_file
+from ..modeling.families import FAMILIES, family_of
 from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
+from ..modeling.shape import rope_settings, rotated_size, sliding_blocks
 from ..modeling.weights import count_parameters
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
@@ -35,24 +37,6 @@ from .onnx_depths import spread, weights_read
 from .onnx_retaining import add_heads, head_bytes
 
 PRECISIONS = ("int4", "int8", "fp32")
-# model_type -> the architecture name the builder knows it by.
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-# Rotary embeddings that the builder makes as transformers does; of the others it makes silently something else.
-ROPES = {
-    "llama": ("default", "llama3"),
-    "mistral": ("default", "linear"),
-    "qwen2": ("default", "linear"),
-    "qwen3": ("default", "linear"),
-    "phi3": ("default", "longrope"),
-    "gemma3_text": ("default", "linear"),
-}
 # Settings that the builder passes over, with what attention would do.
 LEFT_OUT = {"attn_logit_softcapping": "is soft-capped", "use_bidirectional_attention": "looks ahead"}
 # The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
@@ -85,20 +69,17 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
     if precision not in PRECISIONS:
         why = ": ONNX Runtime's CPU kernels take no float16 attention" if precision == "fp16" else ""
         raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(PRECISIONS)}")
-    if family not in FAMILIES:
-        raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    builders = {name: record.onnx for name, record in FAMILIES.items() if record.onnx is not None}
+    if family not in builders:
+        raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(builders))}")
     if values.get("quantization_config"):
         raise UserError("ONNX export reads plain weights; this checkpoint is quantized already")
     for key, what in LEFT_OUT.items():
         if values.get(key):
             raise UserError(f"ONNX export of attention that {what} ({key}) is not supported")
-    rope = values.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPES[family]:
+    kind, turned = rope_settings(values)["rope_type"], rotated_size(values)
+    if kind not in builders[family].ropes:
         raise UserError(f"ONNX export of {family} with rope scaling {kind!r} is not supported")
-    head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    turned = int(head * rope.get("partial_rotary_factor", 1.0))
     if turned % 16:
         raise UserError(
             f"ONNX Runtime's attention needs rotary embeddings of a multiple of 16 dimensions, this model has {turned}"
@@ -218,9 +199,10 @@ def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Pa
 
 def _builder_config(config: dict[str, Any]) -> dict[str, Any]:
     """The builder takes the family from the architecture's name and sliding windows from `layer_types` alone."""
-    family = config["model_type"]
-    wanted = config | {"architectures": [FAMILIES[family]]}
-    if family in ("mistral", "phi3") and config.get("sliding_window") and not config.get("layer_types"):
+    builder = family_of(config).onnx
+    assert builder is not None, "check_onnx comes first"
+    wanted = config | {"architectures": [builder.architecture]}
+    if any(sliding_blocks(config)) and not config.get("layer_types"):
         wanted["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") == "longrope":

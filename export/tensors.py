@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from ..modeling.families import family_of
 from ..modeling.load import load_config
 from ..modeling.weights import Tensors
 from .gguf_source import Source
@@ -116,7 +117,6 @@ def dequantize_nbits(parts: list[Any], bits: int, block: int, columns: int) -> A
 
 
 MATRIX_OPERATORS = ("MatMul", "MatMulNBits", "Gather", "GatherBlockQuantized")
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 class CheckpointWeights:
@@ -129,7 +129,8 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Path):
         config = load_config(checkpoint)
         self.tied = config.tie_word_embeddings
-        self.norm_offset = np.float32(config.model_type == "gemma3_text")  # Gemma's norm multiplies by 1 + weight
+        family = family_of(config)
+        self.norm_offset, self.block = np.float32(family.norm_offset), family.block
         self.where = Tensors(checkpoint)
         self.seen: set[str] = set()
 
@@ -158,18 +159,17 @@ class CheckpointWeights:
         return sorted(set(self.where) - self.seen - tied)
 
     def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
-        number, kind, part = found.groups()
-        stem = f"model.layers.{number}.{'self_attn' if kind == 'attn' else 'mlp'}"
-        whole = f"{stem}.{part}_proj.{suffix}"
-        if whole in self.where:
-            return self.read(whole)
-        names = [f"{stem}.{piece}_proj.{suffix}" for piece in FUSED.get(part, ())]
-        if names and all(name in self.where for name in names):
-            return np.concatenate([self.read(name) for name in names])
-        fused = f"{stem}.gate_up_proj.{suffix}"  # Phi-3's checkpoint holds the two in one
-        if part in ("gate", "up") and fused in self.where:
-            return np.split(self.read(fused), 2)[part == "up"]
-        return None
+        """What the builder calls by one name may be several of the checkpoint's matrices, or half of one."""
+        number, _, part = found.groups()
+        qkv, mlp_in = self.block.qkv, self.block.mlp_in
+        wanted = {"qkv": qkv, "gate_up": mlp_in, "o": (self.block.attention_out,), "down": (self.block.mlp_out,)}
+        wanted |= {piece: (name,) for piece, name in zip("qkv", qkv, strict=False) if len(qkv) == 3}
+        wanted |= {"gate": mlp_in[:1], "up": mlp_in[-1:]}
+        names = [f"model.layers.{number}.{name}.{suffix}" for name in wanted.get(part, ())]
+        if not names or not all(name in self.where for name in names):
+            return None
+        values = np.concatenate([self.read(name) for name in names])
+        return np.split(values, 2)[part == "up"] if part in ("gate", "up") and len(mlp_in) == 1 else values
 
     def read(self, name: str) -> Array:
         self.seen.add(name)

@@ -20,8 +20,8 @@ import torch
 from ..core.errors import UserError
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
-from ..modeling.gguf_layout import rope_kinds
 from ..modeling.retaining import RetainingHeads
+from ..modeling.shape import by_length, original_context, scaled
 from ..runtime.bundle import Verification
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
@@ -105,30 +105,12 @@ def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -
     return windows
 
 
-def original_context(config: Any) -> int | None:
-    """The context before rotary positions were scaled; None where they are not."""
-    kinds = rope_kinds(config)
-    scaled = next((rope for rope in kinds if rope.get("rope_type", "default") != "default"), None)
-    if scaled is None:
-        return None
-    original = scaled.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    longest = config.max_position_embeddings
-    return int(original or longest / scaled.get("factor", 1.0))
-
-
-def by_length(config: Any) -> bool:
-    """Whether rotary frequencies go by the length of the text."""
-    return any(rope.get("rope_type") in ("longrope", "su") for rope in rope_kinds(config))
-
-
 def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[Window]:
     """A text that goes on `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
     none where rotary positions are not scaled, or where running it would take too long."""
-    original = original_context(config)
-    if original is None:
+    if not scaled(config):
         return []
+    original = original_context(config)
     length = min(original + FAR_TOKENS, context)
     if length <= original or parameters * length > FAR_COST:
         return []
@@ -145,10 +127,9 @@ def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
     """The checkpoint's distributions where half of a text stands far behind the other; None where rotary positions are
     not scaled, or scaled by the length of the text (longrope)."""
     decoder = Decoder(model)
-    original = original_context(decoder.config)
-    if original is None or by_length(decoder.config) or context < 4 * FAR_TOKENS:
+    if not scaled(decoder.config) or by_length(decoder.config) or context < 4 * FAR_TOKENS:
         return None
-    ids = _repeated(tokenizer, 2 * FAR_TOKENS)
+    original, ids = original_context(decoder.config), _repeated(tokenizer, 2 * FAR_TOKENS)
     start = max(min(original, context - FAR_TOKENS), FAR_TOKENS)
     positions = [*range(FAR_TOKENS), *range(start, start + FAR_TOKENS)]
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}

@@ -1,7 +1,7 @@
 """The one view of a decoder: embedding, blocks, final norm, head, and what changes when blocks go.
 
-All knowledge of architectures lives here: where the modules are, and which configuration values exist once
-per block. Everything else in the package speaks of blocks, hidden states and the head.
+With the records in `families` it is all that knows where modules are and which configuration values exist once per
+block. Everything else in the package speaks of blocks, hidden states and the head.
 """
 
 from __future__ import annotations
@@ -16,49 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from .config import DEPTHS, KEPT_BLOCKS, PER_BLOCK_LISTS, RECORDS
-
-# model_type -> whether `down_proj`'s output is added to the residual stream unchanged. Gemma-3 normalises it
-# first: of a linear map behind the MLP, only a scale per channel can be fused there, into that norm's weight.
-FAMILIES: dict[str, bool] = {
-    "llama": True,
-    "mistral": True,
-    "qwen2": True,
-    "qwen3": True,
-    "phi3": True,
-    "gemma3_text": False,
-}
-
-
-def check_family(config: Any, where: object = "the model") -> None:
-    """Raise `UserError` unless the configuration (object or dict) is of a supported family."""
-    family = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    if not isinstance(family, str) or family not in FAMILIES:
-        hint = " (load its text model instead)" if family == "gemma3" else ""
-        raise UserError(
-            f"{where} is of family {family!r}{hint}, which is not supported. "
-            f"Supported families: {', '.join(sorted(FAMILIES))}."
-        )
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """The heads of a model's attention, the same in all its blocks."""
-
-    heads: int
-    kv_heads: int
-    size: int  # of a head
-
-    @classmethod
-    def of(cls, config: Any) -> AttentionShape:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-    @property
-    def qkv(self) -> int:
-        """Width of q, k and v, concatenated."""
-        return (self.heads + 2 * self.kv_heads) * self.size
+from .config import DEPTHS, KEPT_BLOCKS, RECORDS
+from .families import Family, family_of
 
 
 class Decoder:
@@ -68,7 +27,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any):
-        check_family(model.config)
+        self.family: Family = family_of(model.config)
         self.model = model
         self.config = model.config
 
@@ -100,7 +59,7 @@ class Decoder:
     @property
     def softcap(self) -> float | None:
         """c in logits ← c·tanh(logits / c), or None."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        return self.config.final_logit_softcapping if self.family.softcap else None
 
     @property
     def hidden_size(self) -> int:
@@ -113,22 +72,32 @@ class Decoder:
     @property
     def can_fuse_after_mlp(self) -> bool:
         """Whether any linear map of what the MLP adds can be fused into `down_proj`; else only a scale per channel."""
-        return FAMILIES[self.config.model_type]
+        return self.family.block.added_norms is None
 
     def down_proj(self, block: int) -> nn.Linear:
         """The last linear layer of block `block`'s MLP, weight (H, intermediate)."""
-        return self.blocks[block].mlp.down_proj  # type: ignore[union-attr, return-value]
+        return self.blocks[block].get_submodule(self.family.block.mlp_out)  # type: ignore[union-attr, return-value]
+
+    def _adding(self, block: int) -> list[Any]:
+        """The two modules whose outputs a block adds to the residual stream: attention's and the MLP's."""
+        names = self.family.block
+        paths = names.added_norms or (names.attention_out, names.mlp_out)
+        return [self.blocks[block].get_submodule(path) for path in paths]
+
+    def _scaled_norm(self, norm: Any, factor: Tensor | float) -> Tensor:
+        """The weight (float64) with which a norm gives `factor` times as much."""
+        offset = self.family.norm_offset
+        return (offset + norm.weight.detach().double()) * factor - offset
 
     @contextmanager
     def mlp_addition(self, block: int) -> Iterator[dict[str, Tensor]]:
         """Fills a dict during forward passes: "mlp" (B, T, H), what the block's MLP adds to the residual stream, and
         "inner" (B, T, intermediate), what `down_proj` is given."""
         seen: dict[str, Tensor] = {}
-        linear = self.down_proj(block)
-        last = linear if self.can_fuse_after_mlp else self.blocks[block].post_feedforward_layernorm
+        linear, added = self.down_proj(block), self._adding(block)[1]
         handles = [
             linear.register_forward_hook(lambda _m, args, _o: seen.__setitem__("inner", args[0])),
-            last.register_forward_hook(lambda _m, _a, output: seen.__setitem__("mlp", output)),  # type: ignore[union-attr]
+            added.register_forward_hook(lambda _m, _a, output: seen.__setitem__("mlp", output)),
         ]
         try:
             yield seen
@@ -143,21 +112,16 @@ class Decoder:
         seen: dict[int, Tensor] = {}
         handles = []
         for number, block in enumerate(self.blocks):
-            attention: Any = block.self_attn
-            if hasattr(attention, "qkv_proj"):  # Phi-3: one projection for all three
-                handles.append(
-                    attention.qkv_proj.register_forward_hook(lambda _m, _a, out, n=number: seen.__setitem__(n, out))
-                )
-                continue
+            *first, final = (block.get_submodule(path) for path in self.family.block.qkv)
             parts: list[Tensor] = []
-            for linear in (attention.q_proj, attention.k_proj):
+            for linear in first:
                 handles.append(linear.register_forward_hook(lambda _m, _a, out, parts=parts: parts.append(out)))
 
             def last(_m: Any, _a: Any, out: Tensor, n: int = number, parts: list[Tensor] = parts) -> None:
-                seen[n] = torch.cat([*parts, out], -1)
+                seen[n] = torch.cat([*parts, out], -1) if parts else out
                 parts.clear()
 
-            handles.append(attention.v_proj.register_forward_hook(last))
+            handles.append(final.register_forward_hook(last))
         try:
             yield seen
         finally:
@@ -175,17 +139,15 @@ class Decoder:
             return {p: turned @ p.detach().double() for p in self.down_proj(block).parameters()}  # weight and bias
         if map.ndim != 1:
             raise ValueError(f"a {self.config.model_type} model takes a scale per channel behind its MLP, no matrix")
-        weight: Any = self.blocks[block].post_feedforward_layernorm.weight  # type: ignore[union-attr]
-        return {weight: (1 + weight.detach().double()) * map.double() - 1}  # the norm multiplies by 1 + weight
+        norm = self._adding(block)[1]
+        return {norm.weight: self._scaled_norm(norm, map.double())}
 
     def rescaled(self, block: int, factor: float) -> dict[nn.Parameter, Tensor]:
         """Parameters of a block and the values (float64) with which everything it adds is `factor` times as much."""
-        layer: Any = self.blocks[block]
+        modules = self._adding(block)
         if self.can_fuse_after_mlp:
-            linears = (layer.self_attn.o_proj, layer.mlp.down_proj)
-            return {p: factor * p.detach().double() for linear in linears for p in linear.parameters()}
-        norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
-        return {norm.weight: (1 + norm.weight.detach().double()) * factor - 1 for norm in norms}
+            return {p: factor * p.detach().double() for linear in modules for p in linear.parameters()}
+        return {norm.weight: self._scaled_norm(norm, factor) for norm in modules}
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states after the final norm, (B, T, H); no logits are computed."""
@@ -379,7 +341,8 @@ def name_before(name: str, kept: Sequence[int]) -> str:
 
 
 def _per_block_names(config: Any) -> list[str]:
-    names = ["num_hidden_layers", "max_window_layers", *PER_BLOCK_LISTS]
+    family = family_of(config)
+    names = ["num_hidden_layers", *family.block_numbers, *family.per_block]
     return [name for name in names if getattr(config, name, None) is not None]
 
 
@@ -390,14 +353,15 @@ def _apply(model: Any, kept: list[int]) -> None:
 
 
 def _cut_config(config: Any, kept: list[int]) -> None:
-    numbers = kept_blocks(config)
-    for name in PER_BLOCK_LISTS:
+    numbers, family = kept_blocks(config), family_of(config)
+    for name in family.per_block:
         values = getattr(config, name, None)
         if values is not None:
             setattr(config, name, [values[i] for i in kept])
-    if getattr(config, "max_window_layers", None) is not None:
-        # Qwen: blocks from this number on slide their window. Keep the count right for readers of old configs.
-        config.max_window_layers = sum(i < config.max_window_layers for i in kept)
+    for name in family.block_numbers:
+        first = getattr(config, name, None)
+        if first is not None:
+            setattr(config, name, sum(i < first for i in kept))
     config.num_hidden_layers = len(kept)
     setattr(config, KEPT_BLOCKS, [numbers[i] for i in kept])
     if hasattr(config, DEPTHS):  # what was trained for several depths had these blocks

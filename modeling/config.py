@@ -12,13 +12,12 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, read_json_if_there
+from .families import FAMILIES, PER_BLOCK
 
 CONFIG = "config.json"
 KEPT_BLOCKS = "compress_kept_blocks"  # numbers, in the unpruned model, of the blocks this model has
 DEPTHS = "compress_depths"  # depths that the model was trained to run at
 RECORDS = (KEPT_BLOCKS, DEPTHS)
-# Configuration values with one entry per block.
-PER_BLOCK_LISTS = ("layer_types",)
 SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -72,12 +71,13 @@ def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[
     if blocks is None:
         return values, []
     values, notes = dict(values), []
-    for name in PER_BLOCK_LISTS:
+    family = FAMILIES.get(str(values.get("model_type")))
+    for name, kind in (family.per_block if family else PER_BLOCK).items():
         entries = values.get(name)
         if entries is None:
             continue
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
-            raise UserError(f"{path}: {name} is no list with a text per block")
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, kind) for entry in entries):
+            raise UserError(f"{path}: {name} is no list with a {'text' if kind is str else 'number'} per block")
         if len(entries) == blocks:
             continue
         if len(set(entries)) > 1:

@@ -18,10 +18,10 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
 from .checkpoint import save_checkpoint, write_shards
+from .families import FAMILIES, Family, family_of, read_as
 from .gguf_layout import (
     FACTORS,
     LONG_FACTORS,
-    PAIRED,
     SHORT_FACTORS,
     from_gguf,
     llama3_parameters,
@@ -31,7 +31,6 @@ from .gguf_layout import (
 from .gguf_tokenizer import TOKENIZER_KEYS, build_tokenizer, end_ids
 from .soundness import expected_shapes
 
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma3": "gemma3_text"}
 # Keys of an architecture that say what a configuration has.
 READ = {
     "context_length",
@@ -52,14 +51,10 @@ READ = {
     "rope.scaling.attn_factor",
     "rope.scale_linear",
 }
-READ_OF = {
-    "phi3": {"attention.sliding_window"},
-    "gemma3": {
-        "attention.sliding_window",
-        "attention.sliding_window_pattern",
-        "rope.freq_base_swa",
-        "final_logit_softcapping",
-    },
+READ_OF_WINDOWS: dict[str, set[str]] = {
+    "none": set(),
+    "one": {"attention.sliding_window"},
+    "blocks": {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
 }
 # Keys that may stand there as long as they ask for nothing.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
@@ -90,8 +85,6 @@ def convert_gguf(file: Path, folder: Path) -> None:
     One tensor is in memory at a time, and what a shard holds. Raises `UserError` naming the first key or tensor that
     has no place in a checkpoint, and the first one that is missing or not finite.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     files = split_files(file)
     metadata = read_metadata(files[0])
     tensors = _tensors(files, metadata)
@@ -103,7 +96,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         wanted.pop("lm_head.weight", None)
     places = _places(config, wanted, tensors, file)
     save_checkpoint(None, build_tokenizer(metadata, config.vocab_size, file), folder)
-    config.architectures, config.dtype = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]], "float32"
+    config.architectures, config.dtype = [values.family.model_class], "float32"
     config.save_pretrained(folder)
     _write_generation_config(metadata, folder)
     write_shards(folder, wanted, lambda name: _weight(name, wanted[name], places, config))
@@ -117,11 +110,14 @@ class Values:
         if metadata.get("general.type", "model") != "model":
             raise UserError(f"{file}: general.type is {metadata['general.type']!r}; only whole models are read")
         self.architecture = str(metadata.get("general.architecture"))
-        if self.architecture not in FAMILIES:
+        family = read_as(self.architecture)
+        if family is None:
+            known = sorted({family.gguf.architecture for family in FAMILIES.values()})
             raise UserError(
                 f"{file} is of llama.cpp's architecture {self.architecture!r}, which is not read; those that are: "
-                f"{', '.join(sorted(FAMILIES))}. Give the original checkpoint"
+                f"{', '.join(known)}. Give the original checkpoint"
             )
+        self.family: Family = family
 
     def __contains__(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
@@ -170,7 +166,7 @@ def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
         raise UserError(f"{values.file}: keys and values have heads of different sizes, which is not read")
     if "token_embd.weight" not in tensors:
         raise UserError(f"{values.file} has no token_embd.weight, so it is not a whole model")
-    family = FAMILIES[values.architecture]
+    family = values.family
     settings: dict[str, Any] = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -182,26 +178,27 @@ def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
         "rms_norm_eps": _decimal(values.number("attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    if family in ("phi3", "qwen2"):
-        if size * heads != hidden:
-            raise UserError(f"{values.file}: heads of {size} do not make up a width of {hidden}, which is not read")
-    else:
+    if family.head_dim:
         settings["head_dim"] = size
-    if family in PAIRED or family == "qwen3":
-        settings["attention_bias"] = any(name.endswith(("attn_q.bias", "attn_output.bias")) for name in tensors)
-    if family in PAIRED:
-        settings["mlp_bias"] = any(name.endswith("ffn_down.bias") for name in tensors)
+    elif size * heads != hidden:
+        raise UserError(f"{values.file}: heads of {size} do not make up a width of {hidden}, which is not read")
+    for name, parts in family.gguf.biases.items():
+        settings[name] = any(tensor.endswith(tuple(f".{part}.bias" for part in parts)) for tensor in tensors)
     settings |= _special(values.metadata)
     rope = _rope(values, tensors, size, settings)
-    if family == "gemma3_text":
-        settings |= _gemma3(values, settings, size, rope)
-    else:
-        settings["rope_parameters"] = rope
-    if family == "phi3":
-        window = int(values.number("attention.sliding_window", 0))
+    settings["rope_parameters"] = rope
+    if family.gguf.windows == "one":
+        settings["sliding_window"] = int(values.number("attention.sliding_window", 0)) or None
+    if family.gguf.windows == "blocks":
+        settings |= _windows(values, settings, rope)
+    if family.gguf.original_context:
         original = values.count("rope.scaling.original_context_length", settings["max_position_embeddings"])
-        settings |= {"sliding_window": window or None, "original_max_position_embeddings": original}
-    return CONFIG_MAPPING[family](**settings)
+        settings["original_max_position_embeddings"] = original
+    if family.gguf.query_scale:
+        settings["query_pre_attn_scalar"] = own_query_scalar(hidden, heads, size, settings["num_hidden_layers"])
+    if family.softcap:
+        settings["final_logit_softcapping"] = _decimal(values.number("final_logit_softcapping", 0.0)) or None
+    return CONFIG_MAPPING[family.model_type](**settings)
 
 
 def _decimal(number: float) -> float:
@@ -223,7 +220,7 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _decimal(values.number("rope.freq_base", 10000.0))}
     turned = values.count("rope.dimension_count", size)
     if turned != size:
-        if values.architecture != "phi3":
+        if not values.family.partial_rotary:
             raise UserError(f"{values.file}: {turned} of {size} dimensions of a head are rotated, which is not read")
         rope["partial_rotary_factor"] = turned / size
     kind = str(values.metadata.get(f"{values.architecture}.rope.scaling.type", "none"))
@@ -277,29 +274,24 @@ def _longrope(
     return rope
 
 
-def _gemma3(values: Values, settings: dict[str, Any], size: int, rope: dict[str, Any]) -> dict[str, Any]:
+def _windows(values: Values, settings: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Which blocks slide their window, and the rotary positions of each kind (Gemma-3)."""
     blocks = settings["num_hidden_layers"]
     window = int(values.number("attention.sliding_window", 0))
-    pattern = values.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    key = f"{values.architecture}.attention.sliding_window_pattern"
+    pattern = values.metadata.get(key, 6)
     if isinstance(pattern, list):
         if len(pattern) != blocks:
-            raise UserError(
-                f"{values.file}: gemma3.attention.sliding_window_pattern has {len(pattern)} entries for {blocks} blocks"
-            )
+            raise UserError(f"{values.file}: {key} has {len(pattern)} entries for {blocks} blocks")
         slides = [bool(each) for each in pattern]
     else:
         slides = [bool(pattern) and (block + 1) % int(pattern) != 0 for block in range(blocks)]
     if not window:
         slides = [False] * blocks
     local = _decimal(values.number("rope.freq_base_swa", 10000.0 if window else rope["rope_theta"]))
-    cap = values.number("final_logit_softcapping", 0.0)
     return {
         "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
         "sliding_window": window or settings["max_position_embeddings"],
-        "query_pre_attn_scalar": own_query_scalar(
-            settings["hidden_size"], settings["num_attention_heads"], size, blocks
-        ),
-        "final_logit_softcapping": _decimal(cap) if cap else None,
         "rope_parameters": {
             "full_attention": rope,
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
@@ -310,7 +302,8 @@ def _gemma3(values: Values, settings: dict[str, Any], size: int, rope: dict[str,
 def _check_keys(values: Values) -> None:
     """Refuse the first key that has a meaning and was not read."""
     prefix = f"{values.architecture}."
-    known = READ | READ_OF.get(values.architecture, set())
+    known = READ | READ_OF_WINDOWS[values.family.gguf.windows]
+    known |= {"final_logit_softcapping"} if values.family.softcap else set()
     for key, value in values.metadata.items():
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
@@ -320,7 +313,7 @@ def _check_keys(values: Values) -> None:
             continue
         shown = f"{len(value)} entries" if isinstance(value, list) else repr(value)
         raise UserError(
-            f"{values.file}: {key} ({shown[:60]}) has no place in a {FAMILIES[values.architecture]} checkpoint, and "
+            f"{values.file}: {key} ({shown[:60]}) has no place in a {values.family.model_type} checkpoint, and "
             "without it the model would be another; give the original checkpoint"
         )
 
@@ -330,12 +323,13 @@ def _places(
 ) -> dict[str, tuple[str, TensorPlace] | None]:
     """transformers' name → llama.cpp's and where the tensor lies; None for a bias that is zero, because it is not
     there."""
-    names = tensor_names(config.model_type, config.num_hidden_layers, list(wanted))
+    family = family_of(config)
+    names = tensor_names(family, config.num_hidden_layers, list(wanted))
     found: dict[str, tuple[str, TensorPlace] | None] = {}
     for name, theirs in names.items():
         if theirs is not None and theirs in tensors:
             found[name] = theirs, tensors[theirs]
-        elif config.model_type in (*PAIRED, "qwen3") and name.endswith(".bias"):
+        elif family.gguf.biases and name.endswith(".bias"):
             found[name] = None  # transformers knows biases of all projections or of none
         else:
             raise UserError(f"{file} lacks {theirs or name}, so it is not a whole model")

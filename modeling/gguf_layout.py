@@ -13,28 +13,24 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from .families import Family, family_of
+from .shape import LONGROPE, AttentionShape, llama3_slowdown, rope_settings, wavelengths
+
 Array = NDArray[np.float32]
-# model_type -> llama.cpp's architecture.
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
-}
-# Families whose queries and keys llama.cpp rotates in adjacent pairs.
-PAIRED = ("llama", "mistral")
-# Families whose norms multiply by 1 + weight, where llama.cpp's file has the whole factor.
-NORM_PLUS_ONE = ("gemma3_text",)
 FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 TOLERANCE = 1e-5  # relative, of rotary factors that are worked out anew
 
 
-def tensor_names(family: str, blocks: int, names: Sequence[str]) -> dict[str, str | None]:
+def name_map(family: Family, blocks: int) -> gguf.TensorNameMap:
+    """What gives llama.cpp's names of a model's weights."""
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(numbers[family.gguf.architecture], blocks)
+
+
+def tensor_names(family: Family, blocks: int, names: Sequence[str]) -> dict[str, str | None]:
     """transformers' name of each weight → llama.cpp's; None where it has no place there."""
-    known = gguf.get_tensor_name_map(ARCHITECTURES[family], blocks)
+    known = name_map(family, blocks)
     return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
 
 
@@ -46,26 +42,29 @@ def part_of(name: str) -> str:
 
 def to_gguf(name: str, values: Array, config: Any, depth: int) -> Array:
     """A weight as llama.cpp's file has it, by llama.cpp's name, for a model of `depth` blocks."""
-    if config.model_type in PAIRED and part_of(name) in ("attn_q", "attn_k"):
+    family = family_of(config)
+    if family.gguf.adjacent_pairs and part_of(name) in ("attn_q", "attn_k"):
         return interleave(values, _heads(name, config))
-    if config.model_type in NORM_PLUS_ONE and name.endswith("_norm.weight"):
-        values = values + 1.0
-        if part_of(name) == "attn_q_norm":
-            values = values * np.float32(query_scale(config, depth))
+    if family.norm_offset and name.endswith("_norm.weight"):  # the file has the whole factor
+        values = values + np.float32(family.norm_offset)
+    if family.gguf.query_scale and part_of(name) == "attn_q_norm":
+        values = values * np.float32(query_scale(config, depth))
     return values
 
 
 def from_gguf(name: str, values: Array, config: Any) -> Array:
     """The inverse of `to_gguf` for a model of all its blocks, whose query scale is llama.cpp's own."""
-    if config.model_type in PAIRED and part_of(name) in ("attn_q", "attn_k"):
+    family = family_of(config)
+    if family.gguf.adjacent_pairs and part_of(name) in ("attn_q", "attn_k"):
         return deinterleave(values, _heads(name, config))
-    if config.model_type in NORM_PLUS_ONE and name.endswith("_norm.weight"):
-        return values - np.float32(1.0)
+    if family.norm_offset and name.endswith("_norm.weight"):
+        return values - np.float32(family.norm_offset)
     return values
 
 
 def _heads(name: str, config: Any) -> int:
-    return config.num_attention_heads if part_of(name) == "attn_q" else config.num_key_value_heads
+    shape = AttentionShape.of(config)
+    return shape.heads if part_of(name) == "attn_q" else shape.kv_heads
 
 
 def interleave(values: Array, heads: int) -> Array:
@@ -82,43 +81,26 @@ def deinterleave(values: Array, heads: int) -> Array:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-def own_query_scalar(hidden: int, heads: int, head_size: int, blocks: int) -> float:
+def own_query_scalar(hidden: int, heads: int, size: int, blocks: int) -> float:
     """The number by whose root llama.cpp divides Gemma-3's queries: the head size, or for 62 blocks the width per
     head."""
-    return hidden / heads if blocks == 62 else head_size
+    return hidden / heads if blocks == 62 else size
 
 
 def query_scale(config: Any, depth: int) -> float:
     """The difference between llama.cpp's scale of attention and the model's own, which goes into the query norm, so
     that a pruned model keeps the scale it was trained with."""
-    own = own_query_scalar(config.hidden_size, config.num_attention_heads, config.head_dim, depth)
+    shape = AttentionShape.of(config)
+    own = own_query_scalar(config.hidden_size, shape.heads, shape.size, depth)
     return math.sqrt(own / config.query_pre_attn_scalar)
-
-
-def rope_kinds(config: Any) -> list[dict[str, Any]]:
-    """A model's sets of rotary parameters: one, or one per kind of block."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [dict(rope)] if "rope_type" in rope or not rope else [dict(each) for each in rope.values() if each]
-
-
-def rope_settings(config: Any) -> dict[str, Any]:
-    """A model's rotary parameters; of one with two kinds of blocks those of full attention."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    return rope.get("full_attention", rope)
-
-
-def head_size(config: Any) -> int:
-    """Numbers in a query's or a key's head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_tensors(config: Any) -> dict[str, Array]:
     """Tensors that llama.cpp reads rotary factors from, by name; most models have none."""
     rope = rope_settings(config)
-    kind = rope.get("rope_type", "default")
-    if kind == "llama3":
-        return {FACTORS: llama3_factors(rope, head_size(config))}
-    if kind in ("longrope", "su"):
+    if rope["rope_type"] == "llama3":
+        return {FACTORS: llama3_factors(rope, AttentionShape.of(config).size)}
+    if rope["rope_type"] in LONGROPE:
         return {
             name: np.asarray(rope[key], dtype=np.float32)
             for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor"))
@@ -127,12 +109,8 @@ def rope_tensors(config: Any) -> dict[str, Array]:
 
 
 def llama3_factors(rope: dict[str, Any], size: int) -> Array:
-    """How much slower each pair of dimensions turns: 1 for fast ones, `factor` for slow ones, a blend between."""
-    factor, context = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    wavelengths = _wavelengths(rope["rope_theta"], size)
-    blend = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return (1 / ((1 - blend) / factor + blend)).astype(np.float32)
+    """How much slower each pair of dimensions turns, as llama.cpp's files hold it."""
+    return llama3_slowdown(rope, size).astype(np.float32)
 
 
 def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any] | None:
@@ -143,7 +121,7 @@ def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any]
     in every published model. With fewer points many parameters give the same factors, and one set of them is taken.
     """
     wide = factors.astype(np.float64)
-    factor, turns = float(wide.max()), 1 / _wavelengths(theta, size)
+    factor, turns = float(wide.max()), 1 / wavelengths(theta, size)
     if not math.isclose(factor, round(factor, 4), rel_tol=1e-6) or factor <= 1:
         return None
     factor = round(factor, 4)
@@ -179,7 +157,3 @@ def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any]
         if np.allclose(llama3_factors(found, size), factors, rtol=TOLERANCE, atol=0):
             return found
     return None
-
-
-def _wavelengths(theta: float, size: int) -> NDArray[np.float64]:
-    return 2 * math.pi * theta ** (np.arange(0, size, 2) / size)

@@ -11,6 +11,7 @@ from ..core.files import read_json
 from ..core.stage import Progress
 from .checkpoint import made_once, quiet
 from .config import read_config
+from .families import family_of
 from .source import Source, base_of_adapter, fingerprint_source, parse_source
 from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files
 
@@ -107,9 +108,7 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     """The transformers configuration with the values of a folder's config.json; errors as `load_config`."""
     from transformers import CONFIG_MAPPING
 
-    from .blocks import check_family
-
-    check_family(values, folder)
+    family_of(values, folder)
     try:
         with quiet():
             config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))

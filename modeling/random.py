@@ -7,36 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from ..core.errors import UserError
 from .checkpoint import save_checkpoint
+from .families import FAMILIES
 from .pretokenizers import PRE_TOKENIZERS
 
 FORMAT = 1
-FAMILY_CLASSES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
-}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -108,9 +88,10 @@ def random_model(
     Its end-of-turn token has a probability of roughly one in ten, so that what it writes ends.
     `overrides` go to the configuration class.
     """
-    if family not in FAMILY_CLASSES:
-        raise UserError(f"no random model of family {family!r}; there are: {', '.join(sorted(FAMILY_CLASSES))}")
-    config_class, model_class = FAMILY_CLASSES[family]
+    if family not in FAMILIES:
+        raise UserError(f"no random model of family {family!r}; there are: {', '.join(sorted(FAMILIES))}")
+    record = FAMILIES[family]
+    config_class, model_class = (getattr(transformers, name) for name in (record.config_class, record.model_class))
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "num_hidden_layers": blocks,
@@ -118,7 +99,6 @@ def random_model(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "intermediate_size": intermediate,
-        "head_dim": hidden // heads,
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": tied,
         "bos_token_id": 1,
@@ -126,14 +106,13 @@ def random_model(
         "pad_token_id": eos,
         "initializer_range": 0.1,
     }
-    if family in ("phi3", "qwen2"):
-        del values["head_dim"]
-    if family == "phi3":
-        values["original_max_position_embeddings"] = max_positions
-    if family == "gemma3_text":
-        values |= {"query_pre_attn_scalar": hidden // heads, "sliding_window": 64}
-    if family == "mistral":
-        values["sliding_window"] = None
+    sizes = {
+        "head_dim": hidden // heads,
+        "query_pre_attn_scalar": hidden // heads,
+        "original_max_position_embeddings": max_positions,
+        "sliding_window": 64 if record.windows == "by type" else None,
+    }
+    values |= {name: size for name, size in sizes.items() if hasattr(config_class, name)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**(values | overrides))).eval()

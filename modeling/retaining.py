@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from .blocks import AttentionShape
 from .linear import Linear
+from .shape import AttentionShape
 
 FOLDER = "retaining"
 WEIGHTS, SETTINGS = "heads.safetensors", "settings.json"

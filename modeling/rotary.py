@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
 from .blocks import Decoder
+from .shape import by_length, original_context
 
 
 class Rotary:
@@ -20,8 +19,7 @@ class Rotary:
     @property
     def limit(self) -> int | None:
         """Positions from this one on change the frequencies of all others (longrope); None where none do."""
-        found = [p for p in _parameters(self.config) if p.get("rope_type") == "longrope"]
-        return found[0]["original_max_position_embeddings"] if found else None
+        return original_context(self.config) if by_length(self.config) else None
 
     def turned(self, block: int, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys (..., T, d), not rotated yet, at positions (T,), as the model rotates them."""
@@ -46,12 +44,6 @@ def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = part.chunk(2, -1)
     turned = part * cos + torch.cat([-second, first], -1) * sin
     return torch.cat([turned.to(keys.dtype), rest], -1)
-
-
-def _parameters(config: Any) -> list[dict[str, Any]]:
-    """A model's rotary parameters: one set, or one per kind of block (Gemma-3)."""
-    found = config.rope_parameters
-    return [found] if "rope_type" in found else [values for values in found.values() if values is not None]
 
 
 def check_positions(decoder: Decoder, last: int, what: str, hint: str) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.stage import Advance
-from ..modeling.blocks import AttentionShape, Decoder
+from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.retaining_labels import BlockLabels, label_row
+from ..modeling.shape import AttentionShape
 from ..training.weights import save_whole
 from .config import RetainConfig, measured_after
 from .rows import LongRow

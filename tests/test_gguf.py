@@ -21,7 +21,7 @@ from compress.core.gguf_header import read_header
 from compress.export.gguf import context_length, safe_name, write_gguf
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
-from compress.modeling.gguf_layout import ARCHITECTURES
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window
@@ -93,7 +93,7 @@ def largest_difference(file: Path, expected: np.ndarray) -> float:
     return max(float(np.abs(score.logprobs - expected[score.position - 1]).max()) for score in found)
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_predicts_in_llama_cpp_what_torch_does(shaken, tmp_path, family):
     checkpoint = shaken(family)
     info = write_gguf(checkpoint, tmp_path / "m.gguf", "F16")
@@ -112,7 +112,7 @@ def test_variants_predict_in_llama_cpp_what_torch_does(shaken, tmp_path, case):
 
 
 @pytest.mark.parametrize("dropped", [[1], [0, 2], [1, 3]])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_models(shaken, tmp_path, family, dropped):
     """Gemma-3 with mixed layer types: after blocks went, the pattern of windows no longer repeats."""
     options = {"layer_types": MIXED, "sliding_window": 8} if family == "gemma3_text" else {}
@@ -122,7 +122,7 @@ def test_pruned_models(shaken, tmp_path, family, dropped):
     save_checkpoint(model, load_tokenizer(original), tmp_path / "pruned")
     write_gguf(tmp_path / "pruned", tmp_path / "m.gguf", "F16")
     assert largest_difference(tmp_path / "m.gguf", torch_logprobs(tmp_path / "pruned")) < TOLERANCE
-    architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]]
+    architecture = FAMILIES[family].gguf.architecture
     assert read_header(tmp_path / "m.gguf")[f"{architecture}.block_count"] == 4 - len(dropped)
 
 

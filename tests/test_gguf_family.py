@@ -17,7 +17,7 @@ from compress.export.gguf import write_gguf
 from compress.export.gguf_family import check_family, family_name, join, measure_gguf, write_family
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
-from compress.modeling.gguf_layout import ARCHITECTURES
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window
@@ -27,7 +27,7 @@ TOLERANCE = 0.01  # nats, of every log-probability: llama.cpp keeps keys and val
 IDS = [(37 * i) % 450 + 3 for i in range(64)]
 POSITIONS = [1, 2, 9, 20, 40, 63]
 MIXED = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8}
-FAMILIES: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"tied": False},
     "mistral": {},
     "qwen2": {"tied": False},
@@ -60,14 +60,14 @@ def tensors_of(*files: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def test_every_family_is_tested():
-    assert sorted(FAMILIES) == sorted(ARCHITECTURES)
+    assert sorted(OPTIONS) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OPTIONS)
 def test_every_depth_predicts_in_llama_cpp_what_torch_does(shaken, tmp_path, family):
-    checkpoint = shaken(family, **FAMILIES[family])
+    checkpoint = shaken(family, **OPTIONS[family])
     firsts = write_family(checkpoint, tmp_path / "m-F16", "F16", DEPTHS, name="m")
-    architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]]
+    architecture = FAMILIES[family].gguf.architecture
     check_family(tmp_path / "m-F16", DEPTHS)
     for depth, first in firsts.items():
         alone = first_blocks(checkpoint, depth, tmp_path / f"c{depth}")

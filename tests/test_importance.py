@@ -13,7 +13,8 @@ import torch
 from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
-from compress.modeling.blocks import FAMILIES, Decoder
+from compress.modeling.blocks import Decoder
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_model
 from compress.prune.config import PruneConfig
 from compress.prune.cuts import Cut

@@ -24,10 +24,11 @@ from compress.export.config import ExportConfig
 from compress.export.extract import extract
 from compress.export.onnx import write_onnx
 from compress.export.stage import export_checkpoint
-from compress.modeling.blocks import AttentionShape, Decoder
+from compress.modeling.blocks import Decoder
 from compress.modeling.checkpoint import link_files
 from compress.modeling.load import load_config, load_model
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
+from compress.modeling.shape import AttentionShape
 from compress.runtime.bundle import read_bundle
 from compress.runtime.kv_budget import KvBudget, choose_budget
 from compress.runtime.onnx_engine import OnnxEngine

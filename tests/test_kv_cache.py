@@ -22,9 +22,10 @@ from compress.evaluation.kv_policies import (
     answer_labels,
     make_policy,
 )
-from compress.modeling.blocks import AttentionShape, Decoder
+from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
+from compress.modeling.shape import AttentionShape
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -14,11 +14,13 @@ import torch
 from compress.core.errors import UserError
 from compress.evaluation.kv_cache import CacheSettings, KVCache
 from compress.evaluation.kv_policies import make_policy
-from compress.export.onnx import FAMILIES, write_onnx
-from compress.modeling.blocks import AttentionShape, Decoder
+from compress.export.onnx import write_onnx
+from compress.modeling.blocks import Decoder
 from compress.modeling.checkpoint import link_files
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
+from compress.modeling.shape import AttentionShape
 from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bounded_text import BoundedText
 from compress.runtime.generator import Request, Work

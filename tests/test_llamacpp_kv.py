@@ -22,9 +22,10 @@ import torch
 from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import write_family
-from compress.modeling.blocks import AttentionShape, Decoder, without_blocks
+from compress.modeling.blocks import Decoder, without_blocks
 from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
+from compress.modeling.shape import AttentionShape
 from compress.runtime import llama_library
 from compress.runtime.kv_budget import KvBudget
 from compress.runtime.llamacpp_engine import LlamaCppEngine

@@ -20,11 +20,12 @@ import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.stage import Progress
-from compress.export.onnx import FAMILIES, build_float32, check_onnx, write_onnx
+from compress.export.onnx import build_float32, check_onnx, write_onnx
 from compress.export.onnx_quantize import BLOCK, quantize_int4, quantize_int8
 from compress.export.tensors import dequantize_nbits, onnx_errors
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.runtime.engine import Window
 from compress.runtime.genai_engine import GenaiEngine

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from compress.core.errors import UserError
-from compress.export.onnx import FAMILIES, write_onnx
+from compress.export.onnx import write_onnx
 from compress.export.onnx_depths import (
     check_family,
     depth_folder,
@@ -22,6 +22,7 @@ from compress.export.onnx_depths import (
     weights_read,
 )
 from compress.modeling.blocks import without_blocks
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model
 from compress.modeling.weights import count_parameters
 from compress.runtime.engine import Window

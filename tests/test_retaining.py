@@ -15,8 +15,8 @@ from compress.core.errors import UserError
 from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.rows import Row, write_rows
 from compress.modeling.blocks import Decoder
+from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_model, load_tokenizer
-from compress.modeling.random import FAMILY_CLASSES
 from compress.modeling.retaining import RetainingHead, RetainingSettings, load_heads, read_settings
 from compress.modeling.retaining_labels import BlockLabels, detrended, label_row
 from compress.pipeline.plan.geometry import Geometry
@@ -227,7 +227,7 @@ def test_the_share_kept_of_whole_rows(tiny):
     assert slow[0] != slow[1]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_CLASSES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_heads_learn_in_every_family(tiny, talks, tmp_path, family):
     base = tiny(family)
     # Of a random model's labels, distance is what can be learned.

@@ -10,9 +10,11 @@ import pytest
 import torch
 from compress.modeling import retaining_labels
 from compress.modeling.attention import Heads, watched_attention
-from compress.modeling.blocks import AttentionShape, Decoder, drop_blocks
-from compress.modeling.random import FAMILY_CLASSES, random_model
+from compress.modeling.blocks import Decoder, drop_blocks
+from compress.modeling.families import FAMILIES
+from compress.modeling.random import random_model
 from compress.modeling.retaining_labels import BlockLabels, attention_labels, detrended, label_row
+from compress.modeling.shape import AttentionShape
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,7 +29,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": WINDOW},
     "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
-CASES = [(family, kv_heads, {}) for family in FAMILY_CLASSES for kv_heads in (2, 4)]
+CASES = [(family, kv_heads, {}) for family in FAMILIES for kv_heads in (2, 4)]
 CASES += [(family, 2, options) for family, options in WINDOWED.items()]
 CASES += [("gemma3_text", 1, {"query_pre_attn_scalar": 77}), ("llama", 2, {"attention_bias": True})]
 

@@ -19,10 +19,10 @@ from compress.evaluation.retrieval import Item, Retrieval, check, summarised
 from compress.evaluation.retrieval_tasks import Filler, Question, continuation, hide, keys, passkey
 from compress.evaluation.stage import checkpoints, evaluate_path, retrieving
 from compress.evaluation.statistics import wilson
-from compress.modeling.blocks import AttentionShape
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.random import build_tokenizer
 from compress.modeling.retaining import RetainingHeads, RetainingSettings, save_heads
+from compress.modeling.shape import AttentionShape
 from compress.pipeline.report.html import render
 from compress.pipeline.report.retrieval import heat_map, memory_plot, retrieval_lines
 from compress.pipeline.report.schema import ModelEntry, Report

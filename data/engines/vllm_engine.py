@@ -15,8 +15,8 @@ from typing import Any
 
 from ...core.errors import UserError
 from ...core.stage import Context
-from ...modeling.blocks import AttentionShape
 from ...modeling.load import load_config
+from ...modeling.shape import AttentionShape
 from ..config import VllmEngine
 from ..sampling import Sampled, Sampling
 from . import settle

@@ -10,6 +10,7 @@ from ...core.errors import UserError
 from ...core.files import read_json
 from ...core.gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
+from ...modeling.shape import AttentionShape
 from ...modeling.source import Source, base_of_adapter, parse_source
 from ..recipe import ModelSpec, Recipe
 
@@ -38,14 +39,14 @@ class Geometry:
             value = config.get(key)
             if not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL):
                 raise UserError(f"the model's config.json: {key} must be a whole number above 0 (it is {value!r})")
-        heads = config["num_attention_heads"]
+        attention = AttentionShape.of(config)
         return cls(
             config["num_hidden_layers"],
             config["hidden_size"],
             config["intermediate_size"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or config["hidden_size"] // heads,
+            attention.heads,
+            attention.kv_heads,
+            attention.size,
             config["vocab_size"],
             bool(config.get("tie_word_embeddings", False)),
             config.get("max_position_embeddings") or 1 << 30,

@@ -1,0 +1,177 @@
+"""Every supported family of models, each as one record: what the toolkit must know of it and cannot read elsewhere.
+
+A record holds names, kinds and flags; what is done with them is done in one place for all families. So a family that
+differs from one that is here by its names alone is a record in `FAMILIES` and nothing else. Defaults are Llama's.
+Classes are named, not imported: neither torch nor transformers is loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..core.errors import UserError
+
+PER_BLOCK: Mapping[str, type] = {"layer_types": str}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Names of the modules of a decoder block, as paths inside it."""
+
+    # Query, key and value projections, in this order; a single name where one projection gives all three.
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_out: str = "self_attn.o_proj"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or a single name: gate and up in one matrix
+    mlp_out: str = "mlp.down_proj"
+    # Norms of what attention and MLP give, applied before it is added to the residual stream. Without them the two
+    # output projections are what a block adds, and any linear map behind the MLP can be fused into `mlp_out`; with
+    # them only a scale per channel can be fused, into the norm's weight.
+    added_norms: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp holds and runs a family."""
+
+    architecture: str
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")  # kinds of rotary positions that its graph computes
+    adjacent_pairs: bool = False  # it rotates adjacent pairs: rows of queries and keys are reordered for it
+    # Sliding windows: "none", it knows none of this architecture; "one", the file names the window, but all blocks see
+    # everything; "blocks", each block slides or does not, and sliding ones have rotary positions of their own.
+    windows: Literal["none", "one", "blocks"] = "none"
+    original_context: bool = False  # its files name the context before rotary scaling even where nothing is scaled
+    query_scale: bool = False  # it scales attention by a rule of its own: the difference goes into the query norms
+    # Whether it counts a model of 80 blocks as a 70B, whose value matrices get fewer bits: never, with grouped
+    # queries, always.
+    is_70b: Literal["never", "grouped", "always"] = "never"
+    # Settings that give projections biases, all of them or none → those projections, by llama.cpp's names.
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """How onnxruntime-genai's model builder takes a family, and what Optimum makes of the graph."""
+
+    architecture: str  # the name that the builder knows
+    ropes: tuple[str, ...] = ("default", "linear")  # built as transformers computes them; others silently are not
+    # What Optimum reads of the configuration for the shape of the cache; it guesses the rest.
+    optimum_head_dim: bool = False
+    optimum_kv_heads: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models."""
+
+    model_type: str
+    config_class: str  # of transformers, as is the next
+    model_class: str
+    gguf: Gguf
+    onnx: Onnx | None  # None: the builder does not have it
+    block: Block = Block()
+    norm_offset: int = 0  # norms multiply by this + weight
+    # Settings with an entry per block, and the type of an entry; settings that are a block's number, from which on
+    # blocks are of another kind.
+    per_block: Mapping[str, type] = field(default_factory=lambda: PER_BLOCK)
+    block_numbers: tuple[str, ...] = ()
+    # Blocks that slide their attention over `sliding_window`: none, all, or those that `layer_types` says.
+    windows: Literal["none", "all", "by type"] = "none"
+    activations: tuple[str, ...] = ("silu", "swish")  # names of the function that the runtimes' MLPs compute
+    head_dim: bool = True  # the size of a head is a setting of its own
+    partial_rotary: bool = False  # only a part of each head may be rotated
+    softcap: bool = False  # `final_logit_softcapping` bounds the logits
+
+
+_LLAMA_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "llama",
+            "LlamaConfig",
+            "LlamaForCausalLM",
+            Gguf(
+                "llama",
+                _LLAMA_ROPES,
+                adjacent_pairs=True,
+                is_70b="grouped",
+                biases={"attention_bias": _ATTENTION, "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")},
+            ),
+            Onnx("LlamaForCausalLM", ("default", "llama3")),
+        ),
+        Family(
+            "mistral",
+            "MistralConfig",
+            "MistralForCausalLM",
+            Gguf("llama", _LLAMA_ROPES, adjacent_pairs=True, is_70b="grouped"),
+            Onnx("MistralForCausalLM"),
+            windows="all",
+        ),
+        Family(
+            "qwen2",
+            "Qwen2Config",
+            "Qwen2ForCausalLM",
+            Gguf("qwen2", is_70b="always"),
+            Onnx("Qwen2ForCausalLM"),
+            block_numbers=("max_window_layers",),
+            windows="by type",
+            head_dim=False,
+        ),
+        Family(
+            "qwen3",
+            "Qwen3Config",
+            "Qwen3ForCausalLM",
+            Gguf("qwen3", biases={"attention_bias": _ATTENTION}),
+            Onnx("Qwen3ForCausalLM"),
+            block_numbers=("max_window_layers",),
+            windows="by type",
+        ),
+        Family(
+            "phi3",
+            "Phi3Config",
+            "Phi3ForCausalLM",
+            Gguf("phi3", ("default", "linear", "yarn", "longrope", "su"), windows="one", original_context=True),
+            Onnx("Phi3ForCausalLM", ("default", "longrope"), optimum_kv_heads=False),
+            block=Block(qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
+            windows="all",
+            head_dim=False,
+            partial_rotary=True,
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            Gguf("gemma3", windows="blocks", query_scale=True),
+            Onnx("Gemma3ForCausalLM", optimum_head_dim=True),
+            block=Block(added_norms=("post_attention_layernorm", "post_feedforward_layernorm")),
+            norm_offset=1,
+            windows="by type",
+            activations=("gelu_pytorch_tanh",),
+            softcap=True,
+        ),
+    )
+}
+
+
+def family_of(config: Any, where: object = "the model") -> Family:
+    """The family of a configuration: transformers' object, or the values of a config.json.
+
+    Raises `UserError` naming `where` if it is not a supported one.
+    """
+    name = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    if not isinstance(name, str) or name not in FAMILIES:
+        hint = " (load its text model instead)" if name == "gemma3" else ""
+        raise UserError(
+            f"{where} is of family {name!r}{hint}, which is not supported. "
+            f"Supported families: {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[name]
+
+
+def read_as(architecture: str) -> Family | None:
+    """The family that a GGUF file of llama.cpp's `architecture` is read as: of several, the first."""
+    return next((family for family in FAMILIES.values() if family.gguf.architecture == architecture), None)
