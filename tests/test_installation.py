@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,16 @@ def test_a_bundle_is_timed(lean: Lean, bundle: Path, tmp_path: Path):
     done = lean("bench", bundle, *sizes, "--out", tmp_path / "bench.html")
     assert (done.returncode, done.stdout) == (2, "")  # before anything is measured
     assert "needs matplotlib, which is not installed: pip install 'llm-compress[full]'" in done.stderr
+
+
+def test_figures_of_a_runs_bundle_are_kept_without_its_report(lean: Lean, bundle: Path, tmp_path: Path):
+    shutil.copytree(bundle, tmp_path / "export-0" / "bundle")
+    (tmp_path / "last-run.json").write_text("{}", encoding="utf-8")
+    sizes = ["--prompt-tokens", 8, "--new-tokens", 4, "--repeat", 1, "--threads", 1, "--engine", "onnx"]
+    done = lean("bench", tmp_path / "export-0" / "bundle", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "note: drawing the run's report again needs matplotlib, which is not installed" in done.stderr
+    assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["stage"] == "export-0"
 
 
 def test_a_bundle_is_served(bundle: Path, tmp_path: Path):
