@@ -1,14 +1,18 @@
-"""One depth of a bundle as a file or folder of its own."""
+"""One depth of a bundle as a file or folder of its own. For a GGUF file this needs no torch."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+
 from ..core.errors import UserError
+from ..core.gguf_header import split_files
 from ..runtime.bundle import ArtifactEntry, read_bundle
-from .gguf_family import join
-from .onnx_depths import extract_depth
+from .gguf_source import file_order
 
 
 def find_artifact(bundle: Path, type: str, depth: int | None) -> ArtifactEntry:
@@ -38,6 +42,8 @@ def extract(bundle: Path, type: str, depth: int | None, out: Path) -> ArtifactEn
     if artifact.format == "gguf":
         join(bundle / artifact.path, out)
         return artifact
+    from .onnx_depths import extract_depth
+
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -47,3 +53,30 @@ def extract(bundle: Path, type: str, depth: int | None, out: Path) -> ArtifactEn
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return artifact
+
+
+def join(file: Path, out: Path) -> None:
+    """Write a GGUF file, or all parts that belong to a first part, as the one file `out`: tensors byte for byte."""
+    readers = [GGUFReader(part) for part in split_files(file)]
+    fields = readers[0].fields
+    writer = GGUFWriter(None, fields["general.architecture"].contents())
+    for key, entry in fields.items():
+        if not key.startswith(("GGUF.", "split.")) and key != "general.architecture":
+            inner = entry.types[-1] if len(entry.types) > 1 else None
+            writer.add_key_value(key, entry.contents(), entry.types[0], inner)
+    tensors = sorted((t for reader in readers for t in reader.tensors), key=lambda tensor: file_order(tensor.name))
+    for tensor in tensors:
+        rows = tensor.data.view(np.uint8)
+        writer.add_tensor_info(tensor.name, rows.shape, np.dtype(np.uint8), rows.nbytes, tensor.tensor_type)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data.view(np.uint8))
+        writer.close()
+        os.replace(partial, out)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
-import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
 from ..core.errors import UserError
@@ -29,7 +28,7 @@ from ..modeling.checkpoint import link_file
 from ..modeling.gguf_layout import Array
 from .bundle import Size
 from .gguf import Conversion, Tensor
-from .gguf_source import block_of, differing_tensors, file_order
+from .gguf_source import block_of, differing_tensors
 
 SHARED = 2  # parts before those of the blocks: metadata; embedding, norm and output
 
@@ -140,30 +139,3 @@ def measure_gguf(file: Path) -> Size:
     parameters = sum(int(tensor.n_elements) for tensor in tensors)
     packed = sum(int(tensor.n_bytes) for tensor in tensors)
     return Size(sum(part.stat().st_size for part in files), parameters, 8 * packed / parameters)
-
-
-def join(file: Path, out: Path) -> None:
-    """Write a GGUF file, or all parts that belong to a first part, as the one file `out`: tensors byte for byte."""
-    readers = [GGUFReader(part) for part in split_files(file)]
-    fields = readers[0].fields
-    writer = GGUFWriter(None, fields["general.architecture"].contents())
-    for key, entry in fields.items():
-        if not key.startswith(("GGUF.", "split.")) and key != "general.architecture":
-            inner = entry.types[-1] if len(entry.types) > 1 else None
-            writer.add_key_value(key, entry.contents(), entry.types[0], inner)
-    tensors = sorted((t for reader in readers for t in reader.tensors), key=lambda tensor: file_order(tensor.name))
-    for tensor in tensors:
-        rows = tensor.data.view(np.uint8)
-        writer.add_tensor_info(tensor.name, rows.shape, np.dtype(np.uint8), rows.nbytes, tensor.tensor_type)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.data.view(np.uint8))
-        writer.close()
-        os.replace(partial, out)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)

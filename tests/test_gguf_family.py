@@ -13,8 +13,9 @@ import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.gguf_header import read_header, split_files
+from compress.export.extract import join
 from compress.export.gguf import write_gguf
-from compress.export.gguf_family import check_family, family_name, join, measure_gguf, write_family
+from compress.export.gguf_family import check_family, family_name, measure_gguf, write_family
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES

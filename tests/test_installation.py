@@ -23,6 +23,7 @@ import compress
 import pytest
 from compress.core.errors import UserError
 from compress.core.extras import EXTRAS, FULL, load_library, missing, need
+from compress.core.gguf_header import read_header
 from compress.runtime.session import Session, Settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -121,6 +122,7 @@ def test_the_plain_installation_is_imitated(lean: Lean, tmp_path: Path):
         (["recipes"], "smollm2_135m_24L"),
         (["schema"], '"title": "Recipe"'),
         (["validate", "llama8b_26L"], "valid; stages: data, prune"),
+        (["plan", "llama8b_26L", "--on", "rtx-4090"], "8.03 B parameters in 32 blocks"),
         (["run", "--help"], "Run a recipe"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -185,6 +187,12 @@ def test_figures_of_a_runs_bundle_are_kept_without_its_report(lean: Lean, bundle
     assert done.returncode == 0, done.stderr
     assert "note: drawing the run's report again needs matplotlib, which is not installed" in done.stderr
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["stage"] == "export-0"
+
+
+def test_one_depth_is_written_as_a_file_of_its_own(lean: Lean, bundle: Path, tmp_path: Path):
+    done = lean("extract", bundle, "--type", "F16", "--depth", 2, "--out", tmp_path / "two.gguf")
+    assert done.returncode == 0, done.stderr
+    assert read_header(tmp_path / "two.gguf")["llama.block_count"] == 2
 
 
 def test_a_bundle_is_served(bundle: Path, tmp_path: Path):
