@@ -58,7 +58,7 @@ def _written(measured: Sequence[Measured]) -> str:
     if not measured:
         return ""
     if measured[0].task == "continuation":
-        return f"{summarised(measured)[0]['value']:.3g}"
+        return f"{summarised(measured)[0].value:.3g}"
     hits = [hit for one in measured for hit in one.hits]
     low, high = wilson(sum(hits), len(hits))
     nats = sum(sum(one.nll) for one in measured) / sum(sum(one.tokens) for one in measured)

@@ -61,9 +61,9 @@ class Study:
 def measure(bench: Bench, role: str, folder: Path) -> dict[str, float]:
     """Perplexity, KL to the base and the score of every task."""
     blocks = load_config(folder).num_hidden_layers
-    found = bench.entry(Subject(role, lambda: load_model(folder), folder, blocks))
-    scores = {name: task["value"] for name, task in found["tasks"].items()}
-    return {"perplexity": found["perplexity"], "KL to base": found["kl_to_base"], **scores}
+    found = bench.measured(Subject(role, lambda: load_model(folder), folder, blocks))
+    scores = {name: task.value for name, task in found.tasks.items()}
+    return {"perplexity": found.perplexity, "KL to base": found.kl_to_base, **scores}
 
 
 def written(name: str, value: float) -> str:

@@ -17,12 +17,14 @@ from ..core.files import write_whole
 from ..pipeline.report.collect import BENCH
 from ..pipeline.report.html import bench_page, megabytes, number, percent
 from ..pipeline.summary import LAST, rebuild
+from ..records.bundle import BundleManifest
 from ..runtime.bench import DepthFigures
-from ..runtime.bundle import Manifest
 from .run_commands import errors
 
 
-def bench_entries(manifest: Manifest, found: Sequence[DepthFigures], drafts: list[dict[str, Any]]) -> dict[str, Any]:
+def bench_entries(
+    manifest: BundleManifest, found: Sequence[DepthFigures], drafts: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The figures with the quality that the bundle's verification measured; keys as in docs/explanation/depths.md."""
     formats = {"gguf": "llama.cpp", "onnx": "onnx"}
     quality = {(formats[a.format], a.type, a.depth): a for a in manifest.artifacts}

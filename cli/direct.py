@@ -19,6 +19,8 @@ from ..merge.config import MergeConfig
 from ..modeling.source import Source, parse_source
 from ..pipeline.explain import readable_errors
 from ..pipeline.places import bundle_name, check_file, check_folder, check_name, check_new
+from ..records.bundle import BundleManifest
+from ..records.models import Models
 
 
 def _config(model: type[BaseModel], values: dict[str, Any]) -> Any:
@@ -163,7 +165,7 @@ def eval_command(
     config = _config(EvaluateConfig, values)
     if text is None:
         raise UserError("name a text file to measure perplexity on: --text FILE")
-    is_bundle = (Path(path) / "manifest.json").is_file()
+    is_bundle = (Path(path) / BundleManifest.FILE).is_file()
     _check_eval(config, text, [] if is_bundle else [path], base, cache)
     if is_bundle:
         from ..runtime.bundle import read_bundle
@@ -179,12 +181,10 @@ def eval_command(
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
         entries = evaluate_path(folder, config, context, reference, Path(work))
     if as_json:
-        print(json.dumps(entries, indent=2))
+        print(json.dumps(Models(entries).contents(), indent=2))
         return
-    from ..pipeline.report.schema import ModelEntry
     from ..pipeline.summary import model_table, show_retrieval, show_tasks
 
-    models = [ModelEntry.model_validate(entry) for entry in entries]
-    console.print(model_table(models, str(path)))
-    show_tasks(models, console)
-    show_retrieval(models, console)
+    console.print(model_table(entries, str(path)))
+    show_tasks(entries, console)
+    show_retrieval(entries, console)

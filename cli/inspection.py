@@ -15,6 +15,8 @@ from ..core.files import read_json
 from ..modeling.config import read_config
 from ..modeling.weights import ADAPTER_CONFIG, is_adapter_alone, safetensors_header, tensor_headers, weight_files
 from ..pipeline.report.html import duration, megabytes
+from ..records.bundle import BundleManifest
+from ..records.manifest import StageManifest
 
 
 def inspect_path(path: Path, console: Console) -> None:
@@ -25,8 +27,8 @@ def inspect_path(path: Path, console: Console) -> None:
         (path.suffix == ".gguf" and path.is_file(), _gguf),
         ((path / "last-run.json").is_file() or (path / "recipe.yaml").is_file(), _run),
         ((path / "genai_config.json").is_file(), _onnx),
-        (_has(path / "manifest.json", "artifacts"), _bundle),
-        (_has(path / "manifest.json", "stage"), _stage),
+        (_has(path / BundleManifest.FILE, "artifacts"), _bundle),
+        (_has(path / StageManifest.FILE, "stage"), _stage),
         (is_adapter_alone(path), _adapter),
         ((path / "config.json").is_file(), _checkpoint),
     ):
@@ -202,25 +204,25 @@ def _bundle(path: Path) -> tuple[str, Rows]:
 
 
 def _stage(path: Path) -> tuple[str, Rows]:
-    manifest = read_json(path / "manifest.json")
-    chosen = manifest["metrics"].get("chosen")
-    return f"stage {manifest['stage']} {path}", [
+    manifest = StageManifest.read(path)
+    chosen = manifest.metrics.get("chosen")
+    return f"stage {manifest.stage} {path}", [
         *([("went on", chosen)] if chosen else []),
-        ("fingerprint", manifest["fingerprint"]),
-        ("time", duration(manifest["seconds"])),
-        ("peak memory", megabytes(manifest["peak_memory_bytes"])),
-        ("reads", ", ".join(manifest["inputs"]) or "the base model"),
-        ("config", json.dumps(manifest["config"])),
-        ("files", len(manifest["files"])),
+        ("fingerprint", manifest.fingerprint),
+        ("time", duration(manifest.seconds)),
+        ("peak memory", megabytes(manifest.peak_memory_bytes)),
+        ("reads", ", ".join(manifest.inputs) or "the base model"),
+        ("config", json.dumps(manifest.config)),
+        ("files", len(manifest.files)),
     ]
 
 
 def _run(path: Path) -> tuple[str, Rows]:
     rows: Rows = []
     for folder in sorted(path.iterdir()):
-        if _has(folder / "manifest.json", "stage"):
-            manifest = read_json(folder / "manifest.json")
-            rows.append((manifest["stage"], f"{folder.name}, {duration(manifest['seconds'])}"))
+        if _has(folder / StageManifest.FILE, "stage"):
+            manifest = StageManifest.read(folder)
+            rows.append((manifest.stage, f"{folder.name}, {duration(manifest.seconds)}"))
         elif folder.name.endswith(".partial"):
             rows.append(("begun", folder.name))
     rows += [("report", path / name) for name in ("report.html", "report.json") if (path / name).exists()]

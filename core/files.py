@@ -123,6 +123,12 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), "number")
 
 
+def write_json(path: Path, value: object, *, indent: int | None = 2, ascii: bool = False) -> None:
+    """Write JSON, keys in their order, so that the file is never seen half-written; with `ascii` other characters as
+    \\uXXXX."""
+    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file in UTF-8 so that it is never seen half-written.
 

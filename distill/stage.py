@@ -28,13 +28,14 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
         train_students(config, [job for job in jobs if job.name in pending], inputs, context)
     if context.rank:
         return {}
-    figures = {job.name: job.figures or {} for job in jobs}
+    figures = {job.name: figures for job in jobs if (figures := job.figures) is not None}
     if config.variants is None:
-        return figures[""]
-    chosen = choose(config, figures)
+        return figures[""].model_dump()
+    chosen = choose(config, {name: entry.best for name, entry in figures.items()})
     link_files(out_dir / "variants" / chosen / "model", out_dir / "model")
     shutil.copyfile(out_dir / "variants" / chosen / "curves.jsonl", out_dir / "curves.jsonl")
     write_record(config, jobs, figures, chosen, out_dir)
     context.progress.note(f"of {len(jobs)} variants {chosen} goes on")
-    seconds = round(sum(entry["seconds_training"] for entry in figures.values()), 1)
-    return figures[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": figures}
+    seconds = round(sum(entry.seconds_training for entry in figures.values()), 1)
+    every = {name: entry.model_dump() for name, entry in figures.items()}
+    return every[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": every}

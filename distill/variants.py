@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ..core.files import write_whole
 from ..core.stage import WORK, Context
+from ..records.students import HeldOutFigures, StudentFigures, Variant, Variants
 from ..training.job import TrainingJob
 from .config import DistillConfig
-
-FILE = "variants.json"  # what a merge reads: the variants' names and figures, and how their rows were cut
 
 
 def plan_jobs(config: DistillConfig, out_dir: Path, context: Context) -> list[TrainingJob]:
@@ -33,24 +29,23 @@ def plan_jobs(config: DistillConfig, out_dir: Path, context: Context) -> list[Tr
     ]
 
 
-def choose(config: DistillConfig, figures: dict[str, dict[str, Any]]) -> str:
+def choose(config: DistillConfig, best: dict[str, HeldOutFigures]) -> str:
     """The variant with the best held-out figure at the step it kept; of two alike the first."""
-    figure = "eval_perplexity" if config.select == "perplexity" else "eval_kl"
-    return min(figures, key=lambda name: figures[name]["best"][figure])
+    key = "eval_perplexity" if config.select == "perplexity" else "eval_kl"
+    return min(best, key=lambda name: getattr(best[name], key))
 
 
 def write_record(
-    config: DistillConfig, jobs: list[TrainingJob], figures: dict[str, Any], chosen: str, out_dir: Path
+    config: DistillConfig, jobs: list[TrainingJob], figures: dict[str, StudentFigures], chosen: str, out_dir: Path
 ) -> None:
     """Write `variants.json`; without times, so that the same inputs give the same bytes."""
     variants = [
-        {
-            "name": job.name,
-            "seed": job.context.seed,
-            "rows": list(job.rows),
-            **{key: value for key, value in figures[job.name].items() if not key.startswith("seconds")},
-        }
+        Variant(
+            name=job.name,
+            seed=job.context.seed,
+            rows=job.rows,
+            **figures[job.name].model_dump(exclude={"seconds_training"}),
+        )
         for job in jobs
     ]
-    record = {"length": config.length, "batch": config.batch, "chosen": chosen, "variants": variants}
-    write_whole(out_dir / FILE, json.dumps(record, indent=1) + "\n")
+    Variants(length=config.length, batch=config.batch, chosen=chosen, variants=variants).write(out_dir)

@@ -18,12 +18,13 @@ from ..core.errors import UserError
 from ..core.extras import load_library
 from ..core.stage import Advance, Context
 from ..modeling.checkpoint import quiet
+from ..records.models import AnswerKind
 from .config import EvaluateConfig
-from .statistics import Kind, Outcome, mean
+from .statistics import Outcome, mean
 
 PREFERRED = ("acc_norm", "acc", "exact_match")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, for files that lie here
-KINDS: dict[str, Kind] = {"multiple_choice": "choice", "generate_until": "generation"}
+KINDS: dict[str, AnswerKind] = {"multiple_choice": "choice", "generate_until": "generation"}
 
 
 def load_tasks(config: EvaluateConfig, context: Context) -> dict[str, list[Any]]:

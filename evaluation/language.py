@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ def targets(row: Encoded) -> list[int]:
     return [p for p, marked in enumerate(row.loss_mask) if marked and p > 0]
 
 
+class LanguageFigures(TypedDict):
+    """Perplexity, KL(base ‖ model) in nats per token, and the share of tokens with the same first choice."""
+
+    perplexity: float
+    kl_to_base: float | None
+    top1_agreement: float | None
+
+
 @dataclass
 class Totals:
     """Sums over measured tokens."""
@@ -65,8 +73,8 @@ class Totals:
     tokens: int = 0
     compared: int = 0
 
-    def metrics(self) -> dict[str, float | None]:
-        """Perplexity, KL(base ‖ model) in nats per token, and the share of tokens with the same first choice."""
+    def metrics(self) -> LanguageFigures:
+        """The means."""
         compared = self.compared
         return {
             "perplexity": math.exp(min(self.nll / max(self.tokens, 1), 700.0)),
@@ -145,9 +153,7 @@ def log_probs(model: Any, rows: Sequence[Encoded], advance: Advance) -> Iterator
         advance(len(row.input_ids))
 
 
-def measure_model(
-    model: Any, rows: Sequence[Encoded], base: BaseLogProbs | None, advance: Advance
-) -> dict[str, float | None]:
+def measure_model(model: Any, rows: Sequence[Encoded], base: BaseLogProbs | None, advance: Advance) -> LanguageFigures:
     """Perplexity of a torch model and, with the base's log-probabilities, KL and agreement."""
     totals, reference = Totals(), base.open() if base is not None else None
     for logs, wanted in log_probs(model, rows, advance):
@@ -163,7 +169,7 @@ def measure_model(
     return totals.metrics()
 
 
-def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> dict[str, float | None]:
+def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> LanguageFigures:
     """The base's own figures, from what was written of it."""
     known, count = base.open(), sum(len(targets(row)) for row in rows)
     totals = Totals(nll=-float(known.target[:count].sum(dtype=np.float64)), tokens=count)
@@ -173,7 +179,7 @@ def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> dict[str, float
 
 def measure_engine(
     engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs | None, top_k: int | None, advance: Advance
-) -> dict[str, float | None]:
+) -> LanguageFigures:
     """The same of an artifact in its runtime.
 
     Where the runtime lists only the `top_k` most probable tokens, the rest counts as one: the KL is then a lower bound.

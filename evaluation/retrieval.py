@@ -6,7 +6,6 @@ copy of the cache, from the last chunk that all questions' prompts share.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.files import read_text, write_whole
+from ..core.files import read_json_value, read_text, write_json
 from ..core.stage import Advance, Context
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
+from ..records.models import RetrievalResult, RetrievalTask
 from .config import Policy, RetrievalConfig
 from .generation import stops, text_of
 from .kv_cache import CacheSettings, KVCache, shared_steps
@@ -43,7 +43,7 @@ class Item:
 class Measured:
     """One text, read with one policy and budget."""
 
-    task: str
+    task: RetrievalTask
     length: int
     row: int
     depth: float | None
@@ -118,12 +118,12 @@ class Retrieval:
     ) -> list[Measured]:
         """`run`, with everything kept in `file` as soon as it is measured, so that a killed run goes on; what the file
         has of other texts or policies stays in it. `told` is called with all of it, after each measurement."""
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        before = read_json_value(file) if file.exists() else []
         found = {one.key: one for one in (Measured(**values) for values in before)}
         advance(sum(name in found for name in self.names()))
         for one in self.run(model, checkpoint, advance, list(found)):
             found[one.key] = one
-            write_whole(file, json.dumps([asdict(one) for one in found.values()]))
+            write_json(file, [asdict(one) for one in found.values()])
             told(list(found.values()))
         return [found[name] for name in self.names()]
 
@@ -242,33 +242,55 @@ def _greater(a: Tensor, b: Tensor) -> Tensor:
     return a[:, :count].maximum(b[:, :count])
 
 
-def summarised(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def summarised(measured: Sequence[Measured]) -> list[RetrievalResult]:
     """Measurements as the report has them: an entry per task, length, depth, policy and budget."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    cells: dict[tuple[str, int, float | None, str, float | None], _Cell] = {}
     for one in measured:
         asked = (one.depths, one.hits) if one.depths else ([None], [None])
         for depth, hit, nll, tokens in zip(*asked, one.nll, one.tokens, strict=True):
-            place = (one.task, one.length, depth, one.policy, one.budget)
-            cell = cells.setdefault(
-                place,
-                dict(zip(("task", "length", "depth", "policy", "budget"), place, strict=True))
-                | {"entries": one.entries, "kv_bytes": 0, "hits": 0, "n": 0, "nll": 0.0, "tokens": 0},
-            )
-            cell["kv_bytes"] = max(cell["kv_bytes"], one.bytes)
-            cell["n"] += 1
-            cell["hits"] += bool(hit)
-            cell["nll"] += nll
-            cell["tokens"] += tokens
-    return [_figures(cell) for cell in cells.values()]
+            cell = cells.setdefault((one.task, one.length, depth, one.policy, one.budget), _Cell(one, depth))
+            cell.kv_bytes = max(cell.kv_bytes, one.bytes)
+            cell.n += 1
+            cell.hits += bool(hit)
+            cell.nll += nll
+            cell.tokens += tokens
+    return [cell.figures() for cell in cells.values()]
 
 
-def _figures(cell: dict[str, Any]) -> dict[str, Any]:
-    """`value` is a share with its Wilson interval, or a perplexity; `nats` are those of a token of the true answer."""
-    hits, nats = cell.pop("hits"), cell.pop("nll") / cell.pop("tokens")
-    if cell["task"] == "continuation":
-        return cell | {"value": math.exp(min(nats, 700.0)), "low": None, "high": None, "nats": nats}
-    low, high = wilson(hits, cell["n"])
-    return cell | {"value": hits / cell["n"], "low": low, "high": high, "nats": nats}
+@dataclass
+class _Cell:
+    """Sums over the texts of one task, length, depth, policy and budget."""
+
+    first: Measured
+    depth: float | None
+    kv_bytes: int = 0
+    n: int = 0
+    hits: int = 0
+    nll: float = 0.0
+    tokens: int = 0
+
+    def figures(self) -> RetrievalResult:
+        """`value` is a share with its Wilson interval, or a perplexity; `nats` are those of a token of the true
+        answer."""
+        nats = self.nll / self.tokens
+        if self.first.task == "continuation":
+            value, low, high = math.exp(min(nats, 700.0)), None, None
+        else:
+            value, (low, high) = self.hits / self.n, wilson(self.hits, self.n)
+        return RetrievalResult(
+            task=self.first.task,
+            length=self.first.length,
+            depth=self.depth,
+            policy=self.first.policy,
+            budget=self.first.budget,
+            entries=self.first.entries,
+            kv_bytes=self.kv_bytes,
+            n=self.n,
+            value=value,
+            low=low,
+            high=high,
+            nats=nats,
+        )
 
 
 def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:

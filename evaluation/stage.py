@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,18 @@ from typing import Any
 import psutil
 
 from ..core.errors import UserError
-from ..core.files import write_whole
+from ..core.files import read_json, write_json
 from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
 from ..data.chat import Encoded
 from ..modeling.blocks import depths, drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads
+from ..records.bundle import BundleManifest
+from ..records.importance import Importance
+from ..records.merge import MergeRecord
+from ..records.models import ModelEntry, Models, RetrievalResult
+from ..records.students import Variants
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
 from .config import EvaluateConfig
@@ -27,7 +31,7 @@ from .language import BaseLogProbs, log_probs, measure_base, measure_engine, mea
 from .retrieval import Retrieval, summarised
 from .retrieval import check as check_retrieval
 from .speed import torch_speed
-from .suite import EnginePlayer, Suite, TorchPlayer, as_json, side_by_side, write_answers
+from .suite import EnginePlayer, MeasuredModel, Suite, TorchPlayer, question_scores, side_by_side, write_answers
 
 TOP_K = 128  # tokens that llama.cpp lists for the KL
 
@@ -52,7 +56,7 @@ class Subject:
     blocks: int = 0
     parameters: int | None = None
     bits_per_weight: float | None = None
-    bytes: int | None = None  # of an artifact, with all that it reads
+    bytes: int = 0  # of an artifact, with all that it reads
     heads: Path | None = None  # a checkpoint folder with retaining heads for it
     retrieves: bool = False  # whether retrieval is measured
 
@@ -67,10 +71,10 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
     models = retrieving(config, checkpoints(inputs, context))
     subjects = [*models, *(artifacts(inputs) if config.artifacts else [])]
     bench = Bench(config, context, inputs.base, inputs.stages.get("data"), work)
-    entries = [bench.entry(subject) for subject in subjects]
-    write_answers(side_by_side(entries), out_dir / "answers.jsonl")
-    (out_dir / "models.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    return {"models": len(entries), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
+    measured = [bench.measured(subject) for subject in subjects]
+    write_answers(question_scores(measured), out_dir / "answers.jsonl")
+    Models(side_by_side(measured)).write(out_dir)
+    return {"models": len(measured), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
@@ -82,24 +86,22 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
     base_blocks = load_config(inputs.base).num_hidden_layers
     found = [Subject("base", loader(inputs.base), inputs.base, base_blocks)]
     if "prune" in inputs.stages:
-        record = json.loads((inputs.stages["prune"] / "importance.json").read_text(encoding="utf-8"))
-        kept = base_blocks - len(record["dropped"])
+        record = Importance.read(inputs.stages["prune"])
+        kept = base_blocks - len(record.dropped)
 
         def pruned() -> Any:
             model = load_model(inputs.base, context.dtype, context.device)
-            drop_blocks(model, record["dropped"])
+            drop_blocks(model, record.dropped)
             return model
 
         found.append(Subject("pruned", pruned, None, kept))
-        if record["healing"]:
+        if record.healing:
             folder = inputs.stages["prune"] / "model"
             found.append(Subject("healed", loader(folder), folder, kept))
     if "distill" in inputs.stages:
         folder = inputs.stages["distill"] / "model"
         found.append(Subject("recovered", loader(folder), folder, load_config(folder).num_hidden_layers))
-    if "merge" in inputs.stages and _chosen(inputs.stages["merge"] / "merge.json") != _chosen(
-        inputs.stages["distill"] / "variants.json"
-    ):
+    if "merge" in inputs.stages and not _kept_recovered(inputs):
         folder = inputs.stages["merge"] / "model"
         found.append(Subject("merged", loader(folder), folder, load_config(folder).num_hidden_layers))
     if "sort" in inputs.stages:
@@ -139,9 +141,9 @@ def depth_subjects(folder: Path, context: Context) -> list[Subject]:
     return [Subject(f"depth-{depth}", cut(depth), None, depth) for depth in depths(load_config(folder))]
 
 
-def _chosen(record: Path) -> str:
-    """Which model a stage with several chose. A merge that kept the recovered model is not measured again."""
-    return json.loads(record.read_text(encoding="utf-8"))["chosen"]
+def _kept_recovered(inputs: Inputs) -> bool:
+    """Whether the merge kept the recovered model, which is then not measured again."""
+    return MergeRecord.read(inputs.stages["merge"]).chosen == Variants.read(inputs.stages["distill"]).chosen
 
 
 def artifacts(inputs: Inputs) -> list[Subject]:
@@ -153,22 +155,18 @@ def artifacts(inputs: Inputs) -> list[Subject]:
 
 def bundle_subjects(bundle: Path) -> list[Subject]:
     """The artifacts that a bundle's manifest lists."""
-    try:
-        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-        return [
-            Subject(
-                entry["role"],
-                None,
-                bundle / entry["path"],
-                entry["depth"],
-                entry["parameters"],
-                entry["bits_per_weight"],
-                entry["bytes"],
-            )
-            for entry in manifest["artifacts"]
-        ]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{bundle} is not a readable bundle: {error}") from error
+    return [
+        Subject(
+            entry.role,
+            None,
+            bundle / entry.path,
+            entry.depth,
+            entry.parameters,
+            entry.bits_per_weight,
+            entry.bytes,
+        )
+        for entry in BundleManifest.read(bundle).artifacts
+    ]
 
 
 class Bench:
@@ -185,19 +183,18 @@ class Bench:
         self.suite = Suite(config, context, self.tokenizer)
         self.retrieval = Retrieval(config.retrieval, context, self.tokenizer) if config.retrieval else None
 
-    def entry(self, subject: Subject) -> dict[str, Any]:
+    def measured(self, subject: Subject) -> MeasuredModel:
         """All figures of one subject, kept in the working folder once measured."""
         record = self.work / f"{subject.role}.json"
         if record.exists():
-            return json.loads(record.read_text(encoding="utf-8"))
+            return MeasuredModel.model_validate(read_json(record))
         found = self._torch(subject) if subject.load is not None else self._artifact(subject)
-        write_whole(record, json.dumps(found))
+        write_json(record, found.model_dump(exclude_unset=True))
         give_back_memory()
-        perplexity = found["perplexity"]
-        self.context.progress.note(f"{subject.role}: perplexity {perplexity:.2f}")
+        self.context.progress.note(f"{subject.role}: perplexity {found.perplexity:.2f}")
         return found
 
-    def _torch(self, subject: Subject) -> dict[str, Any]:
+    def _torch(self, subject: Subject) -> MeasuredModel:
         assert subject.load is not None
         with peak_memory() as peak:
             model = subject.load()
@@ -209,35 +206,35 @@ class Bench:
                     language = measure_base(self.base, self.rows)
                 else:
                     language = measure_model(model, self.rows, self.base if self.base.complete else None, advance)
-            tasks = as_json(self.suite.run(subject.role, TorchPlayer(model, self.tokenizer)))
+            tasks = self.suite.run(subject.role, TorchPlayer(model, self.tokenizer))
             speed = torch_speed(model, self.config.speed) if self.config.speed else {}
         found = self._retrieval(model, subject)
         parameters = sum(p.numel() for p in model.parameters())
         size = parameters * next(model.parameters()).element_size()
-        return {
-            "role": subject.role,
-            "runtime": "torch",
-            "blocks": subject.blocks,
-            "parameters": parameters,
-            "bytes": size,
-            "bits_per_weight": 8 * size / parameters,
+        return MeasuredModel(
+            role=subject.role,
+            runtime="torch",
+            blocks=subject.blocks,
+            parameters=parameters,
+            bytes=size,
+            bits_per_weight=8 * size / parameters,
             **language,
-            "positions": self.tokens,
-            "tokens_per_second": speed.get("tokens_per_second"),
-            "prefill_tokens_per_second": speed.get("prefill_tokens_per_second"),
-            "peak_memory_bytes": peak[0],
-            "tasks": tasks,
-            "retrieval": found,
-        }
+            positions=self.tokens,
+            tokens_per_second=speed.get("tokens_per_second"),
+            prefill_tokens_per_second=speed.get("prefill_tokens_per_second"),
+            peak_memory_bytes=peak[0],
+            tasks=tasks,
+            retrieval=found,
+        )
 
-    def _retrieval(self, model: Any, subject: Subject) -> list[dict[str, Any]]:
+    def _retrieval(self, model: Any, subject: Subject) -> list[RetrievalResult]:
         if self.retrieval is None or not subject.retrieves:
             return []
         file = self.work / f"{subject.role}.retrieval.json"
         with self.context.progress.bar(f"{subject.role} long prompts", len(self.retrieval.names())) as advance:
             return summarised(self.retrieval.collect(model, subject.heads, file, advance))
 
-    def _artifact(self, subject: Subject) -> dict[str, Any]:
+    def _artifact(self, subject: Subject) -> MeasuredModel:
         assert subject.files is not None
         gguf = subject.files.suffix == ".gguf"
         longest = max([len(row.input_ids) for row in self.rows] + [self.suite.longest()])
@@ -245,7 +242,7 @@ class Bench:
         with open_engine(subject.files, context=longest + 1) as engine:
             with self.context.progress.bar(subject.role, self.tokens) as advance:
                 language = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
-            tasks = as_json(self.suite.run(subject.role, EnginePlayer(engine, self.tokenizer)))
+            tasks = self.suite.run(subject.role, EnginePlayer(engine, self.tokenizer))
             runtime = engine.runtime
         timed = None
         if self.config.speed:
@@ -258,20 +255,20 @@ class Bench:
                 repeat=test.repeat,
                 runtime=runtime_name,
             )
-        return {
-            "role": subject.role,
-            "runtime": runtime,
-            "blocks": subject.blocks,
-            "parameters": subject.parameters,
-            "bytes": subject.bytes,
-            "bits_per_weight": subject.bits_per_weight,
+        return MeasuredModel(
+            role=subject.role,
+            runtime=runtime,
+            blocks=subject.blocks,
+            parameters=subject.parameters,
+            bytes=subject.bytes,
+            bits_per_weight=subject.bits_per_weight,
             **language,
-            "positions": self.tokens,
-            "tokens_per_second": timed.speed.decode_tokens_per_second if timed else None,
-            "prefill_tokens_per_second": timed.speed.prefill_tokens_per_second if timed else None,
-            "peak_memory_bytes": timed.peak_memory_bytes if timed else None,
-            "tasks": tasks,
-        }
+            positions=self.tokens,
+            tokens_per_second=timed.speed.decode_tokens_per_second if timed else None,
+            prefill_tokens_per_second=timed.speed.prefill_tokens_per_second if timed else None,
+            peak_memory_bytes=timed.peak_memory_bytes if timed else None,
+            tasks=tasks,
+        )
 
 
 @contextmanager
@@ -296,10 +293,10 @@ def peak_memory() -> Iterator[list[int]]:
 
 def evaluate_path(
     path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path
-) -> list[dict[str, Any]]:
+) -> list[ModelEntry]:
     """Figures of a checkpoint folder (at each of its depths), or of every artifact of a bundle; against `base` where
     one is given."""
-    bundle = (path / "manifest.json").is_file()
+    bundle = (path / BundleManifest.FILE).is_file()
     reference = base or path
     bench = Bench(config, context, reference, None, work)
     subjects = []
@@ -315,6 +312,4 @@ def evaluate_path(
             models = depth_subjects(path, context)
         heads = path if has_heads(path) else None
         subjects = retrieving(config, [*subjects, *(replace(model, heads=heads) for model in models)])
-    found = [bench.entry(subject) for subject in subjects]
-    side_by_side(found)
-    return found
+    return side_by_side([bench.measured(subject) for subject in subjects])

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
+
+from ..records.models import AnswerKind, TaskResult
 
 Z = 1.959964  # of a two-sided interval of 95 %
-Kind = Literal["choice", "generation", "other"]
 
 
 class Interval(NamedTuple):
@@ -23,7 +24,7 @@ class Interval(NamedTuple):
 class Outcome:
     """One model's result on one task."""
 
-    kind: Kind
+    kind: AnswerKind
     metric: str  # of the scores; others are in `metrics`
     scores: list[float]  # one per question, in the task's order; empty where the metric is not a mean over questions
     value: float
@@ -90,29 +91,29 @@ def kept_above_chance(value: float, base: Outcome) -> float | None:
     return (value - base.chance) / (base.value - base.chance)
 
 
-def compare(outcome: Outcome, base: Outcome | None) -> dict[str, Any]:
+def compare(outcome: Outcome, base: Outcome | None) -> TaskResult:
     """The figures of the report: value with interval, and against the base the paired difference and what is kept.
 
     `base` is None for the base itself, and where there is none.
     """
-    found: dict[str, Any] = {
-        "kind": outcome.kind,
-        "metric": outcome.metric,
-        "value": outcome.value,
-        "n": outcome.n,
-        "chance": outcome.chance,
-        "metrics": outcome.metrics,
-    }
+    found = TaskResult(
+        kind=outcome.kind,
+        metric=outcome.metric,
+        value=outcome.value,
+        n=outcome.n,
+        chance=outcome.chance,
+        metrics=outcome.metrics,
+    )
     if outcome.scores:
-        found["low"], found["high"] = _finite(interval(outcome.scores))
+        found.low, found.high = _finite(interval(outcome.scores))
     if base is None:
         return found
-    found["difference"] = outcome.value - base.value
+    found.difference = outcome.value - base.value
     if outcome.scores and base.scores:
-        found["difference_low"], found["difference_high"] = _finite(paired_interval(base.scores, outcome.scores))
+        found.difference_low, found.difference_high = _finite(paired_interval(base.scores, outcome.scores))
     if outcome.higher_is_better:
-        found["kept"] = outcome.value / base.value if base.value > 0 else None
-        found["kept_above_chance"] = kept_above_chance(outcome.value, base)
+        found.kept = outcome.value / base.value if base.value > 0 else None
+        found.kept_above_chance = kept_above_chance(outcome.value, base)
     return found
 
 

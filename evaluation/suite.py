@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import Field
+
+from ..core.files import write_whole
 from ..core.stage import Advance, Context
+from ..records.models import ModelEntry, ModelFigures, RetrievalResult
 from ..runtime.engine import Engine
 from .builtin import exercises
 from .config import BUILTIN, EvaluateConfig, task_name
@@ -130,21 +133,36 @@ class Suite:
             return run_tasks(name, self.harness[name], language_model, self.config, self.context.seed, advance)
 
 
-def side_by_side(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Replace each entry's outcomes (as dictionaries) by the report's figures, set against the base's.
+class MeasuredModel(ModelFigures):
+    """What is measured of a model by itself."""
 
-    Returns what was taken out, every question's score: {task: {role: scores}}.
-    """
-    outcomes = {entry["role"]: {n: Outcome(**o) for n, o in entry["tasks"].items()} for entry in entries}
-    base = outcomes.get("base", {})
-    answers: dict[str, dict[str, list[float]]] = {}
-    for entry in entries:
-        role = entry["role"]
-        for name, outcome in outcomes[role].items():
-            entry["tasks"][name] = compare(outcome, base.get(name) if role != "base" else None)
+    tasks: dict[str, Outcome]
+    retrieval: list[RetrievalResult] = Field(default_factory=list)
+
+
+def side_by_side(models: Sequence[MeasuredModel]) -> list[ModelEntry]:
+    """The report's figures: those of the tasks set against the base's."""
+    base = next((model.tasks for model in models if model.role == "base"), {})
+    return [
+        ModelEntry(
+            **model.model_dump(exclude={"tasks"}, exclude_unset=True),
+            tasks={
+                name: compare(outcome, base.get(name) if model.role != "base" else None)
+                for name, outcome in model.tasks.items()
+            },
+        )
+        for model in models
+    ]
+
+
+def question_scores(models: Sequence[MeasuredModel]) -> dict[str, dict[str, list[float]]]:
+    """Every question's score, where a task has such: {task: {role: scores}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for model in models:
+        for name, outcome in model.tasks.items():
             if outcome.scores:
-                answers.setdefault(name, {})[role] = outcome.scores
-    return answers
+                found.setdefault(name, {})[model.role] = outcome.scores
+    return found
 
 
 def write_answers(answers: dict[str, dict[str, list[float]]], file: Path) -> None:
@@ -154,8 +172,4 @@ def write_answers(answers: dict[str, dict[str, list[float]]], file: Path) -> Non
         for task, models in answers.items()
         for role, scores in models.items()
     ]
-    file.write_text("".join(lines), encoding="utf-8")
-
-
-def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    return {name: asdict(outcome) for name, outcome in outcomes.items()}
+    write_whole(file, "".join(lines))

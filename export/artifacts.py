@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
-from ..runtime.bundle import Verification
+from ..records.bundle import Verification
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.chat_templates import MORE_TEMPLATES, TEMPLATE
-from ..core.files import read_json, sha256, write_whole
-from ..runtime.bundle import MANIFEST, FileEntry, Manifest
+from ..core.files import read_json, sha256, write_json
+from ..records.bundle import BundleManifest, FileEntry
 from .ends import write_generation_config
 
 TOKENIZER = "tokenizer_config.json"
@@ -53,14 +52,14 @@ def settle_tokenizer(file: Path) -> None:
         values.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, values)
 
 
 def list_files(bundle: Path) -> list[FileEntry]:
     """Every file but the manifest, in order, with its hash; of a file with several names the later ones say so."""
     found: list[FileEntry] = []
     names: dict[tuple[int, int], FileEntry] = {}
-    for file in sorted(file for file in bundle.rglob("*") if file.is_file() and file != bundle / MANIFEST):
+    for file in sorted(file for file in bundle.rglob("*") if file.is_file() and file != bundle / BundleManifest.FILE):
         path, state = file.relative_to(bundle).as_posix(), file.stat()
         first = names.get((state.st_dev, state.st_ino))
         if first is None:
@@ -77,9 +76,3 @@ def disk_bytes(folder: Path) -> tuple[int, int]:
     states = [file.stat() for file in folder.rglob("*") if file.is_file()]
     once = {(state.st_dev, state.st_ino): state.st_size for state in states}
     return sum(once.values()), sum(state.st_size for state in states)
-
-
-def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Write manifest.json; with it the bundle is complete."""
-    text = json.dumps(manifest.model_dump(exclude_none=True), indent=2, ensure_ascii=False) + "\n"
-    write_whole(bundle / MANIFEST, text)

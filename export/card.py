@@ -10,11 +10,11 @@ from typing import Any
 from ..core.files import read_json
 from ..modeling.families import family_of
 from ..modeling.shape import AttentionShape
-from ..runtime.bundle import ArtifactEntry, Manifest
+from ..records.bundle import ArtifactEntry, BundleManifest
 from .ends import end_tokens, read_vocabulary
 
 
-def write_card(bundle: Path, manifest: Manifest) -> None:
+def write_card(bundle: Path, manifest: BundleManifest) -> None:
     """Write README.md, and a Modelfile where there is a GGUF; both follow from the manifest and config.json.
 
     Ollama imports no GGUF that is cut into parts (ollama/ollama issue 5245): for several depths the Modelfile names
@@ -64,7 +64,7 @@ def optimum_runs(config: dict[str, Any]) -> bool:
     return builder.optimum_head_dim or shape.size == config["hidden_size"] // shape.heads
 
 
-def _first_type(manifest: Manifest, form: str) -> list[ArtifactEntry]:
+def _first_type(manifest: BundleManifest, form: str) -> list[ArtifactEntry]:
     """The depths of the first type of a format."""
     found = [artifact for artifact in manifest.artifacts if artifact.format == form]
     return [artifact for artifact in found if artifact.type == found[0].type]

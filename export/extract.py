@@ -11,7 +11,8 @@ from gguf import GGUFReader, GGUFWriter
 
 from ..core.errors import UserError
 from ..core.gguf_header import split_files
-from ..runtime.bundle import ArtifactEntry, read_bundle
+from ..records.bundle import ArtifactEntry
+from ..runtime.bundle import read_bundle
 from .gguf_source import file_order
 
 

@@ -19,10 +19,11 @@ from ..modeling.checkpoint import can_link
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
-from ..runtime.bundle import ArtifactEntry, FamilyEntry, Manifest, read_bundle
+from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
+from ..runtime.bundle import read_bundle
 from ..runtime.engine import Window
 from .artifacts import Gguf, Kind, Making, Onnx
-from .bundle import copy_model_files, disk_bytes, list_files, write_manifest
+from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card
 from .config import ExportConfig
 from .gguf import context_length
@@ -70,7 +71,7 @@ class Job:
         for kind in kinds:
             artifacts += [self._artifact(kind, depth) for depth in reversed(self.depths)]
         config = load_config(self.checkpoint)
-        manifest = Manifest(
+        manifest = BundleManifest(
             name=self.name,
             family=config.model_type,
             parameters=count_parameters(self.checkpoint),
@@ -84,7 +85,7 @@ class Job:
             files=[],
         )
         write_card(self.bundle, manifest)
-        write_manifest(self.bundle, manifest.model_copy(update={"files": list_files(self.bundle)}))
+        manifest.model_copy(update={"files": list_files(self.bundle)}).write(self.bundle)
         read_bundle(self.bundle)
         return {
             "artifacts": [artifact.model_dump() for artifact in artifacts],

@@ -20,7 +20,7 @@ import gguf
 
 from ..modeling.load import load_config
 from ..modeling.retaining import FOLDER, SETTINGS, WEIGHTS, has_heads, load_heads, read_settings
-from ..runtime.bundle import RetainingEntry
+from ..records.bundle import RetainingEntry
 
 ARCHITECTURE = "compress-retain"
 GGUF = "heads.gguf"

@@ -22,7 +22,7 @@ from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
-from ..runtime.bundle import Verification
+from ..records.bundle import Verification
 from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine

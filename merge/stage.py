@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import write_whole
+from ..core.files import read_json, write_json
 from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import pad_id
 from ..data.chat import load_encoded
@@ -19,6 +18,8 @@ from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
 from ..modeling.soundness import check_checkpoint
 from ..modeling.weights import tensor_headers
+from ..records.merge import Merged, MergeRecord
+from ..records.students import Variants
 from .alignment import check_alike
 from .bridge import check_method, merge_weights
 from .config import START, MergeConfig
@@ -36,9 +37,7 @@ def check(config: MergeConfig, base: Path, context: Context) -> None:
 def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `model/`, the merge or the parent that is better than it, and `merge.json`, with the figures of all."""
     variants = read_variants(inputs.stages["distill"])
-    trained = {
-        entry["name"]: inputs.stages["distill"] / "variants" / entry["name"] / "model" for entry in variants["variants"]
-    }
+    trained = {entry.name: inputs.stages["distill"] / "variants" / entry.name / "model" for entry in variants.variants}
     config = config.among(list(trained))
     folders = {**trained, START: started_from(inputs)}
     merged = out_dir / WORK / "merged"
@@ -49,22 +48,18 @@ def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     figures = _measure({MERGE: merged, **{name: folders[name] for name in parents}}, variants, inputs, out_dir, context)
     chosen = choose(config, figures)
     link_files(merged if chosen == MERGE else folders[chosen], out_dir / "model")
-    record = {
-        "config": config.model_dump(mode="json"),
-        "chosen": chosen,
-        "models": [{"name": name, "merged": name in asked, **figures[name]} for name in figures],
-    }
-    (out_dir / "merge.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    models = [Merged(name=name, merged=name in asked, **figures[name]) for name in figures]
+    MergeRecord(config=config.model_dump(mode="json"), chosen=chosen, models=models).write(out_dir)
     context.progress.note(describe(config, figures, chosen))
-    return {"method": config.method, "chosen": chosen, "models": record["models"]}
+    return {"method": config.method, "chosen": chosen, "models": [model.model_dump() for model in models]}
 
 
-def read_variants(folder: Path) -> dict[str, Any]:
+def read_variants(folder: Path) -> Variants:
     """What the distill stage wrote of its variants; `UserError` where it had none."""
-    file = folder / "variants.json"
-    if not file.is_file():
+    variants = Variants.read_if_there(folder)
+    if variants is None:
         raise UserError("merge: the stage distill has no variants; give it two or more under distill.variants")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return variants
 
 
 def started_from(inputs: Inputs) -> Path:
@@ -122,15 +117,15 @@ def describe(config: MergeConfig, figures: Mapping[str, Mapping[str, float]], ch
 
 
 def _measure(
-    models: Mapping[str, Path], variants: dict[str, Any], inputs: Inputs, out_dir: Path, context: Context
+    models: Mapping[str, Path], variants: Variants, inputs: Inputs, out_dir: Path, context: Context
 ) -> dict[str, dict[str, float]]:
     """Held-out figures by name, in order; those that a killed run had are not measured again."""
     records = {name: out_dir / WORK / f"{name}.json" for name in models}
     pending = [name for name, file in records.items() if not file.exists()]
     if pending:
         tokenizer = load_tokenizer(inputs.model)
-        rows = load_encoded(inputs.stages["data"], tokenizer, "heldout", variants["length"])
-        batches = pack(rows, variants["length"], variants["batch"], pad_id(tokenizer))
+        rows = load_encoded(inputs.stages["data"], tokenizer, "heldout", variants.length)
+        batches = pack(rows, variants.length, variants.batch, pad_id(tokenizer))
         with context.progress.bar("measuring", len(pending) + 1) as advance:
             reference = unpruned(inputs.base, batches, context)
             advance(note="unpruned")
@@ -138,6 +133,6 @@ def _measure(
                 found = heldout_figures(models[name], batches, reference, context)
                 if not all(math.isfinite(value) for value in found.values()):
                     raise UserError(f"merge: the held-out figures of {name} are not finite; change merge.parameters")
-                write_whole(records[name], json.dumps(found))
+                write_json(records[name], found)
                 advance(note=name)
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in records.items()}
+    return {name: read_json(file) for name, file in records.items()}

@@ -17,6 +17,7 @@ from ..core.files import read_json, write_whole
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Group, Inputs, Progress
 from ..modeling.source import fingerprint_source, hash_file, parse_source
+from ..records.manifest import BaseModelSource, StageManifest
 from .explain import readable_errors
 from .group import check_same, check_shared, in_turn
 from .measure import Meter
@@ -239,26 +240,26 @@ def _finish(
     prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
     with readable_errors(f"stage {name}, writing to {folder.partial}"):
         folder.finish(
-            {
-                "stage": name,
-                "fingerprint": folder.fingerprint,
-                "format": stage.spec.format,
-                "config": stage.config.model_dump(mode="json"),
-                "inputs": {other: prints[other] for other in stage.reads},
-                "base": {"source": run.loaded.source, "fingerprint": run.base},
-                "seed": context.seed,
-                "device": context.device,
-                "dtype": context.dtype,
-                "processes": context.world,
-                "versions": versions(),
-                "machine": machine(),
-                "seconds": round(meter.seconds, 3),
-                "resumed": resumed,
-                "peak_memory_bytes": meter.peak_memory_bytes,
-                "peak_cuda_bytes": meter.peak_cuda_bytes,
-                "planned_memory_bytes": planned,
-                "metrics": metrics,
-            }
+            StageManifest(
+                stage=name,
+                fingerprint=folder.fingerprint,
+                format=stage.spec.format,
+                config=stage.config.model_dump(mode="json"),
+                inputs={other: prints[other] for other in stage.reads},
+                base=BaseModelSource(source=run.loaded.source, fingerprint=run.base),
+                seed=context.seed,
+                device=context.device,
+                dtype=context.dtype,
+                processes=context.world,
+                versions=versions(),
+                machine=machine(),
+                seconds=round(meter.seconds, 3),
+                resumed=resumed,
+                peak_memory_bytes=meter.peak_memory_bytes,
+                peak_cuda_bytes=meter.peak_cuda_bytes,
+                planned_memory_bytes=planned,
+                metrics=metrics,
+            )
         )
     context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -16,17 +15,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..core.errors import UserError
-from ..core.files import read_json, write_whole
+from ..core.files import read_json, write_json
 from ..core.stage import WORK
 from ..modeling.source import hash_file, hash_json
+from ..records.manifest import StageFile, StageManifest
 
-MANIFEST = "manifest.json"
+MANIFEST = StageManifest.FILE
 DISCARDED = ".old"  # end of the names of folders that are about to be deleted
-SCHEMA_VERSION = 1
-
-
-class _Changed(UserError):
-    """A file that is not what the manifest says."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +45,24 @@ class StageFolder:
     def complete(self) -> bool:
         return self.path.is_dir()
 
-    def manifest(self, hashes: Path | None = None) -> dict[str, Any]:
+    def manifest(self, hashes: Path | None = None) -> StageManifest:
         """The manifest of a complete stage; `UserError` if the folder was damaged since.
 
         With a folder for known `hashes`, every file is compared to the last bit; else by its size alone.
         """
-        path = self.path / MANIFEST
         try:
-            manifest = read_json(path)
-            for name, entry in manifest["files"].items():
-                file = self.path / name
-                size, digest = entry["bytes"], entry["sha256"]
-                same = file.is_file() and file.stat().st_size == size
-                if not same or (hashes is not None and hash_file(file, hashes) != digest):
-                    raise _Changed(f"{file} has changed since it was made{self._advice()}")
-        except _Changed:
-            raise
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            manifest = StageManifest.read(self.path)
+        except UserError as error:
             raise UserError(f"{self.path} is damaged ({error}){self._advice()}") from error
+        for name, entry in manifest.files.items():
+            file = self.path / name
+            try:
+                same = file.is_file() and file.stat().st_size == entry.bytes
+                same = same and (hashes is None or hash_file(file, hashes) == entry.sha256)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.path} is damaged ({error}){self._advice()}") from error
+            if not same:
+                raise UserError(f"{file} has changed since it was made{self._advice()}")
         return manifest
 
     def _advice(self) -> str:
@@ -78,20 +73,20 @@ class StageFolder:
         """Whether the partial folder is whole, and only its renaming was missed."""
         return (self.partial / MANIFEST).is_file()
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest of the partial folder, flush everything to disk, and rename it."""
+    def finish(self, manifest: StageManifest) -> None:
+        """Write the manifest of the partial folder, its files added, flush everything to disk, and rename it."""
         made = _files(self.partial)
         hashes: dict[tuple[int, int], str] = {}  # a file with several names, as depths share weights, is read once
-        files: dict[str, Any] = {}
+        files: dict[str, StageFile] = {}
         for file in made:
             state = file.stat()
             key = state.st_dev, state.st_ino
             if key not in hashes:
                 hashes[key] = hash_file(file)
-            files[str(file.relative_to(self.partial))] = {"bytes": state.st_size, "sha256": hashes[key]}
+            files[str(file.relative_to(self.partial))] = StageFile(bytes=state.st_size, sha256=hashes[key])
         for file in made:
             _flush(file)
-        write_json(self.partial / MANIFEST, {"schema_version": SCHEMA_VERSION, **manifest, "files": files})
+        manifest.model_copy(update={"files": files}).write(self.partial)
         _flush(self.partial / MANIFEST)
         _flush(self.partial)
         self.seal()
@@ -119,11 +114,6 @@ def fingerprint(
 ) -> str:
     """What a stage's output depends on, as sha256 hex: its precision too, but not the device or the machine."""
     return hash_json([stage, format, config, seed, dtype, base, inputs, files])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is never seen half-written."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

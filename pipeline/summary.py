@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import UserError
-from ..core.files import read_json, read_text
+from ..core.files import read_json, read_text, write_json
+from ..records.manifest import StageManifest
+from ..records.models import ModelEntry
 from .report.collect import StageRecord, build_report
 from .report.html import final_model, megabytes, number, percent, render, smallest_artifact, write_report
 from .report.retrieval import retrieval_lengths, retrieval_lines
-from .report.schema import ModelEntry, Report
+from .report.schema import Report
 from .report.tasks import task_lines
 from .runner import Run
-from .store import MANIFEST, write_json
 
 # How a figure that this version shows is missing, or is none.
 MISSING = (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError, UndefinedError)
@@ -41,7 +42,7 @@ def rebuild(folder: Path) -> list[Path]:
     try:
         last = read_json(folder / LAST)
         recipe = read_text(folder / "recipe.yaml")
-        stages = [StageRecord(str(n), folder / path, read_json(folder / path / MANIFEST)) for n, path in last["stages"]]
+        stages = [StageRecord(str(n), folder / path, StageManifest.read(folder / path)) for n, path in last["stages"]]
         name = str(last["name"])
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not the folder of a finished run: {error}") from error
@@ -54,8 +55,10 @@ def _build(folder: Path, name: str, recipe: str, stages: list[StageRecord]) -> R
         report = build_report(name, recipe, stages)
         render(report)
         return report
-    except MISSING as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (*MISSING, UserError) as error:
+        what = (
+            str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        )
         raise UserError(
             f"the stages in {folder} are damaged, or were made by another version of compress ({what}); run its recipe "
             "again, with --from where a stage is damaged"

@@ -10,6 +10,7 @@ import torch
 
 from ..core.errors import UserError
 from ..modeling.blocks import Decoder, replaced, without_blocks
+from ..records.importance import Candidate, CurvePoint
 from .config import Goal, PruneConfig
 from .cuts import Cut, describe
 from .heal import fit_gaps
@@ -21,7 +22,7 @@ MISSES = 2  # sizes in a row that miss the perplexity before larger cuts are no 
 STEPS = 12  # tokens timed of each model, in turn
 
 
-def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, list[dict[str, Any]]]:
+def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, list[CurvePoint]]:
     """The cut that meets the goal, and the curve: for each size tried the blocks, the perplexity pruned and healed,
     both as a multiple of the unpruned model's too, and the share of weights left.
 
@@ -30,20 +31,20 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
     goal = config.goal or Goal(perplexity=1.2)
     most = min(goal.at_most or study.num_blocks // 2, len(candidates))
     curve = [_point(study, config, ())]
-    study.progress.note(f"held-out perplexity of the unpruned model: {curve[0]['pruned']:.2f}")
-    met: list[dict[str, Any]] = curve[:1] if _meets(curve[0], goal) else []
-    compared: dict[int, Any] = {}  # what each size's search was compared with
+    study.progress.note(f"held-out perplexity of the unpruned model: {curve[0].pruned:.2f}")
+    met = curve[:1] if _meets(curve[0], goal) else []
+    compared: dict[int, dict[str, Candidate] | None] = {}  # what each size's search was compared with
     for count in range(1, most + 1):
         if met and goal.perplexity is None:
             break
         cut = choose(study, config, count, candidates)
         compared[count] = study.notes.pop("guard", None)
-        point = _point(study, config, cut, curve[0]["pruned"], timed=goal.latency is not None)
+        point = _point(study, config, cut, curve[0].pruned, timed=goal.latency is not None)
         curve.append(point)
         met += [point] if _meets(point, goal) else []
         study.progress.note(
-            f"without {count}: perplexity {point['pruned']:.2f} pruned, {point['healed']:.2f} healed "
-            f"({point['healed_ratio']:.2f} × the base's), {describe(cut)}"
+            f"without {count}: perplexity {point.pruned:.2f} pruned, {point.healed:.2f} healed "
+            f"({point.healed_ratio:.2f} × the base's), {describe(cut)}"
         )
         if not any(_meets(p, goal) for p in curve[-MISSES:]) and goal.perplexity is not None:
             break
@@ -52,21 +53,23 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
             f"prune.goal: not even without {most} blocks are the weights or the time down to what it asks for; "
             "raise the goal, or goal.at_most"
         )
-    chosen = tuple(met[-1]["dropped"])
-    if compared.get(len(chosen)):
-        study.notes["guard"] = compared[len(chosen)]
+    chosen = tuple(met[-1].dropped)
+    if guard := compared.get(len(chosen)):
+        study.notes["guard"] = guard
     return chosen, curve
 
 
-def _meets(point: dict[str, Any], goal: Goal) -> bool:
+def _meets(point: CurvePoint, goal: Goal) -> bool:
     if goal.perplexity is not None:
-        return point["healed_ratio"] <= goal.perplexity
-    return point["size"] <= goal.size if goal.size is not None else point["latency"] <= goal.latency
+        return point.healed_ratio <= goal.perplexity
+    if goal.size is not None:
+        return point.size <= goal.size
+    return point.latency is not None and goal.latency is not None and point.latency <= goal.latency
 
 
 def _point(
     study: Study, config: PruneConfig, cut: Cut, base: float | None = None, *, timed: bool = False
-) -> dict[str, Any]:
+) -> CurvePoint:
     def measure() -> dict[str, Any]:
         decoder, scorer = study.decoder, study.scorer("perplexity", held_out=True)
         pruned = healed = _perplexity(scorer, cut)
@@ -84,7 +87,7 @@ def _point(
             "latency": latency_share(decoder, cut) if timed else None if cut else 1.0,
         }
 
-    return study.recorded(f"curve {list(cut)}", measure)
+    return CurvePoint.model_validate(study.recorded(f"curve {list(cut)}", measure))
 
 
 def _perplexity(scorer: Scorer, cut: Cut) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import drop_blocks, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
+from ..records.importance import Importance
 from .auto import decide
 from .config import PruneConfig
 from .copying import read_twice
@@ -53,17 +52,16 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     batches = _batches(config, inputs, tokenizer, context)
     record = _choose(config, model, batches, out_dir / WORK / LEDGER, context)
     give_back_memory()  # of the search's statistics; healing has sums of its own
-    dropped = record["dropped"]
-    context.progress.note(f"dropping {len(dropped)} of {record['blocks']} blocks: {describe(dropped)}")
-    healings = heal(model, dropped, batches, config.heal, context.progress)
-    drop_blocks(model, dropped)
+    context.progress.note(f"dropping {len(record.dropped)} of {record.blocks} blocks: {describe(record.dropped)}")
+    record.healing = heal(model, record.dropped, batches, config.heal, context.progress)
+    drop_blocks(model, record.dropped)
     save_checkpoint(model, tokenizer, out_dir / "model")
-    record |= {"kept": kept_blocks(model.config), "healing": [dataclasses.asdict(healing) for healing in healings]}
-    (out_dir / "importance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return {key: record[key] for key in ("blocks", "dropped", "tokens", "healing")}
+    record.kept = kept_blocks(model.config)
+    record.write(out_dir)
+    return record.model_dump(include={"blocks", "dropped", "tokens", "healing"})
 
 
-def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> dict[str, Any]:
+def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> Importance:
     """The blocks to drop, and what was measured on the way; what it takes to find them is let go."""
     study = _study(config, model, batches, ledger, context)
     blocks = study.num_blocks
@@ -73,18 +71,20 @@ def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path,
         dropped, curve = decide(study, config, candidates)
     else:
         dropped, curve = choose(study, config, config.blocks, candidates), []
-    return {
-        "blocks": blocks,
-        "dropped": list(dropped),
-        "importance": config.importance,
-        "position": config.position,
-        "search": config.search.kind,
-        "tokens": sum(batch.tokens for batch in batches),
-        "values": windows(config.importance, study, 1),
-        "distances": {name: table(value, blocks) for name, value in distances.items()},
-        "trials": study.notes,
-        "curve": curve,
-    }
+    return Importance(
+        blocks=blocks,
+        dropped=list(dropped),
+        importance=config.importance,
+        position=config.position,
+        search=config.search.kind,
+        tokens=sum(batch.tokens for batch in batches),
+        values=windows(config.importance, study, 1),
+        distances={name: table(value, blocks) for name, value in distances.items()},
+        trials=study.notes,
+        curve=curve,
+        kept=[block for block in range(blocks) if block not in dropped],
+        healing=[],
+    )
 
 
 def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Any, context: Context) -> list[Batch]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..records.importance import SearchNotes
 from .cuts import Cut, cut
 from .importance import Distances, scan
 from .moments import Moments
@@ -41,7 +42,7 @@ class Study:
         self.scoring = self.batches if scoring is None else list(scoring)
         self.longest = longest  # gap that statistics are gathered for; None: as long as a search needs
         self.progress = progress or Progress()
-        self.notes: dict[str, Any] = {}  # what a search leaves for the record
+        self.notes: SearchNotes = {}  # what a search leaves for the record
         self._known: dict[Any, Any] = {}
         self._ledger = ledger
         self._recorded = read_ledger(ledger) if ledger is not None else {}

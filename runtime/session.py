@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..core.errors import UserError
-from .bundle import ArtifactEntry, Manifest, read_bundle
+from ..records.bundle import ArtifactEntry, BundleManifest
+from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
 from .kv_budget import FOLDER, KvBudget
@@ -223,7 +224,7 @@ class Session:
         self.close()
 
 
-def choose_artifact(manifest: Manifest, engine: str | None, kind: str | None) -> tuple[str, str]:
+def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | None) -> tuple[str, str]:
     """(engine, type), as far as they are not given; `UserError` for what is not in the bundle, naming what is."""
     there = [
         (name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form
@@ -240,7 +241,7 @@ def choose_artifact(manifest: Manifest, engine: str | None, kind: str | None) ->
     raise UserError(f"the bundle has nothing for {wanted}; it has: {listed or 'no artifacts'}")
 
 
-def depth_artifacts(manifest: Manifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:
+def depth_artifacts(manifest: BundleManifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:
     """Depth -> artifact of one engine and type, ascending."""
     entries = [entry for entry in manifest.artifacts if entry.format == FORMATS[engine] and entry.type == kind]
     return {entry.depth: entry for entry in sorted(entries, key=lambda entry: entry.depth)}

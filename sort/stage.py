@@ -29,4 +29,5 @@ def run(config: SortConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     job = TrainingJob("", config, context, (0.0, 1.0), out_dir, out_dir / WORK)
     if context.group.share(job.figures is None):
         train_students(config, [job], inputs, context)
-    return {} if context.rank else {"depths": config.depths, **(job.figures or {})}
+    figures = job.figures
+    return {} if context.rank or figures is None else {"depths": config.depths, **figures.model_dump()}

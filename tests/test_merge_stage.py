@@ -30,6 +30,8 @@ from compress.pipeline.plan.memory import StageMemory
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
+from compress.records.merge import MergeRecord
+from compress.records.students import HeldOutFigures, Variant, Variants
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -47,6 +49,23 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file): (folder / file).read_bytes() for file in files if WORK not in file.parts}
 
 
+def variant(name: str) -> Variant:
+    held = HeldOutFigures(step=1, eval_loss=1.0, eval_kl=0.5, eval_perplexity=4.0)
+    return Variant(
+        name=name,
+        seed=1,
+        rows=(0.0, 1.0),
+        objective="kd",
+        steps=1,
+        trainable_parameters=1,
+        before=held,
+        last=held,
+        best=held,
+        target_tokens=1,
+        train_tokens=1,
+    )
+
+
 @pytest.fixture(scope="module")
 def world(tiny: Callable[..., Path], talks: Path, tmp_path_factory: Any) -> Inputs:
     """A base model and a distill folder whose two variants lie on either side of the base: their mean is nearly it."""
@@ -62,8 +81,7 @@ def world(tiny: Callable[..., Path], talks: Path, tmp_path_factory: Any) -> Inpu
         shutil.copytree(base, folder / "model")
         moved = {name: tensor + scale * noise[name] for name, tensor in plain.items()}
         save_file(moved, folder / "model" / "model.safetensors", {"format": "pt"})
-    variants = [{"name": name} for name in ("a", "b")]
-    (distill / "variants.json").write_text(json.dumps({"length": 64, "batch": 2, "chosen": "b", "variants": variants}))
+    Variants(length=64, batch=2, chosen="b", variants=[variant("a"), variant("b")]).write(distill)
     shutil.copytree(distill / "variants" / "b" / "model", distill / "model")
     return Inputs(base, distill / "model", {"data": talks, "prune": root / "prune", "distill": distill})
 
@@ -293,7 +311,7 @@ def test_evaluation_measures_what_the_merge_hands_on_once(
 ) -> None:
     """The distill stage's own choice is b."""
     shutil.copytree(world.model, tmp_path / "model")
-    (tmp_path / "merge.json").write_text(json.dumps({"chosen": kept}))
+    MergeRecord(config={"method": "linear", "models": []}, chosen=kept, models=[]).write(tmp_path)
     stages = {"distill": world.stages["distill"], "merge": tmp_path}
     found = checkpoints(Inputs(world.base, tmp_path / "model", stages), Context())
     assert [subject.role for subject in found] == ["base", "recovered", *roles]

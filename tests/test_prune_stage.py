@@ -248,7 +248,7 @@ def test_auto_drops_the_most_blocks_within_the_perplexity_asked_for(stage: Stage
 
 
 def test_auto_records_what_the_chosen_size_was_compared_with(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.prune.auto._meets", lambda point, goal: len(point["dropped"]) <= 1)
+    monkeypatch.setattr("compress.prune.auto._meets", lambda point, goal: len(point.dropped) <= 1)
     stage(blocks="auto", goal={"perplexity": 3.0}, search="greedy", **AUTO)
     compared = stage.record["trials"]["guard"]
     assert [len(point["dropped"]) for point in stage.record["curve"]] == [0, 1, 2, 3]  # larger ones were tried too

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from compress.pipeline.report import html, plots
-from compress.pipeline.report.schema import ModelEntry, Report, StageEntry, TaskResult
+from compress.pipeline.report.schema import Report, StageEntry
 from compress.pipeline.report.tasks import task_lines
 from compress.pipeline.summary import show
+from compress.records.merge import Merged, MergeRecord
+from compress.records.models import ModelEntry, TaskResult
+from compress.records.students import HeldOutFigures, Variant, Variants
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -34,6 +37,12 @@ def entry(role: str, size: int, perplexity: float, **changes) -> ModelEntry:
         "peak_memory_bytes": 10**9,
     }
     return ModelEntry.model_validate(values | changes)
+
+
+def point(dropped: list[int], pruned: float, healed: float) -> dict:
+    """A point of the curve of `blocks: auto`; the unpruned model's perplexity is 4."""
+    ratios = {"pruned_ratio": pruned / 4, "healed_ratio": healed / 4}
+    return {"dropped": dropped, "pruned": pruned, "healed": healed, **ratios, "size": 0.5, "latency": None}
 
 
 @pytest.fixture
@@ -86,11 +95,14 @@ def report() -> Report:
             "distances": {"all": {"angular": distances, "influence": distances}},
             "trials": {"passes": 12.5, "guard": {"greedy": {"dropped": [1, 2], "held_out": 0.25}}},
             "curve": [
-                {"dropped": [], "pruned": 4.0, "healed": 4.0},
-                {"dropped": [2], "pruned": 9.0, "healed": 5.0},
-                {"dropped": [1, 2], "pruned": 30.0, "healed": 8.0},
-                {"dropped": [0, 1, 2], "pruned": 90.0, "healed": 20.0},
+                point([], 4.0, 4.0),
+                point([2], 9.0, 5.0),
+                point([1, 2], 30.0, 8.0),
+                point([0, 1, 2], 90.0, 20.0),
             ],
+            "tokens": 1024,
+            "kept": [0, 3],
+            "healing": [],
         },
         curves=[
             {"step": 0, "eval_loss": 2.0, "eval_kl": 0.9, "eval_perplexity": 9.0},
@@ -192,32 +204,45 @@ def test_the_page_shows_what_the_search_compared_and_the_curve(report):
     text = parsed(report).text
     assert "12.5 forward passes" in text and "0.25" in text
     assert "blocks removed" in html.render(report)
-    single = report.importance | {"curve": [], "trials": {}, "importance": "taylor", "search": "greedy"}
+    single = report.importance.model_copy(
+        update={"curve": [], "trials": {}, "importance": "taylor", "search": "greedy"}
+    )
     page = parsed(report.model_copy(update={"importance": single}))  # no distance across windows, nothing compared
     assert page.tags.count("svg") == 4 and "What the search compared" not in page.text
 
 
-VARIANTS = {
-    "length": 64,
-    "batch": 1,
-    "chosen": "b",
-    "variants": [
-        {"name": name, "seed": 3, "rows": rows, "objective": "kd", "steps": 40, "best": best}
-        for name, rows, best in (
-            ("a", [0, 0.5], {"eval_kl": 0.51, "eval_perplexity": 6.1}),
-            ("b", [0.5, 1], {"eval_kl": 0.52, "eval_perplexity": 5.9}),
-        )
+def variant(name: str, rows: tuple[float, float], kl: float, perplexity: float) -> Variant:
+    best = HeldOutFigures(step=20, eval_loss=1.0, eval_kl=kl, eval_perplexity=perplexity)
+    return Variant(
+        name=name,
+        seed=3,
+        rows=rows,
+        objective="kd",
+        steps=40,
+        trainable_parameters=8,
+        before=best,
+        last=best,
+        best=best,
+        target_tokens=100,
+        train_tokens=200,
+    )
+
+
+VARIANTS = Variants(
+    length=64,
+    batch=1,
+    chosen="b",
+    variants=[variant("a", (0, 0.5), 0.51, 6.1), variant("b", (0.5, 1), 0.52, 5.9)],
+)
+MERGE = MergeRecord(
+    config={"method": "slerp", "select": "best", "by": "kl", "models": [{"model": "a"}, {"model": "b"}]},
+    chosen="merge",
+    models=[
+        Merged(name="merge", merged=False, eval_kl=0.47, eval_perplexity=5.7),
+        Merged(name="a", merged=True, eval_kl=0.513, eval_perplexity=6.12),
+        Merged(name="b", merged=True, eval_kl=0.523, eval_perplexity=5.92),
     ],
-}
-MERGE = {
-    "config": {"method": "slerp", "select": "best", "by": "kl", "models": [{"model": "a"}, {"model": "b"}]},
-    "chosen": "merge",
-    "models": [
-        {"name": "merge", "merged": False, "eval_kl": 0.47, "eval_perplexity": 5.7},
-        {"name": "a", "merged": True, "eval_kl": 0.513, "eval_perplexity": 6.12},
-        {"name": "b", "merged": True, "eval_kl": 0.523, "eval_perplexity": 5.92},
-    ],
-}
+)
 
 
 def test_the_page_shows_variants_beside_their_merge(report):

@@ -25,7 +25,8 @@ from compress.modeling.retaining import RetainingHeads, RetainingSettings, save_
 from compress.modeling.shape import AttentionShape
 from compress.pipeline.report.html import render
 from compress.pipeline.report.retrieval import heat_map, memory_plot, retrieval_lines
-from compress.pipeline.report.schema import ModelEntry, Report
+from compress.pipeline.report.schema import Report
+from compress.records.models import ModelEntry
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -166,9 +167,9 @@ def test_the_nats_of_an_answer_are_the_models_own(headed):
             (nll, tokens)
             for one in measured
             for depth, nll, tokens in zip(one.depths, one.nll, one.tokens, strict=True)
-            if (one.task, depth) == (cell["task"], cell["depth"])
+            if (one.task, depth) == (cell.task, cell.depth)
         ]
-        assert cell["nats"] == pytest.approx(sum(nll for nll, _ in own) / sum(tokens for _, tokens in own))
+        assert cell.nats == pytest.approx(sum(nll for nll, _ in own) / sum(tokens for _, tokens in own))
 
 
 def test_a_perfect_model_finds_everything_and_the_share_has_its_interval(headed, monkeypatch):
@@ -176,10 +177,8 @@ def test_a_perfect_model_finds_everything_and_the_share_has_its_interval(headed,
     answers = iter([q.answer_ids for item in retrieval.items() for q in retrieval.made(item).questions])
     monkeypatch.setattr("compress.evaluation.kv_cache.KVCache.write", lambda *_: next(answers))
     cells = summarised(list(retrieval.run(load_model(headed), None, silent)))
-    assert {(cell["task"], cell["depth"]) for cell in cells} == {
-        (t, d) for t in ("passkey", "keys") for d in (0.2, 0.8)
-    }
-    assert all((cell["value"], cell["n"]) == (1.0, 1) and cell["low"] == wilson(1, 1).low for cell in cells)
+    assert {(cell.task, cell.depth) for cell in cells} == {(t, d) for t in ("passkey", "keys") for d in (0.2, 0.8)}
+    assert all((cell.value, cell.n) == (1.0, 1) and cell.low == wilson(1, 1).low for cell in cells)
 
 
 def test_summaries_add_up(headed, text):
@@ -187,7 +186,7 @@ def test_summaries_add_up(headed, text):
     retrieval = Retrieval(RetrievalConfig.model_validate(values), Context(), TOKENIZER)
     measured = list(retrieval.run(load_model(headed), None, silent))
     (cell,) = summarised(measured)
-    assert cell["value"] == pytest.approx(math.exp(sum(one.nll[0] for one in measured) / 15)) and cell["n"] == 3
+    assert cell.value == pytest.approx(math.exp(sum(one.nll[0] for one in measured) / 15)) and cell.n == 3
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(headed, tmp_path):
@@ -242,9 +241,8 @@ def test_the_stage_measures_checkpoints_that_have_heads(headed, tiny, text, tmp_
     both = retrieving(config, [replace(plain[0], role="base"), *found])
     assert [s.retrieves for s in both] == [False, True]
     (entry,) = evaluate_path(headed, config, Context(), None, tmp_path)
-    assert len(entry["retrieval"]) == 2 * 2 * 4  # tasks, depths, policies
-    model = ModelEntry.model_validate(entry)
-    assert {one.policy for one in model.retrieval} == {"full", "retaining", "recent", "snapkv"}
+    assert len(entry.retrieval) == 2 * 2 * 4  # tasks, depths, policies
+    assert {one.policy for one in entry.retrieval} == {"full", "retaining", "recent", "snapkv"}
 
 
 def test_the_command_line_and_the_report_show_it(headed, text, monkeypatch, tmp_path):

@@ -168,7 +168,7 @@ def test_another_precision_is_another_run(home, made):
     assert made[5:] == list(ORDER)
     for dtype in ("float32", "bfloat16"):  # one beside the other, and each found again
         run = plan(home, dtype=dtype)
-        assert run.pending == [] and {stage.folder.manifest()["dtype"] for stage in run.stages} == {dtype}
+        assert run.pending == [] and {stage.folder.manifest().dtype for stage in run.stages} == {dtype}
 
 
 @pytest.mark.parametrize("name", ["c.txt", "e.txt"])
@@ -237,9 +237,9 @@ def test_from_makes_again_from_scratch_and_an_interrupted_stage_goes_on(home, ma
     assert plan(home, until="data").pending and not folder.complete  # half a folder is not taken for a whole one
     execute(run, Progress())
     assert (folder.path / "rows").read_text() == "begun"
-    assert folder.manifest()["resumed"]
+    assert folder.manifest().resumed
     execute(plan(home, until="data", start="data"), Progress())
-    assert not (folder.path / "rows").exists() and not folder.manifest()["resumed"]
+    assert not (folder.path / "rows").exists() and not folder.manifest().resumed
 
 
 def test_a_stage_that_was_only_not_renamed_is_not_made_again(home, made):

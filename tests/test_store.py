@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from compress.core.errors import UserError
+from compress.core.files import write_json
 from compress.pipeline import store
 from compress.pipeline.explain import readable_errors
-from compress.pipeline.store import StageFolder, fingerprint, lock, write_json
+from compress.pipeline.store import StageFolder, fingerprint, lock
+from compress.records import record
 
 HOLDER = "import sys, time\nfrom pathlib import Path\nfrom compress.pipeline.store import lock\n"
 ARGUMENTS = {
@@ -66,16 +68,16 @@ def test_the_order_of_a_configurations_keys_does_not_enter():
     assert fingerprint(**ARGUMENTS) == fingerprint(**(ARGUMENTS | {"config": {"b": [1, 2], "a": 1}}))
 
 
-def test_a_finished_folder_holds_its_files_and_its_manifest_alone(folder):
+def test_a_finished_folder_holds_its_files_and_its_manifest_alone(folder, manifest_of):
     assert not folder.complete
-    folder.finish({"stage": "prune"})
+    folder.finish(manifest_of())
     assert folder.complete
     assert folder.path.name == "prune-0123456789ab"
     assert names(folder.path) == ["manifest.json", "model/w.bin", "notes.txt"]
     assert names(folder.run) == [f"{folder.path.name}/{name}" for name in names(folder.path)]  # nothing beside it
-    manifest = folder.manifest()
-    assert manifest["schema_version"] == 1
-    assert manifest["files"] == {
+    found = folder.manifest().contents()
+    assert found["schema_version"] == 1
+    assert found["files"] == {
         "model/w.bin": {"bytes": 7, "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"},
         "notes.txt": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
     }
@@ -83,7 +85,7 @@ def test_a_finished_folder_holds_its_files_and_its_manifest_alone(folder):
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, target: str, name: str, call: int) -> None:
     """Make the `call`-th use of a function of os, Path or shutil fail, as a kill at that moment would."""
-    owner = {"Path": Path, "shutil": store.shutil, "store": store}[target]
+    owner = {"Path": Path, "shutil": store.shutil, "store": store, "record": record}[target]
     original, count = getattr(owner, name), 0
 
     def crash(*args, **kwargs):
@@ -96,15 +98,15 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, target: str, name: str, call: int)
     monkeypatch.setattr(owner, name, crash)
 
 
-MOMENTS = [("store", "hash_file", 1), ("store", "_flush", 1), ("store", "write_json", 1), ("store", "_flush", 3)]
+MOMENTS = [("store", "hash_file", 1), ("store", "_flush", 1), ("record", "write_json", 1), ("store", "_flush", 3)]
 MOMENTS += [("Path", "rename", 1), ("Path", "rename", 2), ("store", "_flush", 5), ("shutil", "rmtree", 2)]
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)
-def test_a_kill_while_finishing_leaves_the_stage_whole_or_resumable(folder, monkeypatch, moment):
+def test_a_kill_while_finishing_leaves_the_stage_whole_or_resumable(folder, monkeypatch, moment, manifest_of):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, *moment)
-        folder.finish({"stage": "prune"})
+        folder.finish(manifest_of())
     if folder.complete:
         assert names(folder.path) == ["manifest.json", "model/w.bin", "notes.txt"]
         folder.manifest()
@@ -113,24 +115,24 @@ def test_a_kill_while_finishing_leaves_the_stage_whole_or_resumable(folder, monk
         folder.manifest()
     else:  # working state is there as a whole, so that the stage resumes
         assert (folder.partial / ".work" / "deep" / "state").read_text() == "half"
-        folder.finish({"stage": "prune"})
+        folder.finish(manifest_of())
     with lock(folder.run):
         assert names(folder.path) == ["manifest.json", "model/w.bin", "notes.txt"]
         assert not list(folder.run.glob("*.partial")) and not list(folder.run.glob(".*.old"))
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_made_again_the_old_folder_goes_only_when_the_new_one_is_whole(folder, monkeypatch, call):
-    folder.finish({"stage": "prune", "round": 1})
+def test_made_again_the_old_folder_goes_only_when_the_new_one_is_whole(folder, monkeypatch, call, manifest_of):
+    folder.finish(manifest_of(seed=1))
     (folder.partial / ".work").mkdir(parents=True)
     (folder.partial / "new.txt").write_text("x")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, "Path", "rename", call)
-        folder.finish({"stage": "prune", "round": 2})
+        folder.finish(manifest_of(seed=2))
     assert folder.complete or folder.sealed
     if folder.sealed:
         folder.seal()
-    assert folder.manifest()["round"] == 2
+    assert folder.manifest().seed == 2
     assert names(folder.path) == ["manifest.json", "new.txt"]
 
 
@@ -147,8 +149,8 @@ def test_made_again_the_old_folder_goes_only_when_the_new_one_is_whole(folder, m
         (lambda p: (p / "notes.txt").write_text("ab"), "notes.txt has changed since it was made"),
     ],
 )
-def test_damage_is_named_with_what_to_do(folder, damage, message):
-    folder.finish({"stage": "prune"})
+def test_damage_is_named_with_what_to_do(folder, damage, message, manifest_of):
+    folder.finish(manifest_of())
     damage(folder.path)
     with pytest.raises(UserError) as caught:
         folder.manifest()
@@ -156,8 +158,8 @@ def test_damage_is_named_with_what_to_do(folder, damage, message):
     assert "delete the folder, or run again with --from prune" in str(caught.value)
 
 
-def test_the_last_bit_is_compared_where_hashes_are_asked_for(folder, tmp_path):
-    folder.finish({"stage": "prune"})
+def test_the_last_bit_is_compared_where_hashes_are_asked_for(folder, tmp_path, manifest_of):
+    folder.finish(manifest_of())
     folder.manifest(tmp_path / "cache")
     (folder.path / "notes.txt").write_text("abd")
     folder.manifest()

@@ -64,25 +64,26 @@ def outcome(hits: int, n: int, chance: float | None = 0.25, **changes) -> Outcom
 def test_kept_shares():
     base, other = outcome(65, 100), outcome(45, 100)
     found = compare(other, base)
-    assert found["kept"] == pytest.approx(45 / 65)
-    assert found["kept_above_chance"] == pytest.approx(0.2 / 0.4)
-    assert found["difference"] == pytest.approx(-0.2)
-    assert found["low"] < 0.45 < found["high"] and found["difference_low"] < -0.2 < found["difference_high"]
-    assert "kept" not in compare(base, None) and "low" in compare(base, None)
+    assert found.kept == pytest.approx(45 / 65)
+    assert found.kept_above_chance == pytest.approx(0.2 / 0.4)
+    assert found.difference == pytest.approx(-0.2)
+    assert found.low < 0.45 < found.high and found.difference_low < -0.2 < found.difference_high
+    given = compare(base, None).model_fields_set
+    assert "kept" not in given and "low" in given
     assert kept_above_chance(0.2, base) == pytest.approx(-0.125)  # worse than guessing is less than nothing
 
 
 def test_there_is_nothing_to_keep_of_guessing():
     base = outcome(28, 100)
     assert interval(base.scores).low < 0.25 < base.value
-    assert compare(outcome(26, 100), base)["kept_above_chance"] is None
+    assert compare(outcome(26, 100), base).kept_above_chance is None
     nothing = compare(outcome(1, 100), outcome(0, 100, 0.0))
-    assert (nothing["kept"], nothing["kept_above_chance"]) == (None, None)
-    assert compare(outcome(1, 9, None), outcome(8, 9, None))["kept_above_chance"] is None
+    assert (nothing.kept, nothing.kept_above_chance) == (None, None)
+    assert compare(outcome(1, 9, None), outcome(8, 9, None)).kept_above_chance is None
 
 
 def test_metrics_that_are_no_shares():
     base = Outcome("other", "word_perplexity", [], 12.0, 5, None, {}, higher_is_better=False)
     found = compare(Outcome("other", "word_perplexity", [], 15.0, 5, None, {}, higher_is_better=False), base)
-    assert found["difference"] == 3.0
-    assert not {"low", "high", "difference_low", "kept", "kept_above_chance"} & found.keys()
+    assert found.difference == 3.0
+    assert not {"low", "high", "difference_low", "kept", "kept_above_chance"} & found.model_fields_set

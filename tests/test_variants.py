@@ -18,6 +18,7 @@ from compress.distill.variants import choose, plan_jobs
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.records.students import HeldOutFigures
 from compress.training import run as training
 from compress.training import students
 from compress.training.job import share
@@ -186,9 +187,9 @@ def test_a_killed_run_goes_on_with_the_variant_it_was_at(
 
 def test_the_figure_that_select_names_chooses() -> None:
     figures = {
-        "a": {"best": {"eval_kl": 2.0, "eval_perplexity": 5.0}},
-        "b": {"best": {"eval_kl": 1.0, "eval_perplexity": 6.0}},
-        "c": {"best": {"eval_kl": 1.0, "eval_perplexity": 9.0}},
+        "a": HeldOutFigures(step=1, eval_loss=1.0, eval_kl=2.0, eval_perplexity=5.0),
+        "b": HeldOutFigures(step=1, eval_loss=1.0, eval_kl=1.0, eval_perplexity=6.0),
+        "c": HeldOutFigures(step=1, eval_loss=1.0, eval_kl=1.0, eval_perplexity=9.0),
     }
     found = {select: choose(section(select=select), figures) for select in ("kl", "perplexity", "loss", "last")}
     assert found == {"kl": "b", "perplexity": "a", "loss": "b", "last": "b"}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..core.errors import UserError
-from ..core.files import write_whole
+from ..core.files import read_json, write_json
 from ..core.stage import Context
+from ..records.students import StudentFigures
 from .config import TrainingConfig
 
 T = TypeVar("T")
@@ -33,14 +33,14 @@ class TrainingJob:
         return f"{self.name}: " if self.name else ""
 
     @property
-    def figures(self) -> dict[str, Any] | None:
+    def figures(self) -> StudentFigures | None:
         """Its figures once it is trained and saved; None before."""
         file = self.work / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return StudentFigures.model_validate(read_json(file)) if file.exists() else None
 
-    def finish(self, figures: dict[str, Any]) -> None:
+    def finish(self, figures: StudentFigures) -> None:
         """Note that its model is saved, so that it is not trained again; its checkpoints, larger than it, go."""
-        write_whole(self.work / "done.json", json.dumps(figures, indent=1) + "\n")
+        write_json(self.work / "done.json", figures.model_dump())
         shutil.rmtree(self.work / "trainer", ignore_errors=True)
 
 

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from ..core.files import write_whole
+from ..core.files import read_json, write_json, write_whole
 from ..core.stage import Advance
+from ..records.students import HeldOutFigures
 from .weights import save_whole, trainable_state
+
+BEST = "best.json"  # in the working folder
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measurement so far, and the value that it was chosen by: lower is better."""
+
+    value: float
+    figures: HeldOutFigures
+
+    @classmethod
+    def read(cls, file: Path) -> Best:
+        """What `write` wrote."""
+        values = read_json(file)
+        return cls(values.pop("value"), HeldOutFigures.model_validate(values))
+
+    def write(self, file: Path) -> None:
+        """Write it as a flat object."""
+        write_json(file, {"value": self.value, **self.figures.model_dump()})
 
 
 class Recorder(TrainerCallback):
@@ -21,7 +43,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, trainer: Any, work: Path, advance: Advance):
         self.trainer, self.advance, self.group = trainer, advance, trainer.group
-        self.curves, self.best = work / "curves.jsonl", work / "best.json"
+        self.curves, self.best = work / "curves.jsonl", work / BEST
         self.best_weights = work / "best.safetensors"
         self.note, self.lr = "", 0.0
 
@@ -66,7 +88,8 @@ class Recorder(TrainerCallback):
         }
         if trainer.teacher is not None:
             line["kl"] = kl
-        line |= trainer.by_depth("depths", means)
+        if config.sorts:
+            line["depths"] = [entry.model_dump() for entry in trainer.by_depth(means)]
         if self.group.rank == 0:
             _append_line(self.curves, line)
         last = step >= state.max_steps
@@ -77,24 +100,28 @@ class Recorder(TrainerCallback):
         self.advance(1, f"loss {loss:.3f}  {self.note}")
 
     def _measure(self, step: int) -> None:
-        found = self.trainer.measure()
-        for name in ("loss", "kl"):
-            if not math.isfinite(found[f"eval_{name}"]):
-                raise self.trainer.diverged(f"held-out {name}", found[f"eval_{name}"], step)
+        found = self.trainer.measure(step)
+        for name, figure in (("loss", found.eval_loss), ("kl", found.eval_kl)):
+            if not math.isfinite(figure):
+                raise self.trainer.diverged(f"held-out {name}", figure, step)
         if self.group.rank == 0:
-            _append_line(self.curves, {"step": step, **found})
-        self.note = f"held-out kl {found['eval_kl']:.3f}, perplexity {found['eval_perplexity']:.2f}"
-        select = self.trainer.config.select
-        value = -float(step) if select == "last" else found[f"eval_{select}"]
+            _append_line(self.curves, found.model_dump())
+        self.note = f"held-out kl {found.eval_kl:.3f}, perplexity {found.eval_perplexity:.2f}"
+        value = self._value(step, found)
         # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
         if self.group.share(self.group.rank == 0 and self._is_best(value)):
             weights = trainable_state(self.trainer.student)
             if self.group.rank == 0:
                 save_whole(weights, self.best_weights)
-                write_whole(self.best, json.dumps({"value": value, "step": step, **found}))
+                Best(value, found).write(self.best)
+
+    def _value(self, step: int, found: HeldOutFigures) -> float:
+        """What the step is chosen by."""
+        values = {"kl": found.eval_kl, "perplexity": found.eval_perplexity, "loss": found.eval_loss}
+        return values.get(self.trainer.config.select, -float(step))  # else the last one is
 
     def _is_best(self, value: float) -> bool:
-        best = json.loads(self.best.read_text())["value"] if self.best.exists() else math.inf
+        best = Best.read(self.best).value if self.best.exists() else math.inf
         return value < best or not self.best_weights.exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -20,9 +19,10 @@ from ..data.rows import Split
 from ..modeling.blocks import forget_depths, record_depths
 from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
+from ..records.students import HeldOutFigures, StudentFigures
 from .config import Copy, Lora, TrainingConfig
 from .job import TrainingJob, share
-from .recorder import read_lines
+from .recorder import BEST, Best, read_lines
 from .students import Preparation, best_model
 from .train import DistillTrainer, total_steps
 from .weights import latest_checkpoint
@@ -68,7 +68,7 @@ def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inpu
     for number, job in enumerate(jobs, start=1):
         batches = load_batches(job, train, tokenizer)
         figures = _train_student(job, inputs, tokenizer, preparation, batches, jobs[number:])
-        if context.rank == 0:
+        if figures is not None:
             job.finish(figures)
 
 
@@ -79,21 +79,24 @@ def _train_student(
     preparation: Preparation,
     train: list[Batch],
     later: list[TrainingJob],
-) -> dict[str, Any]:
-    """Train one student and save it with its curves; its figures."""
+) -> StudentFigures | None:
+    """Train one student and save it with its curves; its figures, in the first process."""
     job.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with quiet(bars=True):
-        figures = _train(job, preparation, train, later)
+        steps, parameters = _train(job, preparation, train, later)
     if not later:
         preparation.forget()
     give_back_memory()  # the trainer's objects refer to each other
     if job.context.rank:
-        return {}
+        return None
     seconds = time.monotonic() - started
+    lines = read_lines(job.work / "curves.jsonl")
+    held_out = [HeldOutFigures.model_validate(line) for line in lines if "eval_kl" in line]
+    best = Best.read(job.work / BEST).figures
     job.context.progress.note(
-        f"{job.label}held-out KL to the unpruned model {figures['before']['eval_kl']:.3f} → "
-        f"{figures['best']['eval_kl']:.3f} (step {figures['best']['step']} of {figures['steps']})"
+        f"{job.label}held-out KL to the unpruned model {held_out[0].eval_kl:.3f} → {best.eval_kl:.3f} "
+        f"(step {best.step} of {steps})"
     )
     with quiet():
         model = best_model(job.config, inputs, job.work, job.context)
@@ -103,12 +106,17 @@ def _train_student(
         forget_depths(model.config)
     save_checkpoint(model, tokenizer, job.folder / "model")
     shutil.copyfile(job.work / "curves.jsonl", job.folder / "curves.jsonl")
-    lines = [line for line in read_lines(job.folder / "curves.jsonl") if "tokens" in line]
-    return figures | {
-        "target_tokens": sum(line["tokens"] for line in lines),
-        "train_tokens": sum(batch.tokens for batch in train),
-        "seconds_training": round(seconds, 1),
-    }
+    return StudentFigures(
+        objective=job.config.objective.kind,
+        steps=steps,
+        trainable_parameters=parameters,
+        before=held_out[0],
+        last=held_out[-1],
+        best=best,
+        target_tokens=sum(line["tokens"] for line in lines if "tokens" in line),
+        train_tokens=sum(batch.tokens for batch in train),
+        seconds_training=round(seconds, 1),
+    )
 
 
 def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: Any) -> list[Batch]:
@@ -123,7 +131,8 @@ def pack_rows(config: TrainingConfig, rows: list[Encoded], tokenizer: Any, *, gr
     return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
 
 
-def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later: list[TrainingJob]) -> dict[str, Any]:
+def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later: list[TrainingJob]) -> tuple[int, int]:
+    """Optimizer steps, and how many parameters they change."""
     config, work, context = job.config, job.work, job.context
     student, teacher, held_out = preparation.student(job, train, later)
     steps = total_steps(config, len(train))
@@ -131,14 +140,4 @@ def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later
         trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
         found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
         trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
-    if context.rank:
-        return {}
-    lines = [line for line in read_lines(work / "curves.jsonl") if "eval_kl" in line]
-    return {
-        "objective": config.objective.kind,
-        "steps": steps,
-        "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-        "before": lines[0],
-        "last": lines[-1],
-        "best": {k: v for k, v in json.loads((work / "best.json").read_text()).items() if k != "value"},
-    }
+    return steps, sum(p.numel() for p in student.parameters() if p.requires_grad)

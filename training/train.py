@@ -19,6 +19,7 @@ from ..core.stage import Advance, Context, Group
 from ..data.packing import Batch
 from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
+from ..records.students import DepthFigures, HeldOutFigures
 from .config import Lora, TrainingConfig
 from .depths import Depths, Drawn
 from .losses import weighted_loss
@@ -204,9 +205,9 @@ class DistillTrainer(Trainer):
         return DepthSums(loss, drawn.sums(values, len(self.depths.blocks)))
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Any]:
-        """Loss, KL to the teacher and perplexity on the held-out rows of all processes: the weighted mean over depths,
-        and in a sorted training each depth's own."""
+    def measure(self, step: int) -> HeldOutFigures:
+        """Loss, KL to the teacher and perplexity on the held-out rows of all processes, after so many steps: the
+        weighted mean over depths, and in a sorted training each depth's own."""
         self.student.eval()
         own: list[list[list[float]]] = []
         for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
@@ -222,8 +223,9 @@ class DistillTrainer(Trainer):
             total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
         means = self.depth_means(total)
         loss, nll, kl = self.depths.mean(means).tolist()
-        found = {"eval_loss": loss, "eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700))}
-        return found | self.by_depth("eval_depths", means)
+        depths = {"eval_depths": self.by_depth(means)} if self.config.sorts else {}
+        perplexity = math.exp(min(nll, 700))
+        return HeldOutFigures(step=step, eval_loss=loss, eval_kl=kl, eval_perplexity=perplexity, **depths)
 
     def _numbers(self) -> Any:
         """A head that is trained in float32 beside blocks of another type needs its products cast, as in training."""
@@ -235,17 +237,13 @@ class DistillTrainer(Trainer):
         """(D, 3): mean loss, negative log-likelihood and KL of each depth's tokens."""
         return table[:, :3] / table[:, 3:].clamp(min=1)
 
-    def by_depth(self, key: str, means: Tensor) -> dict[str, Any]:
-        """Each depth's figures, under `key`; none for a student of one depth."""
-        if not self.config.sorts:
-            return {}
+    def by_depth(self, means: Tensor) -> list[DepthFigures]:
+        """Each depth's figures."""
         rows = zip(self.depths.blocks, means.tolist(), strict=True)
-        return {
-            key: [
-                {"depth": depth, "loss": loss, "kl": kl, "perplexity": math.exp(min(nll, 700))}
-                for depth, (loss, nll, kl) in rows
-            ]
-        }
+        return [
+            DepthFigures(depth=depth, loss=loss, kl=kl, perplexity=math.exp(min(nll, 700)))
+            for depth, (loss, nll, kl) in rows
+        ]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         count = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)

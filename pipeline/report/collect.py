@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...core.files import json_lines, read_json, read_json_value
+from ...records.importance import Importance
+from ...records.manifest import StageManifest
+from ...records.merge import MergeRecord
+from ...records.models import Models
+from ...records.students import Variants
 from .schema import Report, StageEntry
 
 SAMPLES = 3
@@ -19,34 +24,35 @@ class StageRecord:
 
     name: str
     folder: Path
-    manifest: dict[str, Any]
+    manifest: StageManifest
 
 
 def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
     """The report of the finished stages; parts whose stages are missing are empty."""
     folders = {stage.name: stage.folder for stage in stages}
-    last = stages[-1].manifest if stages else {}
-    metrics = {stage.name: stage.manifest["metrics"] for stage in stages}
+    last = stages[-1].manifest if stages else None
+    metrics = {stage.name: stage.manifest.metrics for stage in stages}
+    measured = Models.read_if_there(folders.get("evaluate"))
     return Report(
         name=name,
-        base=last.get("base", {}).get("source", ""),
+        base=last.base.source if last else "",
         measured_on=metrics.get("evaluate", {}).get("text"),
-        models=_json(folders, "evaluate", "models.json") or [],
+        models=measured.root if measured else [],
         stages=[_entry(stage) for stage in stages],
-        importance=_json(folders, "prune", "importance.json"),
+        importance=Importance.read_if_there(folders.get("prune")),
         curves=_lines(folders, "distill", "curves.jsonl"),
         sort=_lines(folders, "sort", "curves.jsonl"),
         retain=_lines(folders, "retain", "curves.jsonl"),
-        variants=_json(folders, "distill", "variants.json"),
-        merge=_json(folders, "merge", "merge.json"),
+        variants=Variants.read_if_there(folders.get("distill")),
+        merge=MergeRecord.read_if_there(folders.get("merge")),
         data=metrics.get("data"),
         samples=_samples(folders.get("data")),
         rewrites=_json(folders, "data", "examples.json") or [],
         artifacts=metrics.get("export", {}).get("artifacts", []),
         bench=_bench(folders.get("export")),
         recipe=recipe,
-        versions=last.get("versions", {}),
-        machine=last.get("machine", {}),
+        versions=last.versions if last else {},
+        machine=last.machine if last else {},
     )
 
 
@@ -64,14 +70,14 @@ def _entry(stage: StageRecord) -> StageEntry:
     return StageEntry(
         name=stage.name,
         folder=stage.folder.name,
-        fingerprint=manifest["fingerprint"],
-        seconds=manifest["seconds"],
-        dtype=manifest.get("dtype"),
-        resumed=manifest["resumed"],
-        peak_memory_bytes=manifest["peak_memory_bytes"],
-        peak_cuda_bytes=manifest["peak_cuda_bytes"],
-        planned_memory_bytes=manifest.get("planned_memory_bytes"),
-        metrics=manifest["metrics"],
+        fingerprint=manifest.fingerprint,
+        seconds=manifest.seconds,
+        dtype=manifest.dtype,
+        resumed=manifest.resumed,
+        peak_memory_bytes=manifest.peak_memory_bytes,
+        peak_cuda_bytes=manifest.peak_cuda_bytes,
+        planned_memory_bytes=manifest.planned_memory_bytes,
+        metrics=manifest.metrics,
     )
 
 

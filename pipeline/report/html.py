@@ -7,9 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...records.models import ModelEntry
 from . import plots
 from .retrieval import heat_map, memory_plot, retrieval_lengths, retrieval_lines
-from .schema import ModelEntry, Report
+from .schema import Report
 from .tasks import task_lines
 
 ORDER = ("base", "pruned", "healed", "recovered", "merged")
@@ -145,25 +146,24 @@ def students(report: Report) -> list[dict[str, Any]]:
     """
     if report.variants is None:
         return []
-    entries = report.variants["variants"]
-    chosen = (report.merge or report.variants)["chosen"]
+    entries = report.variants.variants
+    chosen = (report.merge or report.variants).chosen
     trained = {
-        entry["name"]: f"{entry['objective']}, rows {' to '.join(percent(part) for part in entry['rows'])}, "
-        f"seed {entry['seed']}, {entry['steps']} steps"
+        entry.name: f"{entry.objective}, rows {' to '.join(percent(part) for part in entry.rows)}, "
+        f"seed {entry.seed}, {entry.steps} steps"
         for entry in entries
     }
     if report.merge is None:
-        figures = {entry["name"]: entry["best"] for entry in entries}
+        figures = {entry.name: entry.best for entry in entries}
     else:
-        figures = {entry["name"]: entry for entry in report.merge["models"]}
-        method, models = report.merge["config"]["method"], report.merge["config"]["models"]
-        trained["merge"] = f"{method} of {', '.join(entry['model'] for entry in models)}"
+        figures = {entry.name: entry for entry in report.merge.models}
+        trained["merge"] = f"{report.merge.method} of {', '.join(report.merge.parents)}"
     return [
         {
             "name": name,
             "what": trained.get(name, "what they were trained from"),
-            "kl": entry["eval_kl"],
-            "perplexity": entry["eval_perplexity"],
+            "kl": entry.eval_kl,
+            "perplexity": entry.eval_perplexity,
             "kept": name == chosen,
         }
         for name, entry in figures.items()

@@ -6,7 +6,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from .schema import ModelEntry, Report
+from ...records.models import ModelEntry
+from .schema import Report
 
 INK = "#010203"  # replaced by the page's text colour
 FAINT = "#040506"  # replaced by the page's line colour
@@ -19,45 +20,45 @@ def importance_plot(report: Report) -> str | None:
     record = report.importance
     if not record:
         return None
-    metric, dropped = record["importance"], record["dropped"]
-    table = record["distances"][record["position"]].get(metric)  # of metrics that are distances across windows
+    metric, dropped = record.importance, record.dropped
+    table = record.distances[record.position].get(metric)  # of metrics that are distances across windows
 
     def draw(axes: Any) -> None:
-        values, blocks = record["values"], range(record["blocks"])
+        values, blocks = record.values, range(record.blocks)
         colours = [RED if block in dropped else BLUE for block in blocks]
         axes.bar(blocks, values, color=colours, width=0.75)
         axes.set_xlabel("block")
         axes.set_ylabel(f"{metric} distance" if table else metric)
-        axes.set_xlim(-0.7, record["blocks"] - 0.3)
+        axes.set_xlim(-0.7, record.blocks - 0.3)
         count = len(dropped)
-        if table and 1 < count < record["blocks"] and record["search"] == "window":
+        if table and 1 < count < record.blocks and record.search == "window":
             window = table[count - 1]
             axes.plot(range(len(window)), window, color=ORANGE, marker="o", markersize=3, linewidth=1.2)
             first = dropped[0]
             axes.plot([first], [window[first]], color=ORANGE, marker="o", markersize=9, fillstyle="none")
             _above(axes, 0.99, "right", f"line: across {count} blocks from there on", ORANGE)
-        _above(axes, 0.01, "left", f"red: dropped ({count} of {record['blocks']})", RED)
+        _above(axes, 0.01, "left", f"red: dropped ({count} of {record.blocks})", RED)
 
     return _svg(draw, "Importance per block")
 
 
 def curve_plot(report: Report) -> str | None:
     """Held-out perplexity against the number of blocks removed, pruned and healed, where `blocks: auto` tried them."""
-    curve = (report.importance or {}).get("curve") or []
+    curve = report.importance.curve if report.importance else []
     if len(curve) < 2:
         return None
-    chosen = len(report.importance["dropped"]) if report.importance else 0
+    chosen = len(report.importance.dropped) if report.importance else 0
 
     def draw(axes: Any) -> None:
-        blocks = [len(point["dropped"]) for point in curve]
+        blocks = [len(point.dropped) for point in curve]
         for name, colour in (("pruned", ORANGE), ("healed", BLUE)):
-            values = [point[name] for point in curve]
+            values = [getattr(point, name) for point in curve]
             axes.plot(blocks, values, color=colour, marker="o", markersize=3, linewidth=1.2)
             axes.plot(
                 [chosen], [values[blocks.index(chosen)]], color=colour, marker="o", markersize=9, fillstyle="none"
             )
         axes.set_yscale("log")
-        values = [point[name] for point in curve for name in ("pruned", "healed")]
+        values = [getattr(point, name) for point in curve for name in ("pruned", "healed")]
         _number_axis(axes.yaxis, values)
         axes.set_ylim(min(values) * 0.9, max(values) * 1.1)
         axes.set_xticks(blocks)

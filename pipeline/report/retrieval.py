@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...evaluation.statistics import wilson
+from ...records.models import ModelEntry, RetrievalResult
 from .plots import BLUE, GREEN, INK, ORANGE, RED, _above, _number_axis, _svg
-from .schema import ModelEntry, Report, RetrievalResult
+from .schema import Report
 
 Way = tuple[str, float | None]  # policy and budget
 TITLES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .schema import ModelEntry, TaskResult
+from ...records.models import ModelEntry, TaskResult
 
 KINDS = ("choice", "other", "generation")
 

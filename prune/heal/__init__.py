@@ -17,9 +17,10 @@ from ...core.errors import UserError
 from ...core.stage import Progress
 from ...data.packing import Batch
 from ...modeling.blocks import Decoder, replaced
+from ...records.importance import Healing
 from ..config import HealConfig
 from ..cuts import gaps
-from .stream import Gap, Healing, Values
+from .stream import Gap, Values
 
 
 @torch.no_grad()

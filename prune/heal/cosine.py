@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...records.importance import Healing
 from ..config import CosineHeal
 from ..moments import apply_map
 from .least_squares import choose
 from .linear import empty_sums, identity
-from .stream import Gap, Healing, Tokens, Values
+from .stream import Gap, Tokens, Values
 
 LEAST = 0.1  # a cosine below that is taken for it: the target would be out of sight
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from ...records.importance import Healing
 from ..config import LinearHeal
 from .least_squares import Sums, choose
-from .stream import Gap, Healing, Values
+from .stream import Gap, Values
 
 
 def fit(gap: Gap, config: LinearHeal) -> tuple[Values, Healing]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...records.importance import Healing
 from ..config import PatchHeal
 from .hadamard import hadamard
 from .least_squares import choose
 from .linear import empty_sums, identity
-from .stream import Gap, Healing, Values
+from .stream import Gap, Values
 
 
 def fit(gap: Gap, config: PatchHeal) -> tuple[Values, Healing]:

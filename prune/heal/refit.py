@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...records.importance import Healing
 from ..config import RefitHeal
 from .least_squares import Sums, choose
 from .linear import identity
-from .stream import Gap, Healing, Values
+from .stream import Gap, Values
 
 
 def fit(gap: Gap, config: RefitHeal) -> tuple[Values, Healing]:

@@ -16,19 +16,6 @@ Values = dict[nn.Parameter, Tensor]
 
 
 @dataclass(frozen=True)
-class Healing:
-    """What was fitted for one gap, for the record."""
-
-    block: int  # the kept block whose MLP was changed
-    gap: tuple[int, int]  # first and last dropped block
-    ridge: float
-    errors: dict[str, float]  # held-out error by candidate: a ridge, or for cosine a round
-    unhealed_error: float  # the same of leaving everything as it is
-    tokens: int
-    scale: float = 1.0  # by which the stream behind the gap is smaller than the unpruned model's
-
-
-@dataclass(frozen=True)
 class Tokens:
     """The N real tokens of one packed row at a gap, (N, H) each but `inner`."""
 

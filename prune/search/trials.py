@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...core.stage import Advance
+from ...records.importance import Round
 from ..config import PruneConfig, Scored
 from ..cuts import Cut, cut, describe
 from ..scoring import Measure, Scorer
@@ -127,6 +128,7 @@ class Trials:
 
     def _note(self, size: int, best: Cut, score: float) -> None:
         rounds = self.study.notes.setdefault("rounds", [])
-        if (entry := {"dropped": list(best), "score": score}) not in rounds:  # larger cuts grow from the same ones
+        entry: Round = {"dropped": list(best), "score": score}
+        if entry not in rounds:  # larger cuts grow from the same ones
             rounds.append(entry)
         self._advance(0, f"best {size}: {describe(best)} ({self.measure} {score:.4f})")

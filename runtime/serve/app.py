@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...core.errors import UserError
-from ..bundle import MANIFEST
+from ...records.bundle import BundleManifest
 from ..generator import check_depth
 from ..session import Pieces, Session, Usage
 from .protocol import Answer, ChatRequest, CompletionRequest, read_request
@@ -66,7 +66,7 @@ class _Endpoint:
         self._session, self._worker = session, worker
         name = session.manifest.name
         self._models = {name: depth} | {f"{name}@{each}": each for each in session.depths}
-        self._created = int((session.path / MANIFEST).stat().st_mtime)
+        self._created = int((session.path / BundleManifest.FILE).stat().st_mtime)
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -1,0 +1,95 @@
+"""`manifest.json` of a bundle: what a model is shipped as."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from .record import Entry, Record
+
+
+class Verification(Entry):
+    """An artifact against the checkpoint it was made from, in the stock runtime."""
+
+    runtime: str
+    positions: int
+    perplexity: float  # of the probe text, in the artifact
+    checkpoint_perplexity: float  # the same in torch
+    kl: float  # mean KL(checkpoint ‖ artifact), nats
+    top1_agreement: float
+    tensor_error: float  # largest relative error of a row of weights
+    graph_kl: float | None = None  # the same KL of the graph at high precision: F16 in llama.cpp, fp32 in ONNX Runtime
+    retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
+
+
+class ArtifactEntry(Entry):
+    """One exported model, at one depth."""
+
+    role: str  # gguf-TYPE or onnx-PRECISION; below the greatest depth with @DEPTH behind it
+    format: Literal["gguf", "onnx"]
+    type: str
+    depth: int  # how many blocks it runs
+    path: str  # within the bundle: of the .gguf file, the first part of one in several, or the ONNX folder
+    bytes: int  # of all that is read for this depth; several depths share most of it
+    parameters: int
+    bits_per_weight: float
+    verification: Verification
+
+
+class FamilyEntry(Entry):
+    """What the depths of one type take on disk together."""
+
+    format: Literal["gguf", "onnx"]
+    type: str
+    depths: list[int]
+    bytes: int  # hard links counted once
+    bytes_without_links: int  # as after copying with a tool that does not keep links
+
+
+class RetainingEntry(Entry):
+    """Retaining heads, and how they were meant to be used (`kv_budget`)."""
+
+    path: str  # within the bundle: the heads as safetensors
+    gguf: str  # the same as a GGUF beside a model's
+    width: int
+    budget: int
+    chunk: int
+    stabilizers: int
+    local: int
+    pool: int
+    sinks: int
+
+
+class FileEntry(Entry):
+    path: str
+    bytes: int
+    sha256: str
+    link: str | None = None  # the file before it in the list that this is another name of
+
+
+class BundleManifest(Record):
+    """The record of a bundle."""
+
+    FILE: ClassVar[str] = "manifest.json"
+    TITLE: ClassVar[str] = "a bundle's manifest"
+    INDENT: ClassVar[int] = 2
+    ASCII: ClassVar[bool] = False
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[2] = 2
+    name: str
+    family: str
+    parameters: int
+    depths: list[int]  # numbers of blocks the bundle can run at
+    kept_blocks: list[int]  # their numbers in the unpruned model
+    importance_matrix: bool
+    artifacts: list[ArtifactEntry]
+    families: list[FamilyEntry] = Field(default_factory=list)  # types that were exported at several depths
+    retaining: RetainingEntry | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    files: list[FileEntry]
+
+    def contents(self) -> dict[str, Any]:
+        """What the file holds: nothing is said of what there is none of."""
+        return self.model_dump(exclude_none=True)

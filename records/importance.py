@@ -1,0 +1,79 @@
+"""`importance.json`: what the prune stage measured, which blocks it chose, and how it healed the gaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from .record import Entry, Record
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What was fitted for one gap."""
+
+    block: int  # the kept block whose MLP was changed
+    gap: tuple[int, int]  # first and last dropped block
+    ridge: float
+    errors: dict[str, float]  # held-out error by candidate: a ridge, or for cosine a round
+    unhealed_error: float  # the same of leaving everything as it is
+    tokens: int
+    scale: float = 1.0  # by which the stream behind the gap is smaller than the unpruned model's
+
+
+class Round(TypedDict):
+    """The best cut of a size that a search tried, and its score in nats per token."""
+
+    dropped: list[int]
+    score: float
+
+
+class Candidate(TypedDict):
+    """A cut that was compared on held-out rows, in nats per token."""
+
+    dropped: list[int]
+    held_out: float
+
+
+class SearchNotes(TypedDict, total=False):
+    """What a search of cuts tried; empty for one that scores none."""
+
+    passes: float  # the cost of the search, in forward passes over the scoring rows
+    rounds: list[Round]
+    guard: dict[str, Candidate]  # by how the cut was found
+
+
+class CurvePoint(Entry):
+    """A cut of one size, as `blocks: auto` compares them."""
+
+    dropped: list[int]
+    pruned: float  # held-out perplexity
+    healed: float
+    pruned_ratio: float  # as a multiple of the unpruned model's
+    healed_ratio: float
+    size: float  # share of the parameters that is left
+    latency: float | None  # share of the time per token, where it was measured
+
+
+class Importance(Record):
+    """The record of the prune stage. Blocks are numbered as in the unpruned model."""
+
+    FILE: ClassVar[str] = "importance.json"
+    TITLE: ClassVar[str] = "a prune stage's record"
+    model_config = ConfigDict(extra="forbid")
+
+    blocks: int  # of the unpruned model
+    dropped: list[int]
+    importance: str  # the metric
+    position: str  # of the tokens that distances are measured at: all or last
+    search: str
+    tokens: int  # of the calibration rows
+    values: list[float]  # the metric, block by block
+    distances: dict[str, dict[str, list[list[float]]]]  # position → metric → window length − 1 → first block
+    trials: SearchNotes
+    curve: list[CurvePoint]
+    kept: list[int]
+    healing: list[Healing]

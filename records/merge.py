@@ -1,0 +1,40 @@
+"""`merge.json`: the merge and its parents, measured side by side."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
+
+from .record import Entry, Record
+
+
+class Merged(Entry):
+    """Held-out figures of the merge, or of one of its parents."""
+
+    name: str
+    merged: bool  # whether the merge was made from it
+    eval_kl: float
+    eval_perplexity: float
+
+
+class MergeRecord(Record):
+    """The record of the merge stage."""
+
+    FILE: ClassVar[str] = "merge.json"
+    TITLE: ClassVar[str] = "a merge stage's record"
+    model_config = ConfigDict(extra="forbid")
+
+    config: dict[str, Any]  # the recipe's section, with its models named
+    chosen: str
+    models: list[Merged]
+
+    @property
+    def method(self) -> str:
+        """mergekit's name of it."""
+        return str(self.config["method"])
+
+    @property
+    def parents(self) -> list[str]:
+        """The names of what was merged, in the recipe's order."""
+        return [str(model["model"]) for model in self.config["models"]]
