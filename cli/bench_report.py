@@ -14,8 +14,9 @@ from rich.table import Table
 from ..core.errors import UserError
 from ..core.extras import REPORT, need
 from ..core.files import write_whole
+from ..core.units import megabytes, number, percent
 from ..pipeline.report.collect import BENCH
-from ..pipeline.report.html import bench_page, megabytes, number, percent
+from ..pipeline.report.html import bench_page
 from ..pipeline.summary import LAST, rebuild
 from ..records.bundle import BundleManifest
 from ..runtime.bench import DepthFigures

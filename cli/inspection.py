@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.units import duration, megabytes
 from ..modeling.config import read_config
 from ..modeling.weights import ADAPTER_CONFIG, is_adapter_alone, safetensors_header, tensor_headers, weight_files
-from ..pipeline.report.html import duration, megabytes
 from ..records.bundle import BundleManifest
 from ..records.manifest import StageManifest
 

@@ -29,12 +29,12 @@ from ..modeling.load import load_model
 from .calibration import pad_id
 from .chat import Encoded, encode_rows
 from .config import TeacherConfig
+from .cost import CHUNK, target_arrays
 from .packing import Batch, pack
 from .rows import Row
 
 FOLDER = "teacher"
 PART = 64  # windows that are written together
-CHUNK = 256  # positions whose logits exist at once
 Arrays = dict[str, np.ndarray]
 
 
@@ -85,13 +85,8 @@ def _arrays(folder: Path, windows: Sequence[Encoded], k: int, vocabulary: int, *
     folder.mkdir(parents=True, exist_ok=True)
     counts = [sum(window.loss_mask) for window in windows]
     total = sum(counts)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "windows": ((len(windows), 4), np.int64),
-        "positions": ((total,), np.int32),
-        "targets": ((total,), np.int32),
-        "tokens": ((total, k), np.uint16 if vocabulary <= 1 << 16 else np.int32),
-        "log_probs": ((total, k + 1), np.float16),
-    }
+    shapes = {"windows": ((len(windows), 4), np.dtype(np.int64))}
+    shapes |= {name: ((total, *shape), kind) for name, (shape, kind) in target_arrays(k, vocabulary).items()}
     arrays: Arrays = {}
     for name, (shape, kind) in shapes.items():
         file = folder / f"{name}.npy"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from .cost import BUILTIN_ROWS
 from .generation import Exercise
 
-ROWS = 64  # without a limit
 EXAMPLES = 3
 _WORDS = (
     "apple river stone cloud garden window paper silver winter table horse lemon music ocean pencil rabbit school "
@@ -39,4 +39,4 @@ MAKERS: dict[str, Callable[[random.Random], Exercise]] = {"builtin:addition": ad
 
 def exercises(task: str, limit: int | None) -> list[Exercise]:
     """The first `limit` rows of a built-in task."""
-    return [MAKERS[task](random.Random(f"{task}/{row}")) for row in range(ROWS if limit is None else limit)]
+    return [MAKERS[task](random.Random(f"{task}/{row}")) for row in range(BUILTIN_ROWS if limit is None else limit)]

@@ -22,8 +22,8 @@ from ..core.stage import Advance
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
 from ..runtime.engine import Distribution, Engine, Window, divergence
+from .cost import CHUNK
 
-CHUNK = 128  # positions whose logits exist at once
 LEAST = -6e4  # log-probabilities of what is impossible, within half precision
 
 

@@ -15,12 +15,12 @@ from ..records.models import ModelEntry, ModelFigures, RetrievalResult
 from ..runtime.engine import Engine
 from .builtin import exercises
 from .config import BUILTIN, EvaluateConfig, task_name
+from .cost import ANSWERS
 from .generation import Exercise, Prompt, judge, prepare, write_with_engine, write_with_model
 from .statistics import Outcome, compare
 from .tasks import Question, choice_scores, engine_scores, read_task, run_task, split_tokens
 
 HARNESS_TOKENS = 2048  # of lm-eval's prompts more is cut off on the left, in checkpoints and artifacts alike
-BATCH = 16  # prompts a checkpoint answers at once
 
 
 class Player(Protocol):
@@ -49,7 +49,7 @@ class TorchPlayer:
         return choice_scores(self.model, self.tokenizer, row)
 
     def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
-        return write_with_model(self.model, self.tokenizer, prompts, max_tokens, BATCH, advance)
+        return write_with_model(self.model, self.tokenizer, prompts, max_tokens, ANSWERS, advance)
 
     def language_model(self, longest: int, batch: int) -> Any:
         from .harness_models import checkpoint_lm

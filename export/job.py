@@ -21,6 +21,7 @@ from ..modeling.retaining import has_heads, load_heads
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
 from ..runtime.bundle import read_bundle
+from ..runtime.cost import BITS
 from ..runtime.engine import Window
 from .artifacts import Gguf, Kind, Making, Onnx
 from .bundle import copy_model_files, disk_bytes, list_files
@@ -33,8 +34,6 @@ from .retaining import write_heads
 from .verify import Reference, by_length, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
 
 SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint does
-# Bits per weight: upper estimates, for the check of free disk.
-BITS = {"F16": 16, "Q8_0": 8.5, "Q6_K": 8.5, "Q4_K_M": 6.5, "Q4_0": 6, "int4": 7, "int8": 10, "fp32": 32}
 
 
 def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
@@ -186,8 +185,8 @@ class Job:
         weights = sizes[-1]
         # Parts of a GGUF that several depths share are links, if there are such; an ONNX weights file is one anyway.
         written = weights if can_link(self.work) else sum(sizes)
-        need = sum(written * BITS[kind] / 8 for kind in self.config.gguf)
-        need += sum(weights * BITS[kind] / 8 for kind in self.config.onnx)
+        need = sum(written * BITS[kind].most / 8 for kind in self.config.gguf)
+        need += sum(weights * BITS[kind].most / 8 for kind in self.config.onnx)
         vocabulary = (self.checkpoint / "tokenizer.json").stat().st_size  # each depth has it once more, in either form
         need += vocabulary * len(self.depths) * len([*self.config.gguf, *self.config.onnx])
         if self.config.onnx:

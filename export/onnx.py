@@ -31,12 +31,12 @@ from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.shape import rope_settings, rotated_size, sliding_blocks
 from ..modeling.weights import count_parameters
+from ..runtime.cost import ONNX_BITS
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read
 from .onnx_retaining import add_heads, head_bytes
 
-PRECISIONS = ("int4", "int8", "fp32")
 # Settings that the builder passes over, with what attention would do.
 LEFT_OUT = {"attn_logit_softcapping": "is soft-capped", "use_bidirectional_attention": "looks ahead"}
 # The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
@@ -66,9 +66,9 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
     """Raise `UserError` unless models of this configuration (object or dict) can be exported at `precision`."""
     values = config if isinstance(config, dict) else config.to_dict()
     family = values.get("model_type")
-    if precision not in PRECISIONS:
+    if precision not in ONNX_BITS:
         why = ": ONNX Runtime's CPU kernels take no float16 attention" if precision == "fp16" else ""
-        raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(PRECISIONS)}")
+        raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(ONNX_BITS)}")
     builders = {name: record.onnx for name, record in FAMILIES.items() if record.onnx is not None}
     if family not in builders:
         raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(builders))}")

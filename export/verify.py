@@ -27,6 +27,7 @@ from ..runtime.engine import Distribution, Engine, Window, distributions, diverg
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
 from .config import GgufType
+from .cost import ROW
 from .tensors import LIMITS
 
 # Limits on the mean KL to the checkpoint at high precision, where only a wrong graph is far from it: a SmolLM2-135M has
@@ -42,7 +43,6 @@ KL_LIMITS |= {"int4": 0.8, "int8": 0.02, "fp32": 0.0001}
 RETAINING_LIMITS = {"fp32": 0.9999, "int8": 0.95, "int4": 0.5}
 RETAINING_ERROR = 1e-3
 TOP_K = 256
-ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
 
 PROBE = """\
 The library on the corner opens at nine. Anna returned three books on Tuesday, paid a fine of 2.40 euros and asked \

@@ -15,7 +15,8 @@ import torch
 from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.checkpoint import quiet
-from .config import SHARD, START, MergeConfig, nearest
+from .config import START, MergeConfig, nearest
+from .cost import SHARD
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from ..core.stage import Section
 
 FORMAT = 1
 START = "start"  # the model that all variants were trained from
-SHARD = 5_000_000_000  # bytes of merged weights per file, all of which are held at once
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Scalar = bool | int | float | str
 

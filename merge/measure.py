@@ -14,8 +14,7 @@ from ..data.packing import Batch
 from ..modeling.agreement import Head, States, response_positions, token_terms
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
-
-CHUNK = 256  # positions whose logits exist at once
+from .cost import CHUNK
 
 
 @torch.no_grad()

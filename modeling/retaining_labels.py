@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .attention import Heads, watched_attention
 from .blocks import Decoder
-
-QUERIES, KEYS = 128, 1024  # whose logits exist at once
+from .cost import LABEL_KEYS as KEYS
+from .cost import LABEL_QUERIES as QUERIES
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from ..core.errors import UserError
 from ..core.files import read_json, write_whole
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Group, Inputs, Progress
+from ..modeling.geometry import geometry_of
 from ..modeling.source import fingerprint_source, hash_file, parse_source
 from ..records.manifest import BaseModelSource, StageManifest
 from .explain import readable_errors
 from .group import check_same, check_shared, in_turn
 from .measure import Meter
 from .places import bundle_name
-from .plan import Geometry, planned_memory, read_geometry, setting
+from .plan import planned_memory, read_geometry, settings
 from .recipe import Recipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
@@ -167,9 +168,8 @@ def _prepare(run: Run, context: Context) -> Path:
         ready = getattr(stage.spec.module(), "ready", None)
         if ready is not None:
             ready(stage.config, context)
-    export = run.loaded.recipe.export
-    if run.loaded.recipe.sort is not None or (export is not None and export.depths):
-        setting(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # its depths fit
+    if any(getattr(run.loaded.section(name), "depths", None) for name in run.loaded.order):
+        settings(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # the depths fit
     base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
     for stage in run.pending:
         check = getattr(stage.spec.module(), "check", None)
@@ -180,7 +180,7 @@ def _prepare(run: Run, context: Context) -> Path:
 
 def _planned(run: Run, base: Path, world: int) -> dict[str, int]:
     """The planned peak memory of every stage, in bytes; on CUDA what torch is to allocate."""
-    shape = Geometry.of(read_json(base / "config.json"))
+    shape = geometry_of(read_json(base / "config.json"))
     cuda = run.options.device.startswith("cuda")
     shards = world if run.options.shard else 1
     found = planned_memory(run.loaded, shape, run.options.dtype, cuda, shards)

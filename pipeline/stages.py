@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.cost import StageCost
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -21,6 +23,11 @@ class StageSpec:
     @property
     def format(self) -> int:
         return importlib.import_module(f"..{self.package}.config", __package__).FORMAT
+
+    @property
+    def cost(self) -> StageCost[Any]:
+        """What the stage says that it takes."""
+        return importlib.import_module(f"..{self.package}.cost", __package__).COST
 
     def module(self) -> Any:
         """The stage's code; imports torch."""

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from ..core.errors import UserError
 from ..core.files import read_json, read_text, write_json
+from ..core.units import megabytes, number, percent
 from ..records.manifest import StageManifest
 from ..records.models import ModelEntry
 from .report.collect import StageRecord, build_report
-from .report.html import final_model, megabytes, number, percent, render, smallest_artifact, write_report
+from .report.html import final_model, render, smallest_artifact, write_report
 from .report.retrieval import retrieval_lengths, retrieval_lines
 from .report.schema import Report
 from .report.tasks import task_lines

@@ -20,9 +20,7 @@ from ..core.errors import UserError
 from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
-
-HELD = 1024  # tokens kept to choose ridges
-EVERY = 8  # each such packed row is held out
+from .cost import EVERY, HELD
 
 
 @dataclass

@@ -25,11 +25,11 @@ from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.linear import linear
+from .cost import CHUNK
 from .cuts import Cut, gaps
 from .moments import Moments, apply_map
 
 Measure = Literal["kl", "perplexity"]
-CHUNK = 256  # positions whose logits exist at once
 SURE = 3.5  # standard errors by which a cut must be behind to be given up early
 ROWS = 6  # packed rows seen before any cut is given up
 TOKENS_TOGETHER = 8192  # of several cuts in one forward pass of a block, on a GPU; a CPU gains nothing from more

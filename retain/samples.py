@@ -19,10 +19,11 @@ from torch import Tensor
 from ..modeling.blocks import Decoder
 from ..modeling.retaining_labels import BlockLabels, detrended, label_row
 from ..training.weights import save_whole
+from . import cost
 from .config import RetainConfig
 from .rows import LongRow
 
-KEPT = torch.bfloat16  # as wide as float32, whatever a family's keys look like; half its size
+KEPT: torch.dtype = getattr(torch, cost.KEPT)
 
 
 @dataclass(frozen=True)

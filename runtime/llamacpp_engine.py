@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
+from .cost import SLOTS
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
 from .llamacpp_server import SEEDS, checked, open_server, post
 
@@ -46,7 +47,7 @@ class LlamaCppEngine(Engine):
         file: Path,
         threads: int = 0,
         context: int = 1024,
-        slots: int = 4,
+        slots: int = SLOTS,
         draft: Path | None = None,
         draft_tokens: int = 4,
     ):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from compress.cli import main as cli
 from compress.cli.inspection import inspect_path
+from compress.core.cost import Need
 from compress.core.errors import UserError
 from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.chat import load_encoded
@@ -26,7 +27,6 @@ from compress.merge import measure, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.load import load_tokenizer
 from compress.pipeline.plan import make_plan
-from compress.pipeline.plan.memory import StageMemory
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
@@ -294,7 +294,7 @@ def test_a_changed_key_makes_again_what_it_touches(chain: tuple[Path, Path], ove
 def test_the_plan_counts_every_variant_and_the_merge(chain: tuple[Path, Path]) -> None:
     recipe, folder = chain
 
-    def planned(*overrides: str) -> dict[str, StageMemory]:
+    def planned(*overrides: str) -> dict[str, Need]:
         made = make_plan(load_recipe(str(recipe), overrides), "float32", folder.parent)
         return {stage.name: stage.found for stage in made.stages}
 

@@ -12,19 +12,23 @@ from typing import Any
 import pytest
 import torch
 from compress.cli import main as cli
+from compress.core.cost import PARTS, Need, Setting, worst
 from compress.core.errors import UserError
+from compress.core.geometry import Geometry
 from compress.core.stage import Context, Inputs
+from compress.core.work import forward
+from compress.data.cost import rows_of
 from compress.distill.config import DistillConfig
 from compress.export.config import ExportConfig
 from compress.export.gguf import write_gguf
+from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_config, load_model
-from compress.pipeline.plan import Geometry, find_device, make_plan, parse_size, read_geometry, smallest_change
+from compress.pipeline.plan import find_device, make_plan, parse_size, read_geometry, settings, smallest_change
 from compress.pipeline.plan.devices import DEVICES, GIB
-from compress.pipeline.plan.memory import PARTS, Setting, lora_parameters, stage_memory, worst
-from compress.pipeline.plan.plan import setting
-from compress.pipeline.plan.work import forward, rows_of, stage_work
-from compress.pipeline.recipe import load_recipe, shipped
+from compress.pipeline.recipe import Recipe, load_recipe, shipped
+from compress.pipeline.stages import STAGES
 from compress.training.config import Full, Lora
+from compress.training.cost import lora_parameters
 from compress.training.students import build_student
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +37,7 @@ LLAMA_8B = Path(__file__).parent.parent / "recipes" / "configs" / "llama3_1_8b.j
 
 
 def shape_of(folder: Path) -> Geometry:
-    return Geometry.of(load_config(folder).to_dict())
+    return geometry_of(load_config(folder).to_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,17 +98,18 @@ def test_operations_of_training_are_torchs(tiny, kind):
         (hidden @ student.decoder.head_weight.T).sum().backward()
 
     recipe = load_recipe("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe
-    at = Setting(shape, 3, "float32")
-    found = stage_work("distill", config, at, rows_of(recipe.data))
+    at = Setting(shape, 3, "float32", rows=rows_of(recipe.data))
+    work = STAGES["distill"].cost.work
+    found = work(config, at)
     assert found is not None
     # Eager attention multiplies every pair of tokens, hidden by the mask or not; the plan counts half of them.
     factor = 2 if kind == "lora" else 3
     pairs = factor * 64 * 32 * 4 * 3 * shape.heads * shape.head_size
     assert found.flops == pytest.approx(counted(train) - pairs, rel=0.06)  # nothing flows back past the first block
     anchored = config.model_copy(update={"objective": DistillConfig.model_validate({"objective": "kd"}).objective})
-    more = stage_work("distill", anchored, at, rows_of(recipe.data))
+    more = work(anchored, at)
     assert more is not None and more.flops - found.flops == forward(shape, 3, 64, 32)
-    again = stage_work("distill", config.model_copy(update={"gradient_checkpointing": True}), at, rows_of(recipe.data))
+    again = work(config.model_copy(update={"gradient_checkpointing": True}), at)
     assert again is not None and again.flops - found.flops == forward(shape, 3, 64, 32)
 
 
@@ -133,10 +138,18 @@ def test_every_shipped_recipe_has_a_plan(name, tmp_path):
             assert (stage.seconds is None) == (device is None or stage.flops is None)
 
 
+def found_by(stage: str, loaded: Recipe, dtype: str, cuda: bool) -> Setting:
+    """What a stage of a recipe for Llama-3.1-8B finds."""
+    return settings(loaded, geometry_of(json.loads(LLAMA_8B.read_text())), dtype, cuda)[0][stage]
+
+
+def need(stage: str, loaded: Recipe, at: Setting) -> Need:
+    return STAGES[stage].cost.need(loaded.section(stage), at)
+
+
 def memory(overrides: list[str], cuda: bool = True) -> dict[str, int]:
     loaded = load_recipe("llama8b_26L", overrides)
-    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "bfloat16", cuda)
-    return stage_memory("distill", loaded.section("distill"), at).parts
+    return need("distill", loaded, found_by("distill", loaded, "bfloat16", cuda)).parts
 
 
 def test_parts_follow_the_recipe():
@@ -160,8 +173,8 @@ def test_parts_follow_the_recipe():
 def test_the_smallest_change_fits_and_nothing_less_does():
     base = ["distill.teacher=copy", "distill.tune.quantize_base=null", "distill.gradient_checkpointing=false"]
     loaded = load_recipe("llama8b_26L", base)
-    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "bfloat16", True)
-    needed = stage_memory("distill", loaded.section("distill"), at).needed
+    at = found_by("distill", loaded, "bfloat16", True)
+    needed = need("distill", loaded, at).needed
     assert smallest_change(loaded, "distill", at, needed - 1) is not None
     for room in (24, 13):
         change = smallest_change(loaded, "distill", at, room * GIB)
@@ -195,12 +208,11 @@ def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
 
 def test_scratch_files_that_are_mapped_need_no_memory():
     loaded = load_recipe("llama8b_26L")
-    at = setting(loaded, Geometry.of(json.loads(LLAMA_8B.read_text())), "float32", False)
-    found = stage_memory("evaluate", loaded.section("evaluate"), at)
+    found = need("evaluate", loaded, found_by("evaluate", loaded, "float32", False))
     assert found.parts["mapped"] == found.scratch == 8192 * 128256 * 2
     few = load_recipe("llama8b_26L", ["data.rows=100"])  # two of them held out
-    at = setting(few, at.shape, "float32", False)
-    assert stage_memory("evaluate", few.section("evaluate"), at).parts["mapped"] == 2 * 768 * 128256 * 2
+    at = found_by("evaluate", few, "float32", False)
+    assert need("evaluate", few, at).parts["mapped"] == 2 * 768 * 128256 * 2
     assert found.needed == found.peak - found.parts["mapped"]
 
 
@@ -227,8 +239,8 @@ def test_what_cannot_be_told_has_no_time():
     at = Setting(Geometry(8, 64, 96, 4, 2, 16, 451, True), 6, "float32")
     for override in ("prune.search=beam", "prune.blocks=auto", "prune.importance=taylor"):
         loaded = load_recipe("tiny_random", [override])
-        assert stage_work("prune", loaded.section("prune"), at, None) is None
-    assert stage_work("distill", DistillConfig(tune=Full()), at, None) is None  # how many rows is not known
+        assert STAGES["prune"].cost.work(loaded.section("prune"), at) is None
+    assert STAGES["distill"].cost.work(DistillConfig(tune=Full()), at) is None  # how many rows is not known
 
 
 def test_the_plan_is_within_15_percent_of_what_a_run_holds(tmp_path):
@@ -248,10 +260,11 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
         ExportConfig.model_validate({"gguf": ["F16"], "onnx": ["int4"], "depths": depths})
         for depths in (None, [1, 2, 4])
     )
-    less, more = (stage_memory("export", config, at) for config in (one, three))
+    cost = STAGES["export"].cost
+    less, more = (cost.need(config, at) for config in (one, three))
     extra = more.disk - less.disk
     assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
-    works = [stage_work("export", config, at, None) for config in (one, three)]
+    works = [cost.work(config, at) for config in (one, three)]
     assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
 
 

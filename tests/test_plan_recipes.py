@@ -13,23 +13,23 @@ from typing import Any
 import pytest
 import torch
 from compress.cli import main as cli
+from compress.core.cost import Setting
 from compress.core.stage import Context, Inputs
+from compress.core.work import Work
 from compress.data.config import DatasetsConfig, VllmEngine
+from compress.data.cost import vllm_rows
 from compress.evaluation.config import BUILTIN, EvaluateConfig
 from compress.export.config import ExportConfig
 from compress.modeling.random import random_checkpoint
-from compress.pipeline.plan import make_plan, read_geometry
-from compress.pipeline.plan.devices import DEVICES, GIB, Work
-from compress.pipeline.plan.measuring import SLOTS, evaluate_work, export_work
-from compress.pipeline.plan.memory import EXPORT_BITS, Setting, stage_memory
-from compress.pipeline.plan.plan import Plan, StagePlan, setting
-from compress.pipeline.plan.pruning import greedy_runs, prune_work
-from compress.pipeline.plan.work import stage_work
-from compress.pipeline.plan.writing import vllm_rows
+from compress.pipeline.plan import Plan, StagePlan, make_plan, read_geometry, settings
+from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.recipe import load_recipe
+from compress.pipeline.stages import STAGES
 from compress.prune.config import Greedy, PruneConfig, RefitHeal
+from compress.prune.cost import greedy_runs
 from compress.prune.heal.least_squares import Sums
 from compress.prune.stage import run
+from compress.runtime.cost import SLOTS, artifact_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 FLAGSHIPS = ("llama8b_26L", "llama70b_64L")
@@ -139,13 +139,14 @@ def test_cuts_scored_as_healed_cost_statistics_in_the_machines_own_memory() -> N
         load_recipe("llama8b_26L", overrides).section("prune")
         for overrides in ([], ["prune.search.healed=false"], ["prune.search=window"])
     )
+    cost = STAGES["prune"].cost
     statistics = 7 * 32 * 4096**2 * 4
-    held, less_held = (stage_memory("prune", config, at) for config in (healed, unhealed))
+    held, less_held = (cost.need(config, at) for config in (healed, unhealed))
     assert held.needed < 24 * GIB and held.host > statistics > less_held.host
     there = replace(at, cuda=False)
-    beside, less_beside = (stage_memory("prune", config, there) for config in (healed, unhealed))
+    beside, less_beside = (cost.need(config, there) for config in (healed, unhealed))
     assert beside.needed > less_beside.needed and beside.parts["other"] > statistics and beside.host == 0
-    more, less, least = (prune_work(config, at) for config in (healed, unhealed, window))
+    more, less, least = (cost.work(config, at) for config in (healed, unhealed, window))
     assert more and less and least and more.double > 1.5 * less.double and least.flops < less.flops / 3
 
 
@@ -167,8 +168,9 @@ def test_sums_of_a_refit_are_torchs_operations() -> None:
 def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
     """On the processors beside the card; so do the types of an export's check."""
     shape = make_shape("llama8b_26L")
-    weights = shape.parameters(26) * EXPORT_BITS["Q4_K_M"] / 8
+    weights = artifact_bytes("Q4_K_M", shape.parameters(26))
     at = Setting(shape, 26, "bfloat16", True, room=24 * GIB, artifacts=(("Q4_K_M", 26),))
+    evaluate_work: Any = STAGES["evaluate"].cost.work
     values: dict[str, Any] = {"window": 512, "tokens": 4096, "speed": None}
     found = evaluate_work(EvaluateConfig.model_validate(values), at)
     assert found.host_read == pytest.approx(4096 / SLOTS * weights) and found.flops == 0
@@ -178,15 +180,15 @@ def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
     asked = evaluate_work(EvaluateConfig.model_validate(tasks), at)
     assert asked.host_read - found.host_read == pytest.approx(10 * 20 * weights, rel=0.01)  # and its cache
     assert evaluate_work(EvaluateConfig.model_validate(values | {"artifacts": False}), at) == Work()
-    exported = export_work(ExportConfig.model_validate({"gguf": ["Q4_K_M"]}), at)
-    assert exported.host_read > 192 / SLOTS * weights
+    exported = STAGES["export"].cost.work(ExportConfig.model_validate({"gguf": ["Q4_K_M"]}), at)
+    assert exported and exported.host_read > 192 / SLOTS * weights
     onnx = Setting(shape, 26, "bfloat16", True, artifacts=(("int4", 26),))
     assert evaluate_work(EvaluateConfig.model_validate(values), onnx).host_read < found.host_read / 500  # whole texts
 
 
 def test_every_checkpoint_that_is_measured_is_counted() -> None:
     def measured(*overrides: str, name: str = "llama8b_26L") -> tuple[int, ...]:
-        return setting(load_recipe(name, list(overrides)), make_shape(name), "bfloat16", True).measured
+        return settings(load_recipe(name, list(overrides)), make_shape(name), "bfloat16", True)[1].measured
 
     assert measured() == (32, 26, 26, 26, 26)  # pruned, healed, recovered, merged
     assert measured("merge=null") == (32, 26, 26, 26)
@@ -199,9 +201,11 @@ def test_the_plan_knows_what_writes() -> None:
     shape = make_shape("llama8b_26L")
     at = Setting(shape, 26, "bfloat16", True, room=24 * GIB)
 
+    cost = STAGES["data"].cost
+
     def part(*overrides: str) -> tuple[DatasetsConfig, Any, Any]:
         config: Any = load_recipe("llama8b_26L", list(overrides)).section("data")
-        return config, stage_memory("data", config, at), stage_work("data", config, at, None)
+        return config, cost.need(config, at), cost.work(config, at)
 
     config, held, work = part()
     assert isinstance(config.engine, VllmEngine) and held.peak == pytest.approx(0.9 * 24 * GIB)
@@ -218,7 +222,7 @@ def test_the_plan_knows_what_writes() -> None:
     card = DEVICES["rtx-4090"]
     assert card.seconds(slow, "bfloat16") > 10 * card.seconds(work, "bfloat16")
     plain = config.model_copy(update={"sets": [part.model_copy(update={"rewrite": None}) for part in config.sets]})
-    assert stage_work("data", plain, at, None) == Work()
+    assert cost.work(plain, at) == Work()
 
 
 def test_an_engine_that_is_not_there_is_told_before_the_model_is_fetched(

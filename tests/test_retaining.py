@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from compress.core.cost import Setting
 from compress.core.errors import UserError
 from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.rows import Row, write_rows
 from compress.modeling.blocks import Decoder
 from compress.modeling.families import FAMILIES
+from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.retaining import RetainingHead, RetainingSettings, load_heads, read_settings
 from compress.modeling.retaining_labels import BlockLabels, detrended, label_row
-from compress.pipeline.plan.geometry import Geometry
-from compress.pipeline.plan.memory import Setting, stage_memory
-from compress.pipeline.plan.work import stage_work
 from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
 from compress.retain import samples, stage, train
 from compress.retain.config import RetainConfig, head_width, measured_after
+from compress.retain.cost import COST
 from compress.retain.rows import LongRow
 from compress.retain.samples import Pairs, draw_pairs, keep_pairs, read_pairs
 from compress.retain.train import (
@@ -381,19 +381,19 @@ def test_a_recipe_runs_and_runs_again(tmp_path):
 
 def test_the_plan_counts_heads_and_rows(tiny):
     model = json.loads((tiny() / "config.json").read_text())
-    at = Setting(Geometry.of(model), 4, "float32")
+    at = Setting(geometry_of(model), 4, "float32")
     short, long = (config(length=length) for length in (256, 512))
     heads = fresh_heads(Decoder(load_model(tiny())), 16, 0)
-    found = stage_memory("retain", short, at)
+    found = COST.need(short, at)
     assert found.disk == found.parts["adapters"] / 2 == 4 * sum(p.numel() for p in heads.parameters())
-    assert stage_memory("retain", long, at).parts["activations"] == 2 * found.parts["activations"]
-    many = stage_memory("retain", config(rows=100_000), at)  # a block's pairs are what is most: as they lie in memory
+    assert COST.need(long, at).parts["activations"] == 2 * found.parts["activations"]
+    many = COST.need(config(rows=100_000), at)  # a block's pairs are what is most: as they lie in memory
     pairs = Pairs(torch.zeros(32, 2, at.shape.qkv, dtype=torch.bfloat16), torch.zeros(32, 2, at.shape.kv_heads))
     assert many.parts["other"] == 100_002 * (pairs.inputs.nbytes + pairs.labels.nbytes)
     assert many.scratch == many.parts["other"] * at.kept
-    works = [stage_work("retain", section, at, None) for section in (short, long)]
+    works = [COST.work(section, at) for section in (short, long)]
     assert works[0] is not None and works[1] is not None and works[1].flops > 2 * works[0].flops
-    assert stage_work("retain", config(dataset={"path": "a.jsonl"}), at, None) is None  # nobody knows how long they are
+    assert COST.work(config(dataset={"path": "a.jsonl"}), at) is None  # nobody knows how long they are
     assert RetainConfig().longest(at.shape.positions) == 512
 
 

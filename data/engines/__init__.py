@@ -9,6 +9,7 @@ from typing import Protocol
 from ...core.errors import UserError
 from ...core.stage import Context
 from ..config import EngineConfig, LlamaCppEngine, VllmEngine
+from ..cost import LLAMACPP_ROWS
 from ..sampling import Sampled, Sampling
 
 
@@ -59,7 +60,7 @@ def open_engine(config: EngineConfig, base: Path, context: Context, length: int,
     if isinstance(config, LlamaCppEngine):
         from .llamacpp_engine import LlamaCpp
 
-        return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, min(rows, 8))
+        return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, min(rows, LLAMACPP_ROWS))
     if isinstance(config, VllmEngine):
         from .vllm_engine import Vllm
 

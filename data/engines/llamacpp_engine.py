@@ -16,6 +16,7 @@ from ...core.errors import UserError
 from ...core.gguf_header import read_header
 from ...modeling.load import load_config
 from ...runtime.llamacpp_server import SEEDS, checked, open_server, post
+from ..cost import LLAMACPP_ROWS
 from ..sampling import Sampled, Sampling
 from . import settle
 
@@ -26,7 +27,7 @@ class LlamaCpp:
     Raises `UserError` for files that are broken or hold another model.
     """
 
-    def __init__(self, file: Path, base: Path, length: int, threads: int = 0, slots: int = 8):
+    def __init__(self, file: Path, base: Path, length: int, threads: int = 0, slots: int = LLAMACPP_ROWS):
         _check_same_model(file, base)
         self.file, self.slots = file, slots
         try:

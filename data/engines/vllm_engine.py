@@ -13,19 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...core.cost import BYTES
 from ...core.errors import UserError
 from ...core.stage import Context
 from ...modeling.load import load_config
 from ...modeling.shape import AttentionShape
 from ..config import VllmEngine
+from ..cost import VLLM_BLOCK, VLLM_ROWS
 from ..sampling import Sampled, Sampling
 from . import settle
 
 OTHERS = "or take --set data.engine=transformers, or {kind: llama.cpp, gguf: FILE}"
 MOST_BANNED = 1024  # tokens that vLLM takes biases for
-MOST_ROWS = 256  # computed together at most
-BLOCK = 128  # tokens by which vLLM's cache grows on a CPU
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def import_vllm() -> Any:
@@ -74,7 +73,7 @@ class Vllm:
 
     def __init__(self, base: Path, context: Context, length: int, rows: int, config: VllmEngine):
         self.vllm = import_vllm()
-        together = min(rows, MOST_ROWS)
+        together = min(rows, VLLM_ROWS)
         options: dict[str, Any] = {
             "model": str(base),
             "dtype": context.dtype,
@@ -152,7 +151,7 @@ def cache_bytes(base: Path, dtype: str, length: int, rows: int) -> int:
     config = load_config(base)
     shape = AttentionShape.of(config)
     token = 2 * config.num_hidden_layers * shape.kv_heads * shape.size * BYTES[dtype]
-    return token * BLOCK * (math.ceil(length / BLOCK) + 1) * rows
+    return token * VLLM_BLOCK * (math.ceil(length / VLLM_BLOCK) + 1) * rows
 
 
 @contextmanager

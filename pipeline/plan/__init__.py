@@ -2,14 +2,13 @@
 
 from .devices import Device, find_device, parse_size
 from .fit import Change, smallest_change
-from .geometry import Geometry, read_geometry
-from .plan import Plan, StagePlan, make_plan, planned_memory, setting
+from .geometry import read_geometry
+from .plan import Plan, StagePlan, make_plan, planned_memory, settings
 from .show import show_plan
 
 __all__ = [
     "Change",
     "Device",
-    "Geometry",
     "Plan",
     "StagePlan",
     "find_device",
@@ -17,7 +16,7 @@ __all__ = [
     "parse_size",
     "planned_memory",
     "read_geometry",
-    "setting",
+    "settings",
     "show_plan",
     "smallest_change",
 ]

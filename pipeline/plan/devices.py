@@ -9,38 +9,13 @@ the default recipe's stages on two cores of an AMD EPYC (AVX-512), and its model
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from ...core.errors import UserError
+from ...core.work import Work
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Work:
-    """Arithmetic, and bytes that are read anew for steps too small to keep the processor busy; the same of what runs on
-    the processors beside a card."""
-
-    flops: float = 0.0
-    read: float = 0.0
-    double: float = 0.0  # of it in float64
-    host_flops: float = 0.0
-    host_double: float = 0.0
-    host_read: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    @property
-    def total(self) -> float:
-        """All operations."""
-        return self.flops + self.double + self.host_flops + self.host_double
-
-    def beside(self) -> Work:
-        """The same, done by the processors beside the card."""
-        flops, double = self.flops + self.host_flops, self.double + self.host_double
-        return Work(host_flops=flops, host_double=double, host_read=self.read + self.host_read)
 
 
 @dataclass(frozen=True)

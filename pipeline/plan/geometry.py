@@ -1,89 +1,23 @@
-"""A decoder's shape from its configuration file: what every estimate is made of. Reads no weights."""
+"""The shape of a recipe's model from its configuration file: what every estimate is made of. Reads no weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError
 from ...core.files import read_json
+from ...core.geometry import Geometry
 from ...core.gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
-from ...modeling.shape import AttentionShape
+from ...modeling.geometry import geometry_of
 from ...modeling.source import Source, base_of_adapter, parse_source
 from ..recipe import ModelSpec, Recipe
-
-NEEDED = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A decoder's shape."""
-
-    blocks: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocab: int
-    tied: bool
-    positions: int = 1 << 30  # that the model was trained for; no limit where the configuration has none
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> Geometry:
-        """The shape in a config.json; `UserError` for a number that is missing or is none."""
-        for key in (*NEEDED, *OPTIONAL):
-            value = config.get(key)
-            if not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL):
-                raise UserError(f"the model's config.json: {key} must be a whole number above 0 (it is {value!r})")
-        attention = AttentionShape.of(config)
-        return cls(
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            config["intermediate_size"],
-            attention.heads,
-            attention.kv_heads,
-            attention.size,
-            config["vocab_size"],
-            bool(config.get("tie_word_embeddings", False)),
-            config.get("max_position_embeddings") or 1 << 30,
-        )
-
-    @property
-    def block_parameters(self) -> int:
-        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-
-    @property
-    def block_products(self) -> int:
-        """Weights of one block that take part in matrix products: all but the norms."""
-        return self.block_parameters - 2 * self.hidden
-
-    def parameters(self, blocks: int) -> int:
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return blocks * self.block_parameters + embeddings + self.hidden
-
-    def kv_bytes(self, tokens: int, size: int, blocks: int | None = None) -> int:
-        """Of keys and values of `size` bytes a number; in all blocks, unless it is said in how many."""
-        return 2 * (self.blocks if blocks is None else blocks) * self.kv_heads * self.head_size * tokens * size
-
-    @property
-    def qkv(self) -> int:
-        """Width of a token's q, k and v, concatenated."""
-        return (self.heads + 2 * self.kv_heads) * self.head_size
-
-    @property
-    def state(self) -> int:
-        """Numbers of one token's largest moment inside a block: its stream, and what the MLP holds."""
-        return 4 * self.hidden + 3 * self.intermediate
 
 
 def read_geometry(loaded: Recipe, cache: Path) -> Geometry:
     """The shape of a recipe's model. Raises `UserError` where its configuration cannot be had."""
-    return Geometry.of(_read_config(loaded, cache))
+    return geometry_of(_read_config(loaded, cache))
 
 
 def _read_config(loaded: Recipe, cache: Path) -> dict[str, Any]:

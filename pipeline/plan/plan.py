@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ...core.errors import UserError
-from ...core.stage import check_deepest
-from ...data.config import LlamaCppEngine, RowsFromData
-from ...prune.config import PruneConfig
+from ...core.cost import Need, Setting
+from ...core.geometry import Geometry
 from ..recipe import Recipe
 from ..stages import STAGES
 from .devices import Device
 from .fit import Change, smallest_change
-from .geometry import Geometry, read_geometry
-from .memory import Setting, StageMemory, stage_memory
-from .work import heldout_targets, rows_of, stage_work
+from .geometry import read_geometry
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class StagePlan:
     """Estimates for one stage."""
 
     name: str
-    found: StageMemory
+    found: Need
     flops: float | None  # None: cannot be told from the recipe
     seconds: float | None  # None also without a device
     fits: bool = True
@@ -85,94 +80,46 @@ def make_plan(
     """
     shape = read_geometry(loaded, cache)
     room = memory if memory is not None else (device.memory if device else None)
-    at = setting(loaded, shape, dtype, device is not None and device.cuda, shards, room)
-    stages = [_stage(loaded, name, at, device, cards) for name in loaded.order]
-    parameters = shape.parameters(shape.blocks), shape.parameters(at.kept)
-    blocks = shape.blocks, at.kept
+    finds, left = settings(loaded, shape, dtype, device is not None and device.cuda, shards, room)
+    stages = [_stage(loaded, name, at, device, cards) for name, at in finds.items()]
+    parameters = shape.parameters(shape.blocks), shape.parameters(left.kept)
+    blocks = shape.blocks, left.kept
     return Plan(loaded.recipe.name, loaded.source, *parameters, blocks, dtype, stages, device, room, cards)
 
 
 def _stage(loaded: Recipe, name: str, at: Setting, device: Device | None, cards: int) -> StagePlan:
-    section, rows = loaded.section(name), rows_of(loaded.recipe.data)
-    found, work = stage_memory(name, section, at), stage_work(name, section, at, rows)
-    seconds = device.seconds(work, at.dtype) / _shared(name, section, cards) if work and device else None
+    spec, section = STAGES[name], loaded.section(name)
+    need, work = spec.cost.need(section, at), spec.cost.work(section, at)
+    sharing = spec.cost.cards(section, cards) if spec.parallel else 1
+    seconds = device.seconds(work, at.dtype) / sharing if work and device else None
     flops = work.total if work else None
-    if at.room is None or found.needed <= at.room:
-        return StagePlan(name, found, flops, seconds)
+    if at.room is None or need.needed <= at.room:
+        return StagePlan(name, need, flops, seconds)
     change = smallest_change(loaded, name, at, at.room)
     beside = None
     if change is None and device is not None and device.host is not None:
         there = replace(at, cuda=False, room=device.host.memory)
-        held = stage_memory(name, section, there).needed
+        held = spec.cost.need(section, there).needed
         if held <= device.host.memory:
-            work = stage_work(name, section, there, rows)
+            work = spec.cost.work(section, there)
             beside = Beside(held, device.seconds(work.beside(), at.dtype) if work else None)
-    return StagePlan(name, found, flops, seconds, False, change, beside)
+    return StagePlan(name, need, flops, seconds, False, change, beside)
 
 
-def _shared(name: str, section: Any, cards: int) -> int:
-    """How many cards make a stage faster."""
-    if not STAGES[name].parallel or (name == "data" and not _writes(section)):
-        return 1
-    engine = getattr(section, "engine", None)
-    return 1 if isinstance(engine, LlamaCppEngine) or getattr(engine, "gpus", 1) > 1 else cards
+def planned_memory(loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> dict[str, Need]:
+    """What every stage of a recipe needs, for a model whose shape is known."""
+    finds, _ = settings(loaded, shape, dtype, cuda, shards)
+    return {name: STAGES[name].cost.need(loaded.section(name), at) for name, at in finds.items()}
 
 
-def _writes(section: Any) -> bool:
-    """Whether the unpruned model writes a data stage's rows."""
-    return not isinstance(section, RowsFromData) or any(part.rewrite is not None for part in section.parts)
-
-
-def planned_memory(loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> dict[str, StageMemory]:
-    """The memory of every stage of a recipe, for a model whose shape is known."""
-    at = setting(loaded, shape, dtype, cuda, shards)
-    return {name: stage_memory(name, loaded.section(name), at) for name in loaded.order}
-
-
-def setting(
+def settings(
     loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1, room: int | None = None
-) -> Setting:
-    """The model of a recipe before and after pruning. Raises `UserError` where more blocks go than there are, and where
-    the depths of a sorted training or those to export do not end with all that are left."""
-    prune = loaded.recipe.prune
-    dropped = _dropped(prune, shape) if prune else 0
-    if dropped >= shape.blocks:
-        raise UserError(f"prune.blocks is {dropped}, but the model has {shape.blocks} blocks")
-    left, sort, export = shape.blocks - dropped, loaded.recipe.sort, loaded.recipe.export
-    where = "the pruned model" if dropped else "the model"
-    if prune is None or prune.blocks != "auto":
-        if sort is not None:
-            check_deepest("sort.depths", sort.depths, left, where)
-        if export is not None and export.depths:
-            check_deepest("export.depths", export.depths, left, where)
-    distill = loaded.recipe.distill
-    depths = tuple(sort.depths) if sort is not None else ()
-    found = Setting(shape, left, dtype, cuda, heldout_targets(loaded.recipe.data), distill is not None, shards, depths)
-    files = [(t, d) for t in [*export.gguf, *export.onnx] for d in found.exported(export)] if export is not None else []
-    return replace(
-        found,
-        room=room,
-        measured=_measured(loaded, shape.blocks, left),
-        artifacts=tuple(files),
-        variants=len(distill.students) if distill is not None else 1,
-    )
-
-
-def _measured(loaded: Recipe, whole: int, left: int) -> tuple[int, ...]:
-    """Blocks of the checkpoints that an evaluation measures: base, pruned, healed, recovered, merged, and depths."""
-    recipe = loaded.recipe
-    after = 0
-    if recipe.prune is not None:
-        after += 1 if recipe.prune.heal.kind == "none" else 2
-    after += (recipe.distill is not None) + (recipe.merge is not None)
-    return (whole, *[left] * after, *(recipe.sort.depths if recipe.sort is not None else []))
-
-
-def _dropped(config: PruneConfig, shape: Geometry) -> int:
-    """How many blocks go; of `auto` what can be told beforehand, for the rest none: an upper bound of everything."""
-    if config.blocks != "auto":
-        return config.blocks
-    if config.goal is None or config.goal.size is None:
-        return 0
-    sizes = [shape.parameters(shape.blocks - n) / shape.parameters(shape.blocks) for n in range(shape.blocks)]
-    return next((n for n, size in enumerate(sizes) if size <= config.goal.size), shape.blocks - 1)
+) -> tuple[dict[str, Setting], Setting]:
+    """What each stage of a recipe finds, by name in their order; and what the last one leaves. Raises `UserError` where
+    a section does not fit the model: more blocks go than there are, or depths do not end with all that are left."""
+    at = Setting(shape, shape.blocks, dtype, cuda, shards, room, measured=(shape.blocks,))
+    finds = {}
+    for name in loaded.order:
+        finds[name] = at
+        at = STAGES[name].cost.leaves(loaded.section(name), at)
+    return finds, at

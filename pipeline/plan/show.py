@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..report.html import duration, megabytes
+from ...core.cost import PARTS
+from ...core.units import duration, megabytes
+from ..stages import STAGES
 from .devices import Device
-from .memory import PARTS
 from .plan import Plan, StagePlan
 
 
@@ -41,7 +42,9 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def _in_all(plan: Plan, device: Device) -> str:
-    cards = f", {plan.cards} of them sharing data, distill and sort" if plan.cards > 1 else ""
+    *others, last = (name for name, stage in STAGES.items() if stage.parallel)
+    shared = f"{', '.join(others)} and {last}"
+    cards = f", {plan.cards} of them sharing {shared}" if plan.cards > 1 else ""
     if plan.seconds is None:
         unknown = [stage.name for stage in plan.stages if stage.seconds is None]
         return f"in all on {device.name}{cards}: ?, for {', '.join(unknown)} cannot be told from the recipe"

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...core.units import duration, megabytes, number, percent
 from ...records.models import ModelEntry
 from . import plots
 from .retrieval import heat_map, memory_plot, retrieval_lengths, retrieval_lines
@@ -168,24 +169,3 @@ def students(report: Report) -> list[dict[str, Any]]:
         }
         for name, entry in figures.items()
     ]
-
-
-def megabytes(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def number(value: float | None) -> str:
-    """Four significant digits, none of them pretended."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

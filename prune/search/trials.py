@@ -9,6 +9,7 @@ from typing import Any
 from ...core.stage import Advance
 from ...records.importance import Round
 from ..config import PruneConfig, Scored
+from ..cost import RIDGES
 from ..cuts import Cut, cut, describe
 from ..scoring import Measure, Scorer
 from ..study import Study
@@ -123,7 +124,7 @@ class Trials:
             return None
         longest = min(self.study.longest or self.count, len(self.candidates))
         heal = self.config.heal
-        ridges = getattr(heal, "ridge", None) or [1e-2, 1e-1, 1.0]
+        ridges = getattr(heal, "ridge", None) or RIDGES
         return self.study.moments(longest, ridges, getattr(heal, "toward", "identity"))
 
     def _note(self, size: int, best: Cut, score: float) -> None:

@@ -1,0 +1,27 @@
+"""Sizes, counts, shares and times as text."""
+
+from __future__ import annotations
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as MB or GB."""
+    if value is None:
+        return "–"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, none of them pretended."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, in minutes where it is a minute or more."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

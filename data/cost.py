@@ -1,0 +1,198 @@
+"""What the data stage takes: the unpruned model writes text, by whatever engine, and says what it would have said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, Rows, Setting, StageCost, halves, worst
+from ..core.work import Work, batches, decoding, forward
+from ..runtime.cost import GGUF_BITS
+from .config import (
+    DatasetConfig,
+    DatasetsConfig,
+    LlamaCppEngine,
+    MagpieConfig,
+    RowsFromData,
+    TextsConfig,
+    VllmEngine,
+)
+
+RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
+TEMPLATE = 32  # tokens a chat template puts around a turn
+ASKED = 128  # tokens of what is asked for beside a row that is to be rewritten
+CHUNK = 256  # positions whose logits exist at once where the teacher's likeliest tokens are written down
+WEIGHT_BITS = GGUF_BITS["Q8_0"].most  # of a GGUF file that writes text, at most
+LLAMACPP_ROWS, VLLM_ROWS = 8, 256  # that are written at once, at most
+VLLM_BLOCK = 128  # tokens by which vLLM's cache grows on a CPU
+VLLM_OTHER = 1.5e9  # assumed: what vLLM holds on a GPU beside weights and cache
+
+
+def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """What is written down of each token that is learned: shape and type of its part of every array."""
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "positions": ((), np.int32),
+        "targets": ((), np.int32),
+        "tokens": ((k,), np.uint16 if vocabulary <= 1 << 16 else np.int32),
+        "log_probs": ((k + 1,), np.float16),
+    }
+    return {name: (shape, np.dtype(kind)) for name, (shape, kind) in arrays.items()}
+
+
+def rows_of(config: Any) -> Rows | None:
+    """What a data stage leaves; None where the number of rows is not known."""
+    if config.rows is None:
+        return None
+    longest, targets = config.length, config.length
+    if isinstance(config, MagpieConfig):
+        longest = min(config.length, TEMPLATE + config.max_prompt_tokens + config.max_tokens)
+        targets = config.max_tokens
+    elif isinstance(config, TextsConfig):
+        longest = config.tokens
+    return Rows(config.rows * longest, config.heldout, max(1, round(config.rows * config.heldout)) * targets)
+
+
+def _leaves(config: Any, at: Setting) -> Setting:
+    return replace(at, rows=rows_of(config))
+
+
+def _need(config: Any, at: Setting) -> Need:
+    """Rows written by the unpruned model: its weights, and the cache of a whole batch; then what it says of them."""
+    shape, runtime = at.shape, {"runtime": at.runtime(RUNTIME)}
+    chat, host = isinstance(config, MagpieConfig), 0
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        writing, note, host = _rewriting(config, at)
+        targets = config.length  # at most
+    else:
+        targets = config.max_tokens if chat else config.tokens
+        longest = TEMPLATE + config.max_prompt_tokens + config.max_tokens if chat else config.tokens
+        writing, note = {"weights": at.whole} | _sampling(at, config.batch, longest), f"{config.batch} rows at once"
+    if config.teacher is None:
+        return Need(worst(runtime | writing), 0, note, host=host)
+    arrays = target_arrays(min(config.teacher.top_k, shape.vocab), shape.vocab).values()
+    per_target = sum(kind.itemsize * (part[0] if part else 1) for part, kind in arrays)
+    looking = runtime | {
+        "weights": at.whole,
+        "activations": config.teacher.batch * config.length * shape.state * at.size,
+        "logits": CHUNK * shape.vocab * 4 * 3,
+    }
+    note += f"; teacher: {per_target} bytes per learned token"
+    disk = (config.rows or 0) * targets * per_target
+    return Need(worst(runtime | writing, looking), disk, note, host=host)
+
+
+def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> Parts:
+    # Of the logits: themselves, probabilities, their float64 sums.
+    kv = at.shape.kv_bytes(rows * tokens, size or at.size)
+    return {"kv": kv, "logits": rows * at.shape.vocab * (4 + 4 + 8)}
+
+
+def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Parts, str, int]:
+    """Parts on the device, a word, and the machine's own memory."""
+    note = "rows of a data set" if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets"
+    kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
+    if not kinds:
+        return {}, note, 0
+    # The prompt has the row in it, and what is asked.
+    tokens = config.length + ASKED + max(kind.max_tokens for kind in kinds)
+    engine = config.engine
+    if isinstance(engine, VllmEngine):
+        gpus = f" on {engine.gpus} GPUs" if engine.gpus > 1 else ""
+        return _vllm(config, engine, at, tokens), f"{note}, rewritten by vllm{gpus}", 0
+    note += f", {config.batch} rewritten at once by {engine.kind}"
+    if isinstance(engine, LlamaCppEngine):  # a cache in float16; beside a GPU
+        rows = min(config.batch, LLAMACPP_ROWS)
+        weights = int(at.shape.parameters(at.shape.blocks) * WEIGHT_BITS / 8)
+        held = {"weights": weights} | _sampling(at, rows, tokens, BYTES["float16"])
+        return ({}, note, sum(held.values())) if at.cuda else (held, note, 0)
+    return {"weights": at.whole} | _sampling(at, config.batch, tokens), note, 0
+
+
+def _vllm(config: DatasetConfig | DatasetsConfig, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
+    """Of one GPU: its part of the weights, and a cache that fills the share that vLLM may take; at the least it must
+    hold one row. On a CPU the cache is as large as the rows need."""
+    shape, weights = at.shape, at.whole // engine.gpus
+    if not at.cuda:
+        kv = shape.kv_bytes(min(config.batch, VLLM_ROWS) * (tokens + VLLM_BLOCK), at.size)
+        return {"weights": at.whole, "kv": kv}
+    other, row = int(VLLM_OTHER), shape.kv_bytes(tokens, at.size) // engine.gpus
+    share = engine.memory * (at.room if at.room is not None else 0)
+    held = weights + other + at.runtime(RUNTIME)
+    kv = int(share) - held
+    if kv < row and at.room is not None:  # then what there would have to be, for the share to be enough
+        kv = int((held + row) / engine.memory) - held
+    return {"weights": weights, "kv": max(kv, row), "other": other}
+
+
+def _work(config: Any, at: Setting) -> Work | None:
+    rows = rows_of(config)
+    if rows is None:
+        return None
+    looking = Work()
+    if config.teacher is not None:
+        looking = Work(forward(at.shape, at.shape.blocks, rows.tokens, config.length / 2))
+    return looking + _writing_work(config, at)
+
+
+def _writing_work(config: Any, at: Setting) -> Work:
+    """The text of a data stage that has as many rows as `config.rows` says; nothing where gold is taken as it is."""
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        return _rewriting_work(config, at)
+    together = batches(config.rows, config.batch)
+    if isinstance(config, MagpieConfig):
+        before = TEMPLATE + config.max_prompt_tokens
+        prompts = _decoding(at, config.rows, together, TEMPLATE, config.max_prompt_tokens)
+        return prompts + _decoding(at, config.rows, together, before, config.max_tokens)
+    return _decoding(at, config.rows, together, 1, config.tokens)
+
+
+def _decoding(at: Setting, rows: int, together: float, prompt: int, new: int) -> Work:
+    """By the unpruned model in PyTorch's or vLLM's precision."""
+    return decoding(at.shape, at.shape.blocks, rows, together, prompt, new, at.whole, at.size)
+
+
+def _rewriting_work(config: DatasetConfig | DatasetsConfig, at: Setting) -> Work:
+    """Every row rewritten, as long as it may be; where the model answers first, and all of these answers are wrong."""
+    kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
+    rows, new = config.rows or 0, max((kind.max_tokens for kind in kinds), default=0)
+    if not kinds or not rows:
+        return Work()
+    rows *= 2 if any(kind.own_answer_first for kind in kinds) else 1
+    prompt, blocks, engine = config.length + ASKED, at.shape.blocks, config.engine
+    if isinstance(engine, LlamaCppEngine):
+        weights = at.shape.parameters(blocks) * WEIGHT_BITS / 8
+        together = min(config.batch, LLAMACPP_ROWS)
+        return decoding(at.shape, blocks, rows, together, prompt, new, weights, BYTES["float16"]).beside()
+    if isinstance(engine, VllmEngine):
+        found = _decoding(at, rows, vllm_rows(config, engine, at), prompt, new)
+        return Work(found.flops / engine.gpus, found.read / engine.gpus)
+    return _decoding(at, rows, batches(rows, config.batch), prompt, new)
+
+
+def vllm_rows(config: DatasetConfig | DatasetsConfig, engine: VllmEngine, at: Setting) -> int:
+    """Rows that vLLM computes together: as many as its cache has room for, each half written, and `batch` gives it."""
+    most = min(config.batch, VLLM_ROWS)
+    if not at.cuda or at.room is None:
+        return most
+    new = max(part.rewrite.max_tokens for part in config.parts if part.rewrite is not None)
+    row = at.shape.kv_bytes(round(config.length + ASKED + new / 2), at.size)
+    room = engine.gpus * (engine.memory * at.room - CUDA_CONTEXT - VLLM_OTHER) - at.whole
+    return max(1, min(most, int(room / row)))
+
+
+def _changes(config: Any, _at: Setting) -> Iterable[Overrides]:
+    return ((f"data.batch={size}",) for size in halves(config.batch, 1))
+
+
+def _cards(config: Any, cards: int) -> int:
+    """Rows that nobody writes take one process; llama.cpp runs beside the cards, and vLLM may have several already."""
+    if isinstance(config, RowsFromData) and all(part.rewrite is None for part in config.parts):
+        return 1
+    engine = getattr(config, "engine", None)
+    return 1 if isinstance(engine, LlamaCppEngine) or getattr(engine, "gpus", 1) > 1 else cards
+
+
+COST = StageCost[Any](_need, _work, _leaves, _changes, _cards)

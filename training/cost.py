@@ -1,0 +1,151 @@
+"""What training a student takes, in the stages that do it.
+
+Counted are 6 operations per weight and token: 2 forward, 2 backward through it, 2 for its own gradient, which frozen
+weights do not have; the anchor's forward 2 per weight of the unpruned model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from ..core.cost import GRADIENT, INT8, MOMENTS, NF4, Need, Overrides, Setting, halves, worst
+from ..core.errors import UserError
+from ..core.geometry import Geometry
+from ..core.work import Work, forward
+from .config import Cached, Copy, Full, Lora, Shared, TrainingConfig
+
+RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
+# Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
+# probabilities, the difference and the product, before the gradients.
+HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
+SMALLEST_CHUNK, SHORTEST = 32, 128  # that are proposed where memory is short
+
+
+def training_need(config: TrainingConfig, at: Setting) -> Need:
+    """Students one after another: the largest one's memory, everyone's disk."""
+    students = [_student_need(student, at) for student in config.students]
+    if len(students) == 1:
+        return students[0]
+    most = max(students, key=lambda found: found.peak)
+    note = f"{len(students)} variants; the largest: {most.note}"
+    return Need(most.parts, sum(found.disk for found in students), note)
+
+
+def _student_need(config: TrainingConfig, at: Setting) -> Need:
+    """Student, teacher, what the backward pass needs, and one chunk of logits, at one depth after another."""
+    shape, tokens = at.shape, config.batch * config.length
+    student = shape.parameters(at.kept)
+    anchored = config.objective.needs_teacher
+    shared = anchored and isinstance(config.teacher, Shared) and isinstance(config.tune, Lora)
+    if isinstance(config.tune, Full):
+        weights, adapters, trained = student * 4, 0, student
+        note = "full tuning"
+    else:
+        bytes_per_weight = NF4 if config.tune.quantize_base else at.size
+        # Shared are all blocks, with what healing changed beside the original: one gap's down_proj.
+        held = shape.parameters(shape.blocks) + shape.hidden * shape.intermediate if shared else student
+        if shared and at.recovered:  # which changed every linear layer
+            held += at.kept * shape.block_products
+        weights = int(held * bytes_per_weight)
+        trained = lora_parameters(config.tune, shape, at.kept)
+        trained += shape.hidden * (shape.vocab * config.tune.train_head + config.tune.train_norm)
+        adapters = trained * 4
+        note = f"LoRA, {trained / 1e6:.1f} M trained"
+    optimizer = trained * (GRADIENT + MOMENTS[config.optimizer])
+    if at.shards > 1:
+        if not isinstance(config.tune, Full):
+            raise UserError(f"--shards: only full tuning is spread ({config.stage}.tune: full)")
+        # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
+        whole = (2 * shape.block_parameters + shape.parameters(0)) * at.size
+        weights, optimizer = weights // at.shards + whole, optimizer // at.shards
+        note += f", per process of {at.shards}"
+    way = config.teacher
+    bits = config.tune.quantize_base if isinstance(config.tune, Lora) and isinstance(way, Shared) else None
+    quantize = way.quantize if isinstance(way, Copy) else bits
+    copy = int(shape.parameters(shape.blocks) * {"nf4": NF4, "int8": INT8}.get(quantize or "", at.size))
+    beside = copy if anchored and isinstance(way, Copy) else 0
+    if isinstance(config.tune, Full) and not beside:
+        beside = shape.vocab * shape.hidden * at.size  # the unpruned model's head, for the held-out figures
+    how = "none" if not anchored else way.kind
+    logits = config.chunk * shape.vocab * 4 * (HEAD_COPIES_ANCHORED if anchored else HEAD_COPIES)
+    per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape)
+    runtime = {"runtime": at.runtime(RUNTIME)}
+    training = runtime | {
+        "weights": weights,
+        "teacher": beside,
+        "adapters": adapters,
+        "optimizer": optimizer,
+        "activations": tokens * (at.kept * per_block + shape.state) * at.size
+        + tokens * shape.hidden * 8 * config.passes,
+        "logits": logits,
+    }
+    looking = {} if shared else runtime | {"teacher": copy, "activations": tokens * shape.state * at.size}
+    return Need(worst(training, looking), at.small, f"{note}; teacher: {how}")
+
+
+def saved_per_token(shape: Geometry) -> int:
+    """Numbers per token and block that the backward pass needs."""
+    return 14 * shape.hidden + 5 * shape.intermediate
+
+
+def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
+    """Parameters of the adapters."""
+    q, kv, h, i = shape.heads * shape.head_size, shape.kv_heads * shape.head_size, shape.hidden, shape.intermediate
+    sizes = {
+        "q_proj": h + q,
+        "k_proj": h + kv,
+        "v_proj": h + kv,
+        "o_proj": q + h,
+        "gate_proj": h + i,
+        "up_proj": h + i,
+        "down_proj": i + h,
+    }
+    names = sizes if tune.targets == "all-linear" else tune.targets
+    return blocks * tune.rank * sum(sizes.get(name, 2 * h) for name in names)
+
+
+def training_work(config: TrainingConfig, at: Setting, shares: Sequence[float] = (1.0,)) -> Work | None:
+    """Steps and measurements of all students, each of which learns from a share of the training rows."""
+    if at.rows is None:
+        return None
+    flops, half = 0.0, config.length / 2
+    teacher = forward(at.shape, at.shape.blocks, 1, half)
+    held = at.rows.tokens * at.rows.heldout
+    for student, share in zip(config.students, shares, strict=True):
+        flops += _student_work(student, at, at.rows.tokens * (1 - at.rows.heldout) * share, held, teacher)
+    return Work(flops + held * teacher)
+
+
+def _student_work(config: TrainingConfig, at: Setting, train: float, held: float, teacher: float) -> float:
+    """Operations of one student's steps and measurements."""
+    per_step = config.batch * config.length * config.accumulate
+    steps = config.max_steps or max(1, math.ceil(config.epochs * train / per_step))
+    student = forward(at.shape, at.kept, 1, config.length / 2, config.passes)
+    factor = 3 if isinstance(config.tune, Full) else 2  # forward and backward; the weights' own gradients
+    factor += config.gradient_checkpointing
+    flops = steps * per_step * student * factor
+    if config.objective.needs_teacher and not isinstance(config.teacher, Cached):
+        flops += steps * per_step * teacher
+    heads = len(config.depth_weights(at.kept))
+    measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
+    return flops + measured * (1 + math.ceil(steps / config.eval_every))
+
+
+def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides]:
+    """First those that leave the result as it is, then fewer bits, at last less context."""
+    section = config.stage
+    yield from ((f"{section}.chunk={size}",) for size in halves(config.chunk, SMALLEST_CHUNK))
+    if not config.gradient_checkpointing:
+        yield (f"{section}.gradient_checkpointing=true",)
+    for size in halves(config.batch, 1):  # the same sequences per optimizer step
+        yield (f"{section}.batch={size}", f"{section}.accumulate={config.accumulate * config.batch // size}")
+    if isinstance(config.teacher, Copy) and isinstance(config.tune, Lora):
+        yield (f"{section}.teacher=shared",)
+    if isinstance(config.teacher, Copy) and config.teacher.quantize is None:
+        yield (f"{section}.teacher.kind=copy", f"{section}.teacher.quantize=nf4")
+    if config.optimizer == "adamw":
+        yield (f"{section}.optimizer=adamw_8bit",)
+    if isinstance(config.tune, Lora) and config.tune.quantize_base is None:
+        yield (f"{section}.tune.kind=lora", f"{section}.tune.quantize_base=nf4")
+    yield from ((f"{section}.length={size}",) for size in halves(config.length, SHORTEST))
