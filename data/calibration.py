@@ -25,9 +25,9 @@ def calibration_batches(
     elif "data" in inputs.stages:
         rows = load_encoded(inputs.stages["data"], tokenizer, "train", length)
     else:
-        raise UserError("there is nothing to calibrate on: give the recipe a `data` section, or name a text file")
+        raise UserError("no calibration data: add a `data` section to the recipe, or name a text file")
     if not rows:
-        raise UserError(f"there is nothing to calibrate on: {text} has fewer than two tokens")
+        raise UserError(f"no calibration data: {text} has fewer than two tokens")
     return pack(_first(rows, tokens), length, batch, pad_id(tokenizer))
 
 

@@ -248,7 +248,7 @@ def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) ->
     """
     found = encode_rows(tokenizer, read_rows(folder, split), max_length)
     if not found:
-        raise UserError(f"no {split} row of {folder.name} has anything to learn in its first {max_length} tokens")
+        raise UserError(f"no {split} row of {folder.name} has a token to train on in its first {max_length} tokens")
     return found
 
 

@@ -24,10 +24,10 @@ from .turns import strings, words
 
 ADVICE = {
     "too_long": "raise data.length, or shorten the rows",
-    "tool_call": "take a model whose chat template writes calls of tools, or rows without them",
-    "left_out": "take a model whose chat template writes such turns, or rows without them",
-    "template": "take rows that the model's chat template can write, or plain text (`text: COLUMN`)",
-    "special_token": "take the model's own tokens out of the rows",
+    "tool_call": "use a model whose chat template supports tool calls, or rows without tool calls",
+    "left_out": "use a model whose chat template renders such turns, or rows without them",
+    "template": "use rows that the model's chat template can render, or plain text (`text: COLUMN`)",
+    "special_token": "remove the model's special tokens from the rows",
 }
 ASKED_FOR = ("duplicate", "contaminated")  # drops that are no fault of a row
 
@@ -106,8 +106,8 @@ def _interleaved(
             continue
         left.remove(number)
         if len(streams) > 1:
-            rest = "; the others fill up" if left else ""
-            context.progress.note(f"{found[number].config.title} has run out after {taken[number]} rows{rest}")
+            rest = "; the other data sets supply the rest" if left else ""
+            context.progress.note(f"{found[number].config.title} ran out after {taken[number]} rows{rest}")
 
 
 class _Sieve:
@@ -151,9 +151,9 @@ class _Sieve:
             lost = total - counted.get(KEPT, 0)
             if lost > config.max_dropped * total:
                 raise UserError(
-                    f"{source.where}.path: of {total} rows of {source.config.title} {lost} cannot be used "
-                    f"({reasons(counted)}); the first: {self.details[number]}. At most {config.max_dropped:.0%} "
-                    f"(data.max_dropped) may be lost: {_advice(counted)}"
+                    f"{source.where}.path: {lost} of {total} rows of {source.config.title} cannot be used "
+                    f"({reasons(counted)}), more than the {config.max_dropped:.0%} that data.max_dropped allows; "
+                    f"the first: {self.details[number]}. To fix it, {_advice(counted)}"
                 )
 
     def _look(self, record: Record) -> tuple[str, str]:
@@ -180,22 +180,22 @@ class _Sieve:
         for text in [text for message in messages for text in words(message)] + list(strings(record.tools)):
             token = next((token for token in self.special if token in text), None)
             if token is not None:
-                return "special_token", f"{record.place} contains the model's own token {token}"
+                return "special_token", f"{record.place} contains the model's special token {token}"
         try:
             size = len(encode_whole(self.tokenizer, Row(0, "train", messages, tools=record.tools)).input_ids)
         except TemplateError as error:
             return error.reason, f"{record.place}: {error}"
         if size > self.length:
-            return "too_long", f"{record.place} has {size} tokens, and data.length is {self.length}"
+            return "too_long", f"{record.place} has {size} tokens, but data.length is {self.length}"
         return "", ""
 
 
 def _advice(counts: Mapping[str, int]) -> str:
     """What to do about rows that were dropped, by the most frequent reason."""
     reason = max((reason for reason in counts if reason != KEPT), key=lambda reason: counts[reason])
-    advice = ADVICE.get(reason, "mend the rows")
+    advice = ADVICE.get(reason, "correct the rows")
     share = math.ceil(100 - 100 * counts.get(KEPT, 0) / sum(counts.values())) / 100
-    return advice + (f", or, if they are to be left out, set data.max_dropped to {share:g}" if share < 1 else "")
+    return advice + (f"; or set data.max_dropped to {share:g} to drop them" if share < 1 else "")
 
 
 def _identity(record: Record) -> str:
@@ -212,8 +212,8 @@ def _enough(config: DatasetConfig | DatasetsConfig, golds: list[Gold], sieve: _S
         what = f"data.sets: the {len(config.sets)} data sets have" if several else f"data.path: {config.path} has"
         first = next(iter(sieve.details.values()), "")
         raise UserError(
-            f"{what} {len(golds)} usable rows and at least 2 are needed, one to learn and one to "
+            f"{what} {len(golds)} usable rows, but at least 2 are needed: one to train on and one to "
             f"hold out (dropped: {reasons(sieve.counts) or 'none'})" + (f"; the first: {first}" if first else "")
         )
     if isinstance(config, DatasetsConfig) and len(golds) < config.rows:
-        context.progress.note(f"{len(golds)} rows instead of {config.rows}: there are no more")
+        context.progress.note(f"{len(golds)} rows instead of {config.rows}: the data sets have no more")

@@ -59,7 +59,7 @@ def evaluation_file(file: str, context: Context) -> Path:
     """Where an evaluation file is; `UserError` if it is not there or of a kind that is not read."""
     path = context.resolve(file)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"data.decontaminate.files: {file} is not one of {', '.join(SUFFIXES)}; convert it")
+        raise UserError(f"data.decontaminate.files: {file} is not a {' or '.join(SUFFIXES)} file; convert it")
     if not path.is_file():
         raise UserError(f"data.decontaminate.files: there is no file {path}")
     return path

@@ -94,7 +94,7 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
                 break
     dropped = reasons(counts)
     if len(kept) < max(2, wanted // 10):
-        raise UserError(f"of {sum(counts.values())} rows the model wrote, {len(kept)} are usable ({dropped}); {hint}")
+        raise UserError(f"only {len(kept)} of {sum(counts.values())} generated rows are usable ({dropped}); {hint}")
     if len(kept) < wanted:
         context.progress.note(f"{len(kept)} rows instead of {wanted} after data.max_attempts ({dropped})")
     elif dropped:

@@ -43,7 +43,7 @@ def query(tokenizer: Any, base: Path, topic: str | None = None) -> Query:
     messages = [*(system if topic else []), {"role": "user", "content": _SENTINEL}]
     text = render(tokenizer, messages, answer=True)
     if text.count(_SENTINEL) != 1:
-        raise UserError("the model's chat template does not show the user's words once and as they are; use a data set")
+        raise UserError("the model's chat template does not render the user's message once, unchanged; use a data set")
     before, after = text.split(_SENTINEL)
     special = special_tokens(tokenizer)
     follows = tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -52,7 +52,7 @@ def query(tokenizer: Any, base: Path, topic: str | None = None) -> Query:
     closing = "" if end is not None and not after[: after.index(special[end])].strip() else after.strip()
     stop = set(end_tokens(tokenizer, base)) | ({end} if end is not None and not closing else set())
     if not stop and not closing:
-        raise UserError("the model has no end-of-turn token, so nothing it writes would end; use a data set")
+        raise UserError("the model has no end-of-turn token, so its text would never end; use a data set")
     # A space before the words is part of the first word's token; given alone it would be followed by another.
     return Query(before.rstrip(" "), closing, frozenset(stop), [token for token in special if token not in stop])
 

@@ -63,7 +63,7 @@ def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int, *, 
     """
     bins = [[rows[i] for i in members] for members in _assign([min(len(r.input_ids), length) for r in rows], length)]
     if not bins:
-        raise UserError("there are no rows to work on: the data is empty")
+        raise UserError("there are no rows to pack: the data is empty")
     if grouped and batch_size > 1:
         bins.sort(key=lambda rows: -sum(min(len(row.input_ids), length) for row in rows))
     return [_batch(bins[i : i + batch_size], length, pad_id) for i in range(0, len(bins), batch_size)]

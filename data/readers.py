@@ -67,7 +67,7 @@ def local_file(source: Source) -> Path | None:
     path, where = source.path, source.where
     if not source.config.local:
         if path.exists():
-            raise UserError(f"{where}.path: {source.config.path} is not one of {', '.join(SUFFIXES)}; convert it")
+            raise UserError(f"{where}.path: {source.config.path} is not a {' or '.join(SUFFIXES)} file; convert it")
         return None
     if not path.is_file():
         raise UserError(f"{where}.path: there is no file {path}")
@@ -106,7 +106,7 @@ def _check_columns(source: Source, columns: dict[str, str], names: Sequence[str]
         advice = advise(names)
         raise UserError(
             f"{', '.join(missing)}: {source.config.path} has no such column; it has: {', '.join(names) or 'none'}"
-            + (f". To read it, give {source.where} {advice}" if advice else "")
+            + (f". To read it, set {advice} under {source.where}" if advice else "")
         )
 
 
@@ -162,7 +162,7 @@ def _load_from_hub(source: Source, cache: Path) -> Any:
             return datasets.load_dataset(config.path, config.subset, split=config.split, cache_dir=str(cache))
         except (DatasetNotFoundError, DatasetGenerationError) as error:
             raise UserError(
-                f"{where}.path: {config.path!r} is no file and cannot be had from the Hub: {error}"
+                f"{where}.path: {config.path!r} is not a local file and cannot be loaded from the Hub: {error}"
             ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no network; no such split or subset; a script
             raise UserError(f"{where}.path: the data set {config.path!r} could not be loaded: {error}") from error
@@ -191,7 +191,7 @@ def _record(number: int, values: dict[str, Any], table: Table, source: Source, c
         return Record(number, dropped=error.reason, detail=f"{place} {error.detail}".strip(), place=place)
     texts = [found.get("messages"), found.get("text"), found.get("tools"), found.get("answer"), found.get("tests")]
     if not is_unicode(texts):
-        detail = f"{place} has half of a surrogate pair (such as \\ud83d alone), which is no text"
+        detail = f"{place} has half of a surrogate pair (such as \\ud83d alone), which is not valid text"
         return Record(number, dropped=UNICODE, detail=detail, place=place)
     return Record(number, place=place, **found)
 
@@ -209,7 +209,7 @@ def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dic
     if "text" in values:
         text = column("text", _words)
         if not text.strip():
-            raise Unusable("empty", f"has nothing in column {columns['text']!r}")
+            raise Unusable("empty", f"has an empty column {columns['text']!r}")
         return {"text": text}
     if "messages" in values:
         turns = column("messages", lambda value: conversation(value, pads=pads))
@@ -251,8 +251,8 @@ def _words(value: Any) -> str:
     text = literal(value)
     if text is None:
         if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-            raise Unusable("messages", "holds a list of messages, which is read with messages")
-        raise Unusable("no_text", f"holds a {type(value).__name__} where a text is needed")
+            raise Unusable("messages", "holds a list of messages; read it with `messages: COLUMN`")
+        raise Unusable("no_text", f"holds a {type(value).__name__}, not text")
     return text
 
 
@@ -271,12 +271,12 @@ def _usable(turns: Messages) -> Messages:
         if turn["role"] in ("system", "tool"):  # an empty result is one
             turn["content"] = turn["content"] or ""
         elif not says:
-            raise Unusable("empty", f"has nothing in message {number}, of the role {turn['role']}")
+            raise Unusable("empty", f"has an empty message {number} (role {turn['role']})")
     while turns and turns[-1]["role"] != "assistant":  # nothing of these would be learned
         turns = turns[:-1]
     speakers = [turn["role"] for turn in turns if turn["role"] != "system"]
     if not speakers or all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):
-        raise Unusable("no_answer", "has no turn of the assistant to learn")
+        raise Unusable("no_answer", "has no assistant turn to train on")
     if speakers[0] != "user":
-        raise Unusable("no_prompt", f"begins with the role {speakers[0]}, and not with the user's words")
+        raise Unusable("no_prompt", f"starts with the role {speakers[0]}, not with a user message")
     return turns

@@ -83,7 +83,7 @@ class Rewriter:
             for records in in_rounds(self.parts, len(batches), self.context.group, draw):
                 found += [Outcome(**record) for record in records]
                 taken = sum(outcome.origin != "gold" for outcome in found)
-                advance(len(records), f"{taken} of {len(found)} taken")
+                advance(len(records), f"{taken} of {len(found)} accepted")
         return found, writer.speed()
 
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:

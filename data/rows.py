@@ -108,7 +108,7 @@ def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
 
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {FILE}, so it is not the folder of a data stage")
+        raise UserError(f"{folder} has no {FILE}, so it is not a data stage's folder")
     try:
         with path.open("rb") as file:
             if pq.read_schema(file).names != _schema().names:

@@ -45,7 +45,7 @@ def answer_span(render: Render, messages: Messages, number: int, text: str) -> S
     Raises `TemplateError` where the template does not write its words as they are.
     """
     if number == 0:
-        raise TemplateError("a conversation starts with the assistant; it has to start with a user or system message")
+        raise TemplateError("a conversation starts with an assistant turn; it must start with a user or system message")
     last = number == len(messages) - 1
     turn = text if last else render(messages[: number + 1])
     alone = _own(render, messages[: number + 1], number, turn)
@@ -53,10 +53,10 @@ def answer_span(render: Render, messages: Messages, number: int, text: str) -> S
     if own is not None and not all(name in text[slice(*own)] for name in called(messages[number])):
         raise TemplateError(leaves_out(messages), "tool_call")
     if own is None or not _written(messages[number], text[slice(*own)]):
-        said = (messages[number]["content"] or "").strip() or f"the call of {' and '.join(called(messages[number]))}"
+        said = (messages[number]["content"] or "").strip() or f"the call to {' and '.join(called(messages[number]))}"
         raise TemplateError(
-            "the model's chat template rewrites the assistant's words "
-            f"({said[:60]!r} is not in what it makes of them), so they cannot be learned as they stand"
+            "the model's chat template changes the assistant's turn "
+            f"({said[:60]!r} is not in the rendered text), so it cannot be trained on unchanged"
         )
     begin, end = own
     assert alone is not None
@@ -126,9 +126,9 @@ def _written(message: Message, own: str) -> bool:
 
 
 def leaves_out(messages: Messages) -> str:
-    """What is said where a template does not write calls."""
+    """The error message for a template that omits tool calls."""
     names = ", ".join(dict.fromkeys(name for message in messages for name in called(message)))
-    return f"the model's chat template leaves out calls of tools ({names})"
+    return f"the model's chat template omits tool calls ({names})"
 
 
 def called(message: Message) -> list[str]:
@@ -183,9 +183,7 @@ def unwritten(text: str, messages: Messages) -> str:
     for number, message in enumerate(messages, 1):
         said = message["content"] or ""
         if message["role"] != "assistant" and not any(_squeezed(form) in text for form in _forms(said)):
-            return (
-                f"the model's chat template leaves out message {number}, of the role {message['role']}: {said[:60]!r}"
-            )
+            return f"the model's chat template omits message {number} (role {message['role']}): {said[:60]!r}"
     return ""
 
 

@@ -76,7 +76,7 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
         stats |= write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
     (out_dir / STATS).write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     context.progress.note(
-        f"{stats['rows']} rows ({stats['heldout']} held out), {stats['tokens']} tokens, {stats['targets']} to learn"
+        f"{stats['rows']} rows ({stats['heldout']} held out), {stats['tokens']} tokens, {stats['targets']} to train on"
     )
     return stats | speed
 
@@ -86,7 +86,7 @@ def _from_model(
 ) -> tuple[list[Row], Counter[str], dict[str, Any]]:
     if isinstance(config, MagpieConfig):
         drawer, made = Magpie(config, inputs.base, tokenizer, context, work), to_row
-        hint = "it may not be an instruction-tuned model, or data.max_tokens and data.max_prompt_tokens are too small"
+        hint = "the model may not be instruction-tuned, or data.max_tokens and data.max_prompt_tokens are too small"
     else:
         drawer, made = Texts(config, inputs.base, tokenizer, context, work), to_text_row
         hint = "raise data.temperature"

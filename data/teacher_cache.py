@@ -145,8 +145,8 @@ class TeacherCache:
     def __init__(self, folder: Path):
         if not (folder / FOLDER).is_dir():
             raise UserError(
-                "distill.teacher: cached reads what the data stage writes, and it wrote nothing; give the recipe "
-                "data.teacher: {top_k: 64} and run it again"
+                "distill.teacher: cached needs the data stage's teacher cache, but it wrote none; add "
+                "data.teacher: {top_k: 64} to the recipe and run it again"
             )
         try:
             arrays = {
@@ -188,8 +188,8 @@ class TeacherCache:
                     or not np.array_equal(self._targets[found], ids[b, learned])
                 ):
                     raise UserError(
-                        f"distill.teacher: the data stage wrote no teacher for row {row} from its token {start} on. "
-                        "Plain texts are cut into windows: distill.length must then be data.length"
+                        f"distill.teacher: the teacher cache does not match row {row} from its token {start} on. "
+                        "Plain text is cut into windows, so distill.length must equal data.length"
                     )
                 yield found
 

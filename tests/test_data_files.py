@@ -64,13 +64,13 @@ def test_csv_values_are_the_text_that_stands_there(tmp_path: Path) -> None:
 
 def test_csv_files_that_cannot_be_read_are_named_with_the_line(tmp_path: Path) -> None:
     for content, message in {
-        "q,a\n1,2\n1,2,3\n": r"row at line 3 of .*a\.csv has 3 values and the header has 2",
+        "q,a\n1,2\n1,2,3\n": r"row at line 3 of .*a\.csv has 3 values, but the header has 2",
         'q,a\n1,"2\n3"\n1\n': "row at line 4 of .* has 1 values",
         "q,q\n1,2\n": "names 'q' twice",
         "\n\n": "has no header",
-        'q,a\n1,"2\n': "row at line 2 of .* a quote is opened there and never closed",
-        "q;a\n1;2\n": "is separated by semicolons; save it with commas",
-        "q\ta\n1\t2\n": "is separated by tabs",
+        'q,a\n1,"2\n': "row at line 2 of .* a quote opens there and never closes",
+        "q;a\n1;2\n": "separates values by semicolons; save it with commas",
+        "q\ta\n1\t2\n": "separates values by tabs",
         "q,a\n1,caf\xe9\n": "line 2 of .* is not UTF-8 text: byte 5 is 0xe9",
         "q,a\r1,2\r": "carriage return",
         "q,a\n": "has no rows",
@@ -130,7 +130,7 @@ def test_json_files_hold_rows_in_one_of_three_ways(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             open_table(file, ["a"], tmp_path)
     (tmp_path / "a.jsonl").write_text("[{}]")
-    with pytest.raises(UserError, match=r"is a JSON array and not JSON Lines: give its name the ending \.json"):
+    with pytest.raises(UserError, match=r"is a JSON array, not JSON Lines; rename it to end in \.json"):
         open_table(tmp_path / "a.jsonl", ["a"], tmp_path)
 
 

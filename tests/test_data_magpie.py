@@ -131,7 +131,7 @@ def test_query_is_read_off_the_template(tiny: Callable[..., Path]) -> None:
     found = query(tokenizer, base)
     assert found.before == "[INST]" and found.closing == "[/INST]" and found.stop == {2}
     tokenizer.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="does not show the user's words"):
+    with pytest.raises(UserError, match="does not render the user's message once"):
         query(tokenizer, base)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
@@ -262,7 +262,7 @@ def test_too_few_rows(
     tokenizer = load_tokenizer(tiny())
     ask = Sampled(tokenizer("Same")["input_ids"], True)
     scripted(monkeypatch, tokenizer, [ask] * 1000, {"Same": ask})
-    with pytest.raises(UserError, match=r"of 12 rows the model wrote, 1 are usable \(11 duplicate\)"):
+    with pytest.raises(UserError, match=r"only 1 of 12 generated rows are usable \(11 duplicate\)"):
         run(MagpieConfig(source="magpie", rows=4, batch=4, max_attempts=3), Inputs(tiny(), tiny()), tmp_path, Context())
     fresh = tmp_path / "fresh"
     fresh.mkdir()

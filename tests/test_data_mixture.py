@@ -84,10 +84,10 @@ def test_a_set_that_runs_out_is_told_and_filled_up(stage: Stage) -> None:
     stage.file("b.jsonl", [{"prompt": f"b {i}", "response": "so"} for i in range(3)])
     metrics = stage(source="datasets", sets=sets(a=1, b=1), rows=30)
     assert metrics["sets"] == {"a.jsonl": 27, "b.jsonl": 3}
-    assert "b.jsonl has run out after 3 rows; the others fill up" in stage.progress.texts
+    assert "b.jsonl ran out after 3 rows; the other data sets supply the rest" in stage.progress.texts
     metrics = stage(source="datasets", sets=sets(a=1, b=1), rows=60)
     assert metrics["rows"] == 43
-    assert "43 rows instead of 60: there are no more" in stage.progress.texts
+    assert "43 rows instead of 60: the data sets have no more" in stage.progress.texts
 
 
 def test_sets_have_columns_and_rewriting_of_their_own(stage: Stage) -> None:
@@ -111,7 +111,7 @@ def test_errors_name_the_set(stage: Stage) -> None:
     ):
         stage(source="datasets", sets=[*sets(a=1), {"path": "b.jsonl", "response": "r"}], rows=4)
     stage.file("c.jsonl", [{"prompt": "", "response": ""}] * 3)
-    with pytest.raises(UserError, match=r"data\.sets\.0\.path: of 3 rows of c\.jsonl 3 cannot be used \(3 empty\)"):
+    with pytest.raises(UserError, match=r"data\.sets\.0\.path: 3 of 3 rows of c\.jsonl cannot be used \(3 empty\)"):
         stage(source="datasets", sets=sets(c=1), rows=4)
     for wrong in (
         {"sets": [], "rows": 4},
@@ -190,7 +190,7 @@ def test_plain_text_is_looked_at_too(stage: Stage) -> None:
     ("name", "content", "message"),
     [
         ("none.jsonl", None, "there is no file"),
-        ("a.csv", "x", r"a\.csv is not one of \.jsonl, \.txt"),
+        ("a.csv", "x", r"a\.csv is not a \.jsonl or \.txt file"),
         ("bad.jsonl", '{"a": "b"}\n{"a": \n', "line 2 of .*bad.jsonl is not valid JSON"),
         ("bytes.txt", b"\xff\xfe\xff", "is not UTF-8 text: its byte order mark says UTF-16"),
     ],

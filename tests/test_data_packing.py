@@ -125,7 +125,7 @@ def test_calibration_takes_training_rows_up_to_a_count(tiny: Callable[..., Path]
     assert sum(batch.tokens for batch in named) == 100
     assert tokenizer.decode(named[0].input_ids[0]).startswith("the way of many people é the")
     bare = Inputs(tmp_path, tmp_path)
-    with pytest.raises(UserError, match="nothing to calibrate on: give the recipe a `data` section"):
+    with pytest.raises(UserError, match="no calibration data: add a `data` section"):
         calibration_batches(bare, tokenizer, tokens=10, length=64, batch=2)
     with pytest.raises(UserError, match="could not be read"):
         calibration_batches(bare, tokenizer, tokens=10, length=64, batch=2, text=tmp_path / "none.txt")

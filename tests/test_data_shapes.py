@@ -184,14 +184,16 @@ def test_a_template_without_calls_loses_the_rows_and_says_so(stage: Stage) -> No
         ]
         dropped = stage(rows, template, messages="messages")["dropped"]
         assert dropped == ({reason: 2} if reason else {})
-    with pytest.raises(UserError, match=r"leaves out calls of tools \(look\)"):
+    with pytest.raises(UserError, match=r"omits tool calls \(look\)"):
         stage(rows[:2], CHAT_TEMPLATE, messages="messages")
 
 
 def test_a_turn_that_the_template_leaves_out_is_no_silence(stage: Stage) -> None:
     template = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}")
     rows = [{"messages": [turn("system", "be so"), *PLAIN[:1], turn("assistant", f"{i}")]} for i in range(3)]
-    with pytest.raises(UserError, match=r"3 left_out\); the first: left_out: line 1 of .* of the role system: 'be so'"):
+    with pytest.raises(
+        UserError, match=r"3 left_out\), more than .*; the first: left_out: line 1 of .* \(role system\): 'be so'"
+    ):
         stage(rows, template, messages="messages")
 
 
@@ -207,7 +209,7 @@ def test_prompts_and_responses_may_be_messages(stage: Stage) -> None:
         [turn("user", "ask more"), PLAIN[1]],
         [turn("system", "be so"), *PLAIN],
     ]
-    with pytest.raises(UserError, match=r"no such column.*give data `prompt: prompt, response: completion`"):
+    with pytest.raises(UserError, match=r"no such column.*set `prompt: prompt, response: completion`"):
         stage(rows)
 
 
@@ -240,10 +242,10 @@ def test_dropped_rows_are_told_and_too_many_stop_the_stage(stage: Stage) -> None
     with pytest.raises(UserError) as caught:
         stage(many)
     message = str(caught.value)
-    assert "of 11 rows of a.jsonl 3 cannot be used (2 not_unicode, 1 empty)" in message
+    assert "3 of 11 rows of a.jsonl cannot be used (2 not_unicode, 1 empty)" in message
     assert (
         "line 9 of a.jsonl has half of a surrogate pair" in message
-        and "mend the rows, or, if they are to be left out, set data.max_dropped to 0.28" in message
+        and "correct the rows; or set data.max_dropped to 0.28 to drop them" in message
     )
     assert "a.jsonl: 11 of 19 rows dropped (8 duplicate, 2 not_unicode, 1 empty)" in stage.progress.texts
     assert stage(many, max_dropped=0.28)["rows"] == 8

@@ -111,7 +111,7 @@ def test_conversations(stage: Stage, tmp_path: Path) -> None:
     assert [row.messages for row in stage.rows()] == [talk[:3], [*talk, turn("assistant", "e f")]]
     assert [row.targets for row in stage.rows()] == [2, 5]  # c, end; then also e, f, end
     write_jsonl(tmp_path / "c.jsonl", [{"talk": "hello"}] * 3)
-    with pytest.raises(UserError, match=r"line 1 of c\.jsonl \(column 'talk'\) is a text and no list of messages"):
+    with pytest.raises(UserError, match=r"line 1 of c\.jsonl \(column 'talk'\) holds text, not a list of messages"):
         stage("c.jsonl", messages="talk")
 
 
@@ -129,11 +129,11 @@ def test_nulls_are_dropped_and_counted(stage: Stage, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [*RECORDS, {"prompt": None, "response": "x"}, {"prompt": "x", "response": "  "}])
     assert stage("a.jsonl")["dropped"] == {"empty": 2}
     write_jsonl(tmp_path / "b.jsonl", [{"prompt": "x", "response": None}, {"prompt": "x", "response": "y"}])
-    with pytest.raises(UserError, match=r"b\.jsonl has 1 usable rows and at least 2 are needed.*dropped: 1 empty"):
+    with pytest.raises(UserError, match=r"b\.jsonl has 1 usable rows, but at least 2 are needed.*dropped: 1 empty"):
         stage("b.jsonl", max_dropped=0.5)
     write_jsonl(tmp_path / "c.jsonl", [{"prompt": ["x"], "response": "y"}] * 2)
     with pytest.raises(
-        UserError, match=r"line 1 of c\.jsonl \(column 'prompt'\) has to hold a list of \{role, content\}"
+        UserError, match=r"line 1 of c\.jsonl \(column 'prompt'\) must hold a list of \{role, content\}"
     ):
         stage("c.jsonl")
 
@@ -150,7 +150,7 @@ def test_files_that_are_missing_empty_or_broken(stage: Stage, tmp_path: Path) ->
     for name, message in {
         "none.jsonl": r"there is no file .*none\.jsonl",
         "empty.jsonl": r"empty\.jsonl is empty",
-        "notes.docx": r"notes\.docx is not one of \.jsonl",
+        "notes.docx": r"notes\.docx is not a \.jsonl or",
         "broken.jsonl": r"line 3 of .*broken\.jsonl is not valid JSON",
         "list.jsonl": r"line 2 of .*list\.jsonl is a JSON array where an object is needed",
         "bytes.jsonl": r"line 2 of .*bytes\.jsonl is not UTF-8 text: byte 12 is 0xff",
@@ -169,7 +169,7 @@ def test_hub_data_sets_that_cannot_be_had(stage: Stage, monkeypatch: pytest.Monk
         raise DatasetNotFoundError("Dataset 'who/what' is a gated dataset on the Hub. You must be authenticated")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(UserError, match=r"'who/what' is no file and cannot be had from the Hub: .* gated"):
+    with pytest.raises(UserError, match=r"'who/what' is not a local file and cannot be loaded from the Hub: .* gated"):
         stage("who/what")
 
     def offline(*_: Any, **__: Any) -> None:
@@ -193,7 +193,7 @@ def test_a_template_that_refuses_every_row_is_told(
     monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     with pytest.raises(
-        UserError, match=r"12 cannot be used \(12 template\); the first: template: line 1 of .*one turn only"
+        UserError, match=r"cannot be used \(12 template\), more than .*; the first: template: line 1 of .*one turn only"
     ):
         stage("a.jsonl")
     tokenizer.chat_template = None

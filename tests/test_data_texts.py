@@ -140,7 +140,7 @@ def test_too_few_rows_are_refused(tiny: Callable[..., Path], tmp_path: Path, mon
     monkeypatch.setattr(
         Writer, "sample", lambda _w, prompts, *_a, **_o: [Sampled([9] * 24, looped=True) for _ in prompts]
     )
-    with pytest.raises(UserError, match=r"of \d+ rows the model wrote, 0 are usable .*raise data\.temperature"):
+    with pytest.raises(UserError, match=r"only 0 of \d+ generated rows are usable .*raise data\.temperature"):
         make(tiny(), tmp_path / "out", settings())
 
 

@@ -201,5 +201,5 @@ def test_a_users_turn_that_the_template_leaves_out_is_no_silence(tmp_path, monke
     template = TOKENIZER.chat_template.replace("in messages %}", "in messages if message['role'] != 'system' %}")
     monkeypatch.setattr(TOKENIZER, "chat_template", template)
     turns = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant")]
-    with pytest.raises(UserError, match=r"3 left_out; the first: left_out: line \d of .* of the role system"):
+    with pytest.raises(UserError, match=r"3 left_out; the first: left_out: line \d of .* \(role system\)"):
         users(tmp_path, [{"m": turns}] * 3, messages="m")

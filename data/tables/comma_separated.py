@@ -64,28 +64,28 @@ class CsvFile:
         except csv.Error as error:
             wrong = str(error)
             if "new-line character" in wrong:
-                wrong = "it has a carriage return within a line; save it with ordinary line ends"
+                wrong = "it has a carriage return within a line; save it with ordinary line endings"
             elif "unexpected end" in wrong:
-                wrong = "a quote is opened there and never closed"
+                wrong = "a quote opens there and never closes"
             raise UserError(f"{self.what}the row at line {line} of {self.path} is not valid CSV: {wrong}") from error
 
     def _checked(self, header: list[str]) -> list[str]:
         """The header. A column without a name, such as the row numbers that pandas writes, cannot be asked for."""
         if not any(header):
-            raise UserError(f"{self.what}{self.path} has no header: its first line has to name the columns")
+            raise UserError(f"{self.what}{self.path} has no header: its first line must name the columns")
         twice = sorted({name for name in header if name and header.count(name) > 1})
         if twice:
             raise UserError(f"{self.what}the header of {self.path} names {twice[0]!r} twice; rename one")
         if len(header) == 1:
             for separator, called in ((";", "semicolons"), ("\t", "tabs")):
                 if separator in header[0]:
-                    raise UserError(f"{self.what}{self.path} is separated by {called}; save it with commas")
+                    raise UserError(f"{self.what}{self.path} separates values by {called}; save it with commas")
         return header
 
     def _fits(self, row: list[str], line: int) -> None:
         if len(row) != len(self._header):
             raise UserError(
-                f"{self.what}the row at line {line} of {self.path} has {len(row)} values and the header has "
+                f"{self.what}the row at line {line} of {self.path} has {len(row)} values, but the header has "
                 f"{len(self._header)}; quote values that hold commas"
             )
 

@@ -24,7 +24,7 @@ class JsonLines:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                    raise UserError(f"{what}{path} is a JSON array and not JSON Lines: give its name the ending .json")
+                    raise UserError(f"{what}{path} is a JSON array, not JSON Lines; rename it to end in .json")
                 value = parse_line(line, number, path, what, literal=True)
                 if value is not None:
                     known.update(dict.fromkeys(value))
@@ -41,7 +41,7 @@ class JsonLines:
         self._file.seek(self._offsets[number])
         value = parse_line(self._file.readline(), self._lines[number], self.path, self.what, literal=True)
         if value is None:
-            raise UserError(f"{self.what}{self.path} was changed while it was read")
+            raise UserError(f"{self.what}{self.path} changed while it was being read")
         return value
 
     def place(self, number: int) -> str:
@@ -95,13 +95,13 @@ def _rows(value: Any, path: Path, what: str) -> list[dict[str, Any]]:
                 f"{len(lists)} lists ({', '.join(lists)})" if lists else f"no list, but {', '.join(value) or 'nothing'}"
             )
             raise UserError(
-                f"{what}{path} holds an object with {has}; it has to be a list of rows, an object with one list of "
+                f"{what}{path} holds an object with {has}; it must be a list of rows, an object with one list of "
                 "rows, or a row per line (.jsonl)"
             )
         value = value[lists[0]]
     if not isinstance(value, list) or isinstance(value, Number):
-        raise UserError(f"{what}{path} holds a JSON {kind_of(value)}, and not a list of rows")
+        raise UserError(f"{what}{path} holds a JSON {kind_of(value)}, not a list of rows")
     for number, row in enumerate(value, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{what}row {number} of {path} is a JSON {kind_of(row)} where an object is needed")
+            raise UserError(f"{what}row {number} of {path} is a JSON {kind_of(row)}, not an object")
     return value
