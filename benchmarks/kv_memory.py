@@ -35,7 +35,7 @@ def measure_cell(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     from compress.runtime.session import Session
 
     kv = None if values["kv"] is None else KvBudget(**values["kv"])
-    with Session(bundle, "onnx", values["type"], threads=values["threads"], kv=kv) as session:
+    with Session(bundle, "onnx", values["type"], threads=values["threads"], kv_budget=kv) as session:
         depth, length, count = session.depths[-1], values["length"], values["new_tokens"]
 
         def run(prompt: list[int], new: int) -> tuple[float, float]:

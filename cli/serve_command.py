@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from ..pipeline.places import check_text
+from .console import errors
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
-from .run_commands import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption, errors
+from .options import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption
 
 
 @with_kv_options
@@ -45,7 +46,7 @@ def serve(
     budget = options.budget(bundle)
     with listen(host, port) as listening:
         try:
-            with Session(bundle, engine, kind, threads=threads, context=context, kv=budget) as session:
+            with Session(bundle, engine, kind, threads=threads, context=context, kv_budget=budget) as session:
                 if depth is not None:
                     check_depth(depth, session.depths)
                 if not is_loopback(listening):

@@ -129,6 +129,11 @@ def write_json(path: Path, value: object, *, indent: int | None = 2, ascii: bool
     write_whole(path, json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n")
 
 
+def printable(path: Path) -> str:
+    """A path as text that can be encoded: a byte of it that is no text is written as \\udcXX."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file in UTF-8 so that it is never seen half-written.
 

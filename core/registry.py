@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, distributions
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args
@@ -30,6 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import UserError
 from .stage import Section
+from .suggest import did_you_mean
 
 
 class Method(Section):
@@ -89,8 +89,7 @@ class Registry(Generic[M]):
             return self.methods[name]
         if name in self.unusable:
             raise UserError(self.unusable[name])
-        near = get_close_matches(name, self.names, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else "."
+        meant = did_you_mean(name, self.names) or "."
         raise UserError(f"there is no {self._noun} {name!r}{meant} There are: {', '.join(self.names)}")
 
     def union(self) -> Any:

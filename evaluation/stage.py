@@ -292,13 +292,13 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def evaluate_path(
-    path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path
+    path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path, rows: Path | None = None
 ) -> list[ModelEntry]:
     """Figures of a checkpoint folder (at each of its depths), or of every artifact of a bundle; against `base` where
-    one is given."""
+    one is given. Perplexity is measured on the section's text, or on the held-out rows of the data stage `rows`."""
     bundle = (path / BundleManifest.FILE).is_file()
     reference = base or path
-    bench = Bench(config, context, reference, None, work)
+    bench = Bench(config, context, reference, rows, work)
     subjects = []
     if base is not None:
         blocks = load_config(base).num_hidden_layers

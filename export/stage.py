@@ -61,12 +61,20 @@ def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, config: ExportConfig, context: Context, name: str | None = None
+    checkpoint: Path,
+    out: Path,
+    config: ExportConfig,
+    context: Context,
+    name: str | None = None,
+    rows: Path | None = None,
 ) -> dict[str, Any]:
-    """Export any checkpoint into the bundle `out`, which must not exist yet (an unfinished one is gone on with)."""
+    """Export any checkpoint into the bundle `out`, which must not exist yet (an unfinished one is gone on with).
+
+    `rows` is a data stage's folder, for an importance matrix.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; give another --out, or remove it")
-    if config.imatrix:
+    if config.imatrix and rows is None:
         raise UserError("an importance matrix needs a recipe with a data stage")
     check(config, checkpoint, context)
     chosen_depths(config, checkpoint)
@@ -74,7 +82,7 @@ def export_checkpoint(
     work = unfinished / WORK
     work.mkdir(parents=True, exist_ok=True)
     bundle = unfinished / BUNDLE
-    inputs = Inputs(checkpoint, checkpoint)
+    inputs = Inputs(checkpoint, checkpoint, {} if rows is None else {"data": rows})
     metrics = Job(checkpoint, bundle, work, config, context, name or checkpoint.name, inputs).run({})
     if out.exists():
         out.rmdir()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from ..core.stage import Section
+from ..core.suggest import did_you_mean
 
 FORMAT = 1
 START = "start"  # the model that all variants were trained from
@@ -83,5 +83,4 @@ class MergeConfig(Section):
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The known name that is most like a wrong one, as a question, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+    return did_you_mean(name, known) or f"; there are: {', '.join(known)}"

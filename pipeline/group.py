@@ -59,6 +59,11 @@ class Processes(Group):
             return False
 
 
+def is_first() -> bool:
+    """Whether this process is the one of its run that talks to people."""
+    return int(os.environ.get("WORLD_SIZE") or 1) <= 1 or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def processes(device: str) -> Iterator[tuple[Group, str]]:
     """The run's processes and this one's device (`cuda` becomes the GPU of its local rank); alone without a launcher.

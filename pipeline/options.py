@@ -24,6 +24,15 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
 
 
+def choose_section(section: type[S], given: S | None, keys: Mapping[str, object], name: str) -> S:
+    """A section that was given as it is, or by its keys."""
+    if given is None:
+        return checked(section, keys, name)
+    if keys:
+        raise UserError(f"{name}: give a {type(given).__name__} or its keys ({', '.join(keys)}), not both")
+    return given
+
+
 def checked(section: type[S], values: Mapping[str, Any], name: str = "") -> S:
     """The section with these keys; what is None is left out.
 

@@ -12,16 +12,19 @@ from ..core.errors import UserError
 from .stages import STAGES
 
 
-def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str]) -> None:
+def apply_override(
+    tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str], option: str = "--set"
+) -> None:
     """Put KEY=VALUE into a recipe's tree in place, and note in `origins` which keys came from it."""
+    given = f"{option} {override}"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {override}: write it as key.path=value, such as --set prune.blocks=4")
+        raise UserError(f"{given}: write it as key.path=value, such as --set prune.blocks=4")
     try:
         value = YAML(typ="safe").load(text) if text.strip() else None
     except Exception as error:  # as above
-        raise UserError(f"--set {override}: the value is not valid YAML") from error
+        raise UserError(f"{given}: the value is not valid YAML") from error
     _make_room(tree, parts[0])
     node: Any = tree
     for depth, part in enumerate(parts[:-1], start=1):
@@ -30,13 +33,13 @@ def apply_override(tree: CommentedMap, override: str, origins: dict[tuple[Any, .
             child = CommentedMap({"kind": child})
         elif child is None:
             child = CommentedMap()
-            origins[tuple(parts[:depth])] = f"--set {override}"
+            origins[tuple(parts[:depth])] = given
         elif not isinstance(child, (CommentedMap, CommentedSeq, dict, list)):
-            raise UserError(f"--set {override}: {'.'.join(parts[:depth])} is a value, not a section")
-        _put(node, part, child, override)
+            raise UserError(f"{given}: {'.'.join(parts[:depth])} is a value, not a section")
+        _put(node, part, child, given)
         node = child
-    _put(node, parts[-1], _from_here(value), override)
-    origins[tuple(parts)] = f"--set {override}"
+    _put(node, parts[-1], _from_here(value), given)
+    origins[tuple(parts)] = given
 
 
 def _make_room(tree: CommentedMap, stage: str) -> None:
@@ -52,13 +55,13 @@ def _child(node: Any, part: str) -> Any:
     return node.get(part)
 
 
-def _put(node: Any, part: str, value: Any, override: str) -> None:
+def _put(node: Any, part: str, value: Any, given: str) -> None:
     if not isinstance(node, list):
         node[part] = value
     elif part.isdigit() and int(part) < len(node):
         node[int(part)] = value
     else:
-        raise UserError(f"--set {override}: the list has no entry {part} (it has 0 to {len(node) - 1})")
+        raise UserError(f"{given}: the list has no entry {part} (it has 0 to {len(node) - 1})")
 
 
 def _from_here(value: Any) -> Any:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from ..core.suggest import did_you_mean
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -173,6 +175,4 @@ def _given(detail: ErrorDetails) -> str:
 
 def _meant(given: Any, names: str) -> str:
     """The nearest of the names that pydantic lists, as a question; nothing if none is near."""
-    known = [part.strip().strip("'") for part in names.replace(" or ", ",").split(",")]
-    near = difflib.get_close_matches(str(given), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(str(given), [part.strip().strip("'") for part in names.replace(" or ", ",").split(",")])

@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ..core.errors import UserError
 from ..core.files import read_text
 from ..core.stage import Section
+from ..core.suggest import did_you_mean
 from ..data.config import DataConfig
 from ..distill.config import DistillConfig
 from ..evaluation.config import EvaluateConfig
@@ -169,7 +170,10 @@ def find_recipe(text: str) -> Path:
         return known[name]
     if path.is_dir():
         raise UserError(f"{text} is a folder; give a recipe file (.yaml) or one of: {', '.join(known)}")
-    raise UserError(f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {', '.join(known)}")
+    there = ", ".join(known)
+    raise UserError(
+        f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {there}{did_you_mean(name, known)}"
+    )
 
 
 def load_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:

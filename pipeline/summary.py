@@ -27,15 +27,20 @@ MISSING = (KeyError, IndexError, ValueError, TypeError, AttributeError, Arithmet
 LAST = "last-run.json"  # which stage folders the run's last execution consisted of
 
 
-def finish(run: Run, console: Console, made: int) -> None:
-    """Write the report if anything is new, and print the summary."""
-    stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
-    write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": [[s.name, s.folder.name] for s in stages]})
-    report = _build(run.folder, run.loaded.recipe.name, run.loaded.text, stages)
-    html = run.folder / "report.html"
-    if made or not html.exists():
+def finish(run: Run, made: int) -> Report:
+    """The report of a finished run, written if anything is new."""
+    stages = [[stage.spec.name, stage.folder.path.name] for stage in run.stages]
+    write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": stages})
+    report = build(run)
+    if made or not (run.folder / "report.html").exists():
         write_report(report, run.folder)
-    show(report, run.folder, console)
+    return report
+
+
+def build(run: Run) -> Report:
+    """The report of a finished run."""
+    stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
+    return _build(run.folder, run.loaded.recipe.name, run.loaded.text, stages)
 
 
 def rebuild(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import calibration_batches
 from ..data.packing import Batch
-from ..modeling.blocks import drop_blocks, kept_blocks
+from ..modeling.blocks import drop_blocks, dropped_since, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..records.importance import Importance
+from ..records.importance import Healing, Importance
 from .auto import decide
 from .config import PruneConfig
 from .copying import read_twice
@@ -52,13 +53,44 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     batches = _batches(config, inputs, tokenizer, context)
     record = _choose(config, model, batches, out_dir / WORK / LEDGER, context)
     give_back_memory()  # of the search's statistics; healing has sums of its own
-    context.progress.note(f"dropping {len(record.dropped)} of {record.blocks} blocks: {describe(record.dropped)}")
-    record.healing = heal(model, record.dropped, batches, config.heal, context.progress)
-    drop_blocks(model, record.dropped)
-    save_checkpoint(model, tokenizer, out_dir / "model")
+    record.healing = _heal_and_save(model, tokenizer, record.dropped, batches, config, out_dir, context)
     record.kept = kept_blocks(model.config)
     record.write(out_dir)
     return record.model_dump(include={"blocks", "dropped", "tokens", "healing"})
+
+
+def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
+    """Write `model/`: the unpruned model without the blocks that `inputs.model` lacks, healed as the section says."""
+    model = load_model(inputs.base, context.dtype, context.device)
+    dropped = dropped_since(load_config(inputs.model), model.config)
+    if not dropped:
+        raise UserError(f"heal: {inputs.model} has every block of {inputs.base}, so there is no gap to close")
+    tokenizer = load_tokenizer(inputs.base)
+    batches = _batches(config, inputs, tokenizer, context)
+    blocks, tokens = model.config.num_hidden_layers, sum(batch.tokens for batch in batches)
+    healing = _heal_and_save(model, tokenizer, dropped, batches, config, out_dir, context)
+    return {
+        "blocks": blocks,
+        "dropped": dropped,
+        "tokens": tokens,
+        "healing": [dataclasses.asdict(gap) for gap in healing],
+    }
+
+
+def _heal_and_save(
+    model: Any,
+    tokenizer: Any,
+    dropped: list[int],
+    batches: list[Batch],
+    config: PruneConfig,
+    out_dir: Path,
+    context: Context,
+) -> list[Healing]:
+    context.progress.note(f"dropping {len(dropped)} of {model.config.num_hidden_layers} blocks: {describe(dropped)}")
+    healing = heal(model, dropped, batches, config.heal, context.progress)
+    drop_blocks(model, dropped)
+    save_checkpoint(model, tokenizer, out_dir / "model")
+    return healing
 
 
 def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> Importance:

@@ -156,7 +156,7 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     where = {"threads": values["threads"], "context": prompt_tokens + new_tokens + 8, "deepest": values["depth"]}
     kv = None if values["kv"] is None else KvBudget(**values["kv"])
-    with Session(bundle, values["engine"], values["kind"], kv=kv, **where) as session:
+    with Session(bundle, values["engine"], values["kind"], kv_budget=kv, **where) as session:
         prompt_tokens = min(prompt_tokens, session.context - new_tokens)
         if prompt_tokens < 1:
             raise UserError(f"{new_tokens} new tokens leave no room for a prompt in a context of {session.context}")

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.suggest import did_you_mean
 from .generator import KvPolicy, KvPositions
 
 HEADS_SETTINGS = ("chunk", "stabilizers", "local", "pool", "sinks")  # how a bundle's heads were meant to be used
@@ -37,9 +38,11 @@ class KvBudget:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise UserError(f"there is no KV policy {self.policy!r}; there are: {', '.join(POLICIES)}")
+            there = f"{', '.join(POLICIES)}{did_you_mean(self.policy, POLICIES)}"
+            raise UserError(f"there is no KV policy {self.policy!r}; there are: {there}")
         if self.positions not in POSITIONS:
-            raise UserError(f"there are no KV positions {self.positions!r}; there are: {', '.join(POSITIONS)}")
+            there = f"{', '.join(POSITIONS)}{did_you_mean(self.positions, POSITIONS)}"
+            raise UserError(f"there are no KV positions {self.positions!r}; there are: {there}")
         if self.chunk < 1 or self.local < 0 or self.stabilizers < 0:
             raise UserError("a KV budget needs a chunk of 1 token or more, and no negative numbers")
         if self.budget < max(1, self.stabilizers):

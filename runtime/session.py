@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..core.errors import UserError
+from ..core.suggest import did_you_mean
 from ..records.bundle import ArtifactEntry, BundleManifest
 from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
-from .kv_budget import FOLDER, KvBudget
+from .kv_budget import FOLDER, KvBudget, choose_budget
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -68,6 +69,15 @@ class Piece:
     usage: Usage | None = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    finish: Finish  # "stop": the model ended it, or a stop text; "length": max_tokens or the context did
+    usage: Usage
+
+
 Pieces = abc.Generator[Piece, None, None]
 
 
@@ -76,36 +86,46 @@ class Session:
 
     `engine` None takes llama.cpp where the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
     `deepest` leaves greater depths out of memory. `draft` names another bundle whose deepest model drafts (onnx only).
-    `kv` bounds the cache: any text takes the same memory; the engine of None is onnx then.
+    `depth` is what runs where a request names none: the deepest, if not given. `kv_budget` bounds the cache, so that
+    any text takes the same memory: so many keys and values per block and KV head, or a `KvBudget` with more settings;
+    the engine of None is onnx then.
+
+    >>> with Session("bundle", depth=18, kv_budget=1024) as session:
+    ...     print(session.generate("Why is the sky blue?", max_tokens=64).text)
+
     Raises `UserError` for broken bundles, and for engines, types and depths that are not in it.
     """
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: str | Path,
         engine: str | None = None,
         kind: str | None = None,
         *,
+        depth: int | None = None,
         threads: int = 0,
         context: int = 4096,
         deepest: int | None = None,
         draft: Path | None = None,
-        kv: KvBudget | None = None,
+        kv_budget: int | KvBudget | None = None,
     ):
         self.path = Path(bundle)
         self.manifest = read_bundle(self.path)
-        self.kv = kv
-        if kv is not None and engine is None:
+        self.kv = choose_budget(self.path, kv_budget) if isinstance(kv_budget, int) else kv_budget
+        if self.kv is not None and engine is None:
             engine = "onnx"
         self.engine, self.kind = choose_artifact(self.manifest, engine, kind)
         artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
         if deepest is not None:
             check_depth(deepest, tuple(artifacts))
             artifacts = {depth: entry for depth, entry in artifacts.items() if depth <= deepest}
+        if depth is not None:
+            check_depth(depth, tuple(artifacts))
         self.tokenizer = Tokenizer(self.path)
         self.stop = stop_tokens(self.path)
         self._generator = self._open(artifacts, threads, context, draft)
         self.depths, self.context = self._generator.depths, self._generator.context
+        self.depth = self.depths[-1] if depth is None else depth
 
     def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
         if self.kv is not None and draft is not None:
@@ -148,6 +168,40 @@ class Session:
         """The model's chat template; `UserError` where it has none."""
         return ChatTemplate(self.path)
 
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 256,
+        depth: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """A whole answer to a question, or to a conversation of {"role", "content"}, in the model's own template.
+
+        With `raw` the text goes on as it stands. A `temperature` of 0 is greedy. `on_text` is called with each piece of
+        text as it is written; `chat` and `complete` give the pieces themselves, and take all `Settings`.
+        """
+        settings = Settings(max_tokens, depth, temperature, top_p, seed, tuple(stop))
+        if raw and isinstance(prompt, str):
+            pieces = self.complete(prompt, settings)
+        elif raw:
+            raise UserError("raw: a conversation needs the template; give a text")
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            pieces = self.chat(messages, settings)
+        text, last = "", Piece("")
+        for last in pieces:
+            text += last.text
+            if on_text is not None and last.text:
+                on_text(last.text)
+        assert last.finish is not None and last.usage is not None  # of the last piece
+        return Answer(text, last.finish, last.usage)
+
     def chat(
         self, messages: Messages, settings: Settings = Settings(), variables: Mapping[str, Any] | None = None
     ) -> Pieces:
@@ -179,7 +233,7 @@ class Session:
                 + (", or give --kv-positions contiguous" if self.kv is not None else "")
                 + ("" if self.engine == "onnx" else ", or give a greater --context")
             )
-        depth = self.depths[-1] if settings.depth is None else settings.depth
+        depth = self.depth if settings.depth is None else settings.depth
         request = Request(
             ids,
             settings.max_tokens,
@@ -232,13 +286,17 @@ def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | No
     found = list(dict.fromkeys(there))
     listed = ", ".join(f"{name} {each}" for name, each in found)
     if engine is not None and engine not in FORMATS:
-        raise UserError(f"there is no engine {engine!r}; there are: {', '.join(FORMATS)}")
+        raise UserError(
+            f"there is no engine {engine!r}; there are: {', '.join(FORMATS)}{did_you_mean(engine, FORMATS)}"
+        )
     preferred = sorted(found, key=lambda choice: choice[0] != "llama.cpp")
     for name, each in preferred:
         if engine in (None, name) and (kind is None or kind.lower() == each.lower()):
             return name, each
     wanted = " ".join(part for part in (engine, kind) if part)
-    raise UserError(f"the bundle has nothing for {wanted}; it has: {listed or 'no artifacts'}")
+    types = [each for name, each in found if engine in (None, name)]
+    meant = did_you_mean(kind, types) if kind else ""
+    raise UserError(f"the bundle has nothing for {wanted}; it has: {listed or 'no artifacts'}{meant}")
 
 
 def depth_artifacts(manifest: BundleManifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:

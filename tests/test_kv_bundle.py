@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from compress import api
 from compress.cli import main as cli
-from compress.cli.direct import extract_command
-from compress.cli.inspection import inspect_path
+from compress.cli.inspect_table import inspection_table
 from compress.core.errors import UserError
 from compress.core.stage import Context
 from compress.export.config import ExportConfig
@@ -144,7 +144,7 @@ def test_a_wrong_graph_is_not_delivered(checkpoint, tmp_path, inline_builder, mo
 
 def shown(path: Path) -> str:
     out = io.StringIO()
-    inspect_path(path, Console(file=out, width=200))
+    Console(file=out, width=200).print(inspection_table(api.inspect(path)))
     return out.getvalue()
 
 
@@ -165,8 +165,8 @@ def test_an_extracted_onnx_folder_keeps_its_scores(kv_bundle, tmp_path):
     extract(kv_bundle, "int4", 2, tmp_path / "m")
     with OnnxEngine(tmp_path / "m", 1) as engine:
         assert len(engine.retaining_scores(IDS)) == 2
-    assert "the retaining heads are not in it" in extract_command(kv_bundle, "F16", 2, tmp_path / "m.gguf")
-    assert "gives retaining scores" in extract_command(kv_bundle, "int4", 4, tmp_path / "n")
+    assert "the retaining heads are not in it" in api.extract(kv_bundle, tmp_path / "m.gguf", type="F16", depth=2)
+    assert "gives retaining scores" in api.extract(kv_bundle, tmp_path / "n", type="int4", depth=4)
 
 
 def test_heads_say_how_they_are_used_unless_the_user_does(kv_bundle, tmp_path):
@@ -182,7 +182,7 @@ def test_heads_say_how_they_are_used_unless_the_user_does(kv_bundle, tmp_path):
 def test_a_session_at_a_budget_at_every_depth(kv_bundle):
     kv = choose_budget(kv_bundle, 200)
     with (
-        Session(kv_bundle, kind="fp32", threads=1, kv=kv) as tight,
+        Session(kv_bundle, kind="fp32", threads=1, kv_budget=kv) as tight,
         Session(kv_bundle, "onnx", "fp32", threads=1) as full,
     ):
         assert tight.engine == "onnx"
@@ -193,9 +193,9 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
         with pytest.raises(UserError, match="--kv-positions contiguous"):
             tight.complete("the way of many people " * 200)
     with pytest.raises(UserError, match="retaining heads and at true positions only"):
-        Session(kv_bundle, "llama.cpp", kv=replace(kv, policy="recent"))
+        Session(kv_bundle, "llama.cpp", kv_budget=replace(kv, policy="recent"))
     with pytest.raises(UserError, match="cannot be combined with a draft"):
-        Session(kv_bundle, "onnx", kv=kv, draft=kv_bundle)
+        Session(kv_bundle, "onnx", kv_budget=kv, draft=kv_bundle)
 
 
 @pytest.mark.parametrize(

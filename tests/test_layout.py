@@ -18,7 +18,7 @@ FOREIGN = {"optimum.commands.register": "cli/optimum"}  # a namespace of another
 # Rooms from the ground up: each may import from those before it. Stages stand side by side.
 GROUND = ("core", "records", "modeling", "runtime", "data", "training")
 STAGES = ("prune", "distill", "merge", "sort", "retain", "export", "evaluation")
-TOP = ("pipeline", "cli", "__main__")
+TOP = ("pipeline", "api", "cli", "__main__")
 MAY_IMPORT = {
     **{room: set(GROUND[:number]) for number, room in enumerate(GROUND)},
     **{stage: set(GROUND) for stage in STAGES},

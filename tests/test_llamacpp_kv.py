@@ -368,7 +368,7 @@ texts = {}
 for depth in (2, 4):
     for budget in (None, 400, 16):
         kv = None if budget is None else choose_budget(bundle, budget, evict_decoding=True)
-        with Session(bundle, "llama.cpp", threads=1, context=512, deepest=depth, kv=kv) as session:
+        with Session(bundle, "llama.cpp", threads=1, context=512, deepest=depth, kv_budget=kv) as session:
             texts[depth, budget] = "".join(piece.text for piece in session.complete(prompt, Settings(24)))
     assert texts[depth, None] == texts[depth, 400], texts
 assert any(texts[depth, 16] and texts[depth, 16] != texts[depth, 400] for depth in (2, 4)), texts

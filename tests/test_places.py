@@ -15,12 +15,12 @@ from typing import Any
 
 import jinja2
 import pytest
-from compress.cli import direct
 from compress.cli import main as cli
 from compress.core.errors import UserError
 from compress.core.files import write_whole
 from compress.export.config import ExportConfig
 from compress.pipeline.explain import explained, without_foreign_advice
+from compress.pipeline.options import checked
 from compress.pipeline.places import bundle_name, check_file_place, check_folder, check_name, check_new, check_text
 from safetensors import SafetensorError
 
@@ -287,7 +287,7 @@ def test_what_files_and_the_machine_cause_is_one_line(error, said, refused, monk
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("compress.cli.inspection.inspect_path", fail)
+    monkeypatch.setattr("compress.pipeline.inspection.inspect", fail)
     refused("inspect", "x")
 
 
@@ -298,7 +298,7 @@ def test_errors_of_the_program_keep_their_traceback(error, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("compress.cli.inspection.inspect_path", fail)
+    monkeypatch.setattr("compress.pipeline.inspection.inspect", fail)
     with pytest.raises(type(error)):
         cli.main(["inspect", "x"])
 
@@ -318,7 +318,7 @@ def test_nobody_is_told_to_run_a_models_code():
 def test_the_sections_of_commands_are_checked_first(place, refused, idle, tiny):
     assert "gguf" in refused("export", tiny(), "--gguf", "Q5", "--out", "new")
     with pytest.raises(UserError, match="name at least one type"):
-        direct._config(ExportConfig, {})
+        checked(ExportConfig, {})
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused_without_asking(tiny, refused, tmp_path, monkeypatch):

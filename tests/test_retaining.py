@@ -38,7 +38,6 @@ from compress.retain.train import (
     learn,
     learning_rate,
 )
-from rich.console import Console
 from torch import nn
 
 SHORT: dict[str, Any] = {
@@ -369,7 +368,7 @@ def test_a_recipe_runs_and_runs_again(tmp_path):
     (tmp_path / "long.yaml").write_text(RECIPE)
     planned = plan_run(load_recipe(str(tmp_path / "long.yaml")), Options(tmp_path / "runs"))
     execute(planned, Progress())
-    finish(planned, Console(quiet=True), len(planned.pending))
+    finish(planned, len(planned.pending))
     assert not plan_run(load_recipe(str(tmp_path / "long.yaml")), Options(tmp_path / "runs")).pending
     (folder,) = (tmp_path / "runs" / "long").glob("retain-*")
     assert not (folder / WORK).exists()

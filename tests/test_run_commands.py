@@ -150,6 +150,7 @@ def test_bench_goes_into_a_runs_report(bundle, tmp_path):
     """Figures show up in the run of their bundle, and not once it was exported anew."""
     from compress.pipeline.report.collect import StageRecord, build_report
     from compress.pipeline.report.html import render
+    from compress.records.manifest import BaseModelSource, StageManifest
 
     entry = {
         "role": "onnx-fp32", "engine": "onnx", "type": "fp32", "depth": 4, "perplexity": 30.0, "prompt_tokens": 8,
@@ -159,9 +160,13 @@ def test_bench_goes_into_a_runs_report(bundle, tmp_path):
     (tmp_path / "bench.json").write_text(
         json.dumps({"stage": "export-aa", "name": "x", "depths": [entry], "drafts": []})
     )
-    manifest = {"fingerprint": "aa", "seconds": 1.0, "resumed": False, "peak_memory_bytes": 5, "peak_cuda_bytes": None}
+    manifest = StageManifest(
+        stage="export", fingerprint="aa", format=1, config={}, inputs={}, seed=0, device="cpu", processes=1,
+        base=BaseModelSource(source="m", fingerprint="bb"), versions={}, machine={}, seconds=1.0, resumed=False,
+        peak_memory_bytes=5, peak_cuda_bytes=None, metrics={},
+    )  # fmt: skip
     for stage, shown in (("export-aa", True), ("export-bb", False)):
-        record = StageRecord("export", tmp_path / stage, {**manifest, "metrics": {}})
+        record = StageRecord("export", tmp_path / stage, manifest)
         report = build_report("x", "", [record])
         assert (report.bench is not None) == shown
         assert ("123.4" in render(report)) == shown

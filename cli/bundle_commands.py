@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ..core.errors import UserError
 from ..core.extras import need
 from ..core.files import why_not_utf8
-from ..pipeline.places import check_file_place, check_text, decode, read_standard_input
+from ..core.units import megabytes, number, percent
+from ..pipeline.places import check_text, decode, read_standard_input
+from .console import console, errors, figures_table, print_json
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+from .options import (
+    BundleArgument,
+    ContextOption,
+    DepthOption,
+    DraftTokensOption,
+    EngineOption,
+    JsonOption,
+    LatencyOption,
+    MaxTokensOption,
+    MemoryOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    ThreadsOption,
+    TopPOption,
+    TypeOption,
+)
 
 if TYPE_CHECKING:
+    from ..api import BenchReport
     from ..runtime.kv_budget import KvBudget
     from ..runtime.session import Session, Settings, Usage
-
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as compress export writes it.")]
-EngineOption = Annotated[
-    str | None, typer.Option("--engine", help="onnx or llama.cpp; llama.cpp where the bundle has a GGUF.")
-]
-TypeOption = Annotated[str | None, typer.Option("--type", help="Q4_K_M, int4 …; the engine's first in the bundle.")]
-DepthOption = Annotated[str | None, typer.Option("--depth", help="How many blocks to run, or auto; all if not given.")]
-LatencyOption = Annotated[
-    float | None, typer.Option("--latency-ms", help="With --depth auto: at most so long per token, measured here.")
-]
-MemoryOption = Annotated[
-    float | None, typer.Option("--memory-mb", help="With --depth auto: at most so much memory, weights and cache.")
-]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="At most so many new tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this mass.")]
-SeedOption = Annotated[int, typer.Option(help="Of the draws.")]
-ContextOption = Annotated[int, typer.Option("--context", help="Tokens that llama.cpp reserves its cache for.")]
-ThreadsOption = Annotated[int, typer.Option(help="0 is one per core.")]
-SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
-
-errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 @with_kv_options
@@ -62,7 +57,7 @@ def generate(
     system: SystemOption = None,
     draft_depth: Annotated[int | None, typer.Option("--draft-depth", help="A depth that drafts for the other.")] = None,
     draft: Annotated[Path | None, typer.Option("--draft", help="A bundle that drafts, of the same tokenizer.")] = None,
-    draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
+    draft_tokens: DraftTokensOption = 4,
     early_exit: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +80,7 @@ def generate(
     budget = options.budget(bundle)
     tokens = len(text) // 3 + max_tokens
     fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
-    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv": budget}
+    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv_budget": budget}
     with Session(bundle, engine, kind, **where) as session:
         settings = Settings(
             max_tokens=max_tokens,
@@ -145,7 +140,7 @@ def chat(
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv=budget) as session:
+    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv_budget=budget) as session:
         shown = ", ".join(map(str, session.depths))
         errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
         errors.print("/depth N switches depth, /reset forgets what was said, /exit or Ctrl-D ends", style="dim")
@@ -216,71 +211,76 @@ def bench(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Every lesser depth as a draft of the deepest, too.")
     ] = False,
-    draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted at a time.")] = 4,
+    draft_tokens: DraftTokensOption = 4,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Also write a page (.html) or the figures (.json).")] = None,
 ) -> None:
     """Measure every depth in every engine: prefill, decoding, first token, memory; each in a process of its own."""
-    from ..runtime.bench import measure_all, measure_draft
-    from ..runtime.bundle import read_bundle
-    from .bench_report import bench_entries, keep_in_run, show_bench, write_bench
+    from .. import api
+    from ..pipeline.benchmark import check_bench_file, keep_in_run, write_bench
+    from ..pipeline.progress import CallbackProgress
 
-    if out is not None and out.suffix not in (".html", ".json"):
-        raise UserError(f"--out {out}: must end in .html or .json")
     if out is not None:
-        check_file_place(out)
+        check_bench_file(out)
         if out.suffix == ".html":
             need("compress bench --out with a page", "matplotlib")
-    how: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeat": repeat,
-        "threads": threads,
-    }
-    if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
-        raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
-    budget = options.budget(bundle)
-    if budget is not None:
-        if speculate:
-            raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")
-        engine = engine or "onnx"
     with errors.status("measuring") as status:
-        found = measure_all(
+        report = api.bench(
             bundle,
-            engine,
-            kind,
-            done=lambda f: status.update(f"measured {f.engine} {f.type} at depth {f.depth}"),
-            kv=budget,
-            **how,
+            engine=engine,
+            type=kind,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            speculate=speculate,
+            draft_tokens=draft_tokens,
+            threads=threads,
+            kv_budget=options.budget(bundle),
+            on_progress=CallbackProgress(lambda event: status.update(event.note)),
         )
-        drafts = []
-        for figures in found if speculate else []:
-            pair = [f for f in found if (f.engine, f.type) == (figures.engine, figures.type)]
-            if figures.depth < max(f.depth for f in pair):
-                status.update(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
-                drafts.append(
-                    measure_draft(
-                        bundle,
-                        figures.engine,
-                        figures.type,
-                        figures.depth,
-                        draft_tokens=draft_tokens,
-                        new_tokens=new_tokens,
-                        threads=threads,
-                    )
-                )
-    report = bench_entries(read_bundle(bundle), found, [asdict(draft) for draft in drafts])
-    if budget is not None:
-        report["kv"] = asdict(budget)
     if as_json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
-        show_bench(report)
-    # A run's report sets speed against quality, which a budget changes.
-    for file in [*write_bench(report, out), *([] if budget else keep_in_run(report, bundle))]:
+        _show_bench(report)
+    if out is not None:
+        write_bench(report, out)
+        errors.print(str(out))
+    for file in keep_in_run(report, bundle, lambda text: errors.print(f"note: {text}", style="yellow")):
         errors.print(str(file))
+
+
+def _show_bench(report: BenchReport) -> None:
+    figures = ("depth", "perplexity", "prefill\ntokens/s", "first\ntoken", "decode\ntokens/s", "peak\nmemory")
+    table = figures_table(f"{report.name}: every depth", ("engine", "type"), figures)
+    for depth in report.depths:
+        table.add_row(
+            depth.engine,
+            depth.type,
+            str(depth.depth),
+            number(depth.perplexity),
+            number(depth.prefill_tokens_per_second),
+            f"{1000 * depth.first_token_seconds:.0f} ms",
+            number(depth.decode_tokens_per_second),
+            megabytes(depth.peak_memory_bytes),
+        )
+    console.print(table)
+    if not report.drafts:
+        return
+    figures = ("depth", "draft", "at a time", "accepted", "tokens/s\nalone", "tokens/s\ndrafted", "same text")
+    table = figures_table("a shallow depth drafts", ("engine", "type"), figures)
+    for draft in report.drafts:
+        table.add_row(
+            draft.engine,
+            draft.type,
+            *map(str, (draft.depth, draft.draft_depth, draft.draft_tokens)),
+            percent(draft.acceptance),
+            number(draft.plain_tokens_per_second),
+            number(draft.draft_tokens_per_second),
+            "yes" if draft.equal else "no",
+        )
+    console.print(table)
 
 
 def _depth(

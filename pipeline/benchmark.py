@@ -1,0 +1,181 @@
+"""Speed and memory of every depth of a bundle beside its measured quality, and what becomes of the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ..core.errors import UserError
+from ..core.extras import REPORT, need
+from ..core.files import write_whole
+from ..records.bundle import BundleManifest
+from ..runtime.bench import DepthFigures, DraftFigures
+from ..runtime.bundle import read_bundle
+from ..runtime.kv_budget import KvBudget, choose_budget
+from .places import check_file_place
+from .progress import OnProgress, as_progress
+from .report.collect import BENCH
+from .report.html import bench_page
+from .summary import LAST, rebuild
+
+ENGINES = {"gguf": "llama.cpp", "onnx": "onnx"}
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BenchDepth(_Figures):
+    """One engine, type and depth."""
+
+    role: str  # the artifact's, such as onnx-int4@18
+    engine: str
+    type: str
+    depth: int  # blocks
+    perplexity: float  # of the probe text when the artifact was verified
+    prompt_tokens: int
+    first_token_seconds: float  # the whole prompt and one token
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int  # of the whole process
+    load_seconds: float
+
+
+class BenchDraft(_Figures):
+    """A draft depth against the greatest depth alone, greedy."""
+
+    engine: str
+    type: str
+    depth: int
+    draft_depth: int
+    draft_tokens: int  # drafted at a time
+    tokens: int  # written
+    acceptance: float  # share of the drafted tokens
+    plain_tokens_per_second: float
+    draft_tokens_per_second: float
+    equal: bool  # the text is that of the greatest depth alone
+
+
+class BenchKv(_Figures):
+    """The bounded KV cache that was measured with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    budget: int  # keys and values per block and KV head
+
+
+class BenchReport(_Figures):
+    """All figures of a bundle."""
+
+    name: str
+    depths: list[BenchDepth]
+    drafts: list[BenchDraft]
+    kv: BenchKv | None = None
+
+
+def bench(
+    bundle: str | Path,
+    *,
+    engine: str | None = None,
+    type: str | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    repeat: int = 2,
+    speculate: bool = False,
+    draft_tokens: int = 4,
+    threads: int = 0,
+    kv_budget: int | KvBudget | None = None,
+    on_progress: OnProgress = None,
+) -> BenchReport:
+    """Time every depth of a bundle in every engine and type, or the ones named, each in a process of its own.
+
+    The best of `repeat` turns counts. `speculate` also measures each lesser depth as a draft of the deepest,
+    `draft_tokens` at a time. `kv_budget` bounds the KV cache, as for a `Session`. Raises `UserError` for engines and
+    types that the bundle lacks.
+    """
+    from ..runtime.bench import measure_all, measure_draft
+
+    if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
+        raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
+    bundle, progress = Path(bundle), as_progress(on_progress)
+    budget = choose_budget(bundle, kv_budget) if isinstance(kv_budget, int) else kv_budget
+    if budget is not None and speculate:
+        raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")
+    found = measure_all(
+        bundle,
+        engine or (None if budget is None else "onnx"),
+        type,
+        done=lambda f: progress.note(f"measured {f.engine} {f.type} at depth {f.depth}"),
+        kv=budget,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeat=repeat,
+        threads=threads,
+    )
+    drafts: list[DraftFigures] = []
+    for figures in found if speculate else []:
+        same = [f.depth for f in found if (f.engine, f.type) == (figures.engine, figures.type)]
+        if figures.depth < max(same):
+            progress.note(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
+            how = {"draft_tokens": draft_tokens, "new_tokens": new_tokens, "threads": threads}
+            drafts.append(measure_draft(bundle, figures.engine, figures.type, figures.depth, **how))
+    manifest = read_bundle(bundle)
+    return BenchReport(
+        name=manifest.name,
+        depths=_with_quality(manifest, found),
+        drafts=[BenchDraft(**asdict(draft)) for draft in drafts],
+        kv=None if budget is None else BenchKv(**asdict(budget)),
+    )
+
+
+def _with_quality(manifest: BundleManifest, found: list[DepthFigures]) -> list[BenchDepth]:
+    """The figures with the quality that the bundle's verification measured."""
+    artifacts = {(ENGINES[a.format], a.type, a.depth): a for a in manifest.artifacts}
+    entries = []
+    for figures in found:
+        artifact = artifacts[figures.engine, figures.type, figures.depth]
+        quality = {"role": artifact.role, "perplexity": artifact.verification.perplexity}
+        entries.append(BenchDepth(**quality, **asdict(figures)))
+    return entries
+
+
+def as_text(report: BenchReport, **more: str) -> str:
+    """The figures as JSON."""
+    return report.model_copy(update=more).model_dump_json(indent=2, exclude_none=True, warnings=False) + "\n"
+
+
+def check_bench_file(out: Path) -> None:
+    """`UserError` unless figures or a page can be written there."""
+    if out.suffix not in (".html", ".json"):
+        raise UserError(f"--out {out}: must end in .html or .json")
+    check_file_place(out)
+
+
+def write_bench(report: BenchReport, out: Path) -> None:
+    """Write the figures (.json), or a page with a plot of quality against speed (.html)."""
+    page = out.suffix == ".html"
+    text = bench_page(report.model_dump(exclude_none=True)) if page else as_text(report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, text)
+
+
+def keep_in_run(report: BenchReport, bundle: Path, note: Callable[[str], None]) -> list[Path]:
+    """Where the bundle lies in a finished run, put the figures into the run's report; what was written.
+
+    Where the report cannot be drawn here, `note` is told why, and the figures are kept all the same. With a KV
+    budget nothing is written: the run's report sets speed against quality, which a budget changes.
+    """
+    stage = bundle.resolve().parent
+    run = stage.parent
+    if report.kv is not None or not (run / LAST).is_file():
+        return []
+    write_whole(run / BENCH, as_text(report, stage=stage.name))
+    try:
+        need("drawing the run's report again", *REPORT)
+    except UserError as error:
+        note(str(error))
+        return [run / BENCH]
+    return [run / BENCH, *rebuild(run)]

