@@ -1,7 +1,8 @@
 """The stage contract: what a stage is given, and what it gives back.
 
-A stage is a module `<area>/stage.py` with the functions below, and a module `<area>/config.py`, importable without
-torch, with its configuration class (a `Section`) and `FORMAT: int`, bumped when the meaning of its output changes.
+A stage is a folder with three modules. `config.py` has its configuration class (a `Section`) and `FORMAT: int`, bumped
+when the meaning of its output changes; `cost.py` what it takes (core/cost.py); both are importable without torch.
+`stage.py` has these functions:
 
     ready(config, context) -> None                         optional; refuses what is not installed, before the model is
                                                            fetched
@@ -22,11 +23,11 @@ called in the first process only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,6 +44,14 @@ class Section(BaseModel):
     def input_files(self) -> list[str]:
         """Local files and folders named by this section whose content belongs in the stage's fingerprint."""
         return []
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        """(path of keys in this section, what is wrong) for what does not fit the recipe's sections, by stage."""
+        return ()
+
+    def beside(self, sections: Mapping[str, Any]) -> Self:
+        """The section with what it takes from the recipe's sections filled in."""
+        return self
 
 
 class Advance(Protocol):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -64,9 +64,19 @@ class MergeConfig(Section):
                 raise ValueError(f"{name!r} is named twice")
         return value
 
-    def among(self, names: Sequence[str]) -> MergeConfig:
+    def among(self, names: Sequence[str]) -> Self:
         """The section with its models named: all of `names` where it names none."""
         return self if self.models else self.model_copy(update={"models": [Model(model=name) for name in names]})
+
+    def beside(self, sections: Mapping[str, Any]) -> Self:
+        return self.among(_variants(sections))
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        names = _variants(sections)
+        if names:
+            yield from self.unknown_names(names)
+        elif "distill" in sections:
+            yield (), "it needs distill.variants: two or more students to merge"
 
     def unknown_names(self, names: Sequence[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """(path of keys, what is wrong) for every model that is none of `names`."""
@@ -79,6 +89,11 @@ class MergeConfig(Section):
         for path, name in asked:
             if name not in known:
                 yield path, f"no variant is named {name!r}{nearest(name, known)}"
+
+
+def _variants(sections: Mapping[str, Any]) -> list[str]:
+    """The names of the students that a recipe trains."""
+    return [variant.name for variant in getattr(sections.get("distill"), "variants", None) or ()]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

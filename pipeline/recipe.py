@@ -197,11 +197,12 @@ def _checked(
     except ValidationError as error:
         problems = describe_problems(error, plain, RecipeKeys)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
-    problems += _order_problems(order) + _teacher_problems(recipe) + _retain_problems(recipe)
-    if recipe is not None and recipe.merge is not None:
-        names = [variant.name for variant in (recipe.distill and recipe.distill.variants) or []]
-        problems += _merge_problems(recipe.merge, names, "distill" in order)
-        recipe = recipe.model_copy(update={"merge": recipe.merge.among(names)})
+    problems += _order_problems(order)
+    if recipe is not None:
+        sections = {name: getattr(recipe, name) for name in order}
+        for name, section in sections.items():
+            problems += [Problem((name, *path), message) for path, message in section.misfits(sections)]
+        recipe = recipe.model_copy(update={name: section.beside(sections) for name, section in sections.items()})
     if problems or recipe is None:
         lines = [problem.render(str(path), tree, origins) for problem in problems]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
@@ -251,31 +252,3 @@ def _order_problems(order: tuple[str, ...]) -> list[Problem]:
                     Problem((name,), f"the stage {name} reads what {other} makes, so {other} must come before it")
                 )
     return problems
-
-
-def _merge_problems(merge: MergeConfig, variants: list[str], recovers: bool) -> list[Problem]:
-    if not variants:
-        return [Problem(("merge",), "it needs distill.variants: two or more students to merge")] if recovers else []
-    return [Problem(("merge", *path), message) for path, message in merge.unknown_names(variants)]
-
-
-def _teacher_problems(recipe: RecipeKeys | None) -> list[Problem]:
-    if recipe is None or recipe.data is None or recipe.data.teacher is not None:
-        return []
-    message = "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher"
-    return [
-        Problem((section.stage, "teacher"), message)
-        for section in (recipe.distill, recipe.sort)
-        if section is not None
-        and section.teacher.kind == "cached"
-        and any(student.objective.needs_teacher for student in section.students)
-    ]
-
-
-def _retain_problems(recipe: RecipeKeys | None) -> list[Problem]:
-    if recipe is None or recipe.retain is None or recipe.data is not None or recipe.retain.dataset is not None:
-        return []
-    message = (
-        "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in dataset"
-    )
-    return [Problem(("retain",), message)]

@@ -1,9 +1,12 @@
-"""Which stages there are, where their code is, and which earlier stages each one reads. No torch."""
+"""Which stages there are, in their order, and where their code is. No torch.
+
+A stage is its folder (core/stage.py says what is in it), one line in `STAGES`, and one field of `RecipeKeys`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.cost import StageCost
@@ -14,11 +17,11 @@ class StageSpec:
     """One stage of the pipeline: the recipe's section of that name."""
 
     name: str
-    package: str  # below compress; its modules `config` and `stage` are used
-    reads: tuple[str, ...]  # earlier stages whose output it depends on, where the recipe has them
-    needs: tuple[str, ...] = ()  # of those, the ones it cannot do without
+    package: str  # below compress; its modules `config`, `cost` and `stage` are used
+    needs: tuple[str, ...] = ()  # earlier stages that it cannot do without
     parallel: bool = False  # several processes share its work; else the first does it and the others wait
     makes_model: bool = False  # leaves a checkpoint folder in `model`, which the stages behind it go on from
+    reads: tuple[str, ...] = ()  # all earlier stages, whose output it depends on where the recipe has them
 
     @property
     def format(self) -> int:
@@ -34,23 +37,19 @@ class StageSpec:
         return importlib.import_module(f"..{self.package}.stage", __package__)
 
 
-STAGES: dict[str, StageSpec] = {
-    spec.name: spec
-    for spec in (
-        StageSpec("data", "data", (), parallel=True),
-        StageSpec("prune", "prune", ("data",), makes_model=True),
-        StageSpec("distill", "distill", ("data", "prune"), needs=("data",), parallel=True, makes_model=True),
-        StageSpec("merge", "merge", ("data", "prune", "distill"), needs=("data", "distill"), makes_model=True),
-        StageSpec(
-            "sort",
-            "sort",
-            ("data", "prune", "distill", "merge"),
-            needs=("data",),
-            parallel=True,
-            makes_model=True,
-        ),
-        StageSpec("retain", "retain", ("data", "prune", "distill", "merge", "sort"), makes_model=True),
-        StageSpec("export", "export", ("data", "prune", "distill", "merge", "sort", "retain")),
-        StageSpec("evaluate", "evaluation", ("data", "prune", "distill", "merge", "sort", "retain", "export")),
-    )
-}
+def in_order(*stages: StageSpec) -> dict[str, StageSpec]:
+    """Stages by name, each of which reads all that come before it."""
+    names = [spec.name for spec in stages]
+    return {spec.name: replace(spec, reads=tuple(names[:number])) for number, spec in enumerate(stages)}
+
+
+STAGES = in_order(
+    StageSpec("data", "data", parallel=True),
+    StageSpec("prune", "prune", makes_model=True),
+    StageSpec("distill", "distill", needs=("data",), parallel=True, makes_model=True),
+    StageSpec("merge", "merge", needs=("data", "distill"), makes_model=True),
+    StageSpec("sort", "sort", needs=("data",), parallel=True, makes_model=True),
+    StageSpec("retain", "retain", makes_model=True),
+    StageSpec("export", "export"),
+    StageSpec("evaluate", "evaluation"),
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,6 +84,14 @@ class RetainConfig(Section):
 
     def input_files(self) -> list[str]:
         return [self.dataset.path] if self.dataset is not None and self.dataset.local else []
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        if self.dataset is None and "data" not in sections:
+            yield (
+                (),
+                "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in "
+                "dataset",
+            )
 
     def longest(self, positions: int) -> int:
         """Tokens in the longest row, for a model trained for so many positions."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -106,6 +106,14 @@ class TrainingConfig(Section):
                 "and nothing would be left of the teacher: take teacher: copy or cached"
             )
         return self
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        reads = isinstance(self.teacher, Cached) and any(student.objective.needs_teacher for student in self.students)
+        if reads and "data" in sections and sections["data"].teacher is None:
+            yield (
+                ("teacher",),
+                "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher",
+            )
 
     @property
     def students(self) -> Sequence[TrainingConfig]:
