@@ -21,32 +21,32 @@ def _named(value: Any) -> Any:
 
 
 class TeacherConfig(Section):
-    """The unpruned model's likeliest next tokens at every token that is learned, for `distill.teacher: cached`."""
+    """The unpruned model's most likely next tokens at every trained token, for `distill.teacher: cached`."""
 
-    top_k: int = Field(64, ge=1, description="tokens kept with their log-probabilities; all others are one bucket")
+    top_k: int = Field(64, ge=1, description="tokens stored with log-probabilities; all others share one bucket")
     batch: int = Field(1, ge=1, description="packed sequences of `length` tokens per forward pass")
 
 
 class TransformersEngine(Section):
-    """PyTorch; the only engine whose rows are the same bytes again on the same machine."""
+    """PyTorch: the only engine that reproduces rows byte for byte on the same machine."""
 
     kind: Literal["transformers"] = "transformers"
 
 
 class LlamaCppEngine(Section):
-    """llama.cpp on a quantized GGUF file of the unpruned model: a fraction of the memory, for large models on CPUs."""
+    """llama.cpp on a quantized GGUF file of the unpruned model: needs far less memory; for large models on CPUs."""
 
     kind: Literal["llama.cpp"] = "llama.cpp"
-    gguf: str = Field(min_length=1, description="a GGUF file of the unpruned model, of any type of weights")
-    threads: int = Field(0, ge=0, description="0: one per core")
+    gguf: str = Field(min_length=1, description="GGUF file of the unpruned model, in any quantization")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
 
 
 class VllmEngine(Section):
-    """vLLM, on a GPU or, where the build for CPUs is installed, on a CPU; an optional package."""
+    """vLLM on a GPU, or on a CPU with its CPU build; an optional package."""
 
     kind: Literal["vllm"] = "vllm"
-    memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
-    gpus: int = Field(default=1, ge=1, description="GPUs that hold the model together, each a part of every block")
+    memory: float = Field(default=0.9, gt=0, le=1, description="share of GPU memory that vLLM may use")
+    gpus: int = Field(default=1, ge=1, description="GPUs that share the model (tensor parallelism)")
 
 
 EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
@@ -54,92 +54,96 @@ Engine = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(_n
 
 
 class _Source(Section):
-    """What every source has."""
+    """Keys that every source has."""
 
     engine: Engine = Field(
-        default_factory=TransformersEngine, description="what writes text: transformers, llama.cpp or vllm"
+        default_factory=TransformersEngine, description="engine that generates text: transformers, llama.cpp or vllm"
     )
-    teacher: TeacherConfig | None = Field(None, description="write the unpruned model's likeliest tokens down too")
+    teacher: TeacherConfig | None = Field(
+        None, description="also store the unpruned model's top-k log-probabilities; null: do not"
+    )
 
     def input_files(self) -> list[str]:
         return [self.engine.gguf] if isinstance(self.engine, LlamaCppEngine) else []
 
 
 class MagpieConfig(_Source):
-    """Self-data without any data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
+    """Self-data without a data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
 
     source: Literal["magpie"]
     rows: int = Field(96, ge=2, description="how many rows to keep")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(32, ge=1, description="rows sampled together; a different number draws different rows")
-    max_prompt_tokens: int = Field(64, ge=1, description="prompts that have not ended by then are dropped")
-    max_tokens: int = Field(192, ge=1, description="answers are cut off there, see `unfinished`")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
+    batch: int = Field(32, ge=1, description="rows sampled together; changing it changes the rows")
+    max_prompt_tokens: int = Field(64, ge=1, description="maximum prompt tokens; longer prompts are dropped")
+    max_tokens: int = Field(192, ge=1, description="maximum answer tokens; longer answers are cut, see `unfinished`")
     unfinished: Literal["drop", "keep"] = Field(
-        "drop", description="answers cut off at max_tokens: dropped, or kept without learning where they end"
+        "drop", description="answers cut off at max_tokens: drop, or keep without training on an end of turn"
     )
-    length: int = Field(512, ge=8, description="rows longer than this, in tokens with the chat template, are dropped")
-    temperature: float = Field(1.0, ge=0, description="for prompts: 1 draws from the model as it is, for variety")
-    top_p: float = Field(0.9, gt=0, le=1, description="for prompts: draw only from the likeliest tokens of this mass")
-    top_k: int = Field(0, ge=0, description="for prompts and answers: draw from the k likeliest tokens; 0: from all")
-    answer_temperature: float = Field(0.6, ge=0, description="for answers: 0 takes the likeliest token every time")
-    answer_top_p: float = Field(0.95, gt=0, le=1, description="for answers, as top_p")
-    topics: list[str] = Field([], description="what prompts are about, in turn; empty: whatever the model thinks of")
-    max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` prompts")
+    length: int = Field(512, ge=8, description="maximum row length in tokens, chat template included; longer: dropped")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature for prompts; 1 gives variety")
+    top_p: float = Field(0.9, gt=0, le=1, description="nucleus sampling mass for prompts")
+    top_k: int = Field(0, ge=0, description="for prompts and answers: sample from the k most likely tokens; 0: all")
+    answer_temperature: float = Field(0.6, ge=0, description="sampling temperature for answers; 0: greedy")
+    answer_top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass for answers")
+    topics: list[str] = Field([], description="topics of the prompts, used in turn; empty: the model's own choice")
+    max_attempts: float = Field(4.0, ge=1, description="stop after sampling this many times `rows` prompts")
 
 
 class TextsConfig(_Source):
-    """Plain text the unpruned model writes from random first tokens (LLM-QAT, arXiv 2305.17888): for calibration, and
-    for models without a chat template."""
+    """Plain text that the unpruned model writes from random first tokens (LLM-QAT, arXiv 2305.17888): for calibration,
+    and for models without a chat template."""
 
     source: Literal["texts"]
     rows: int = Field(128, ge=2, description="how many texts to keep")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
-    batch: int = Field(64, ge=1, description="rows sampled together; a different number draws different rows")
-    tokens: int = Field(256, ge=8, description="texts that have not ended by then are cut off there")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
+    batch: int = Field(64, ge=1, description="rows sampled together; changing it changes the rows")
+    tokens: int = Field(256, ge=8, description="maximum tokens per text; longer texts are cut off")
     openings: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="what texts begin with, in turn: words of your domain; empty: one random token each"
+        [], description="first words of the texts, used in turn: words of your domain; empty: one random token each"
     )
-    length: int = Field(512, ge=8, description="longer texts are cut into windows of so many tokens")
-    temperature: float = Field(1.0, ge=0, description="1 draws from the model as it is")
-    top_p: float = Field(0.95, gt=0, le=1, description="draw only from the likeliest tokens of this mass")
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
-    max_attempts: float = Field(4.0, ge=1, description="give up after drawing this many times `rows` texts")
+    length: int = Field(512, ge=8, description="longer texts are split into windows of this many tokens")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 1: the model's own distribution")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
+    max_attempts: float = Field(4.0, ge=1, description="stop after sampling this many times `rows` texts")
 
 
 class General(Section):
-    """The unpruned model answers in its own words, the gold answer as its guide (arXiv 2402.13669, 2410.09982)."""
+    """The unpruned model rewrites the gold answer in its own words (arXiv 2402.13669, 2410.09982)."""
 
     kind: Literal["general"] = "general"
     check: Check = Field(
-        "none", description="what a rewrite has to agree with gold in: its final number, choice letter, text, or tests"
+        "none", description="what must match gold in a rewrite: final number, choice letter or text; or pass its tests"
     )
     marker: str | None = Field(
         None,
         min_length=1,
-        description="the final answer follows these words, such as 'Answer:' (default: docs/explanation/self-data.md)",
+        description="words that introduce the final answer, such as 'Answer:' (default: docs/explanation/self-data.md)",
     )
     own_answer_first: bool = Field(
-        False, description="before gold is shown, let the model answer; taken where the check agrees (arXiv 2502.08130)"
+        False, description="first try the model's own answer, without gold; used if the check passes (arXiv 2502.08130)"
     )
-    max_tokens: int = Field(256, ge=1, description="rewrites that have not ended by then are not taken")
-    temperature: float = Field(0.6, ge=0, description="0 takes the likeliest token every time")
-    top_p: float = Field(0.95, gt=0, le=1, description="draw only from the likeliest tokens of this mass")
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0: from all")
-    timeout: float = Field(5.0, gt=0, le=600, description="seconds that the tests of one row may take (check: python)")
-    memory: int = Field(512, ge=64, description="megabytes of memory that they may take")
+    max_tokens: int = Field(256, ge=1, description="maximum tokens of a rewrite; longer rewrites are rejected")
+    temperature: float = Field(0.6, ge=0, description="sampling temperature; 0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
+    timeout: float = Field(5.0, gt=0, le=600, description="time limit for one row's tests in seconds (check: python)")
+    memory: int = Field(512, ge=64, description="memory limit for one row's tests in megabytes (check: python)")
 
     @model_validator(mode="after")
     def _own_answers_need_a_check(self) -> Self:
         if self.own_answer_first and self.check == "none":
-            raise ValueError("own_answer_first needs a check: without one nothing says that the answer is right")
+            raise ValueError(
+                "own_answer_first needs a check: without one there is no way to tell whether the answer is right"
+            )
         return self
 
 
 class Maths(General):
-    """As general, but the model is asked as an expert in mathematics, step by step, and its turn is opened for it."""
+    """Like general, but asks a mathematics expert for a step-by-step solution and starts the answer."""
 
     kind: Literal["maths"] = "maths"  # type: ignore[assignment]
-    check: Check = Field("number", description="what a rewrite has to agree with gold in, as in general")
+    check: Check = Field("number", description="what must match gold in a rewrite, as in general")
 
 
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(_named)]
@@ -148,8 +152,8 @@ Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidato
 class Decontaminate(Section):
     """Drop rows that share words with evaluation files."""
 
-    files: list[str] = Field(min_length=1, description="evaluation files, .jsonl or .txt; all texts in them count")
-    ngram: int = Field(13, ge=2, description="so many words in a row; shorter texts are compared as a whole")
+    files: list[str] = Field(min_length=1, description="evaluation files, .jsonl or .txt; every text in them counts")
+    ngram: int = Field(13, ge=2, description="n-gram size in words; shorter texts are compared as a whole")
 
 
 class Columns(Section):
@@ -159,36 +163,36 @@ class Columns(Section):
     subset: str | None = Field(None, description="the Hub data set's configuration, if it has several")
     split: str = Field("train", description="the Hub data set's split")
     prompt: str | None = Field(
-        None, description="column of the user's words, or of messages up to the answer (default: prompt)"
+        None, description="column with the user's prompt, text or messages up to the answer (default: prompt)"
     )
-    context: str | None = Field(None, description="column of a text that follows the prompt, where there is one")
+    context: str | None = Field(None, description="column with text to append to the prompt, if any")
     response: str | None = Field(
-        None, description="column of the answer to learn, a text or messages (default: response)"
+        None, description="column with the answer to train on, text or messages (default: response)"
     )
     messages: str | None = Field(
-        None, description="column of whole conversations: lists of {role, content}, or of {from, value}"
+        None, description="column with whole conversations: lists of {role, content} or {from, value}"
     )
     tools: str | None = Field(
-        None, description="column of the tools a conversation is given (default: tools, where the data set has it)"
+        None, description="column with a conversation's tool definitions (default: tools, if the data set has it)"
     )
-    text: str | None = Field(None, description="column of plain text, used without a chat template")
-    answer: str | None = Field(None, description="column of the final answer, where a check is not to read it off gold")
-    tests: str | None = Field(None, description="column of Python tests, for check: python")
+    text: str | None = Field(None, description="column with plain text, used without a chat template")
+    answer: str | None = Field(None, description="column with the final answer for a check; null: extracted from gold")
+    tests: str | None = Field(None, description="column with Python tests, for check: python")
     rewrite: Rewrite | None = Field(
-        None, description="general or maths: the unpruned model rewrites the last answer; null: gold as it is"
+        None, description="general or maths: the unpruned model rewrites the last answer; null: keep gold unchanged"
     )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         pair = (self.prompt, self.context, self.response) != (None, None, None)
         if pair + (self.messages is not None) + (self.text is not None) > 1:
-            raise ValueError("give either prompt and response, or messages, or text: a row is one of them")
+            raise ValueError("give only one of: prompt and response; messages; text")
         if self.tools is not None and self.text is not None:
             raise ValueError("plain text has no tools: give prompt and response, or messages")
         if self.rewrite is not None and self.text is not None:
-            raise ValueError("plain text has no answer that could be rewritten: give prompt and response, or messages")
+            raise ValueError("plain text has no answer to rewrite: give prompt and response, or messages")
         if self.rewrite is not None and self.rewrite.check == "python" and self.tests is None:
-            raise ValueError("check: python needs the column of the tests under tests")
+            raise ValueError("check: python needs tests: name the column that holds the Python tests")
         return self
 
     @property
@@ -217,26 +221,26 @@ class Columns(Section):
 class WeightedSet(Columns):
     """One data set of several."""
 
-    weight: float = Field(1.0, gt=0, description="its share of the rows, as a share of all weights")
+    weight: float = Field(1.0, gt=0, description="relative weight: its share of the rows is weight / sum of weights")
 
 
 class RowsFromData(_Source):
-    """What holds for rows of one data set and of several."""
+    """Keys shared by one data set and several."""
 
-    shuffle: bool = Field(False, description="take the rows in a random order, seeded by the recipe's seed")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of the rows kept out of training, at least one row")
+    shuffle: bool = Field(False, description="read rows in random order, seeded by the recipe's seed")
+    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
     length: int = Field(
-        512, ge=8, description="conversations longer than this, in tokens, are dropped; text is cut into windows"
+        512, ge=8, description="maximum tokens: longer conversations are dropped, longer text is split into windows"
     )
     max_dropped: float = Field(
         0.2,
         ge=0,
         le=1,
-        description="share of a data set's rows that may be unusable before the stage stops; duplicates and what "
-        "decontaminate drops are not counted",
+        description="share of a data set's rows that may be unusable before the stage fails; duplicates and "
+        "decontaminated rows do not count",
     )
-    decontaminate: Decontaminate | None = Field(None, description="drop rows that evaluation files have, too")
-    batch: int = Field(32, ge=1, description="rows rewritten together; a different number draws different rows")
+    decontaminate: Decontaminate | None = Field(None, description="drop rows that overlap with evaluation files")
+    batch: int = Field(32, ge=1, description="rows rewritten together; changing it changes the rewrites")
 
     @property
     def parts(self) -> Sequence[Columns]:
@@ -265,8 +269,8 @@ class DatasetsConfig(RowsFromData):
 
     source: Literal["datasets"]
     sets: list[WeightedSet] = Field(min_length=1, description="the data sets, each with its columns and weight")
-    rows: int = Field(ge=2, description="how many rows to keep of all sets together")
-    shuffle: bool = Field(True, description="take each set's rows in a random order, seeded by the recipe's seed")
+    rows: int = Field(ge=2, description="how many rows to keep, over all data sets")
+    shuffle: bool = Field(True, description="read each data set in random order, seeded by the recipe's seed")
 
     @property
     def parts(self) -> Sequence[Columns]:

@@ -16,25 +16,23 @@ BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py
 
 
 class SpeedTest(Section):
-    """How speed is timed; the best of several repetitions counts."""
+    """How speed is measured; the best repetition counts."""
 
-    prompt_tokens: int = Field(default=128, ge=2, description="tokens of the prompt")
-    new_tokens: int = Field(default=48, ge=2, description="tokens decoded after it")
+    prompt_tokens: int = Field(default=128, ge=2, description="tokens in the prompt")
+    new_tokens: int = Field(default=48, ge=2, description="tokens to decode")
     repeat: int = Field(default=2, ge=1, description="repetitions")
 
 
 class HarnessConfig(Section):
-    """How lm-eval runs its tasks: the ones that are neither JSONL files nor built in."""
+    """How lm-eval runs its tasks, i.e. all that are neither JSONL files nor built in."""
 
     fewshot: int | None = Field(
-        default=None, ge=0, description="examples before each question; null: as each task has it"
+        default=None, ge=0, description="few-shot examples per question; null: each task's own number"
     )
-    chat: bool = Field(
-        default=False, description="put questions into the chat template; published figures mostly do without it"
-    )
+    chat: bool = Field(default=False, description="apply the chat template to questions; most published results do not")
     folder: str | None = Field(
         default=None,
-        description="a folder with task files (YAML) of your own; paths of data in them are relative to it",
+        description="folder with your own task files (YAML); data paths in them are relative to this folder",
     )
     batch: int = Field(default=8, ge=1, description="requests per forward pass of a checkpoint")
 
@@ -44,34 +42,34 @@ RetrievalTask = Literal["passkey", "keys", "continuation"]
 
 
 class RetrievalConfig(Section):
-    """What checkpoints find again in long prompts when their KV cache is bounded."""
+    """Retrieval from long prompts with a bounded KV cache, measured on checkpoints."""
 
     tasks: list[RetrievalTask] = Field(
         ["passkey", "keys"],
         min_length=1,
-        description="passkey: one number in a long text; keys: one at each depth; continuation: perplexity of what "
-        "follows a long prompt",
+        description="passkey: find one number in a long text; keys: one number at each depth; continuation: perplexity "
+        "of the text after a long prompt",
     )
-    lengths: list[Annotated[int, Field(ge=256)]] = Field([1024, 2048], min_length=1, description="tokens of a prompt")
+    lengths: list[Annotated[int, Field(ge=256)]] = Field([1024, 2048], min_length=1, description="prompt tokens")
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="where a number stands: 0 is the beginning, 1 the end"
+        [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="position of a number: 0 is the beginning, 1 the end"
     )
     policies: list[Policy] = Field(
         ["full", "retaining", "recent", "snapkv"],
         min_length=1,
-        description="what chooses: nothing is evicted, trained heads, first and newest tokens, SnapKV's, chance, the "
-        "heads' labels",
+        description="eviction policies. full: no eviction; retaining: trained heads; recent: first and newest tokens; "
+        "snapkv: SnapKV; random: at random; oracle: the labels that heads are trained on",
     )
     budgets: list[Annotated[float, Field(gt=0)]] = Field(
         [0.125],
-        description="keys and values kept per block and KV head; below 1: as a share of the prompt's tokens",
+        description="cache entries kept per block and KV head; below 1: as a share of the prompt's tokens",
     )
-    rows: int = Field(4, ge=1, description="texts per length; of passkey per length and depth")
+    rows: int = Field(4, ge=1, description="texts per length; for passkey, per length and depth")
     text: str | None = Field(
-        None, description="a text file to hide numbers in and to continue; null: made-up sentences, and no continuation"
+        None, description="text file to hide numbers in and to continue; null: made-up sentences, no continuation"
     )
-    continued: int = Field(128, ge=1, description="tokens of a continuation")
-    max_tokens: int = Field(24, ge=1, description="tokens written for an answer")
+    continued: int = Field(128, ge=1, description="tokens scored in a continuation")
+    max_tokens: int = Field(24, ge=1, description="maximum tokens per answer")
     chunk: int | None = Field(None, ge=1, description="tokens read at a time; null: as the heads were meant, else 256")
     stabilizers: int | None = Field(
         None,
@@ -83,23 +81,23 @@ class RetrievalConfig(Section):
         None, ge=0, description="last tokens of a prompt, always kept; null: as the heads were meant, else 100"
     )
     positions: Literal["true", "contiguous"] = Field(
-        "true", description="contiguous: what is kept is rotated anew, for prompts beyond the trained length"
+        "true", description="contiguous: kept entries get new rotary positions, for prompts beyond the trained length"
     )
-    evict_while_decoding: bool = Field(False, description="keep the budget while the answer is written, too")
+    evict_while_decoding: bool = Field(False, description="also evict while the answer is decoded")
 
     @model_validator(mode="after")
     def _fit(self) -> RetrievalConfig:
         for name in ("tasks", "lengths", "depths", "policies", "budgets"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise ValueError(f"{name} names something twice")
+                raise ValueError(f"{name} has a duplicate entry")
         if "continuation" in self.tasks and self.text is None:
-            raise ValueError("the task continuation needs a text")
+            raise ValueError("the task continuation needs a text: set text")
         if set(self.policies) - {"full"} and not self.budgets:
             raise ValueError("policies other than full need budgets")
         wrong = [budget for budget in self.budgets if budget >= 1 and budget != int(budget)]
         if wrong:
-            raise ValueError(f"budget {wrong[0]}: write a share below 1, or whole keys")
+            raise ValueError(f"budget {wrong[0]}: give a share below 1, or a whole number of entries")
         return self
 
     def entries(self, budget: float, length: int) -> int:
@@ -108,31 +106,31 @@ class RetrievalConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured, the same for every model and artifact."""
+    """What to measure; the same for every model and artifact."""
 
     text: str | None = Field(
-        default=None, description="a text file to measure perplexity on; null: the data stage's held-out rows"
+        default=None, description="text file to measure perplexity on; null: the data stage's held-out rows"
     )
-    window: int = Field(default=512, ge=8, description="tokens per window of text; each window starts afresh")
+    window: int = Field(default=512, ge=8, description="tokens per window; windows are scored independently")
     tokens: int = Field(
-        default=4096, ge=8, description="at most so many tokens, the same for all; llama.cpp is asked one by one"
+        default=4096, ge=8, description="maximum tokens to score, the same for all; slow in llama.cpp, one at a time"
     )
     tasks: list[str] = Field(
         default_factory=list,
         description="JSONL files (question, choices, answer; or prompt, answer), builtin:copy, builtin:addition, "
         "and names of lm-eval tasks such as arc_easy",
     )
-    limit: int | None = Field(default=None, ge=1, description="at most so many rows of each task, from the start")
-    max_tokens: int = Field(default=32, ge=1, description="tokens written for an answer, in JSONL and built-in tasks")
+    limit: int | None = Field(default=None, ge=1, description="use only the first rows of each task, at most this many")
+    max_tokens: int = Field(default=32, ge=1, description="maximum tokens per answer in JSONL and built-in tasks")
     chat: bool | None = Field(
         default=None,
-        description="put prompts to be answered in writing into the chat template; null: where the model has one",
+        description="apply the chat template to prompts of written answers; null: if the model has one",
     )
     harness: HarnessConfig = Field(default_factory=HarnessConfig, description="how lm-eval runs its tasks")
     speed: SpeedTest | None = Field(default_factory=SpeedTest, description="null: do not time anything")
-    artifacts: bool = Field(default=True, description="measure the exported files in their runtimes too")
+    artifacts: bool = Field(default=True, description="also measure the exported files in their runtimes")
     retrieval: RetrievalConfig | None = Field(
-        default=None, description="what checkpoints find again in long prompts with a bounded KV cache; null: nothing"
+        default=None, description="retrieval from long prompts with a bounded KV cache; null: not measured"
     )
 
     @field_validator("tasks")
@@ -148,13 +146,13 @@ class EvaluateConfig(Section):
                     f"{task}: a task is a .jsonl file, {' or '.join(BUILTIN)}, or the name of an lm-eval task"
                 )
             if names.count(name) > 1:
-                raise ValueError(f"{name}: two tasks have this name")
+                raise ValueError(f"two tasks are called {name}")
         return tasks
 
     @model_validator(mode="after")
     def _folder_is_used(self) -> EvaluateConfig:
         if self.harness.folder is not None and not self.harness_tasks:
-            raise ValueError("harness.folder is given, but no task is one of lm-eval's")
+            raise ValueError("harness.folder is given, but no task is an lm-eval task")
         return self
 
     @property

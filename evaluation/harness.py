@@ -79,7 +79,7 @@ def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) 
             ) from error
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"evaluate.tasks: {task.task_name} runs code that the model writes, which is not done here")
+            raise UserError(f"evaluate.tasks: {task.task_name} runs model-written code, which compress does not do")
         given = task.get_config("num_fewshot")
         if given is None or (config.harness.fewshot is not None and given != 0):  # 0 in a task file is meant
             task.set_config("num_fewshot", config.harness.fewshot or 0)
@@ -171,7 +171,7 @@ def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) 
     listed = [metric for metric in rows[0]["metrics"] if f"{metric},{first}" in results]
     metric = next((m for m in (*PREFERRED, *listed) if m in listed), None)
     if metric is None:
-        raise UserError(f"evaluate.tasks: {task.task_name} has no metric that is a number")
+        raise UserError(f"evaluate.tasks: {task.task_name} has no numeric metric")
     values = [row[metric] for row in rows]
     simple = all(isinstance(value, bool | int | float) or hasattr(value, "__float__") for value in values)
     figures = {
@@ -197,7 +197,7 @@ def _together(name: str, parts: Sequence[Outcome]) -> Outcome:
     """The outcome of a group from those of its tasks."""
     metric, kind = parts[0].metric, parts[0].kind
     if any(not p.scores or p.metric != metric or p.kind != kind for p in parts):
-        raise UserError(f"evaluate.tasks: the tasks of {name} have different metrics; name them one by one")
+        raise UserError(f"evaluate.tasks: the tasks of {name} have different metrics; list them one by one")
     scores = [score for part in parts for score in part.scores]
     n = len(scores)
     chances = [part.chance for part in parts]

@@ -39,14 +39,14 @@ def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: i
     elif data is not None:
         rows = load_encoded(data, tokenizer, "heldout", window)
     else:
-        raise UserError("there is nothing to measure on: name a text file, or give the recipe a data stage")
+        raise UserError("no data to measure on: name a text file, or add a `data` section to the recipe")
     kept: list[Encoded] = []
     for row in rows:
         if sum(len(r.input_ids) for r in kept) + len(row.input_ids) > tokens and kept:
             break
         kept.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens], row.row, row.start))
     if not any(any(row.loss_mask) for row in kept):
-        raise UserError(f"there is nothing to measure: {text or 'the held-out slice'} is too short")
+        raise UserError(f"no tokens to measure: {text or 'the held-out data'} is too short")
     return kept
 
 

@@ -296,7 +296,7 @@ class _Cell:
 def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:
     """Refuse a text that is missing or too short, and prompts without room, before any work is done."""
     if config.text is not None and not _file(config, context).is_file():
-        raise UserError(f"evaluate.retrieval.text: no file {_file(config, context)}")
+        raise UserError(f"evaluate.retrieval.text: there is no file {_file(config, context)}")
     Retrieval(config, context, tokenizer)
 
 

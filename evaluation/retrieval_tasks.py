@@ -99,7 +99,7 @@ def keys(tokenizer: Any, filler: Filler, length: int, depths: Sequence[float], s
     `UserError` for more depths than there are names.
     """
     if len(depths) > len(PEOPLE):
-        raise UserError(f"the task keys has names for {len(PEOPLE)} depths, not for {len(depths)}")
+        raise UserError(f"the task keys takes at most {len(PEOPLE)} depths, not {len(depths)}")
     draw = random.Random(f"{seed}/keys/{length}")
     numbers = [str(number) for number in draw.sample(range(10_000, 100_000), len(depths))]
     people = [f"{draw.choice(('Mr.', 'Mrs.'))} {name}" for name in draw.sample(PEOPLE, len(depths))]
@@ -112,7 +112,7 @@ def continuation(tokenizer: Any, text: Sequence[int], length: int, after: int, s
     needed = length - len(begin) + after
     if needed > len(text):
         raise UserError(
-            f"a prompt of {length} tokens with {after} after it needs a longer text: this one has {len(text)} tokens"
+            f"a prompt of {length} tokens and {after} tokens after it need a longer text than {len(text)} tokens"
         )
     start = random.Random(f"{seed}/continuation/{length}").randrange(len(text) - needed + 1)
     ids = [*begin, *text[start : start + needed]]

@@ -39,7 +39,7 @@ TOP_K = 128  # tokens that llama.cpp lists for the KL
 def check(config: EvaluateConfig, base: Path, context: Context) -> None:
     """Refuse missing texts, broken or unknown tasks and data that cannot be had, before any work is done."""
     if config.text and not context.resolve(config.text).is_file():
-        raise UserError(f"evaluate.text: no file {context.resolve(config.text)}")
+        raise UserError(f"evaluate.text: there is no file {context.resolve(config.text)}")
     if config.tasks:
         Suite(config, context, load_tokenizer(base))
     if config.retrieval:
@@ -121,8 +121,8 @@ def retrieving(config: EvaluateConfig, subjects: list[Subject]) -> list[Subject]
     headed = any(subject.heads is not None for subject in subjects)
     if "retaining" in config.retrieval.policies and not headed:
         raise UserError(
-            "evaluate.retrieval.policies has retaining, but there are no retaining heads: train them with a `retain` "
-            "section, or name other policies"
+            "evaluate.retrieval.policies has retaining, but no checkpoint has retaining heads: add a `retain` section "
+            "to train them, or choose other policies"
         )
     return [replace(subject, retrieves=subject.heads is not None or not headed) for subject in subjects]
 

@@ -55,7 +55,7 @@ def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exe
         else:
             exercises.append(row)
         if questions and exercises:
-            raise UserError(f"{file}:{number}: a task is all multiple choice or all written answers, not both")
+            raise UserError(f"{file}:{number}: a task must be all multiple choice or all written answers, not both")
     if not questions and not exercises:
         raise UserError(f"the task {file} has no rows")
     return questions or exercises
@@ -71,21 +71,23 @@ def read_questions(file: Path, limit: int | None = None) -> list[Question]:
 
 def _row(row: dict[str, Any], where: str) -> Question | Exercise:
     if not ("prompt" in row or "question" in row) or "answer" not in row:
-        raise UserError(f"{where}: a row is a JSON object with question, choices and answer, or with prompt and answer")
+        raise UserError(f"{where}: a row must have either question, choices and answer, or prompt and answer")
     try:  # half of a surrogate pair is no text that could be asked or scored
         "".join(strings(row)).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a text has half of a surrogate pair (such as \\ud83d alone)") from error
+        raise UserError(
+            f"{where}: a text has half of a surrogate pair (such as \\ud83d alone), which is not valid text"
+        ) from error
     return _exercise(row, where) if "prompt" in row else _question(row, where)
 
 
 def _exercise(row: dict[str, Any], where: str) -> Exercise:
     prompt, answer = row["prompt"], row["answer"]
     if "choices" in row:
-        raise UserError(f"{where}: a row with choices has a question, not a prompt")
+        raise UserError(f"{where}: a row with choices needs a question, not a prompt")
     if isinstance(prompt, str) and prompt.strip() and isinstance(answer, str) and answer.strip():
         return Exercise(str(prompt), str(answer))
-    raise UserError(f"{where}: prompt is a text, answer a text or a number")
+    raise UserError(f"{where}: prompt must be text, answer text or a number, neither empty")
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
@@ -93,7 +95,7 @@ def _question(row: dict[str, Any], where: str) -> Question:
     choices: Any = row.get("choices")
     right = isinstance(row["question"], str) and isinstance(choices, list)
     if not right or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
-        raise UserError(f"{where}: question is a text, choices a list of at least two texts")
+        raise UserError(f"{where}: question must be text, choices a list of at least two texts")
     index: Any = None
     if isinstance(answer, Number):
         index = plain(answer)
@@ -101,7 +103,7 @@ def _question(row: dict[str, Any], where: str) -> Question:
         index = "ABCDEFGHIJ".index(answer.upper())
     if not isinstance(index, int) or not 0 <= index < len(choices):
         raise UserError(
-            f"{where}: answer is the index (0 to {len(choices) - 1}) or letter of a choice, not {plain(answer)!r}"
+            f"{where}: answer must be the index (0 to {len(choices) - 1}) or letter of a choice, not {plain(answer)!r}"
         )
     return Question(question, [str(choice) for choice in choices], index)
 

@@ -33,7 +33,7 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
     kinds = sorted({tensor.dtype for tensor in shapes.values()})
     if len(kinds) > 1 and not any_dtype:
         raise UserError(
-            f"{names[0]} has tensors of several types ({', '.join(kinds)}); say in merge.out_dtype which to save"
+            f"{names[0]} has tensors of several types ({', '.join(kinds)}); set merge.out_dtype to the type to save"
         )
     for name in names[1:]:
         folder = folders[name]
@@ -46,7 +46,7 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
         if found is not None:
             what, one, other = found
             raise UserError(
-                f"{names[0]} and {name} cannot be merged: {what} is {one} in the one and {other} in the other"
+                f"{names[0]} and {name} cannot be merged: {what} is {one} in {names[0]} and {other} in {name}"
             )
 
 
@@ -67,17 +67,17 @@ def _tensors(one: dict[str, TensorHeader], other: dict[str, TensorHeader], any_d
     for name in sorted({*one, *other}):
         a, b = one.get(name), other.get(name)
         if a is None or b is None:
-            yield f"the tensor {name}", "missing" if a is None else "there", "missing" if b is None else "there"
+            yield f"the tensor {name}", "missing" if a is None else "present", "missing" if b is None else "present"
         elif a.shape != b.shape:
             yield f"the shape of {name}", list(a.shape), list(b.shape)
         elif a.dtype != b.dtype and not any_dtype:
-            yield f"the type of {name} (merge.out_dtype makes them one)", a.dtype, b.dtype
+            yield f"the type of {name} (set merge.out_dtype to convert all)", a.dtype, b.dtype
 
 
 def _tokenizers(one: Path, other: Path) -> Iterator[Difference]:
     a, b = (folder / "tokenizer.json" for folder in (one, other))
     if a.exists() != b.exists():
-        yield "tokenizer.json", "there" if a.exists() else "missing", "there" if b.exists() else "missing"
+        yield "tokenizer.json", "present" if a.exists() else "missing", "present" if b.exists() else "missing"
     if not (a.exists() and b.exists()):
         return
     if a.read_bytes() == b.read_bytes():

@@ -58,7 +58,9 @@ def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
     """
     method, base = find_method(config.method), base_of(config, names)
     if base is not None and method.spec.contract.base.value == "ignored":
-        raise UserError(f"merge.base_model: {config.method} has no base model; one more to be merged goes under models")
+        raise UserError(
+            f"merge.base_model: {config.method} takes no base model; list it under merge.models to merge it"
+        )
     inputs = [*names] if base is None or base in names else [*names, base]
     try:
         method.validate_inputs(inputs, base)
@@ -73,9 +75,9 @@ def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
                 raise UserError(f"{where}: {config.method} has no parameter {name!r}{hint}")
             scope = known[name].scope.value
             if owner is not None and scope == "shared":
-                raise UserError(f"{where}: {name} is not one model's own; put it under merge.parameters")
+                raise UserError(f"{where}: {name} cannot be set per model; move it to merge.parameters")
             if owner is not None and owner == base and scope == "non_base":
-                raise UserError(f"{where}: {config.method} has no {name} of the base model; leave it out")
+                raise UserError(f"{where}: {config.method} takes no {name} for the base model; remove it")
             _check_type(f"{where}.{name}", known[name], setting)
     _check_present(config, method, names, base)
     return base
@@ -202,7 +204,7 @@ def merge_weights(
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or os.strerror(errno.ENOSPC) in str(error):
                 raise
-            raise UserError(f"merge: mergekit's {config.method} refused: {_first_line(error)}") from error
+            raise UserError(f"merge: mergekit's {config.method} failed: {_first_line(error)}") from error
         finally:
             LoaderCache.loaders.clear()  # it would go on holding the files open, by path
 

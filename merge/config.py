@@ -17,10 +17,10 @@ Scalar = bool | int | float | str
 
 
 class Conditional(Section):
-    """A value for the tensors whose names contain `filter`; for all where it has none."""
+    """A value for the tensors whose names contain `filter`; for all tensors without one."""
 
-    value: Scalar | list[Scalar] = Field(description="one value, or values from the first block to the last")
-    filter: str | None = Field(default=None, description="part of a tensor's name, such as self_attn; * is all")
+    value: Scalar | list[Scalar] = Field(description="one value, or a gradient of values from first to last block")
+    filter: str | None = Field(default=None, description="part of a tensor's name, such as self_attn; *: all")
 
 
 Setting = Scalar | list[Scalar] | Conditional | list[Conditional]
@@ -28,32 +28,32 @@ Parameters = dict[str, Setting]
 
 
 class Model(Section):
-    """A model to be merged, with what is its own."""
+    """A model to merge, with its own parameters."""
 
-    model: str = Field(description="a variant's name, or `start`, the model they were trained from")
-    parameters: Parameters = Field(default_factory=dict, description="its own, such as weight and density")
+    model: str = Field(description="a variant's name, or `start`: the model that all variants were trained from")
+    parameters: Parameters = Field(default_factory=dict, description="this model's own, such as weight and density")
 
 
 class MergeConfig(Section):
-    """Merging of the variants by mergekit; the result is measured beside them."""
+    """Merging the variants with mergekit; the merge is evaluated beside them."""
 
     method: str = Field(
         description="a merge_method of mergekit: slerp, linear, ties, dare_ties, model_stock, karcher …"
     )
     models: Annotated[list[Model], Field(min_length=1)] | None = Field(
-        default=None, description="which variants, in this order, each with its own parameters; all if not given"
+        default=None, description="variants to merge, in this order, each with its own parameters; default: all"
     )
     base_model: str | None = Field(
         default=None,
-        description="a variant, or `start`, the model they were trained from; if not given, the method decides",
+        description="a variant, or `start`: the model that all were trained from; default: as the method needs",
     )
-    parameters: Parameters = Field(default_factory=dict, description="of the method, and of every model, such as t")
-    dtype: Dtype = Field(default="float32", description="what is computed in")
-    out_dtype: Dtype | None = Field(default=None, description="what is saved; the variants' own type if not given")
+    parameters: Parameters = Field(default_factory=dict, description="for the method and for every model, such as t")
+    dtype: Dtype = Field(default="float32", description="dtype to compute in")
+    out_dtype: Dtype | None = Field(default=None, description="dtype to save; default: the variants' own")
     select: Literal["best", "merge"] = Field(
-        default="best", description="best keeps the better of the merge and its parents, merge always the merge"
+        default="best", description="best: keep the best of the merge and its parents; merge: always keep the merge"
     )
-    by: Literal["kl", "perplexity"] = Field(default="kl", description="the held-out figure that `best` goes by")
+    by: Literal["kl", "perplexity"] = Field(default="kl", description="held-out metric that `best` compares by")
 
     @field_validator("models")
     @classmethod
@@ -79,7 +79,7 @@ class MergeConfig(Section):
             yield (), "it needs distill.variants: two or more students to merge"
 
     def unknown_names(self, names: Sequence[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(path of keys, what is wrong) for every model that is none of `names`."""
+        """(path of keys, error) for every model name that is not among `names`."""
         asked: list[tuple[tuple[str | int, ...], str]] = [
             (("models", i, "model"), entry.model) for i, entry in enumerate(self.models or [])
         ]
@@ -97,5 +97,5 @@ def _variants(sections: Mapping[str, Any]) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name that is most like a wrong one, as a question, or all of them."""
+    """A hint for an unknown name: the closest known one as a question, or else all of them."""
     return did_you_mean(name, known) or f"; there are: {', '.join(known)}"

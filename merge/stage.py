@@ -58,7 +58,7 @@ def read_variants(folder: Path) -> Variants:
     """What the distill stage wrote of its variants; `UserError` where it had none."""
     variants = Variants.read_if_there(folder)
     if variants is None:
-        raise UserError("merge: the stage distill has no variants; give it two or more under distill.variants")
+        raise UserError("merge: the distill stage trained no variants; list two or more under distill.variants")
     return variants
 
 
@@ -88,7 +88,7 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
     shapes = tensor_headers(used[names[0]])
     own = next(iter(shapes.values())).dtype
     if config.out_dtype is None and own not in DTYPES:
-        raise UserError(f"merge: {names[0]} is saved as {own}, which is not merged; it takes {', '.join(DTYPES)}")
+        raise UserError(f"merge: {names[0]} is saved as {own}, which cannot be merged; supported: {', '.join(DTYPES)}")
     config = config.model_copy(update={"out_dtype": config.out_dtype or DTYPES[own]})
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +98,7 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
         check_checkpoint(partial, finite=True)
     except UserError as error:
         raise UserError(
-            f"merge: {config.method} made no model that can be used; change merge.parameters ({error})"
+            f"merge: {config.method} produced an unusable model; change merge.parameters ({error})"
         ) from error
     partial.replace(out)
 
@@ -112,8 +112,8 @@ def describe(config: MergeConfig, figures: Mapping[str, Mapping[str, float]], ch
     """One line: the figures, and what goes on."""
     name = {"kl": "KL to the unpruned model", "perplexity": "perplexity"}[config.by]
     values = ", ".join(f"{model} {entry[f'eval_{config.by}']:.4g}" for model, entry in figures.items())
-    kept = f"the merge by {config.method}" if chosen == MERGE else f"{chosen}, which is better than the merge"
-    return f"held-out {name}: {values}; kept: {kept}"
+    kept = f"the {config.method} merge" if chosen == MERGE else f"{chosen}, which is better than the merge"
+    return f"held-out {name}: {values}; selected: {kept}"
 
 
 def _measure(

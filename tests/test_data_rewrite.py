@@ -460,13 +460,13 @@ def test_rows_of_another_version_are_refused(stage: Stage) -> None:
     ("section", "message"),
     [
         ({"text": "t", "rewrite": "general"}, "plain text has no answer"),
-        ({"rewrite": {"kind": "general", "check": "python"}}, "needs the column of the tests"),
+        ({"rewrite": {"kind": "general", "check": "python"}}, "needs tests: name the column"),
         ({"rewrite": {"kind": "general", "own_answer_first": True}}, "own_answer_first needs a check"),
         ({"rewrite": "generel"}, "general"),
         ({"rewrite": True}, "rewrite"),
         ({"rewrite": "maths", "engine": "llama.cpp"}, "gguf"),
         ({"rewrite": {"kind": "maths", "check": "letter"}}, "check"),
-        ({"prompt": "p", "context": "c", "messages": "m"}, "give either"),
+        ({"prompt": "p", "context": "c", "messages": "m"}, "give only one of"),
     ],
 )
 def test_wrong_sections(section: dict[str, Any], message: str) -> None:

@@ -183,8 +183,8 @@ def test_a_broken_row_is_named_by_its_line(tmp_path, broken):
     [
         ({"tasks": ["builtin:copi"]}, "no such built-in task; there are: builtin:copy"),
         ({"tasks": ["a/task.json"]}, "a task is a .jsonl file"),
-        ({"tasks": ["a/t.jsonl", "b/t.jsonl"]}, "two tasks have this name"),
-        ({"tasks": ["builtin:copy"], "harness": {"folder": "x"}}, "no task is one of lm-eval's"),
+        ({"tasks": ["a/t.jsonl", "b/t.jsonl"]}, "two tasks are called t"),
+        ({"tasks": ["builtin:copy"], "harness": {"folder": "x"}}, "no task is an lm-eval task"),
     ],
 )
 def test_wrong_tasks_are_refused_with_the_recipe(values, message):

@@ -153,7 +153,7 @@ def test_groups_are_one_line_of_all_their_questions(home, model):
     assert group.value == pytest.approx((whole.value * 24 + half.value * 9) / 33)
     assert group.chance == pytest.approx((whole.chance * 24 + half.chance * 9) / 33)
     other = Outcome("generation", "exact_match", [1.0], 1.0, 1)
-    with pytest.raises(UserError, match="name them one by one"):
+    with pytest.raises(UserError, match="list them one by one"):
         _together("mixed", [whole, other])
 
 

@@ -235,39 +235,39 @@ def bad_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 DIFFERENT: dict[str, tuple[Callable[[Path], object], str]] = {
     "blocks": (
         lambda folder: change_json(folder / "config.json", compress_kept_blocks=[0, 1, 3]),
-        r"the list of kept blocks is \[0, 2, 3\] in the one and \[0, 1, 3\] in the other",
+        r"the list of kept blocks is \[0, 2, 3\] in a and \[0, 1, 3\] in b",
     ),
     "configuration": (
         lambda folder: change_json(folder / "config.json", rms_norm_eps=0.5),
-        r"rms_norm_eps in config\.json is 1e-06 in the one and 0\.5 in the other",
+        r"rms_norm_eps in config\.json is 1e-06 in a and 0\.5 in b",
     ),
     "missing": (
         lambda folder: broken(folder, DIVERGED, lambda _: None),
-        "the tensor .*down_proj.weight is there .*missing",
+        "the tensor .*down_proj.weight is present in a and missing in b",
     ),
     "shape": (
         lambda folder: broken(folder, DIVERGED, lambda t: t[:, :-1].contiguous()),
-        r"the shape of .*0\.mlp\.down_proj\.weight is \[32, 48\] in the one and \[32, 47\] in the other",
+        r"the shape of .*0\.mlp\.down_proj\.weight is \[32, 48\] in a and \[32, 47\] in b",
     ),
     "type": (
         lambda folder: broken(folder, DIVERGED, lambda t: t.half()),
-        r"the type of .* is F32 in the one and F16 in",
+        r"the type of .* is F32 in a and F16 in",
     ),
     "token": (
         lambda folder: bad_tokenizer(folder, lambda v: v["model"]["vocab"].update({"!": 4, '"': 3})),
-        "the id of token '!' is 3 in the one and 4 in the other",
+        "the id of token '!' is 3 in a and 4 in b",
     ),
     "one token more": (
         lambda folder: bad_tokenizer(folder, lambda v: v["model"]["vocab"].update({"zzz": 9999})),
-        "the id of token 'zzz' is missing in the one and 9999 in the other",
+        "the id of token 'zzz' is missing in a and 9999 in b",
     ),
     "tokenizer": (
         lambda folder: bad_tokenizer(folder, lambda v: v.update(normalizer={"type": "Lowercase"})),
-        r"'normalizer' in tokenizer\.json is .* in the one and \{\"type\": \"Lowercase\"\} in the other",
+        r"'normalizer' in tokenizer\.json is .* in a and \{\"type\": \"Lowercase\"\} in b",
     ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
-        "tokenizer.json is there in the one and missing",
+        "tokenizer.json is present in a and missing",
     ),
 }
 
@@ -304,7 +304,7 @@ def test_types_may_differ_where_the_recipe_says_what_to_save(models: dict[str, P
     parts = tensors(half)
     save_file(parts | {DIVERGED: parts[DIVERGED].float()}, half / "model.safetensors")
     pair = {"half": half, "a": models["a"]}
-    with pytest.raises(UserError, match=r"half has tensors of several types \(F16, F32\); say in merge\.out_dtype"):
+    with pytest.raises(UserError, match=r"half has tensors of several types \(F16, F32\); set merge\.out_dtype"):
         merge(pair, tmp_path / "m", section("linear", ["half", "a"], parameters=WEIGHT))
     found = merge(pair, tmp_path / "m", section("linear", ["half", "a"], parameters=WEIGHT, out_dtype="float16"))
     wanted = ((parts[DIVERGED].float() + tensors(models["a"])[DIVERGED]) / 2).half()
@@ -322,7 +322,7 @@ def test_types_may_differ_where_the_recipe_says_what_to_save(models: dict[str, P
         ({"method": "arcee_fusion", "parameters": {"t": 0.5}}, "arcee_fusion has no parameter 't'; it has none"),
         ({"method": "slerp", "parameters": {"t": "much"}}, r"merge\.parameters\.t: 'much' is not of type float"),
         ({"method": "slerp", "parameters": {"t": {"value": [0, "x"]}}}, "'x' is not of type float"),
-        ({"method": "linear", "parameters": WEIGHT, "base_model": "start"}, "linear has no base model"),
+        ({"method": "linear", "parameters": WEIGHT, "base_model": "start"}, "linear takes no base model"),
         ({"method": "slerp", "parameters": {"t": 0.5}, "base_model": "start"}, "requires exactly 2 inputs; got 3"),
         (
             {"method": "passthrough", "parameters": {"scale": 1.0}},
@@ -330,7 +330,7 @@ def test_types_may_differ_where_the_recipe_says_what_to_save(models: dict[str, P
         ),
         (
             {"method": "slerp", "models": [{"model": "a", "parameters": {"t": 1}}, {"model": "b"}]},
-            "t is not one model's own",
+            "t cannot be set per model",
         ),
         (
             {
@@ -339,7 +339,7 @@ def test_types_may_differ_where_the_recipe_says_what_to_save(models: dict[str, P
                 "parameters": WEIGHT,
                 "models": [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b"}],
             },
-            r"models\.0\.parameters: ties has no density of the base model; leave it out",
+            r"models\.0\.parameters: ties takes no density for the base model; remove it",
         ),
         (
             {"method": "model_stock", "models": [{"model": "a"}]},
@@ -366,7 +366,7 @@ def test_every_method_of_mergekit_is_taken() -> None:
 
 def test_what_fails_in_mergekit_is_one_message(models: dict[str, Path], tmp_path: Path) -> None:
     config = section("della", ["a", "b"], parameters=WEIGHT | {"density": 0.9, "epsilon": 0.3})
-    with pytest.raises(UserError, match="merge: mergekit's della refused: Epsilon must be chosen such that density"):
+    with pytest.raises(UserError, match="merge: mergekit's della failed: Epsilon must be chosen such that density"):
         merge(models, tmp_path / "m", config)
     with pytest.raises(UserError, match="ties needs a base model"):
         merge({"a": models["a"], "b": models["b"]}, tmp_path / "m", section("ties", ["a", "b"], parameters=WEIGHT))

@@ -158,8 +158,8 @@ def test_the_better_of_the_merge_and_its_parents_goes_on(
     assert (record["chosen"], record["models"]) == (metrics["chosen"], metrics["models"])
     asked = [entry["model"] for entry in record["config"]["models"]]
     assert [entry["name"] for entry in record["models"] if entry["merged"]] == sorted(asked)
-    verdict = "the merge by linear" if metrics["chosen"] == "merge" else f"{metrics['chosen']}, which is better than"
-    assert f"kept: {verdict}" in progress.texts[-1]
+    verdict = "the linear merge" if metrics["chosen"] == "merge" else f"{metrics['chosen']}, which is better than"
+    assert f"selected: {verdict}" in progress.texts[-1]
 
 
 def test_a_killed_stage_goes_on_and_two_places_have_the_same_bytes(
@@ -198,13 +198,13 @@ def test_a_killed_stage_goes_on_and_two_places_have_the_same_bytes(
 
 def test_a_stage_without_variants_is_refused(world: Inputs, tmp_path: Path) -> None:
     inputs = Inputs(world.base, world.model, world.stages | {"distill": world.stages["prune"]})
-    with pytest.raises(UserError, match="the stage distill has no variants"):
+    with pytest.raises(UserError, match="the distill stage trained no variants"):
         run(section("linear", parameters=WEIGHT), inputs, tmp_path / "out")
 
 
 def test_a_merge_that_is_not_finite_is_an_error(world: Inputs, tmp_path: Path) -> None:
     config = section("linear", parameters={"weight": 3e38, "normalize": False})
-    with pytest.raises(UserError, match=r"made no model that can be used; change merge\.parameters"):
+    with pytest.raises(UserError, match=r"produced an unusable model; change merge\.parameters"):
         run(config, world, tmp_path / "out")
 
 

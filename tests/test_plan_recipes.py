@@ -246,4 +246,4 @@ def test_an_engine_that_is_not_there_is_told_before_the_model_is_fetched(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr()
-    assert ended.value.code == 2 and "take --set data.engine=transformers" in said.out + said.err
+    assert ended.value.code == 2 and "use --set data.engine=transformers" in said.out + said.err

@@ -140,7 +140,7 @@ def test_all_problems_are_reported_at_once(write):
         ("prune:\n  blocks: 1\n  heal: {kind: none, ridge: [1]}", 5, "prune.heal.ridge: unknown key 'ridge'"),
         ("data: {source: magic}", 3, "data: 'magic' is not one of 'magpie', 'texts', 'dataset'"),
         ("data:\n  source: magpie\n  path: x.jsonl", 5, "data.path: unknown key 'path'"),
-        ("data: {source: dataset, path: x, text: t, messages: m}", 3, "data: give either prompt and response"),
+        ("data: {source: dataset, path: x, text: t, messages: m}", 3, "data: give only one of: prompt and response"),
         ("export: {}", 3, "export: name at least one type under gguf or onnx"),
         ("export: {gguf: [F16, F16]}", 3, "names a type twice"),
         ("export:\n  gguf:\n  - F16\n  - q8_0", 6, "export.gguf.1: must be 'F16', 'Q8_0'"),

@@ -215,7 +215,7 @@ def test_settings_follow_the_heads_and_small_budgets():
     assert config.entries(0.5, 1000) == 500 and config.entries(96.0, 1000) == 96
     for wrong, why in (
         ({"tasks": ["continuation"]}, "needs a text"),
-        ({"budgets": [1.5]}, "whole keys"),
+        ({"budgets": [1.5]}, "a whole number of entries"),
         ({"budgets": []}, "need budgets"),
         ({"lengths": [512, 512]}, "twice"),
         ({"depths": [1.2]}, "less than or equal to 1"),
@@ -231,7 +231,7 @@ def test_the_stage_measures_checkpoints_that_have_heads(headed, tiny, text, tmp_
     base = tiny(blocks=2, max_positions=1024)
     config = EvaluateConfig(text=str(text), speed=None, retrieval=RetrievalConfig.model_validate(SMALL))
     plain = checkpoints(Inputs(base, base), Context())
-    with pytest.raises(UserError, match="no retaining heads"):
+    with pytest.raises(UserError, match="no checkpoint has retaining heads"):
         retrieving(config, plain)
     retain = tmp_path / "retain"
     retain.mkdir()
