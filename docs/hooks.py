@@ -1,4 +1,4 @@
-"""Pages that come from the code, written while the site is built: every recipe key, and every command's own help.
+"""Pages that come from the code, written while the site is built: recipe keys, commands, JSON outputs.
 
 mkdocs calls `on_config` and `on_files` (mkdocs.yml). The checkout is imported as `compress` through a link in a
 temporary folder, so the pages describe the source beside this file, whatever is installed or the checkout is called.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+OUTPUTS = ("plan", "validate", "recipes", "inspect", "eval", "bench")  # commands that take --json
 ROOT = Path(__file__).resolve().parent.parent
 _LINKS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
@@ -29,12 +30,15 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to the site's files."""
     from compress.cli.main import app
+    from compress.pipeline.outputs import output_schema
     from compress.pipeline.recipe import recipe_schema
     from mkdocs.structure.files import File
     from typer.main import get_command
 
     files.append(File.generated(config, "reference/recipe.md", content=recipe_page(recipe_schema())))
     files.append(File.generated(config, "reference/cli.md", content=cli_page(get_command(app))))
+    outputs = {name: output_schema(name) for name in OUTPUTS}
+    files.append(File.generated(config, "reference/json.md", content=json_page(outputs)))
     return files
 
 
@@ -52,18 +56,19 @@ def recipe_page(schema: Mapping[str, Any]) -> str:
         "`objective: asft` is `objective: {kind: asft}`.",
         "",
     ]
-    page = _RecipePage(schema["$defs"])
+    page = _SchemaPage(schema["$defs"])
     lines += page.section("The recipe", schema, "", 2)
     for name, node in schema["properties"].items():
         lines += page.nested(name, node, 2)
     return "\n".join(lines) + "\n"
 
 
-class _RecipePage:
+class _SchemaPage:
     """Sections of the page; one that several keys share is written where it is first met, and linked from then on."""
 
-    def __init__(self, definitions: Mapping[str, Any]):
+    def __init__(self, definitions: Mapping[str, Any], defaults: bool = True):
         self.definitions = definitions
+        self.defaults = defaults  # a column of them: recipes have some, what commands print has none
         self.written: dict[str, str] = {}  # definition -> the anchor of its section
 
     def nested(self, path: str, node: Mapping[str, Any], level: int) -> Iterator[str]:
@@ -92,11 +97,12 @@ class _RecipePage:
         if not rows:
             yield from ("No keys of its own.", "")
             return
-        yield from ("| key | type | default | meaning |", "|---|---|---|---|")
+        head = ["key", "type", *["default"] * self.defaults, "meaning"]
+        yield from (f"| {' | '.join(head)} |", "|---" * len(head) + "|")
         for key, node in rows:
-            default = "required" if key in required else _default(node)
+            default = ["required" if key in required else _default(node)] * self.defaults
             meaning = _cell(node.get("description", "")) or self._meaning(node)
-            yield f"| `{key}` | {self._type(node, f'{path}.{key}'.strip('.'))} | {default} | {meaning} |"
+            yield f"| {' | '.join([f'`{key}`', self._type(node, f'{path}.{key}'.strip('.')), *default, meaning])} |"
         yield ""
 
     def _sections(self, node: Mapping[str, Any]) -> Iterator[str]:
@@ -131,7 +137,8 @@ class _RecipePage:
                 for option in options
                 if option.get("type") != "null" and not (sections and "enum" in option)
             ]
-            return " or ".join(dict.fromkeys(types))
+            null = not self.defaults and any(option.get("type") == "null" for option in options)
+            return " or ".join([*dict.fromkeys(types), *["null"] * null])
         if "enum" in node:
             return " or ".join(f"`{value}`" for value in node["enum"])
         if "const" in node:
@@ -176,6 +183,34 @@ def _default(node: Mapping[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+# --- what commands print as JSON ---------------------------------------------------------------------------------
+
+
+def json_page(schemas: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of what commands print with --json, from the same classes that print it."""
+    lines = [
+        "# JSON outputs",
+        "",
+        "Commands with `--json` print one JSON document to standard output; progress and warnings go to standard "
+        "error. `compress schema NAME` prints the JSON schema of each, and `compress schema` that of recipes. Other "
+        "documents: [report.json](report.md), a bundle's [manifest.json](bundle.md).",
+        "",
+    ]
+    for name, schema in schemas.items():
+        node = schema["items"] if schema.get("type") == "array" else schema
+        lines += [f"## compress {name} --json {{ #{name} }}", ""]
+        page = _SchemaPage(schema.get("$defs", {}), defaults=False)
+        if node is not schema:
+            lines += ["A list, each entry with these keys.", ""]
+        if "properties" in node:
+            lines += page.section("Keys", node, name, 3)
+            for key, child in node["properties"].items():
+                lines += page.nested(f"{name}.{key}", child, 3)
+        else:
+            lines += page.nested(name, node, 3)
+    return "\n".join(lines) + "\n"
 
 
 # --- command line ------------------------------------------------------------------------------------------------

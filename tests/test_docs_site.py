@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import compress.api as api
 import pytest
 from compress.cli.main import app
+from compress.pipeline.outputs import output_schema
 from compress.pipeline.recipe import recipe_schema
 from typer.main import get_command
 
@@ -51,3 +53,24 @@ def test_every_command_and_option_is_on_the_page(hooks):
             label = parameter.name.upper() if parameter.param_type_name == "argument" else parameter.opts[0]
             assert f"`{label}" in section, f"{name} {label}"
             assert not getattr(parameter, "help", None) or parameter.help.split("|")[0].strip()[:40] in section
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs/reference/api.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: compress\.api\.(\w+)$", page, re.M)) == sorted(api.__all__)
+
+
+def test_every_json_output_is_on_the_page(hooks):
+    schemas = {name: output_schema(name) for name in hooks.OUTPUTS}
+    page = hooks.json_page(schemas)
+    takes_json = {
+        name
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+        if any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert set(schemas) == takes_json
+    for name, schema in schemas.items():
+        section = page.partition(f"{{ #{name} }}\n")[2].partition("\n## ")[0]
+        found = re.findall(r"^\| `(\w+)` \|", section, re.M)
+        assert set(keys({"$defs": {}} | schema)) - {"kind"} == set(found) - {"kind"}, name
+    assert not set(re.findall(r"\]\(#([^)]+)\)", page)) - set(re.findall(r"\{ #(\S+) \}", page))
