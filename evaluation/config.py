@@ -89,8 +89,9 @@ class RetrievalConfig(Section):
     def _fit(self) -> RetrievalConfig:
         for name in ("tasks", "lengths", "depths", "policies", "budgets"):
             values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} has a duplicate entry")
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} has {twice[0]!r} twice")
         if "continuation" in self.tasks and self.text is None:
             raise ValueError("the task continuation needs a text: set text")
         if set(self.policies) - {"full"} and not self.budgets:

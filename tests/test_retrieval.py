@@ -217,7 +217,7 @@ def test_settings_follow_the_heads_and_small_budgets():
         ({"tasks": ["continuation"]}, "needs a text"),
         ({"budgets": [1.5]}, "a whole number of entries"),
         ({"budgets": []}, "need budgets"),
-        ({"lengths": [512, 512]}, "twice"),
+        ({"lengths": [512, 512]}, "lengths has 512 twice"),
         ({"depths": [1.2]}, "less than or equal to 1"),
         ({"policies": ["best"]}, "policies"),
     ):
