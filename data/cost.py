@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,7 @@ import numpy as np
 from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, Rows, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
 from ..runtime.cost import GGUF_BITS
-from .config import (
-    DatasetConfig,
-    DatasetsConfig,
-    LlamaCppEngine,
-    MagpieConfig,
-    RowsFromData,
-    TextsConfig,
-    VllmEngine,
-)
+from .config import LlamaCppEngine, MagpieConfig, RowsFromData, TextsConfig, VllmEngine
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 TEMPLATE = 32  # tokens a chat template puts around a turn
@@ -61,15 +53,12 @@ def _leaves(config: Any, at: Setting) -> Setting:
 
 def _need(config: Any, at: Setting) -> Need:
     """Rows written by the unpruned model: its weights, and the cache of a whole batch; then what it says of them."""
-    shape, runtime = at.shape, {"runtime": at.runtime(RUNTIME)}
-    chat, host = isinstance(config, MagpieConfig), 0
-    if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        writing, note, host = _rewriting(config, at)
+    shape, runtime, rows = at.shape, {"runtime": at.runtime(RUNTIME)}, config.rows or 0
+    writing, note, host = _writing(config, at)
+    if isinstance(config, RowsFromData):
         targets = config.length  # at most
     else:
-        targets = config.max_tokens if chat else config.tokens
-        longest = TEMPLATE + config.max_prompt_tokens + config.max_tokens if chat else config.tokens
-        writing, note = {"weights": at.whole} | _sampling(at, config.batch, longest), f"{config.batch} rows at once"
+        targets = config.max_tokens if isinstance(config, MagpieConfig) else config.tokens
     if config.teacher is None:
         return Need(worst(runtime | writing), 0, note, host=host)
     arrays = target_arrays(min(config.teacher.top_k, shape.vocab), shape.vocab).values()
@@ -80,7 +69,7 @@ def _need(config: Any, at: Setting) -> Need:
         "logits": CHUNK * shape.vocab * 4 * 3,
     }
     note += f"; teacher: {per_target} bytes per learned token"
-    disk = (config.rows or 0) * targets * per_target
+    disk = rows * targets * per_target
     return Need(worst(runtime | writing, looking), disk, note, host=host)
 
 
@@ -90,19 +79,48 @@ def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> P
     return {"kv": kv, "logits": rows * at.shape.vocab * (4 + 4 + 8)}
 
 
-def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Parts, str, int]:
-    """Parts on the device, a word, and the machine's own memory."""
-    note = "rows of a data set" if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets"
+@dataclass(frozen=True)
+class Text:
+    """One kind of text that is written for every row: at most so many tokens of prompt, and so many new ones."""
+
+    prompt: int
+    new: int
+    times: int = 1  # for each row
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.new
+
+
+def _texts(config: Any) -> list[Text]:
+    """What is written for every row; nothing where gold is taken as it is."""
+    if isinstance(config, MagpieConfig):
+        prompt = TEMPLATE + config.max_prompt_tokens
+        return [Text(TEMPLATE, config.max_prompt_tokens), Text(prompt, config.max_tokens)]
+    if isinstance(config, TextsConfig):
+        return [Text(1, config.tokens)]
     kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
     if not kinds:
-        return {}, note, 0
-    # The prompt has the row in it, and what is asked.
-    tokens = config.length + ASKED + max(kind.max_tokens for kind in kinds)
-    engine = config.engine
+        return []
+    # The prompt has the row in it, and what is asked. Where the model answers first, all of these answers may be wrong.
+    times = 2 if any(kind.own_answer_first for kind in kinds) else 1
+    return [Text(config.length + ASKED, max(kind.max_tokens for kind in kinds), times)]
+
+
+def _writing(config: Any, at: Setting) -> tuple[Parts, str, int]:
+    """Parts on the device, a note, and the machine's own memory."""
+    note, verb = "", "written"
+    if isinstance(config, RowsFromData):
+        note = "rows of a data set, " if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets, "
+        verb = "rewritten"
+    texts, engine = _texts(config), config.engine
+    if not texts:
+        return {}, note.removesuffix(", "), 0
+    tokens = max(text.tokens for text in texts)
     if isinstance(engine, VllmEngine):
         gpus = f" on {engine.gpus} GPUs" if engine.gpus > 1 else ""
-        return _vllm(config, engine, at, tokens), f"{note}, rewritten by vllm{gpus}", 0
-    note += f", {config.batch} rewritten at once by {engine.kind}"
+        return _vllm(config.batch, engine, at, tokens), f"{note}{verb} by vllm{gpus}", 0
+    note += f"{config.batch} {verb} at once by {engine.kind}"
     if isinstance(engine, LlamaCppEngine):  # a cache in float16; beside a GPU
         rows = min(config.batch, LLAMACPP_ROWS)
         weights = int(at.shape.parameters(at.shape.blocks) * WEIGHT_BITS / 8)
@@ -111,12 +129,12 @@ def _rewriting(config: DatasetConfig | DatasetsConfig, at: Setting) -> tuple[Par
     return {"weights": at.whole} | _sampling(at, config.batch, tokens), note, 0
 
 
-def _vllm(config: DatasetConfig | DatasetsConfig, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
+def _vllm(batch: int, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
     """Of one GPU: its part of the weights, and a cache that fills the share that vLLM may take; at the least it must
     hold one row. On a CPU the cache is as large as the rows need."""
     shape, weights = at.shape, at.whole // engine.gpus
     if not at.cuda:
-        kv = shape.kv_bytes(min(config.batch, VLLM_ROWS) * (tokens + VLLM_BLOCK), at.size)
+        kv = shape.kv_bytes(min(batch, VLLM_ROWS) * (tokens + VLLM_BLOCK), at.size)
         return {"weights": at.whole, "kv": kv}
     other, row = int(VLLM_OTHER), shape.kv_bytes(tokens, at.size) // engine.gpus
     share = engine.memory * (at.room if at.room is not None else 0)
@@ -138,47 +156,33 @@ def _work(config: Any, at: Setting) -> Work | None:
 
 
 def _writing_work(config: Any, at: Setting) -> Work:
-    """The text of a data stage that has as many rows as `config.rows` says; nothing where gold is taken as it is."""
-    if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        return _rewriting_work(config, at)
-    together = batches(config.rows, config.batch)
-    if isinstance(config, MagpieConfig):
-        before = TEMPLATE + config.max_prompt_tokens
-        prompts = _decoding(at, config.rows, together, TEMPLATE, config.max_prompt_tokens)
-        return prompts + _decoding(at, config.rows, together, before, config.max_tokens)
-    return _decoding(at, config.rows, together, 1, config.tokens)
+    """The text of a data stage that has as many rows as `config.rows` says, each as long as it may be."""
+    total = Work()
+    for text in _texts(config):
+        total += _engine_work(config, text, at)
+    return total
 
 
-def _decoding(at: Setting, rows: int, together: float, prompt: int, new: int) -> Work:
-    """By the unpruned model in PyTorch's or vLLM's precision."""
-    return decoding(at.shape, at.shape.blocks, rows, together, prompt, new, at.whole, at.size)
-
-
-def _rewriting_work(config: DatasetConfig | DatasetsConfig, at: Setting) -> Work:
-    """Every row rewritten, as long as it may be; where the model answers first, and all of these answers are wrong."""
-    kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
-    rows, new = config.rows or 0, max((kind.max_tokens for kind in kinds), default=0)
-    if not kinds or not rows:
+def _engine_work(config: Any, text: Text, at: Setting) -> Work:
+    shape, blocks, engine, rows = at.shape, at.shape.blocks, config.engine, (config.rows or 0) * text.times
+    if not rows:
         return Work()
-    rows *= 2 if any(kind.own_answer_first for kind in kinds) else 1
-    prompt, blocks, engine = config.length + ASKED, at.shape.blocks, config.engine
     if isinstance(engine, LlamaCppEngine):
-        weights = at.shape.parameters(blocks) * WEIGHT_BITS / 8
+        weights = shape.parameters(blocks) * WEIGHT_BITS / 8
         together = min(config.batch, LLAMACPP_ROWS)
-        return decoding(at.shape, blocks, rows, together, prompt, new, weights, BYTES["float16"]).beside()
-    if isinstance(engine, VllmEngine):
-        found = _decoding(at, rows, vllm_rows(config, engine, at), prompt, new)
-        return Work(found.flops / engine.gpus, found.read / engine.gpus)
-    return _decoding(at, rows, batches(rows, config.batch), prompt, new)
+        return decoding(shape, blocks, rows, together, text.prompt, text.new, weights, BYTES["float16"]).beside()
+    together = vllm_rows(config, engine, at) if isinstance(engine, VllmEngine) else batches(rows, config.batch)
+    found = decoding(shape, blocks, rows, together, text.prompt, text.new, at.whole, at.size)
+    gpus = engine.gpus if isinstance(engine, VllmEngine) else 1
+    return Work(found.flops / gpus, found.read / gpus)
 
 
-def vllm_rows(config: DatasetConfig | DatasetsConfig, engine: VllmEngine, at: Setting) -> int:
+def vllm_rows(config: Any, engine: VllmEngine, at: Setting) -> int:
     """Rows that vLLM computes together: as many as its cache has room for, each half written, and `batch` gives it."""
     most = min(config.batch, VLLM_ROWS)
     if not at.cuda or at.room is None:
         return most
-    new = max(part.rewrite.max_tokens for part in config.parts if part.rewrite is not None)
-    row = at.shape.kv_bytes(round(config.length + ASKED + new / 2), at.size)
+    row = at.shape.kv_bytes(round(max(text.prompt + text.new / 2 for text in _texts(config))), at.size)
     room = engine.gpus * (engine.memory * at.room - CUDA_CONTEXT - VLLM_OTHER) - at.whole
     return max(1, min(most, int(room / row)))
 
@@ -189,10 +193,9 @@ def _changes(config: Any, _at: Setting) -> Iterable[Overrides]:
 
 def _cards(config: Any, cards: int) -> int:
     """Rows that nobody writes take one process; llama.cpp runs beside the cards, and vLLM may have several already."""
-    if isinstance(config, RowsFromData) and all(part.rewrite is None for part in config.parts):
-        return 1
-    engine = getattr(config, "engine", None)
-    return 1 if isinstance(engine, LlamaCppEngine) or getattr(engine, "gpus", 1) > 1 else cards
+    engine = config.engine
+    alone = isinstance(engine, LlamaCppEngine) or (isinstance(engine, VllmEngine) and engine.gpus > 1)
+    return 1 if alone or not _texts(config) else cards
 
 
 COST = StageCost[Any](_need, _work, _leaves, _changes, _cards)

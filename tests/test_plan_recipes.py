@@ -247,3 +247,27 @@ def test_an_engine_that_is_not_there_is_told_before_the_model_is_fetched(
         cli.main()
     said = capsys.readouterr()
     assert ended.value.code == 2 and "use --set data.engine=transformers" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "source", ["{source: magpie, rows: 512, batch: 256}", "{source: texts, rows: 512, batch: 256}"]
+)
+def test_the_plan_knows_what_writes_self_data(source: str, tmp_path: Path) -> None:
+    at = Setting(make_shape("llama8b_26L"), 32, "bfloat16", True, room=24 * GIB)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: r\nmodel: random:llama\ndata: {source}\n")
+    cost = STAGES["data"].cost
+
+    def part(*overrides: str) -> tuple[Any, Any, Any]:
+        config: Any = load_recipe(str(recipe), list(overrides)).section("data")
+        return cost.need(config, at), cost.work(config, at), cost.cards(config, 8)
+
+    plain, work, cards = part()
+    assert cards == 8 and plain.parts["kv"] > 0 and plain.host == 0
+    vllm, faster, _ = part("data.engine=vllm")
+    assert vllm.peak == pytest.approx(0.9 * 24 * GIB) and faster.flops == pytest.approx(work.flops)
+    _, shared, cards = part("data.engine={kind: vllm, gpus: 4}")
+    assert cards == 1 and shared.flops == pytest.approx(work.flops / 4)
+    beside, slow, cards = part("data.engine={kind: llama.cpp, gguf: base.gguf}")
+    assert cards == 1 and set(beside.parts) == {"runtime"} and beside.host > 8.03e9
+    assert slow.flops == 0 and slow.host_flops == pytest.approx(work.flops)
