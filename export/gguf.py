@@ -25,13 +25,13 @@ from ..core.stage import Progress
 from ..modeling.families import family_of
 from ..modeling.gguf_layout import Array
 from ..modeling.load import load_config
-from ..modeling.shape import LONGROPE, AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
+from ..modeling.shape import AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
 from .gguf_source import Source
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
 from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
 
 TYPES = tuple(FILE_TYPES)
-ROPES = ("default", "linear", "yarn", "llama3", *LONGROPE)  # that can be written; a family takes some of them
+ROPES = ("default", "linear", "yarn", "llama3", "longrope")  # that can be written; a family takes some of them
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> Non
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if kind in LONGROPE:
+    if kind == "longrope":
         original = original_context(config)
         scale = rope.get("factor") or config.max_position_embeddings / original
         if not always:

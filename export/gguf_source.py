@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..modeling.families import family_of
+from ..modeling.families import HEAD, family_of
 from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_names, to_gguf
 from ..modeling.weights import tensor_headers
 
@@ -22,7 +22,7 @@ class Source:
         self.files: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in sorted(headers.items()):
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            if name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings):
                 continue
             target = names[name]
             if target is None:

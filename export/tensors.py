@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ..modeling.families import family_of
+from ..modeling.families import BLOCKS, EMBEDDING, HEAD, family_of
 from ..modeling.load import load_config
 from ..modeling.weights import Tensors
 from .gguf_source import Source
@@ -137,9 +137,9 @@ class CheckpointWeights:
     def matrix(self, node: str) -> Array | None:
         """The (N, K) matrix of a node, or None for a node of another kind."""
         if node.startswith("/lm_head/"):
-            return self.read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
+            return self.read(EMBEDDING if self.tied else HEAD)
         if node == "/model/embed_tokens/Gather":
-            return self.read("model.embed_tokens.weight")
+            return self.read(EMBEDDING)
         found = self.MATRIX.fullmatch(node)
         return self._projection(found, "weight") if found else None
 
@@ -149,13 +149,15 @@ class CheckpointWeights:
             return self._projection(found, "bias")
         if found := self.NORM.fullmatch(name):
             stem, part = found.groups()
-            whole = f"{stem}.self_attn.{part}.weight" if part in ("q_norm", "k_norm") else f"{stem}.{part}.weight"
+            if part in ("q_norm", "k_norm") and self.block.qk_norms:
+                part = self.block.qk_norms[part == "k_norm"]
+            whole = f"{stem}.{part}.weight"
             return self.read("model.norm.weight" if part == "final_norm_layernorm" else whole) + self.norm_offset
         return None
 
     def unseen(self) -> list[str]:
         """Weights that were not asked for."""
-        tied = {"lm_head.weight"} if self.tied else set()
+        tied = {HEAD} if self.tied else set()
         return sorted(set(self.where) - self.seen - tied)
 
     def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
@@ -165,7 +167,7 @@ class CheckpointWeights:
         wanted = {"qkv": qkv, "gate_up": mlp_in, "o": (self.block.attention_out,), "down": (self.block.mlp_out,)}
         wanted |= {piece: (name,) for piece, name in zip("qkv", qkv, strict=False) if len(qkv) == 3}
         wanted |= {"gate": mlp_in[:1], "up": mlp_in[-1:]}
-        names = [f"model.layers.{number}.{name}.{suffix}" for name in wanted.get(part, ())]
+        names = [f"{BLOCKS}.{number}.{name}.{suffix}" for name in wanted.get(part, ())]
         if not names or not all(name in self.where for name in names):
             return None
         values = np.concatenate([self.read(name) for name in names])

@@ -78,7 +78,8 @@ def watched_attention(decoder: Decoder, watch: Callable[[Heads], None]) -> Itera
     if name not in FUNCTIONS:
         raise ValueError(f"attention {name!r} cannot be watched; load the model with sdpa")
     plain = FUNCTIONS[name]
-    numbers = {id(block.self_attn): number for number, block in enumerate(decoder.blocks)}
+    path = decoder.family.block.attention
+    numbers = {id(block.get_submodule(path)): number for number, block in enumerate(decoder.blocks)}
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if id(module) in numbers:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from .config import DEPTHS, KEPT_BLOCKS, RECORDS
-from .families import Family, family_of
+from .families import BLOCKS, Family, block_number, family_of
 
 
 class Decoder:
@@ -232,12 +232,6 @@ def config_at(config: Any, depth: int) -> Any:
     return found
 
 
-def block_number(name: str) -> int | None:
-    """The number of the block that a weight belongs to; None for embedding, final norm and head."""
-    prefix = "model.layers."
-    return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else None
-
-
 def drop_blocks(model: Any, dropped: Collection[int]) -> None:
     """Remove blocks in place; re-index the rest and every per-block configuration value.
 
@@ -336,8 +330,7 @@ def name_before(name: str, kept: Sequence[int]) -> str:
     number = block_number(name)
     if number is None:
         return name
-    stem = f"model.layers.{number}"
-    return f"model.layers.{kept[number]}{name.removeprefix(stem)}"
+    return f"{BLOCKS}.{kept[number]}{name.removeprefix(f'{BLOCKS}.{number}')}"
 
 
 def _per_block_names(config: Any) -> list[str]:

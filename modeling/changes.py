@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .blocks import dropped_since, kept_blocks, name_before
+from .families import HEAD
 from .load import load_config
 from .weights import Tensors
 
@@ -42,7 +43,7 @@ def find_changes(base: Path, pruned: Path, dtype: str = "float32") -> Changes:
     before, after, kind = Tensors(base), Tensors(pruned), getattr(torch, dtype)
     layers: dict[str, dict[str, str]] = {}  # in the base -> part -> name in the pruned model
     for name in sorted(after):
-        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+        if not (config.tie_word_embeddings and name == HEAD):
             layer, _, part = name_before(name, kept).rpartition(".")
             layers.setdefault(layer, {})[part] = name
     replaced, scaled = {}, {}

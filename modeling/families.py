@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from ..core.errors import UserError
 
+# Weights that go by the same names in all families.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCKS = "model.layers"
 PER_BLOCK: Mapping[str, type] = {"layer_types": str}
 
 
@@ -20,9 +23,11 @@ PER_BLOCK: Mapping[str, type] = {"layer_types": str}
 class Block:
     """Names of the modules of a decoder block, as paths inside it."""
 
+    attention: str = "self_attn"
     # Query, key and value projections, in this order; a single name where one projection gives all three.
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_out: str = "self_attn.o_proj"
+    qk_norms: tuple[str, str] | None = None  # norms of each head's queries and keys, before rotary positions
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or a single name: gate and up in one matrix
     mlp_out: str = "mlp.down_proj"
     # Norms of what attention and MLP give, applied before it is added to the residual stream. Without them the two
@@ -84,6 +89,7 @@ class Family:
     softcap: bool = False  # `final_logit_softcapping` bounds the logits
 
 
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _LLAMA_ROPES = ("default", "linear", "yarn", "llama3", "longrope")
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
@@ -127,6 +133,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen3ForCausalLM",
             Gguf("qwen3", biases={"attention_bias": _ATTENTION}),
             Onnx("Qwen3ForCausalLM"),
+            block=Block(qk_norms=_QK_NORMS),
             block_numbers=("max_window_layers",),
             windows="by type",
         ),
@@ -134,7 +141,7 @@ FAMILIES: dict[str, Family] = {
             "phi3",
             "Phi3Config",
             "Phi3ForCausalLM",
-            Gguf("phi3", ("default", "linear", "yarn", "longrope", "su"), windows="one", original_context=True),
+            Gguf("phi3", ("default", "longrope"), windows="one", original_context=True),
             Onnx("Phi3ForCausalLM", ("default", "longrope"), optimum_kv_heads=False),
             block=Block(qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
             windows="all",
@@ -147,7 +154,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3ForCausalLM",
             Gguf("gemma3", windows="blocks", query_scale=True),
             Onnx("Gemma3ForCausalLM", optimum_head_dim=True),
-            block=Block(added_norms=("post_attention_layernorm", "post_feedforward_layernorm")),
+            block=Block(qk_norms=_QK_NORMS, added_norms=("post_attention_layernorm", "post_feedforward_layernorm")),
             norm_offset=1,
             windows="by type",
             activations=("gelu_pytorch_tanh",),
@@ -170,6 +177,12 @@ def family_of(config: Any, where: object = "the model") -> Family:
             f"Supported families: {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[name]
+
+
+def block_number(name: str) -> int | None:
+    """The number of the block that a weight belongs to; None for embedding, final norm and head."""
+    prefix = f"{BLOCKS}."
+    return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else None
 
 
 def read_as(architecture: str) -> Family | None:

@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
 from .checkpoint import save_checkpoint, write_shards
-from .families import FAMILIES, Family, family_of, read_as
+from .families import FAMILIES, HEAD, Family, family_of, read_as
 from .gguf_layout import (
     FACTORS,
     LONG_FACTORS,
@@ -93,7 +93,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     _check_keys(values)
     wanted = expected_shapes(config)
     if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+        wanted.pop(HEAD, None)
     places = _places(config, wanted, tensors, file)
     save_checkpoint(None, build_tokenizer(metadata, config.vocab_size, file), folder)
     config.architectures, config.dtype = [values.family.model_class], "float32"

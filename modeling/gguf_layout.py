@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .families import Family, family_of
-from .shape import LONGROPE, AttentionShape, llama3_slowdown, rope_settings, wavelengths
+from .shape import AttentionShape, llama3_slowdown, rope_settings, wavelengths
 
 Array = NDArray[np.float32]
 FACTORS = "rope_freqs.weight"
@@ -100,7 +100,7 @@ def rope_tensors(config: Any) -> dict[str, Array]:
     rope = rope_settings(config)
     if rope["rope_type"] == "llama3":
         return {FACTORS: llama3_factors(rope, AttentionShape.of(config).size)}
-    if rope["rope_type"] in LONGROPE:
+    if rope["rope_type"] == "longrope":
         return {
             name: np.asarray(rope[key], dtype=np.float32)
             for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor"))

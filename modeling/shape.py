@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from .families import family_of
 
-LONGROPE = ("longrope", "su")  # kinds whose frequencies go by the length of the text
-
 
 def setting(config: Any, name: str, default: Any = None) -> Any:
     """A configuration's value; `default` where it has none."""
@@ -80,7 +78,7 @@ def rotated_size(config: Any) -> int:
 
 def by_length(config: Any) -> bool:
     """Whether rotary frequencies go by the length of the text."""
-    return any(rope["rope_type"] in LONGROPE for rope in rope_kinds(config))
+    return any(rope["rope_type"] == "longrope" for rope in rope_kinds(config))
 
 
 def scaled(config: Any) -> bool:

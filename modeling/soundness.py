@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
-from .blocks import block_number
+from .families import EMBEDDING, HEAD, block_number
 from .weights import FLOATS, TensorHeader, Tensors, tensor_headers
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and every version works out anew
 
 

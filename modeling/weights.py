@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json
+from .families import HEAD, block_number
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -147,12 +148,10 @@ class Tensors:
 
 def count_parameters(checkpoint: Path, depth: int | None = None) -> int:
     """Parameters of a checkpoint folder (of its first `depth` blocks), tied weights once, from its headers."""
-    from .blocks import block_number
-
     tied = read_json(checkpoint / "config.json").get("tie_word_embeddings", False)
     total = 0
     for name, tensor in tensor_headers(checkpoint).items():
         beyond = depth is not None and (block_number(name) or 0) >= depth
-        if not beyond and not (tied and name == "lm_head.weight"):
+        if not beyond and not (tied and name == HEAD):
             total += tensor.size
     return total

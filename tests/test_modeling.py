@@ -15,7 +15,6 @@ from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.modeling.blocks import (
     Decoder,
-    block_number,
     config_at,
     depths,
     drop_blocks,
@@ -24,7 +23,7 @@ from compress.modeling.blocks import (
     without_blocks,
 )
 from compress.modeling.checkpoint import save_checkpoint
-from compress.modeling.families import FAMILIES
+from compress.modeling.families import FAMILIES, block_number
 from compress.modeling.gguf import convert_gguf
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
 from compress.modeling.pretokenizers import PRE_TOKENIZERS, recognise
