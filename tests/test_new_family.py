@@ -15,9 +15,9 @@ from compress.export.tensors import LIMITS, gguf_errors, onnx_errors
 from compress.modeling.blocks import Decoder, drop_blocks, kept_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES, Family, Gguf, Onnx
+from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
-from compress.pipeline.plan import Geometry
 from compress.runtime.engine import Window
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 from compress.runtime.onnx_engine import OnnxEngine
@@ -57,7 +57,7 @@ def test_its_blocks_are_dropped_saved_and_loaded(pruned):
         decoder.hidden(input_ids=ids)
     assert {block: out.shape[-1] for block, out in qkv.items()} == dict.fromkeys(range(3), 128)
     assert added["mlp"].shape == (1, len(IDS), 64) and added["inner"].shape == (1, len(IDS), 96)
-    assert Geometry.of(model.config.to_dict()).kv_heads == 2
+    assert geometry_of(model.config.to_dict()).kv_heads == 2
 
 
 def test_llama_cpp_predicts_what_torch_does(pruned, tmp_path):
