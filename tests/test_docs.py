@@ -224,13 +224,16 @@ def test_commands_of_a_page_run_one_after_the_other(page, world, tmp_path, monke
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))])
-def test_python_of_a_page_runs(page, world, monkeypatch):
+def test_python_of_a_page_runs(page, world, monkeypatch, builder_here):
+    """All blocks of a page after one another, in one namespace."""
     monkeypatch.chdir(world)
+    names: dict[str, Any] = {"__name__": page}
     for block in blocks(page):
         if block.language == "python":
             code = compile(block.text, page, "exec")
             if not any(line in block.text for line in PYTHON_COVERED):
-                exec(code, {"__name__": page})
+                with builder_here():
+                    exec(code, names)
 
 
 def test_the_plan_of_the_8b_tutorial_fits_its_card(tmp_path, monkeypatch, capsys):
