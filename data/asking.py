@@ -1,4 +1,4 @@
-"""How the unpruned model is asked to rewrite a gold answer, and how an answer gives away that it was."""
+"""Prompts that ask the unpruned model to rewrite a gold answer, and a test for answers that mention the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .chat import render
 from .config import General, Maths
 from .rows import Messages
 
-# The words that are the same for all rows come first: what prompts begin with is computed once per batch.
+# The instructions, the same for every row, come first: the prefix that prompts share is computed once per batch.
 _GENERAL = """\
 You will get a request and a reference answer to it. Take the reference as your guide and answer the request yourself, \
 in your own words and in the way you would normally write. Keep to the facts and the result that it gives. Write \
@@ -37,8 +37,8 @@ sentence that says what the answer is. Say nothing about having seen a reference
 ### Now solve the problem"""
 _OPENING = "Let us solve this step by step.\n"
 
-# Ways to speak of what only the prompt had. They are narrow where plain language is near: "the expression can be
-# rewritten", "the correct answer", "the solution is given by" give nothing away.
+# Phrases that refer to something only the prompt contains. The patterns are narrow, so that ordinary language does not
+# match: "the expression can be rewritten", "the correct answer", "the solution is given by".
 _ANSWER = r"(?:answer|response)s?"
 _LEAKS = [
     re.compile(pattern, re.IGNORECASE | re.MULTILINE)
@@ -65,35 +65,35 @@ class Asked:
 
     before: Messages
     gold: str
-    rewritable: bool = True  # whether it is words alone, without calls of tools
-    tools: list[Any] | None = None  # that the conversation is given
+    rewritable: bool = True  # whether the answer is text only, without tool calls
+    tools: list[Any] | None = None  # tool definitions of the conversation
 
     @property
     def by_user(self) -> bool:
-        """Whether the answer is one to a user's words, and not to a tool's."""
+        """Whether the answer replies to a user message, not to a tool result."""
         return self.before[-1]["role"] == "user"
 
 
 def last_answer(messages: Messages, tools: list[Any] | None = None) -> Asked:
-    """The part of a conversation that is rewritten; conversations end with the assistant's turn."""
+    """The answer to rewrite, with the conversation before it; conversations end with an assistant turn."""
     last = messages[-1]
     return Asked(messages[:-1], last["content"] or "", not last.get("tool_calls"), tools)
 
 
 def own_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
-    """The text after which the model answers without having seen gold."""
+    """The prompt for the model's own answer, without gold."""
     return render(tokenizer, asked.before, answer=True, tools=asked.tools) + _opening(how)
 
 
 def rewrite_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
-    """The text after which the model answers with gold as its guide; raises `UserError` as `render` does."""
+    """The prompt for a rewrite, which shows gold; raises `UserError` as `render` does."""
     words = _MATHS if isinstance(how, Maths) else _GENERAL
     last = {"role": "user", "content": words.format(prompt=asked.before[-1]["content"], gold=asked.gold)}
     return render(tokenizer, [*asked.before[:-1], last], answer=True, tools=asked.tools) + _opening(how)
 
 
 def leaks(text: str, asked: Asked) -> bool:
-    """Whether an answer speaks of the answer that it was shown, in words that neither request nor gold has."""
+    """Whether an answer mentions the reference it was shown, in words found in neither the request nor gold."""
     known = (asked.before[-1]["content"] or "") + "\n" + asked.gold
     return any(not _says(known, match[0]) for pattern in _LEAKS for match in pattern.finditer(text))
 

@@ -1,4 +1,4 @@
-"""The tokens on which importance is measured, healing is fitted and importance matrices are collected."""
+"""Calibration tokens: importance is measured, healing fitted and importance matrices collected on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def calibration_batches(
     """Packed batches of at most `tokens` tokens, in sequences of up to `length`, `batch` sequences each.
 
     They come from the text file `text` if given, else from the data stage's training rows, in order. The last row is
-    cut so that the count is exact. Raises `UserError` when there is neither, or nothing in it.
+    truncated to make the count exact. Raises `UserError` if there is neither, or if it is empty.
     """
     if text is not None:
         rows = encode_text(tokenizer, read_text(text), length)
@@ -32,7 +32,7 @@ def calibration_batches(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """A token to pad with; which one is of no consequence, since nothing sees it."""
+    """A token to pad with; any one will do, since padding is masked."""
     for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if number is not None:
             return number

@@ -1,4 +1,4 @@
-"""From rows to tokens: the chat template, and which tokens are learned (spans.py says where they stand)."""
+"""From rows to tokens: the chat template, and the loss mask (spans.py finds the tokens to train on)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..modeling.config import eos_ids
 from .rows import Message, Messages, Row, Split, read_rows
 from .spans import Span, TemplateError, answer_span, leaves_out, unwritten
 
-# Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they were encoded on, so such
-# templates are given a day that stays: the one that Llama 3.1's own template falls back on.
+# Some templates (Llama 3.1, 3.2) print today's date. Rows must not depend on the day they are encoded, so such
+# templates get a fixed date: the default of Llama 3.1's own template.
 _DATE = datetime(2024, 7, 26)
 _FIXED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
@@ -26,28 +26,28 @@ _FIXED_CLOCK = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one row; `loss_mask[t]` says that token t is learned (predicted from the tokens before it)."""
+    """Tokens of one row; where `loss_mask[t]` is true, token t is trained on (predicted from the tokens before it)."""
 
     input_ids: list[int]
     loss_mask: list[bool]
-    row: int = -1  # id of the row they are of, where known
-    start: int = 0  # the number of the first token in the row: a plain text may be several windows
+    row: int = -1  # id of the row, if known
+    start: int = 0  # position of the first token in the row: a plain text may span several windows
 
 
 def render(tokenizer: Any, messages: Messages, *, answer: bool = False, tools: Sequence[Any] | None = None) -> str:
-    """A conversation as the model's own chat template writes it; with `answer`, up to the assistant's header.
+    """A conversation rendered by the model's own chat template; with `answer`, the assistant's header is appended.
 
-    Raises `UserError` where the tokenizer has no template, and `TemplateError` where the template refuses the
-    conversation or leaves calls of tools out.
+    Raises `UserError` if the tokenizer has no template, and `TemplateError` if the template rejects the conversation
+    or omits tool calls.
     """
     return writer(tokenizer, messages, tools)(messages, answer=answer)
 
 
 def writer(tokenizer: Any, messages: Messages, tools: Sequence[Any] | None) -> Callable[..., str]:
-    """What renders a conversation and its parts: a function of messages and `answer`. Raises as `render` does.
+    """A function of messages and `answer` that renders a conversation and its prefixes. Raises as `render` does.
 
-    Templates differ in what they expect of a turn with calls: no content or an empty one, arguments as an object or as
-    JSON. They are given what makes them write the calls.
+    Templates differ in what they expect of a turn with tool calls: content None or empty, arguments as an object or as
+    JSON text. The first combination with which the template writes the calls is used.
     """
 
     def form(empty: str | None, as_text: bool) -> Callable[..., str]:
@@ -72,7 +72,7 @@ def writer(tokenizer: Any, messages: Messages, tools: Sequence[Any] | None) -> C
             written = True
             if _calls_are_written(messages, text, marked):
                 found[empty] = text
-        # A missing content may be written out as the word None.
+        # Some templates print missing content as the word None.
         if None in found and ("" not in found or found[None].count("None") <= found[""].count("None")):
             return form(None, as_text)
         if "" in found:
@@ -106,7 +106,7 @@ def _render(tokenizer: Any, messages: Messages, answer: bool, tools: Sequence[An
 
 
 def _with(message: Message, empty: str | None, as_text: bool = False) -> Message:
-    """A message as templates are given it: a content that is missing is `empty`, arguments are JSON if `as_text`."""
+    """A message in the form for templates: missing content becomes `empty`, arguments become JSON if `as_text`."""
     found = message if message["content"] else message | {"content": empty if message.get("tool_calls") else ""}
     if as_text and message.get("tool_calls"):
         calls = []
@@ -118,7 +118,7 @@ def _with(message: Message, empty: str | None, as_text: bool = False) -> Message
 
 
 def _marked(message: Message) -> Message:
-    """A message whose calls are of functions that nothing else in the conversation has the names of."""
+    """The message with the functions it calls renamed to names found nowhere else in the conversation."""
     if not message.get("tool_calls"):
         return message
     calls = [call | {"function": call["function"] | {"name": _mark(call)}} for call in message["tool_calls"]]
@@ -130,8 +130,8 @@ def _mark(call: dict[str, Any]) -> str:
 
 
 def _calls_are_written(messages: Messages, text: str, marked: str) -> bool:
-    """Whether every call is in what the template makes of a conversation, its arguments not in Python's way of
-    writing; `marked` is the text with the calls' names changed, since the definitions of tools have them, too."""
+    """Whether the rendered text contains every call, with arguments not written as a Python dict; `marked` is the text
+    with the called functions renamed, since tool definitions contain the original names too."""
     calls = [call for message in messages for call in message.get("tool_calls") or []]
     arguments = [str(call["function"]["arguments"]) for call in calls if call["function"]["arguments"]]
     return all(_mark(call) in marked for call in calls) and not any(written in text for written in arguments)
@@ -140,10 +140,10 @@ def _calls_are_written(messages: Messages, text: str, marked: str) -> bool:
 def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encoded:
     """Tokens of a row and its loss mask, cut to `max_length` tokens.
 
-    In a conversation every assistant turn is learned: its own words (content, reasoning, calls) and the token that ends
-    the turn; headers, other roles, what the template writes of itself and whatever follows the end of the turn are not.
-    Of a row that is `cut` nothing after the last answer's content is kept. In plain text every token but the first is
-    learned. Raises `TemplateError` for a template that does not write the assistant's words as they are.
+    In a conversation every assistant turn is trained on: its own text (content, reasoning, calls) and the token that
+    ends the turn. Headers, other roles, text that the template adds and whatever follows the end of the turn are not.
+    A row marked `cut` ends after the last answer's content. In plain text every token but the first is trained on.
+    Raises `TemplateError` for a template that changes the assistant's text.
     """
     if row.messages is None:
         windows = encode_text(tokenizer, row.text or "", max_length)
@@ -153,8 +153,8 @@ def encode_row(tokenizer: Any, row: Row, max_length: int | None = None) -> Encod
 
 
 def encode_whole(tokenizer: Any, row: Row) -> Encoded:
-    """As `encode_row`, of a conversation that someone brings: raises `TemplateError` also for a turn of another role
-    that the template leaves out."""
+    """As `encode_row`, for a user's conversation: also raises `TemplateError` if the template omits a turn of another
+    role."""
     messages = row.messages or []
     write = writer(tokenizer, messages, row.tools)
     text = write(messages)
@@ -188,15 +188,15 @@ def _encode(
     if row.cut:
         ids, mask = ids[: last + 1], mask[: last + 1]
     if mask:
-        mask[0] = False  # nothing comes before it
+        mask[0] = False  # there is nothing to predict it from
     return Encoded(ids[:max_length], mask[:max_length], row.id)
 
 
 def _is_inside(start: int, end: int, span: Span, text: str) -> bool:
-    """Whether a token belongs to an answer by its characters.
+    """Whether the characters of a token belong to an answer.
 
-    A token that reaches into the answer from its header does not, unless by spaces alone where the answer is known by
-    its words. Byte-level tokenizers give spaces an empty span at their end, hence `end > begin`.
+    A token that starts in the header and reaches into the answer does not, unless the overlap is only spaces and the
+    answer was located by its text. Byte-level tokenizers give spaces an empty span at their end, hence `end > begin`.
     """
     return end > span.begin and (start >= span.begin or (span.spaces and not text[start : span.begin].strip(" ")))
 
@@ -204,7 +204,7 @@ def _is_inside(start: int, end: int, span: Span, text: str) -> bool:
 def _last_target(
     special: Sequence[str], offsets: Sequence[tuple[int, int]], text: str, content_end: int, limit: int
 ) -> int:
-    """Index of the turn's last learned token: the special token that ends it, or else the content's last token.
+    """Index of the turn's last token to train on: the special token that ends it, or else the content's last token.
 
     `special[i]` is token i as text if it is a special token, else empty.
     """
@@ -225,15 +225,15 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def end_tokens(tokenizer: Any, base: Path) -> list[int]:
-    """Tokens that end what the model in the folder `base` writes, by its configurations and by its tokenizer."""
+    """End tokens of the model in the folder `base`, from its configurations and its tokenizer."""
     return [*eos_ids(base), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None) -> list[Encoded]:
-    """Plain text cut into windows of `max_length` tokens; every token but a window's first is learned.
+    """Plain text split into windows of `max_length` tokens; every token but a window's first is trained on.
 
-    The tokenizer's own beginning-of-text token, if it adds one, stands in the first window. A rest of one token
-    is left out: nothing could be learned from it.
+    The tokenizer's beginning-of-text token, if it adds one, is in the first window. A remainder of one token is
+    dropped: it has nothing to predict.
     """
     ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
     step = max_length or max(len(ids), 1)
@@ -242,9 +242,9 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None) -> lis
 
 
 def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) -> list[Encoded]:
-    """All rows of one split of a data stage's folder, encoded; plain texts as many windows.
+    """All rows of one split of a data stage's folder, encoded; a plain text may become several windows.
 
-    Rows with nothing to learn within `max_length` tokens are left out; if none is left, that is a `UserError`.
+    Rows without a token to train on within `max_length` tokens are dropped; raises `UserError` if none is left.
     """
     found = encode_rows(tokenizer, read_rows(folder, split), max_length)
     if not found:
@@ -253,7 +253,7 @@ def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) ->
 
 
 def encode_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[Encoded]:
-    """Rows encoded in order, plain texts as many windows; without those that have nothing to learn."""
+    """Rows encoded in order, a plain text as several windows; rows without a token to train on are dropped."""
     found: list[Encoded] = []
     for row in rows:
         if row.messages is None:

@@ -1,7 +1,7 @@
-"""Whether a rewrite reaches the final answer that gold reaches: a number, a choice letter, or a text.
+"""Whether a rewrite reaches the same final answer as gold: a number, a choice letter, or a text.
 
-Where the final answer stands: in the last `\\boxed{…}`; else after the last `####` (GSM8K); else after the last
-"answer is", "answer:" or the recipe's own marker; else, for numbers, it is the last one of the text.
+The final answer is taken from the last `\\boxed{…}`; else from after the last `####` (GSM8K); else from after the last
+"answer is", "answer:" or the recipe's own marker; else, for numbers, it is the last number in the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NUMBER = re.compile(
     rf"(?:(?:(?P<whole>\d+)\s+)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])|(?P<plain>{_DIGITS}))"
 )
 _LATEX = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")
-# What may stand beside a number without being part of a formula: words, but no single letters; cm^2, degrees, percent.
+# Allowed beside a number without making it a formula: words, but not single letters; cm^2, degrees, percent.
 _UNIT = re.compile(
     r"(?:[\s%.,:;*$€£°'\"]|\\%|\^?\{?\\circ\}?|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[^\W\d_]{2,}+(?:\^\{?\d\}?)?)*+"
 )
@@ -28,9 +28,9 @@ _CHOICE_ANYWHERE = re.compile(rf"\(({_LETTER})\)|\b(?:option|choice)\s+\(?({_LET
 
 
 def agrees(check: str, text: str, gold: str, marker: str | None = None, answer: str = "") -> bool | None:
-    """Whether the final answer of `text` is that of `gold`, or `answer` where it is given.
+    """Whether the final answer of `text` equals that of `gold`, or `answer` if given.
 
-    None where gold itself has no final answer of this kind, so that nothing can be compared.
+    None if gold itself has no final answer of this kind, so there is nothing to compare with.
     """
     find = FINDERS[check]
     if not answer:
@@ -57,8 +57,8 @@ def final_number(text: str, marker: str | None = None) -> Fraction | None:
 
 
 def stated_number(text: str) -> Fraction | None:
-    """The number that a short text is, its unit and currency aside; None for formulas, pairs and all else, which one
-    of the numbers in them would not tell from others."""
+    """The number that a short text states, without unit and currency. None for formulas, pairs and anything else that
+    a single number does not identify."""
     text = _without_latex(text)
     match = _NUMBER.search(text)
     if match is None or not _UNIT.fullmatch(text[: match.start()] + " " + text[match.end() :]):
@@ -75,7 +75,7 @@ def final_choice(text: str, marker: str | None = None) -> str | None:
     """The letter, A to J, that a text chooses."""
     place = located(text, marker)
     first = _CHOICE_FIRST.match(text if place is None else place)
-    # At the start of a text that is not announced as an answer, "A" may be an article: "A) ..." or "A" alone is none.
+    # At the start of text not introduced as an answer, "A" may be an article; in "A) ..." or "A" alone it is a choice.
     if first and (place is not None or re.match(r"\s*(?:[).:\]*]|$)", text[first.end() :])):
         return first[1].upper()
     named = [a or b for a, b in _CHOICE_ANYWHERE.findall(text)]
@@ -83,7 +83,7 @@ def final_choice(text: str, marker: str | None = None) -> str | None:
 
 
 def final_text(text: str, marker: str | None = None) -> str | None:
-    """The announced answer, or else the whole text, without case, spacing, and punctuation around words."""
+    """The introduced answer, or else the whole text, ignoring case, spacing, and punctuation around words."""
     place = located(text, marker)
     words = (text if place is None else place).casefold().split()
     found = " ".join(word for word in (word.strip(".,;:!?\"'`*()[]{}$") or word for word in words))
@@ -98,7 +98,7 @@ FINDERS: dict[str, Callable[[str, str | None], object | None]] = {
 
 
 def located(text: str, marker: str | None = None) -> str | None:
-    """What stands where the final answer is announced, to the end of that line; None if it is nowhere."""
+    """The text after the words that introduce the final answer, to the end of the line; None without such words."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed

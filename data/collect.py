@@ -1,4 +1,4 @@
-"""The rows of one data set, or of several by their weights: usable, each once, and not those of evaluation files."""
+"""Rows of one data set, or of several by weight: unusable rows, duplicates and rows of evaluation files are dropped."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ ADVICE = {
     "template": "use rows that the model's chat template can render, or plain text (`text: COLUMN`)",
     "special_token": "remove the model's special tokens from the rows",
 }
-ASKED_FOR = ("duplicate", "contaminated")  # drops that are no fault of a row
+ASKED_FOR = ("duplicate", "contaminated")  # drops that do not count against data.max_dropped
 
 
 @dataclass
 class Collected:
-    """Rows in the order of their ids, and what was dropped on the way to them."""
+    """Rows in the order of their ids, and counts of what was dropped."""
 
     golds: list[Gold]
-    counts: Counter[str]  # KEPT, and every reason why not
+    counts: Counter[str]  # rows by KEPT or the reason they were dropped
     contaminated: Counter[str] = field(default_factory=Counter)  # rows by evaluation file
-    sets: dict[str, int] = field(default_factory=dict)  # rows by data set, where there are several
+    sets: dict[str, int] = field(default_factory=dict)  # rows by data set, if there are several
 
 
 def sources(config: DatasetConfig | DatasetsConfig, context: Context) -> list[Source]:
-    """The data sets of a recipe, with the keys they stand under."""
+    """The data sets of a recipe, each with its recipe key."""
     if isinstance(config, DatasetConfig):
         return [Source(config, context)]
     return [Source(part, context, f"data.sets.{i}") for i, part in enumerate(config.sets)]
 
 
 def collect(config: DatasetConfig | DatasetsConfig, tokenizer: Any, context: Context, cache: Path) -> Collected:
-    """Take rows until there are `config.rows`, or no more.
+    """Collect rows until there are `config.rows`, or no more.
 
-    Of several data sets the next row comes from the one that is furthest behind its share; one that has run out is
-    noted, and the others go on. Raises `UserError` for what cannot be read, and where fewer than two rows are usable.
+    With several data sets the next row comes from the one furthest behind its share; when one runs out, that is noted
+    and the others supply the rest. Raises `UserError` for unreadable data, and if fewer than two rows are usable.
     """
     found = sources(config, context)
     overlap = Overlap(config.decontaminate, context) if config.decontaminate else None
@@ -94,11 +94,11 @@ def _interleaved(
     found: Sequence[Source],
     context: Context,
 ) -> Iterator[tuple[int, Gold]]:
-    """(data set, row), `wanted` of them or all; `taken` counts what the caller has taken of each."""
+    """(data set, row) pairs, `wanted` of them or all; `taken` counts the rows the caller has taken from each set."""
     left = list(range(len(streams)))
     while left and (wanted is None or sum(taken) < wanted):
         total = sum(taken) + 1
-        # Behind by the most rows; of those alike, the first.
+        # The one behind by the most rows; in a tie, the first.
         number = max(left, key=lambda i: (weights[i] * total - taken[i], -i))
         gold = next(streams[number], None)
         if gold is not None:
@@ -111,22 +111,22 @@ def _interleaved(
 
 
 class _Sieve:
-    """Lets usable rows through and counts the others."""
+    """Passes usable rows and counts the dropped ones."""
 
     def __init__(self, tokenizer: Any, length: int, overlap: Overlap | None):
         self.tokenizer, self.length, self.overlap = tokenizer, length, overlap
         self.special = list(special_tokens(tokenizer).values())
         self.seen: set[str] = set()
         self.by_set: dict[int, Counter[str]] = {}
-        self.details: dict[int, str] = {}  # of each set the first row that is dropped, and why
+        self.details: dict[int, str] = {}  # for each set, the first dropped row and why
 
     @property
     def counts(self) -> Counter[str]:
-        """Of all data sets together."""
+        """Counts over all data sets."""
         return sum(self.by_set.values(), Counter())
 
     def usable(self, records: Iterator[Record], source: Source, number: int, of: int) -> Iterator[Gold]:
-        """The usable rows of data set `number` of so many; ids interleave, so that none is given twice."""
+        """The usable rows of data set `number` out of `of`; ids interleave, so each is used once."""
         counts = self.by_set.setdefault(number, Counter())
         for record in records:
             reason, detail = self._look(record)
@@ -139,7 +139,7 @@ class _Sieve:
                 yield Gold(row, source.config.rewrite, record.answer, record.tests)
 
     def tell(self, config: DatasetConfig | DatasetsConfig, found: Sequence[Source], context: Context) -> None:
-        """Say how many rows were dropped and why; `UserError` where they are too many of a data set."""
+        """Report how many rows were dropped and why; raises `UserError` if a data set loses too many."""
         for number, source in enumerate(found):
             counts = self.by_set.get(number, Counter())
             note = dropped_note(counts)
@@ -157,7 +157,7 @@ class _Sieve:
                 )
 
     def _look(self, record: Record) -> tuple[str, str]:
-        """KEPT or the reason why not, and a message where the reason alone does not say it."""
+        """KEPT or the reason for dropping the record, and a message if the reason alone is not enough."""
         if record.dropped:
             return record.dropped, record.detail
         if record.messages is None:
@@ -176,7 +176,7 @@ class _Sieve:
 
     def _conversation(self, record: Record) -> tuple[str, str]:
         messages = record.messages or []
-        # Written into a template, such words would end the turn or speak for another role.
+        # Inside a template, a special token in the text could end the turn or start one of another role.
         for text in [text for message in messages for text in words(message)] + list(strings(record.tools)):
             token = next((token for token in self.special if token in text), None)
             if token is not None:
@@ -191,7 +191,7 @@ class _Sieve:
 
 
 def _advice(counts: Mapping[str, int]) -> str:
-    """What to do about rows that were dropped, by the most frequent reason."""
+    """What to do about dropped rows, for the most frequent reason."""
     reason = max((reason for reason in counts if reason != KEPT), key=lambda reason: counts[reason])
     advice = ADVICE.get(reason, "correct the rows")
     share = math.ceil(100 - 100 * counts.get(KEPT, 0) / sum(counts.values())) / 100
@@ -199,7 +199,7 @@ def _advice(counts: Mapping[str, int]) -> str:
 
 
 def _identity(record: Record) -> str:
-    """What two rows have in common that are the same but for case and spacing; punctuation may be all that differs."""
+    """A key that two rows share if they differ only in case and spacing; punctuation counts as a difference."""
     turns = [message["content"] or "" for message in record.messages or []] or [record.text or ""]
     more = [message.get("tool_calls") for message in record.messages or []]
     calls = json.dumps([more, record.tools]) if any(more) or record.tools else ""

@@ -1,4 +1,4 @@
-"""Rows that evaluation files have, too: told by the n-grams they share (as in arXiv 2005.14165, appendix C)."""
+"""Finds rows that overlap with evaluation files, by shared n-grams (as in arXiv 2005.14165, appendix C)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SUFFIXES = (".jsonl", ".txt")
 
 
 class Overlap:
-    """The n-grams of all texts of the evaluation files, and how many rows each file has cost."""
+    """The n-grams of all texts in the evaluation files, and the number of rows dropped because of each file."""
 
     def __init__(self, config: Decontaminate, context: Context):
         self.size = config.ngram
         self.counts: Counter[str] = Counter()
         self.names = _names(config.files)
-        self._ngrams: dict[str, str] = {}  # n words → the first file that has them
-        self._short: dict[str, str] = {}  # a whole text of fewer words → likewise
+        self._ngrams: dict[str, str] = {}  # n words → the first file that contains them
+        self._short: dict[str, str] = {}  # a whole text of fewer than n words → the first file that contains it
         for name, file in zip(self.names, config.files, strict=True):
             for text in read_texts(evaluation_file(file, context)):
                 words = normalised(text).split()
@@ -36,10 +36,10 @@ class Overlap:
                     self._ngrams.setdefault(ngram, name)
 
     def found(self, messages: Messages | None, text: str | None) -> str | None:
-        """The file that a row shares words with, which is counted; None if it shares none.
+        """The file that a row overlaps with (counted in `counts`), or None.
 
-        A short text of a file, such as a choice of one word, must be all that a user's turn says: an answer of one
-        word tells nothing.
+        A text shorter than n words, such as a one-word choice, must equal a whole user turn: a one-word answer proves
+        nothing.
         """
         turns = messages or [{"role": "user", "content": text or ""}]
         for turn in turns:
@@ -56,7 +56,7 @@ class Overlap:
 
 
 def evaluation_file(file: str, context: Context) -> Path:
-    """Where an evaluation file is; `UserError` if it is not there or of a kind that is not read."""
+    """The path of an evaluation file; raises `UserError` if it is missing or of an unsupported type."""
     path = context.resolve(file)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"data.decontaminate.files: {file} is not a {' or '.join(SUFFIXES)} file; convert it")
@@ -66,7 +66,7 @@ def evaluation_file(file: str, context: Context) -> Path:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """All texts of a file: every string in its JSON rows, or, of a .txt file, the whole of it."""
+    """All texts of a file: every string in its JSON rows, or the whole of a .txt file."""
     what = "data.decontaminate.files: "
     if path.suffix.lower() == ".txt":
         yield read_text(path, what)
@@ -76,6 +76,6 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def _names(files: list[str]) -> list[str]:
-    """The files' names without their folders, or as they were given where two would be the same."""
+    """The file names without folders; paths as given where two names would be equal."""
     names = [PurePath(file).name for file in files]
     return [name if names.count(name) == 1 else file for name, file in zip(names, files, strict=True)]

@@ -1,4 +1,4 @@
-"""Rows a model writes, drawn batch by batch, written down as they are drawn."""
+"""Rows written by a model: sampled batch by batch, and saved as soon as they are sampled."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ KEPT = "kept"
 
 @dataclass(frozen=True)
 class Draft:
-    """One drawn row, as a part file holds it."""
+    """One sampled row, as stored in a part file."""
 
     id: int
     seed: int
     status: str  # KEPT, or why it was dropped
     prompt: str = ""  # empty for plain text
     answer: str = ""
-    drawn: int = 0  # tokens sampled for it
+    drawn: int = 0  # number of tokens sampled for it
     cut: bool = False  # kept although the answer was cut off
 
 
 class Drafts:
-    """Draws rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and depends on no other batch, so that several
-    processes draw side by side and a run that was killed goes on with the batches it was in."""
+    """Samples rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and depends on no other batch, so several
+    processes can sample in parallel and a killed run resumes at its unfinished batches."""
 
     def __init__(self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: Any, context: Context, work: Path):
         self.config, self.tokenizer, self.seed = config, tokenizer, context.seed
@@ -44,20 +44,20 @@ class Drafts:
         self.writer = Writer(config.engine, base, self.longest(), config.batch, context)
 
     def longest(self) -> int:
-        """Tokens of the longest text that is written, with what is put before it."""
+        """Maximum tokens of a text, prompt included."""
         raise NotImplementedError
 
     def draw(self, ids: range) -> list[Draft]:
-        """The rows of these numbers. Of rows alike the later ones are marked as duplicates, where that saves work."""
+        """The rows with these ids. Later duplicates are marked as such where that saves work."""
         raise NotImplementedError
 
     def identity(self, draft: Draft) -> str:
-        """What two rows must not have in common."""
+        """A key that no two kept rows may share."""
         raise NotImplementedError
 
     def batches(self) -> Iterator[list[Draft]]:
-        """All batches up to the cap on attempts, whichever process drew them; those whose part file is there are
-        read. Rows that are like an earlier one are marked as duplicates."""
+        """All batches up to the limit on attempts, from all processes; a batch with a part file is read from it. Rows
+        that repeat an earlier one are marked as duplicates."""
         count = math.ceil(self.config.rows * self.config.max_attempts / self.config.batch)
         seen: set[str] = set()
         for records in in_rounds(self.parts, count, self.group, self._batch):
@@ -74,10 +74,10 @@ class Drafts:
 
 
 def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft], Counter[str]]:
-    """The first `rows` rows kept, and how many were dropped for which reason; both by the drafts up to the last row
-    kept, so that they say the same whatever the batch had in store.
+    """The first `rows` usable rows, and counts of dropped rows by reason. Both cover only the drafts up to the last row
+    kept, so they do not depend on what else its batch contained.
 
-    Raises `UserError`, with the hint, when hardly any row is usable; fewer than asked for are noted.
+    Raises `UserError` with the hint if hardly any row is usable; fewer rows than requested are noted.
     """
     wanted = drawer.config.rows
     kept: list[Draft] = []
@@ -103,18 +103,18 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
 
 
 def reasons(counts: Mapping[str, int]) -> str:
-    """Why rows were dropped, the most frequent first: "3 too_long, 1 empty"; of many reasons the first ten."""
+    """Why rows were dropped, most frequent reason first, at most ten: "3 too_long, 1 empty"."""
     found = sorted(((-n, reason) for reason, n in counts.items() if reason != KEPT and n))
     rest = sum(-n for n, _ in found[10:])
     return ", ".join([f"{-n} {reason}" for n, reason in found[:10]] + ([f"{rest} for other reasons"] if rest else []))
 
 
 def dropped_note(counts: Mapping[str, int]) -> str:
-    """How many rows were dropped and why; empty if none was."""
+    """How many rows were dropped and why; empty if none were."""
     total = sum(counts.values())
     return f"{total - counts.get(KEPT, 0)} of {total} rows dropped ({reasons(counts)})" if reasons(counts) else ""
 
 
 def normalised(prompt: str) -> str:
-    """What two prompts have in common that are the same but for case, spacing and punctuation."""
+    """A key that two prompts share if they differ only in case, spacing and punctuation."""
     return " ".join("".join(c if c.isalnum() else " " for c in prompt.casefold()).split()) or prompt.strip()

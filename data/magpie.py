@@ -1,7 +1,7 @@
-"""Magpie (arXiv 2406.08464): the model, shown where a user would speak, writes what the user says, then answers it.
+"""Magpie (arXiv 2406.08464): given the start of a user turn, the model writes the user's message, then answers it.
 
-No data set is needed, and what comes out is what the model itself finds likely: the self-data of self-data
-distillation with the prompts thrown in.
+No data set is needed, and the rows are what the model itself finds likely: as in self-data distillation, but with
+prompts written by the model too.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .rows import Messages, Row
 from .sampling import Sampled, Sampling, row_seed
 
 _SENTINEL = "USERCONTENTSTANDSHERE"
-_CLOSING = 12  # tokens looked at for a closing text; such texts ("[/INST]") are a few tokens long
+_CLOSING = 12  # last tokens searched for a closing text; such texts ("[/INST]") are a few tokens long
 
 
 @dataclass(frozen=True)
 class Query:
-    """A chat template as Magpie needs it."""
+    """The parts of a chat template that Magpie needs."""
 
-    before: str  # the text up to where the user's words begin
-    closing: str  # what follows them up to the assistant's header, if no special token does; else empty
+    before: str  # the text before the user's message
+    closing: str  # the text after it, up to the assistant's header, if no special token follows; else empty
     stop: frozenset[int]  # tokens that end a turn
-    banned: list[int]  # special tokens that do not
+    banned: list[int]  # all other special tokens
 
 
 def query(tokenizer: Any, base: Path, topic: str | None = None) -> Query:
-    """Read the user's turn off the chat template of the model in the folder `base`, by rendering one with a marker for
-    its words.
+    """Find the user's turn in the chat template of the model in the folder `base`, by rendering one with a marker as
+    its message.
 
-    Raises `UserError` where there is no template or it does not show the user's words as they are.
+    Raises `UserError` if there is no template, or if it changes the user's message.
     """
     system = [{"role": "system", "content": f"You are a helpful assistant. The user asks about {topic}."}]
     messages = [*(system if topic else []), {"role": "user", "content": _SENTINEL}]
@@ -48,17 +48,17 @@ def query(tokenizer: Any, base: Path, topic: str | None = None) -> Query:
     special = special_tokens(tokenizer)
     follows = tokenizer(after, add_special_tokens=False)["input_ids"]
     end = next((token for token in follows if token in special), None)
-    # A template whose user turn ends in plain text (Mistral's [/INST]) is watched for that text.
+    # If the template ends the user turn with plain text (Mistral's [/INST]), sampling stops at that text.
     closing = "" if end is not None and not after[: after.index(special[end])].strip() else after.strip()
     stop = set(end_tokens(tokenizer, base)) | ({end} if end is not None and not closing else set())
     if not stop and not closing:
         raise UserError("the model has no end-of-turn token, so its text would never end; use a data set")
-    # A space before the words is part of the first word's token; given alone it would be followed by another.
+    # A space before the message belongs to its first token; left in the prompt, the model would write a second one.
     return Query(before.rstrip(" "), closing, frozenset(stop), [token for token in special if token not in stop])
 
 
 class Magpie(Drafts):
-    """Draws conversations: prompts, then answers to those that can be used."""
+    """Samples conversations: prompts first, then answers to the usable ones."""
 
     config: MagpieConfig
 
@@ -71,7 +71,7 @@ class Magpie(Drafts):
     def longest(self) -> int:
         asking = max(len(self._tokens(asked.before)) for asked in self.queries)
         answering = len(self._tokens(render(self.tokenizer, [{"role": "user", "content": ""}], answer=True)))
-        # A prompt read from its text may have more tokens than it was written in.
+        # Re-encoding a prompt's text may give more tokens than were sampled.
         return max(asking, answering) + 2 * self.config.max_prompt_tokens + self.config.max_tokens
 
     def draw(self, ids: range) -> list[Draft]:
@@ -125,7 +125,7 @@ class Magpie(Drafts):
         return replace(draft, status=self._fits(draft))
 
     def _fits(self, draft: Draft) -> str:
-        """KEPT, unless the row as it will be learned is too long, or the template cannot express it."""
+        """KEPT, unless the encoded row is too long or the template cannot express it."""
         try:
             encoded = encode_row(self.tokenizer, to_row(draft))
         except UserError:
@@ -141,7 +141,7 @@ class Magpie(Drafts):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _watch(self, closing: str) -> Callable[[list[int]], bool] | None:
-        """Whether the tokens' end says `closing`, for templates without an end-of-turn token; else None."""
+        """A test whether the tokens end with `closing`, for templates without an end-of-turn token; else None."""
         if not closing:
             return None
         return lambda tokens: self.tokenizer.decode(tokens[-_CLOSING:]).rstrip().endswith(closing)
@@ -151,7 +151,7 @@ class Magpie(Drafts):
 
 
 def to_row(draft: Draft) -> Row:
-    """The row a kept draft is learned as; its split is chosen later."""
+    """The training row of a kept draft; its split is chosen later."""
     messages = _asked(draft, draft.answer)
     return Row(draft.id, "train", messages=messages, source="magpie", seed=draft.seed, cut=draft.cut, origin="own")
 

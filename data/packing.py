@@ -1,4 +1,4 @@
-"""Several rows in one sequence, none of which sees another."""
+"""Packing: several rows in one sequence, with no attention between rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Batch:
     input_ids: Tensor  # long
     position_ids: Tensor  # long, from 0 in every segment
     segment_ids: Tensor  # long, 0, 1, ... within a sequence; -1 is padding
-    loss_mask: Tensor  # bool; [b, t]: token t is learned, predicted from token t - 1
-    origin: Tensor  # long, (B, T, 2): id of the token's row (-1: unknown, or padding), and its number in that row
+    loss_mask: Tensor  # bool; [b, t]: token t is trained on, predicted from token t - 1
+    origin: Tensor  # long, (B, T, 2): id of the token's row (-1: unknown, or padding), and its position in that row
 
     def model_inputs(self) -> dict[str, Any]:
-        """What a causal language model is called with. No attention mask and no cache: either would switch the
+        """Keyword arguments for a causal language model. No attention mask and no cache: either would switch the
         block-diagonal mask off."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
 
@@ -45,21 +45,21 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are not padding."""
+        """Number of tokens that are not padding."""
         return int((self.segment_ids >= 0).sum())
 
     @property
     def targets(self) -> int:
-        """How many tokens are learned."""
+        """Number of tokens that are trained on."""
         return int(self.loss_mask.sum())
 
 
 def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int, *, grouped: bool = False) -> list[Batch]:
     """Batches of `batch_size` sequences (the last may have fewer) of up to `length` tokens.
 
-    Each row, in order, goes into the fullest sequence that still has room; rows longer than `length` are cut.
-    A batch is as long as its longest sequence; `grouped` puts sequences of like lengths together, so that less of a
-    batch is padding. Raises `UserError` when there is nothing to pack.
+    Each row, in order, goes into the fullest sequence that still has room; rows longer than `length` are truncated.
+    A batch is as long as its longest sequence; `grouped` batches sequences of similar length together, which reduces
+    padding. Raises `UserError` if there is nothing to pack.
     """
     bins = [[rows[i] for i in members] for members in _assign([min(len(r.input_ids), length) for r in rows], length)]
     if not bins:
@@ -70,7 +70,7 @@ def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int, *, 
 
 
 def _assign(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Row numbers of each sequence, best fit in the order of the rows; empty rows are in none."""
+    """Row numbers of each sequence, best fit in the order of the rows; empty rows are skipped."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
     for number, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Batches that one or several processes draw, each written down, whole, as soon as it is drawn."""
+"""Batches sampled by one or several processes, each saved atomically as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Records = list[dict[str, Any]]
 
 
 def in_rounds(folder: Path, count: int, group: Group, draw: Callable[[int], Records]) -> Iterator[Records]:
-    """The records of batches 0 … count − 1, in this order, to every process of the group.
+    """The records of batches 0 … count − 1, in this order, for every process of the group.
 
-    Batch k is drawn by process k mod world, `draw(k)`, into a part file of its own in `folder`; if that file is there,
-    it is read instead. So a batch must not depend on the others, and then a run that was killed goes on with the
-    batches it was in, with however many processes, and ends with the same records. All processes must take equally
-    many: a round of `world` batches is drawn together.
+    Batch k is produced by process k mod world with `draw(k)` and saved to its own part file in `folder`; an existing
+    file is read instead. Batches must not depend on each other; then a killed run resumes at its unfinished batches,
+    with any number of processes, and ends with the same records. All processes must consume the same number of
+    batches: they draw in rounds of `world` batches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, count, group.world):
         number = start + group.rank
         own = _part(folder / f"{number:05d}.jsonl", number, draw) if number < count else []
-        # Gathered, not read from the others' files: a network file system may take a while to show them.
+        # Gathered, not read from the others' files: these may appear late on a network file system.
         yield from group.gather(own)[: count - start]
 
 
@@ -39,7 +39,7 @@ def _part(path: Path, number: int, draw: Callable[[int], Records]) -> Records:
 
 
 def write_part(path: Path, records: Records) -> None:
-    """Write JSON lines, whole or not at all."""
+    """Write JSON lines atomically."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)

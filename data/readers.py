@@ -1,4 +1,4 @@
-"""Users' data sets: a JSONL, JSON, Parquet or CSV file, read literally, or a name on the Hub, through `datasets`."""
+"""Readers for users' data sets: a JSONL, JSON, Parquet or CSV file, read literally, or a Hub name, via `datasets`."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ TEXTS = ("text", "content")
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a data set, as a conversation or as text; or why it cannot be used."""
+    """One record of a data set: a conversation, a text, or the reason it cannot be used."""
 
     number: int  # in the data set, from 0
     messages: Messages | None = None
     text: str | None = None
     dropped: str = ""  # empty: usable
-    answer: str = ""  # the final answer, where a column has it
-    tests: str = ""  # Python tests, where a column has them
-    tools: list[Any] | None = None  # definitions of the tools that the conversation is given
-    detail: str = ""  # what was found where, where it is dropped
+    answer: str = ""  # the final answer, if a column has it
+    tests: str = ""  # Python tests, if a column has them
+    tools: list[Any] | None = None  # tool definitions of the conversation
+    detail: str = ""  # for a dropped record: what is wrong, and where
     place: str = ""  # such as "line 3 of x.jsonl"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set, and where the recipe names it."""
+    """One data set, and its key in the recipe."""
 
     config: Columns
     context: Context
@@ -63,7 +63,7 @@ class Source:
 
 
 def local_file(source: Source) -> Path | None:
-    """The file a local data set is in, or None for one on the Hub; `UserError` if it is not there or empty."""
+    """The file of a local data set, or None for one on the Hub; raises `UserError` if it is missing or empty."""
     path, where = source.path, source.where
     if not source.config.local:
         if path.exists():
@@ -77,10 +77,10 @@ def local_file(source: Source) -> Path | None:
 
 
 def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Iterator[Record]:
-    """The records of a data set, in its order or in one drawn from the seed `shuffle`.
+    """The records of a data set, in its own order or shuffled with the seed `shuffle`.
 
-    Raises `UserError` for what is missing, gated, broken (with the line) or lacks a column, and says which key would
-    read the columns that are there.
+    Raises `UserError` if the data set is missing, gated, broken (names the line) or lacks a column (names the recipe
+    key that would read the existing columns).
     """
     columns = dict(source.config.columns)
     if "text" not in columns:
@@ -96,7 +96,7 @@ def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Ite
         row = table.row(number)
         values = {key: row.get(column) for key, column in columns.items()}
         if source.config.tools is None and "prompt" in values and not isinstance(values["prompt"], list):
-            values.pop("tools", None)  # a column that happens to have this name
+            values.pop("tools", None)  # an unrelated column of this name
         yield _record(number, values, table, source, columns)
 
 
@@ -111,7 +111,7 @@ def _check_columns(source: Source, columns: dict[str, str], names: Sequence[str]
 
 
 def advise(names: Sequence[str]) -> str:
-    """The keys of the recipe that would read a data set with such columns; empty where that is not plain."""
+    """The recipe keys that would read a data set with these columns; empty if that is unclear."""
     for name in CONVERSATIONS:
         if name in names:
             return f"`messages: {name}`"
@@ -145,7 +145,7 @@ class HubTable:
     def row(self, number: int) -> dict[str, Any]:
         try:
             return self._data[number]
-        except UnicodeDecodeError as error:  # `datasets` takes bytes as they come
+        except UnicodeDecodeError as error:  # `datasets` does not check encodings on loading
             raise UserError(f"{self._source.where}.path: {self.place(number)} is not UTF-8 text: {error}") from error
 
     def place(self, number: int) -> str:
@@ -170,7 +170,7 @@ def _load_from_hub(source: Source, cache: Path) -> Any:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """`datasets` logs tracebacks and draws its own bars; what goes wrong is said once, by us."""
+    """Silence `datasets`, which logs tracebacks and draws its own bars: errors are reported once, by us."""
     logger = logging.getLogger("datasets")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
@@ -197,10 +197,10 @@ def _record(number: int, values: dict[str, Any], table: Table, source: Source, c
 
 
 def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dict[str, Any]:
-    """What a row has, by the names of `Record`; raises `Unusable`."""
+    """A row's values under the field names of `Record`; raises `Unusable`."""
 
     def column(key: str, read: Callable[[Any], Any]) -> Any:
-        """The value of a column as `read` has it; where it cannot be read the message names the column."""
+        """The value of a column converted by `read`; errors name the column."""
         try:
             return read(values.get(key))
         except Unusable as error:
@@ -263,16 +263,16 @@ def _tests(value: Any) -> str:
 
 
 def _usable(turns: Messages) -> Messages:
-    """A conversation that ends with the assistant's words; raises `Unusable`."""
+    """The conversation up to its last assistant turn; raises `Unusable`."""
     if not turns:
         raise Unusable("empty", "has no messages")
     for number, turn in enumerate(turns, 1):
         says = (turn["content"] or "").strip() or turn.get("tool_calls")
-        if turn["role"] in ("system", "tool"):  # an empty result is one
+        if turn["role"] in ("system", "tool"):  # these may be empty
             turn["content"] = turn["content"] or ""
         elif not says:
             raise Unusable("empty", f"has an empty message {number} (role {turn['role']})")
-    while turns and turns[-1]["role"] != "assistant":  # nothing of these would be learned
+    while turns and turns[-1]["role"] != "assistant":  # turns after the last answer are not trained on
         turns = turns[:-1]
     speakers = [turn["role"] for turn in turns if turn["role"] != "system"]
     if not speakers or all(turn.get("weight") == 0 for turn in turns if turn["role"] == "assistant"):

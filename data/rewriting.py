@@ -1,7 +1,7 @@
 """Self-data from gold answers: the unpruned model rewrites them in its own words (arXiv 2402.13669, 2410.09982).
 
-What it writes is what it finds likely, so that learning it moves the pruned model back toward the unpruned one, where
-foreign answers would move it elsewhere. Gold is kept where the rewrite cannot be taken, and the row says why.
+Rewrites are likely under the unpruned model, so training on them moves the pruned model back toward it, where answers
+from elsewhere would move it away. Gold is kept where the rewrite is rejected, and the row records why.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from .sampling import Sampled, Sampling, row_seed
 from .sandbox import passes
 from .writing import Writer
 
-WINDOW = 8  # batches among which rows are sorted by length
+WINDOW = 8  # batches within which rows are sorted by length
 
 
 @dataclass(frozen=True)
 class Gold:
-    """A row as its data set has it."""
+    """A row as read from its data set."""
 
     row: Row
     rewrite: General | None
-    answer: str = ""  # the final answer, where a column has it
+    answer: str = ""  # the final answer, if a column has it
     tests: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row, as a part file holds it."""
+    """The result for one row, as stored in a part file."""
 
     id: int
     origin: Origin
     why: str
     seed: int
-    text: str = ""  # what the model wrote last, taken or not
-    drawn: int = 0  # tokens
+    text: str = ""  # the model's last answer, accepted or not
+    drawn: int = 0  # tokens sampled
 
 
 class Rewriter:
-    """Rewrites rows batch by batch. Which rows are drawn together follows from the rows alone, and each batch is
-    written, whole, to a part file of its own, so that a run that was killed ends with the same rows."""
+    """Rewrites rows batch by batch. The batches depend on the rows alone, and each is saved atomically to its own part
+    file, so a killed and resumed run ends with the same rows."""
 
     def __init__(
         self, tokenizer: Any, base: Path, length: int, batch: int, engine: EngineConfig, context: Context, work: Path
@@ -68,7 +68,7 @@ class Rewriter:
         self.parts = work / "rewrites"
 
     def run(self, golds: Sequence[Gold]) -> tuple[list[Outcome], float | None]:
-        """What becomes of each row that is to be rewritten, and the tokens written per second, if any were."""
+        """The outcome of each row with `rewrite` set, and tokens sampled per second, if any were."""
         batches = list(self._batches(golds))
         longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
         found: list[Outcome] = []
@@ -87,8 +87,8 @@ class Rewriter:
         return found, writer.speed()
 
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
-        """Rows and their prompts' lengths: those with the same instructions together, sorted by length within a
-        window, so that little is padded and rows that end late are together."""
+        """Batches of (row, prompt length): rows with the same settings together, sorted by length within a window to
+        reduce padding and to group rows that end late."""
         kinds: dict[General, list[Gold]] = {}
         for gold in golds:
             if gold.rewrite is not None:
@@ -101,7 +101,7 @@ class Rewriter:
                     yield window[i : i + self.batch]
 
     def _prompt_length(self, gold: Gold) -> int:
-        """0 where no prompt can be made."""
+        """The prompt's tokens; 0 if it cannot be rendered."""
         try:
             return len(
                 self._tokens(rewrite_prompt(self.tokenizer, last_answer(_turns(gold), gold.row.tools), _how(gold)))
@@ -129,7 +129,7 @@ class Rewriter:
         return [found[gold.row.id] for gold in golds]
 
     def _round(self, golds: list[Gold], writer: Writer, origin: Origin) -> list[Outcome]:
-        """One answer of the model to each row: alone, or with gold before it."""
+        """One model answer per row: its own, or a rewrite of gold."""
         if not golds:
             return []
         make = own_prompt if origin == "own" else rewrite_prompt
@@ -152,7 +152,7 @@ class Rewriter:
         return replace(outcome, why="unchecked" if check == "none" else f"{check} agrees")
 
     def _fault(self, gold: Gold, sampled: Sampled, text: str, origin: Origin) -> str:
-        """Why an answer cannot be taken; empty if it can."""
+        """Why an answer is rejected; empty if it is accepted."""
         how, asked = _how(gold), last_answer(_turns(gold), gold.row.tools)
         if not text:
             return "empty"
@@ -177,7 +177,7 @@ class Rewriter:
         return "" if held else "differs"
 
     def _hopeless(self, gold: Gold) -> str:
-        """Why no answer of the model could be taken, before anything is drawn; empty if one could."""
+        """Why no answer to this row could be accepted, known before sampling; empty if one could."""
         how, asked = _how(gold), last_answer(_turns(gold), gold.row.tools)
         if not asked.by_user:
             return "not_asked"
@@ -198,7 +198,7 @@ class Rewriter:
         return ""
 
     def _context(self) -> int:
-        """Tokens the model was made for."""
+        """The model's context length in tokens."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
 
     def _tokens(self, text: str) -> list[int]:
@@ -212,7 +212,7 @@ def rewritten_row(row: Row, text: str) -> Row:
 
 
 def settle_row(gold: Gold, outcome: Outcome | None) -> Row:
-    """The row that is learned."""
+    """The row to train on."""
     if outcome is None:
         return gold.row
     row = replace(gold.row, why=outcome.why)
@@ -222,7 +222,7 @@ def settle_row(gold: Gold, outcome: Outcome | None) -> Row:
 
 
 def examples(golds: Sequence[Gold], outcomes: Sequence[Outcome], count: int = 3) -> list[dict[str, str]]:
-    """A few rows with gold beside what the model wrote: of those taken, and of those not, the first by number."""
+    """A few rows with gold beside the model's answer: the first accepted and the first rejected ones, by id."""
     by_id = {gold.row.id: gold for gold in golds}
     written = sorted((outcome for outcome in outcomes if outcome.text), key=lambda outcome: outcome.id)
     taken = [outcome for outcome in written if outcome.origin != "gold"][:count]
@@ -243,7 +243,7 @@ def examples(golds: Sequence[Gold], outcomes: Sequence[Outcome], count: int = 3)
 
 
 def shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of rows that were to be rewritten: how many came to be of which origin, and why gold was kept."""
+    """Counts for rows with a rewrite requested: by origin, and by the reason gold was kept."""
     asked = [row for row in rows if row.why]
     origins = Counter(row.origin for row in asked)
     reasons = Counter(row.why for row in asked if row.origin == "gold")

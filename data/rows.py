@@ -1,4 +1,4 @@
-"""The rows of a data stage's folder: what they are, and the one file that holds them."""
+"""The rows of a data stage, and reading and writing the file that holds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "rows.parquet"
 ROW_GROUP = 4096
 Split = Literal["train", "heldout"]
 Origin = Literal["gold", "rewritten", "own"]
-Message = dict[str, Any]  # role and content, and what turns.py says may go with them
+Message = dict[str, Any]  # role and content, and the optional keys listed in turns.py
 Messages = list[Message]
 
 
@@ -28,19 +28,19 @@ class Row:
     messages: Messages | None = None  # [{"role": ..., "content": ...}, ...]
     text: str | None = None
     source: str = ""  # "magpie", "texts", a data set's name, or a file's name
-    seed: int | None = None  # what its sampling was seeded with, where a model wrote it
-    tokens: int = 0  # length once encoded
-    targets: int = 0  # how many of them are learned
-    cut: bool = False  # the last answer stops in the middle, so its end is not learned
-    origin: Origin = "gold"  # the last answer is the data set's, the model's rewrite of it, or the model's alone
-    why: str = ""  # why gold was kept or not; empty where no rewrite was asked for
-    tools: list[Any] | None = None  # definitions of the tools that the conversation is given
+    seed: int | None = None  # sampling seed, if a model wrote it
+    tokens: int = 0  # length in tokens, once encoded
+    targets: int = 0  # how many of them are trained on
+    cut: bool = False  # the last answer was cut off, so no end of turn is trained on
+    origin: Origin = "gold"  # the last answer is the data set's, the model's rewrite of it, or the model's own
+    why: str = ""  # why gold was kept or replaced; empty if no rewrite was requested
+    tools: list[Any] | None = None  # tool definitions of the conversation
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
-    # `more` is what a message has beside role and content, such as tool_calls, as JSON.
+    # `more` holds a message's other keys, such as tool_calls, as JSON.
     message = pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())])
     return pa.schema(
         [
@@ -61,7 +61,7 @@ def _schema() -> Any:
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
-    """Write `rows.parquet` into `folder`, whole or not at all; the same rows give the same bytes."""
+    """Write `rows.parquet` into `folder` atomically; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -69,7 +69,7 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
     temporary = path.with_name(FILE + ".tmp")
     schema = _schema()
     table = pa.Table.from_pylist([_stored(row, schema.names) for row in rows], schema=schema)
-    with temporary.open("wb") as file:  # pyarrow is shown no name, which may be no UTF-8
+    with temporary.open("wb") as file:  # pyarrow gets no file name, which may not be UTF-8
         pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd", version="2.6")
     os.replace(temporary, path)
     return path
@@ -101,7 +101,7 @@ def _read(record: dict[str, Any]) -> Row:
 def read_rows(folder: Path, split: Split | None = None) -> list[Row]:
     """The rows of a data stage's folder in the order of their ids: one split, or all.
 
-    Raises `UserError` when the folder has no rows file, a broken one, or one of another version.
+    Raises `UserError` if the rows file is missing, broken, or of another version.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,7 +1,7 @@
-"""Drawing text from a model, many rows at a time, each row from its own random numbers.
+"""Batched sampling from a model, each row with its own random numbers.
 
-Why not `model.generate`: there, one generator serves the whole batch, so that a row depends on its neighbours; rows
-that have ended are computed to the end; and the KV cache is copied at every token.
+Why not `model.generate`: it uses one generator for the whole batch, so a row depends on its neighbours; it keeps
+computing rows that have ended; and it copies the KV cache at every token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-LOOP = 32  # tokens that repeat with a period of at most LOOP // 2: the row will never end
+LOOP = 32  # if this many tokens repeat with a period of at most LOOP // 2, the row will never end
 _ROOM = 64  # tokens by which the KV cache grows
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all tokens in."""
+    """Sampling settings. Temperature 0 is greedy; top_k 0 and top_p 1 exclude no tokens."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -31,14 +31,14 @@ class Sampling:
 
 @dataclass
 class Sampled:
-    """What was drawn after one prompt; a token that ended it is not among the tokens."""
+    """The tokens sampled after one prompt, without the stop token."""
 
     tokens: list[int]
     ended: bool = False
     looped: bool = False
 
     def append(self, token: int, stop: Collection[int], stopped: Callable[[list[int]], bool] | None) -> None:
-        """Take the next token, unless the text is over; note where it ends it."""
+        """Add the next token unless the text has ended, and check whether it ends the text."""
         if self.ended or self.looped:
             return
         if token in stop:
@@ -50,7 +50,7 @@ class Sampled:
 
 
 def row_seed(seed: int, row: int, phase: str) -> int:
-    """The seed of one row's random numbers: the same whatever other rows there are."""
+    """The seed of one row's random numbers, independent of all other rows."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{phase}/{row}".encode()).digest()[:7], "big")
 
 
@@ -67,14 +67,14 @@ def sample(
 ) -> list[Sampled]:
     """Continue each prompt (token ids, not empty) until a token of `stop`, or `stopped(tokens)`, or `max_tokens`.
 
-    Row i draws from a generator seeded with `seeds[i]`, one number per token, so its text does not depend on the
-    other rows, but for rounding. Tokens of `banned` are never drawn.
+    Row i samples from a generator seeded with `seeds[i]`, one number per token, so its text does not depend on the
+    other rows, except for rounding. Tokens of `banned` are never sampled.
     """
     device = model.get_input_embeddings().weight.device
     uniforms = torch.stack([_uniforms(seed, how.max_tokens) for seed in seeds]).to(device)
     found = [Sampled([]) for _ in prompts]
     logits, cache, seen = _prefill(model, prompts, how.max_tokens, device)
-    rows = list(range(len(prompts)))  # of the running batch
+    rows = list(range(len(prompts)))  # still running
     ends = frozenset(stop)
     for step in range(how.max_tokens):
         logits[:, list(banned)] = -torch.inf
@@ -84,7 +84,7 @@ def sample(
         keep = [i for i, row in enumerate(rows) if not (found[row].ended or found[row].looped)]
         if not keep or step == how.max_tokens - 1:
             break
-        if len(keep) <= 0.9 * len(rows):  # taking rows out copies the cache, so not for every single one
+        if len(keep) <= 0.9 * len(rows):  # removing rows copies the cache, so not for every single one
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             seen, chosen, rows = seen[index], chosen[index], [rows[i] for i in keep]
@@ -94,9 +94,9 @@ def sample(
 
 
 def choose(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-    """Draw one token per row by inverting the cumulative distribution: (B, V) and (B,) in [0, 1) → (B,) long.
+    """Sample one token per row by inverting the cumulative distribution: (B, V) and (B,) in [0, 1) → (B,) long.
 
-    The nucleus (`top_p`) is what has less than that mass before it, of what `top_k` leaves.
+    The nucleus (`top_p`) holds the tokens with less than that mass before them, among those that `top_k` leaves.
     """
     if how.temperature == 0:
         return logits.argmax(-1)
@@ -109,19 +109,19 @@ def choose(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
     size = logits.shape[1]
     width = min(how.top_k or 256, size)
     total = None if how.top_k else logits.logsumexp(-1, keepdim=True)
-    while True:  # a full sort of the vocabulary is slow and rarely needed: the nucleus is mostly small
+    while True:  # a full sort of the vocabulary is slow and rarely needed: the nucleus is usually small
         values, tokens = logits.topk(width)
         mass = (values - (values.logsumexp(-1, keepdim=True) if total is None else total)).double().exp().cumsum(-1)
         if how.top_k or width == size or bool((mass[:, -1] >= how.top_p).all()):
             break
         width = min(8 * width, size)
-    inside = (mass < how.top_p).sum(-1, keepdim=True).clamp_max(width - 1)  # the nucleus's last place
+    inside = (mass < how.top_p).sum(-1, keepdim=True).clamp_max(width - 1)  # index of the nucleus's last token
     point = uniforms[:, None] * mass.gather(1, inside)
     return tokens.gather(1, (mass <= point).sum(-1, keepdim=True).minimum(inside))[:, 0]
 
 
 def loops(tokens: list[int]) -> bool:
-    """Whether the last LOOP tokens repeat themselves with some period of at most half of that."""
+    """Whether the last LOOP tokens repeat with some period of at most half that length."""
     tail = tokens[-LOOP:]
     return len(tail) == LOOP and any(tail[p:] == tail[:-p] for p in range(1, LOOP // 2 + 1))
 
@@ -133,10 +133,10 @@ def _uniforms(seed: int, count: int) -> Tensor:
 def _prefill(
     model: Any, prompts: Sequence[list[int]], tokens: int, device: torch.device
 ) -> tuple[Tensor, Cache, Tensor]:
-    """Logits after each prompt (B, V), the cache, and which of its columns each row sees (B, T).
+    """Logits after each prompt (B, V), the cache, and a mask of the columns each row sees (B, T).
 
-    What all prompts begin with (the template's system message) is computed once. The rests are padded on the left.
-    `tokens` more are to come.
+    The prefix that all prompts share (the template's system message) is computed once; the remainders are left-padded.
+    `tokens` is the number of tokens to follow.
     """
     common = _common(prompts, getattr(model.config, "sliding_window", None), tokens)
     width = max(map(len, prompts)) - common
@@ -156,10 +156,10 @@ def _prefill(
 
 
 def _common(prompts: Sequence[list[int]], window: int | None, tokens: int) -> int:
-    """How many tokens all prompts begin with, the last token of each left out."""
+    """Length of the prefix that all prompts share, excluding each prompt's last token."""
     lengths = [len(prompt) for prompt in prompts]
     if window is not None and window < max(lengths) + tokens and len(set(lengths)) > 1:
-        return 0  # windows are counted in columns, and there would be padding between the beginning and the rest
+        return 0  # windows are counted in columns, and there would be padding between the prefix and the remainder
     common = 0
     while common < min(lengths) - 1 and len({prompt[common] for prompt in prompts}) == 1:
         common += 1
@@ -181,9 +181,9 @@ def _forward(model: Any, ids: Tensor, seen: Tensor, cache: Cache) -> Tensor:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one block, (B, heads, T, d), written in place into a buffer that has room to grow.
+    """Keys and values of one block, (B, heads, T, d), written in place into a buffer with room to grow.
 
-    Sliding-window blocks keep everything too: the mask hides what they do not see.
+    Sliding-window blocks keep everything too: the mask hides what is outside the window.
     """
 
     def __init__(self, **options: Any):

@@ -1,6 +1,6 @@
-"""Python tests of a row, run against the code in an answer, in a process of their own with limits.
+"""Runs a row's Python tests against the code in an answer, in a separate process with limits.
 
-What it holds back, and what it does not, is told in docs/explanation/self-data.md.
+docs/explanation/self-data.md lists what this sandbox blocks and what it does not.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 def code_in(text: str) -> str:
-    """The code of an answer: its longest fenced block that is Python or names no language, else all of it."""
+    """The code of an answer: its longest fenced block marked as Python or without a language, else the whole answer."""
     blocks = [code for language, code in _FENCED.findall(text) if language.lower() in ("", "python", "py", "python3")]
     return max(blocks, key=len) if blocks else text
 
 
 def passes(text: str, tests: str, *, timeout: float = 5.0, memory: int = 512) -> bool:
-    """Whether `tests` (assertions) hold after the code in `text` has run; within seconds and megabytes.
+    """Whether `tests` (assertions) pass after running the code in `text`, within `timeout` seconds and `memory` MB.
 
-    The process has Python's standard library only, an empty folder, no environment and no standard input, output or
-    network. It counts as passed when the end of the tests is reached, not when the process ends well.
+    The process has only Python's standard library, an empty folder, no environment and no standard input, output or
+    network. The tests pass if they run to their end; the exit code does not count.
     """
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def passes(text: str, tests: str, *, timeout: float = 5.0, memory: int = 512) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process and whatever it started, gone."""
+    """Kill the process and everything it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
-"""Run as a script by `sandbox.py`, with the standard library alone: limits first, then the code, then its tests.
+"""Script that `sandbox.py` runs, with only the standard library: sets limits, runs the code, then its tests.
 
-Arguments: seconds, megabytes. Standard input: a secret word, the code and the tests, with NUL between them. The word
-is written to standard output when the tests have been run to their end.
+Arguments: seconds, megabytes. Standard input: a secret word, the code and the tests, separated by NUL. The word is
+written to standard output once the tests have run to their end.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def _main() -> None:
     run(code, module)
     run(tests, module)
     os.write(told, word.encode())
-    os._exit(0)  # what the code has left running, such as threads, is not waited for
+    os._exit(0)  # do not wait for threads that the code left running
 
 
 def _leave_the_network() -> None:
-    """A network namespace of its own, without an interface, where Linux allows that without rights."""
+    """Move to a new network namespace without interfaces, where Linux allows that without privileges."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -75,7 +75,7 @@ def _limit(seconds: int, megabytes: int) -> None:
 
 
 def _hook() -> Callable[[str, tuple[Any, ...]], None]:
-    """What the interpreter itself is to refuse: network, processes, and every change to files."""
+    """An audit hook that makes the interpreter refuse network access, new processes, and all changes to files."""
     refused, writing = tuple(_REFUSED), _WRITING
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:

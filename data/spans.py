@@ -1,9 +1,9 @@
-"""Where the assistant's own words stand in what a chat template makes of a conversation.
+"""Finds the assistant's own text in a conversation rendered by a chat template.
 
-A template is only ever rendered, never taken apart, so that any template works. Where a turn's words stand is found by
-rendering once more with other words in their place: what the two texts have in common before and after is not the
-turn's own. What a template writes into a turn of itself, such as an empty block of reasoning, is thereby not its own,
-and templates may write an earlier turn differently from a last one.
+Templates are only rendered, never parsed, so any template works. A turn's text is located by rendering the
+conversation again with other text in its place: the common prefix and suffix of both renderings are not the turn's
+own. So text that the template itself adds to a turn, such as an empty reasoning block, does not count as its own, and
+templates may render an earlier turn differently from the last one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..core.errors import UserError
 from .rows import Message, Messages
 
 Render = Callable[..., str]  # (messages, answer=False)
-# Characters that stand in for words. One that the text has nowhere begins and ends the words put in their place.
 CLOSED = "</think>"
+# Rare characters. One that does not occur in the text is used to write the placeholder for a turn's text.
 _STRANGERS = "ꙮꙭꚙꚗꚕꚓꚑ"
 
 
 class TemplateError(UserError):
-    """A row that the chat template cannot express; `reason` is what it is counted as."""
+    """A row that the chat template cannot express; `reason` is the name it is counted under."""
 
     def __init__(self, message: str, reason: str = "template"):
         super().__init__(message)
@@ -31,18 +31,18 @@ class TemplateError(UserError):
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of a text."""
+    """A range of characters in a text."""
 
-    begin: int  # of what is learned
-    end: int  # of the turn's own words
-    limit: int  # of what belongs to the turn
-    spaces: bool = False  # whether `begin` is that of the words, and spaces before them may be part of a first token
+    begin: int  # where training starts
+    end: int  # end of the turn's own text
+    limit: int  # end of everything that belongs to the turn
+    spaces: bool = False  # whether `begin` is where the text starts, so spaces before it may be in the first token
 
 
 def answer_span(render: Render, messages: Messages, number: int, text: str) -> Span:
-    """Where assistant turn `number` stands in `text`, which is the whole conversation as the template writes it.
+    """The span of assistant turn `number` in `text`, the whole conversation rendered by the template.
 
-    Raises `TemplateError` where the template does not write its words as they are.
+    Raises `TemplateError` if the template changes the turn's text.
     """
     if number == 0:
         raise TemplateError("a conversation starts with an assistant turn; it must start with a user or system message")
@@ -65,21 +65,21 @@ def answer_span(render: Render, messages: Messages, number: int, text: str) -> S
     begin = _with_opening(messages[number], text, begin, end)
     header = _header(render, messages, number, text, begin)
     reasoning = _squeezed(messages[number].get("reasoning_content") or "")
-    thinks = reasoning and reasoning in _squeezed(text[begin:end])  # and then its marks are the assistant's, too
+    thinks = reasoning and reasoning in _squeezed(text[begin:end])  # then its tags belong to the assistant too
     if header is not None and (thinks or not text[header:begin].strip()):
         return Span(header, end, limit)
     return Span(begin + len(text[begin:end]) - len(text[begin:end].lstrip()), end, limit, spaces=True)
 
 
 def _own(render: Render, messages: Messages, number: int, text: str) -> tuple[int, int] | None:
-    """Begin and end of turn `number`'s own words in `text`: what changes with them. None where nothing can be put in
-    their place."""
+    """Begin and end of turn `number`'s own text in `text`: the part that changes with it. None if no placeholder can
+    be rendered in its place."""
     stranger = next((c for c in _STRANGERS if c not in text), None)
     if stranger is None:
         return None
     said, thought = messages[number]["content"] or "", messages[number].get("reasoning_content")
     words = stranger * 3
-    # Where it thinks, so do the words in its place, so that what a template writes around thoughts is in both texts.
+    # A turn with reasoning gets a placeholder with reasoning, so both renderings have the template's reasoning tags.
     other: Message = {"role": "assistant", "content": f"<think>{words}</think>{words}" if CLOSED in said else words}
     if thought:
         other["reasoning_content"] = words
@@ -90,7 +90,7 @@ def _own(render: Render, messages: Messages, number: int, text: str) -> tuple[in
     if stranger not in changed:
         return None
     begin = common(text, changed)
-    if messages[number].get("tool_calls"):  # where words before the calls would stand
+    if messages[number].get("tool_calls"):  # where text before the calls would be
         try:
             spoken = render([*messages[:number], messages[number] | {"content": words}, *messages[number + 1 :]])
             begin = min(begin, common(text, spoken)) if stranger in spoken and not said.strip() else begin
@@ -102,10 +102,10 @@ def _own(render: Render, messages: Messages, number: int, text: str) -> tuple[in
 def _in_whole(
     render: Render, messages: Messages, number: int, text: str, turn: str, alone: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """The own words of a turn that others follow, in the whole text.
+    """The own text of a turn that others follow, in the whole text.
 
-    Without its calls the turns after it may be written differently, or refused: what was found must be in the turn as
-    it is written when it is the last; else it is looked for as it stands there.
+    Without its calls the following turns may be rendered differently, or rejected. So the text found must also occur
+    in the turn rendered as the last one; if not, that rendering's text is searched for in the whole.
     """
     if alone is None:
         return None
@@ -119,8 +119,8 @@ def _in_whole(
 
 
 def _written(message: Message, own: str) -> bool:
-    """Whether all that is said stands in the turn's own words; reasoning, an earlier turn's in a template's eyes, need
-    not."""
+    """Whether the turn's own text contains the whole content; reasoning may be missing, since templates drop that of
+    earlier turns."""
     said = (message["content"] or "").strip()
     return any(answer in own for answer in (said, said.rpartition(CLOSED)[2].strip()))
 
@@ -137,19 +137,19 @@ def called(message: Message) -> list[str]:
 
 
 def _header(render: Render, messages: Messages, number: int, text: str, begin: int) -> int | None:
-    """Where the header of turn `number` ends: at what the model is shown before it answers. None where the template
-    writes the conversation before it otherwise, so that this cannot be told."""
+    """Where the header of turn `number` ends, i.e. the end of the model's prompt for this turn. None if the template
+    renders the preceding conversation differently, so this is unknown."""
     try:
         shown = render(messages[:number], answer=True)
         end = min(common(text, shown), begin)
         known = end in (len(shown), begin) or text.startswith(render(messages[:number]))
-    except TemplateError:  # it takes no conversation without an answer
+    except TemplateError:  # it rejects a conversation without an answer
         return None
     return end if known else None
 
 
 def _with_opening(message: Message, text: str, begin: int, end: int) -> int:
-    """Where a turn's words begin, with the mark before a thought that is part of the content."""
+    """Where a turn's text begins, including a reasoning tag before it that is part of the content."""
     content = _squeezed(message["content"] or "")
     place = content.find(_squeezed(text[begin:end]))
     opening = content[:place] if CLOSED in content and place > 0 else ""
@@ -166,7 +166,7 @@ def _squeezed(text: str) -> str:
 
 
 def common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
@@ -177,8 +177,7 @@ def common(a: str, b: str) -> int:
 
 
 def unwritten(text: str, messages: Messages) -> str:
-    """What of a conversation's other turns is not in the text that the template makes of it, as a message; empty if
-    nothing."""
+    """An error message naming the first turn of another role that the rendered text omits; empty if none."""
     text = _squeezed(text)
     for number, message in enumerate(messages, 1):
         said = message["content"] or ""
@@ -188,5 +187,5 @@ def unwritten(text: str, messages: Messages) -> str:
 
 
 def _forms(said: str) -> list[str]:
-    """A text as it is, and as a JSON string has it."""
+    """A text unchanged, and escaped as in a JSON string."""
     return [said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]]

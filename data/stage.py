@@ -1,4 +1,4 @@
-"""The data stage: rows to calibrate on, to learn, and to measure with."""
+"""The data stage: rows for calibration, training and held-out evaluation."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ EXAMPLES = "examples.json"  # rewrites beside gold
 
 
 def ready(config: DataConfig, context: Context) -> None:
-    """Refuse engines that are not installed, before the model is fetched."""
+    """Reject engines that are not installed, before the model is downloaded."""
     if not isinstance(config, (DatasetConfig, DatasetsConfig)) or any(part.rewrite for part in config.parts):
         check_engine(config.engine, context)
 
 
 def check(config: DataConfig, base: Path, context: Context) -> None:
-    """Refuse files that are not there, and conversations for a model without a chat template."""
+    """Reject missing files, and conversations for a model without a chat template."""
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
         for source in sources(config, context):
             local_file(source)
@@ -50,9 +50,9 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
 
 
 def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `rows.parquet` and `stats.json` (counts by reason, shares, tokens); return them with the speed.
+    """Write `rows.parquet` and `stats.json` (counts by reason, shares, tokens); return the stats with the speed.
 
-    Several processes draw self-data side by side; the first one writes it down.
+    Several processes sample self-data in parallel; rank 0 writes the files.
     """
     data_set = isinstance(config, (DatasetConfig, DatasetsConfig))
     if context.rank and data_set and all(part.rewrite is None for part in config.parts):
@@ -92,7 +92,7 @@ def _from_model(
         hint = "raise data.temperature"
     with drawer.writer as writer:
         drafts, counts = draw_rows(drawer, context, hint)
-    speed = writer.speed()  # rows taken over from before an interruption were not timed here
+    speed = writer.speed()  # does not include rows from before an interruption
     return [made(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
@@ -129,7 +129,7 @@ def _from_data(
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     """The rows with their split: a share of them, chosen by a hash of seed and id, is held out; at least one row,
-    and never all (of two rows or more)."""
+    but never all (given two rows or more)."""
     count = min(max(round(len(rows) * share), 1), len(rows) - 1)
     ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/heldout/{row.id}".encode()).digest())
     heldout = {row.id for row in ranked[:count]}
@@ -143,7 +143,7 @@ def _measured(row: Row, tokenizer: Any, length: int) -> Row:
 
 
 def statistics(rows: Sequence[Row], counts: Counter[str]) -> dict[str, Any]:
-    """Counts, shares of what was read or drawn, and tokens."""
+    """Counts, the share of read or sampled rows that was kept, and tokens."""
     total = sum(counts.values())
     return {
         "rows": len(rows),

@@ -1,13 +1,13 @@
-"""The unpruned model's top-k log-probabilities at every learned token, written once and read memory-mapped.
+"""The unpruned model's top-k log-probabilities at every trained token, written once and read memory-mapped.
 
-The folder `teacher` of a data stage holds, for N targets in M windows (a conversation is one, a plain text as many as
-`length` makes of it), numpy arrays in the order of the rows:
+The folder `teacher` of a data stage holds, for N targets in M windows (one per conversation; a plain text is split
+into windows of `length` tokens), numpy arrays in the order of the rows:
 
-    windows.npy     (M, 4) int64     row id, number of the window's first token in it, its first target, how many
-    positions.npy   (N,) int32       number of the target in its row
-    targets.npy     (N,) int32       the token itself
-    tokens.npy      (N, k)           the k likeliest tokens, likeliest first: uint16, int32 for large vocabularies
-    log_probs.npy   (N, k + 1)       float16; the last is the log of what all other tokens have together
+    windows.npy     (M, 4) int64     row id, position of the window's first token in the row, first target, target count
+    positions.npy   (N,) int32       position of the target in its row
+    targets.npy     (N,) int32       the target token
+    tokens.npy      (N, k)           the k most likely tokens, in descending order: uint16, int32 for large vocabularies
+    log_probs.npy   (N, k + 1)       float16; the last is the log of the total probability of all other tokens
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from .packing import Batch, pack
 from .rows import Row
 
 FOLDER = "teacher"
-PART = 64  # windows that are written together
+PART = 64  # windows per part
 Arrays = dict[str, np.ndarray]
 
 
 def write_teacher(
     config: TeacherConfig, base: Path, rows: Sequence[Row], tokenizer: Any, length: int, out_dir: Path, context: Context
 ) -> dict[str, int]:
-    """Write the folder for the training rows; returns its figures.
+    """Write the folder for the training rows; returns its size in targets and bytes.
 
-    Windows are encoded as for training and written part by part, so that a run that was killed goes on with the part
-    it was in, and ends with the same bytes.
+    Windows are encoded as for training and written part by part, so a killed run resumes at its unfinished part and
+    ends with the same bytes.
     """
     train = sorted((row for row in rows if row.split == "train"), key=lambda row: row.id)
     windows = encode_rows(tokenizer, train, length)
@@ -81,7 +81,7 @@ def _write(
 
 
 def _arrays(folder: Path, windows: Sequence[Encoded], k: int, vocabulary: int, *, fresh: bool) -> Arrays:
-    """The folder's arrays, mapped for writing; the index is filled in."""
+    """The folder's arrays, memory-mapped for writing, with the index filled in."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = [sum(window.loss_mask) for window in windows]
     total = sum(counts)
@@ -104,7 +104,7 @@ def _arrays(folder: Path, windows: Sequence[Encoded], k: int, vocabulary: int, *
 
 
 def _mark(arrays: Arrays, file: Path, parts: int) -> None:
-    """Flush what was written, and only then say so."""
+    """Flush the arrays, and only then record the part as done."""
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
     temporary = file.with_name(file.name + ".tmp")
@@ -114,7 +114,7 @@ def _mark(arrays: Arrays, file: Path, parts: int) -> None:
 
 @torch.no_grad()
 def _fill(decoder: Decoder, arrays: Arrays, part: slice, batches: Sequence[Batch]) -> None:
-    """Run one part's windows, packed in whatever order, and put the targets where they belong."""
+    """Run one part's windows, packed in any order, and store the results in target order."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
         moved = batch.to(decoder.model.device)
@@ -128,8 +128,8 @@ def _fill(decoder: Decoder, arrays: Arrays, part: slice, batches: Sequence[Batch
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of logits (n, V): the k likeliest tokens (n, k), and on the CPU too their log-probabilities and the log of what
-    the others have together, (n, k + 1), at least float32."""
+    """From logits (n, V): the k most likely tokens (n, k), and their log-probabilities followed by the log of the total
+    probability of all others, (n, k + 1), at least float32. Both are on the CPU."""
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     top, tokens = log_probs.topk(k)
     others = log_probs.scatter_(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
@@ -139,7 +139,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class TeacherCache:
     """A data stage's `teacher` folder, memory-mapped.
 
-    Raises `UserError` where the folder has none, or a broken one.
+    Raises `UserError` if the folder has no teacher cache, or a broken one.
     """
 
     def __init__(self, folder: Path):
@@ -164,10 +164,10 @@ class TeacherCache:
         }
 
     def find(self, batch: Batch) -> np.ndarray:
-        """Where the batch's targets are in the arrays, (N,), sequence by sequence.
+        """Indices of the batch's targets in the arrays, (N,), sequence by sequence.
 
-        A row that was cut is found all the same: what comes before a token is the same. Raises `UserError` for targets
-        that the folder does not have, or has after other words.
+        A truncated row is found too, since the tokens before each target are the same. Raises `UserError` for targets
+        that the folder lacks, or has in another context.
         """
         return np.concatenate([np.empty(0, np.int64), *self._segments(batch)])
 
@@ -195,8 +195,8 @@ class TeacherCache:
 
 
 def read_top_k(cache: TeacherCache, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The k tokens (N, k), long, and the log-probabilities (N, k + 1), float32, at a batch's targets, sequence by
-    sequence; on the batch's device."""
+    """Top-k tokens (N, k), long, and log-probabilities (N, k + 1), float32, at a batch's targets, sequence by sequence;
+    on the batch's device."""
     where, device = cache.find(batch), batch.input_ids.device
     tokens = torch.from_numpy(cache.tokens[where].astype(np.int64))
     return tokens.to(device), torch.from_numpy(cache.log_probs[where].astype(np.float32)).to(device)

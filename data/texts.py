@@ -1,9 +1,8 @@
-"""Plain text the unpruned model writes from nothing: a random first token, then what it goes on with (LLM-QAT, arXiv
-2305.17888).
+"""Plain text that the unpruned model writes from a random first token (LLM-QAT, arXiv 2305.17888).
 
-No data set and no chat template is needed. Such rows wander over what the model was pretrained on, where conversations
-keep to one register: calibrate on them what is to hold on any text. Where one kind of text is wanted, a few openings
-(first words) of that kind take the place of the random token.
+This needs neither a data set nor a chat template. Such rows cover much of the pretraining distribution, where
+conversations keep to one register: use them to calibrate for general text. For one kind of text, give a few openings
+(first words) of that kind to replace the random token.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from .sampling import Sampled, Sampling, row_seed
 
 
 class Texts(Drafts):
-    """Draws plain texts."""
+    """Samples plain texts."""
 
     config: TextsConfig
 
     def __init__(self, config: TextsConfig, base: Path, tokenizer: Any, context: Context, work: Path):
-        self.begin = list(tokenizer("")["input_ids"])  # what the tokenizer begins every text with, if anything
+        self.begin = list(tokenizer("")["input_ids"])  # tokens that the tokenizer puts before every text, if any
         self.openings = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in config.openings]
         super().__init__(config, base, tokenizer, context, work)
         special = special_tokens(tokenizer)
@@ -66,10 +65,10 @@ class Texts(Drafts):
 
 
 def to_text_row(draft: Draft) -> Row:
-    """The row a kept draft is learned as."""
+    """The training row of a kept draft."""
     return Row(draft.id, "train", text=draft.answer, source="texts", seed=draft.seed, origin="own")
 
 
 def _is_text(piece: str) -> bool:
-    """Whether a token begins a text: a letter or digit in it, and no half of a character."""
+    """Whether a token can start a text: it has a letter or digit, and no incomplete character."""
     return "\ufffd" not in piece and any(character.isalnum() for character in piece)

@@ -1,8 +1,8 @@
-"""Conversations in the shapes people have them, made into one.
+"""Converts conversations from the formats people use into one.
 
-A message is {role, content}, with tool_calls, tool_call_id, name, reasoning_content where there are any. Roles are
-system, user, assistant and tool; content is a text, or None beside tool calls. `arguments` of a call are an object, as
-the templates of Hugging Face's models expect them.
+A message is {role, content}, optionally with tool_calls, tool_call_id, name, reasoning_content. Roles are system, user,
+assistant and tool; content is text, or None beside tool calls. The `arguments` of a call are an object, as the chat
+templates of Hugging Face models expect.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
-TEXTS = ("text", "input_text", "output_text")  # types of parts that are text
+TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
 UNICODE = "not_unicode"
 
 
 class Unusable(Exception):
-    """Why a row cannot be used: a short reason that is counted, and what was found where."""
+    """Why a row cannot be used: a short reason to count, and a detail that says what is wrong where."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(detail or reason)
@@ -35,7 +35,7 @@ class Unusable(Exception):
 
 
 def literal(value: Any) -> str | None:
-    """The text that says exactly what a value is; None for lists, objects and what else is no single value."""
+    """The exact text form of a single value; None for lists, objects and other values without one."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -59,15 +59,15 @@ def literal(value: Any) -> str | None:
 def conversation(value: Any, *, pads: bool = False) -> Messages:
     """The messages of a conversation: a list of {role, content} or {from, value}, or that list as JSON.
 
-    With `pads`, None in a nested object is what Arrow put where a key was missing, and is left out. An empty list where
-    there is nothing. Raises `Unusable`.
+    With `pads`, None in a nested object marks a key that was missing before Arrow, and is removed. Empty values give an
+    empty list. Raises `Unusable`.
     """
     if isinstance(value, str) and value.strip():
         value = _json(value, "messages", "holds text, not a list of messages; read it with `text: COLUMN`")
     if value is None or value in ("", [], {}) or isinstance(value, str):
         return []
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        value = _transposed(value)  # how `datasets` has a sequence of objects
+        value = _transposed(value)  # `datasets` stores a sequence of objects as an object of lists
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Unusable("messages", "must hold a list of {role, content}")
     if pads:
@@ -76,7 +76,7 @@ def conversation(value: Any, *, pads: bool = False) -> Messages:
 
 
 def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
-    """The tools of a row, a list of objects or that list as JSON; None where there are none. Raises `Unusable`."""
+    """The tools of a row, from a list of objects or that list as JSON; None if there are none. Raises `Unusable`."""
     if isinstance(value, str):
         value = _json(value, "tools", "is not valid JSON") if value.strip() else None
     if isinstance(value, dict):
@@ -90,7 +90,7 @@ def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
 
 
 def words(message: Message) -> Iterator[str]:
-    """All texts of a message: what is said, thought, and written into calls."""
+    """All texts of a message: content, reasoning, and strings in tool calls."""
     for key in ("content", "reasoning_content"):
         if message.get(key):
             yield message[key]
@@ -98,7 +98,7 @@ def words(message: Message) -> Iterator[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value; keys are none."""
+    """All strings in a JSON value, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -107,7 +107,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def is_unicode(value: Any) -> bool:
-    """Whether all strings of a JSON value, its keys among them, are text: half a surrogate pair is none."""
+    """Whether all strings of a JSON value, keys included, are valid Unicode (no unpaired surrogates)."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -116,7 +116,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def without_none(value: Any) -> Any:
-    """A nested value without the keys that hold None."""
+    """A nested value without keys whose value is None."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
@@ -150,7 +150,7 @@ def _message(given: dict[str, Any]) -> Message:
             f"role {said[:40]!r}", f"has the unknown role {said[:40]!r}; known are {', '.join(sorted(ROLES))}"
         )
     content, reasoning = _content(given.get(content_key or ""), role)
-    if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the call itself is what is said
+    if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the content is the call itself
         calls, content = [_call(_json(content or "", "tool_call", "has a function call that is not JSON"))], None
     found: Message = {"role": role, "content": content}
     reasoning = reasoning or given.get("reasoning_content") or given.get("reasoning")
@@ -163,19 +163,19 @@ def _message(given: dict[str, Any]) -> Message:
         if isinstance(given.get(key), str) and given[key]:
             found[key] = given[key]
     if role == "assistant" and (str(given.get("weight")) in ("0", "0.0") or given.get("train") is False):
-        found["weight"] = 0  # OpenAI's way to say that an answer is context
+        found["weight"] = 0  # OpenAI's convention: not trained on, only context
     return found
 
 
 def _content(value: Any, role: str) -> tuple[str | None, str]:
-    """What a message says, and what it thinks; raises `Unusable` for parts that are not text."""
+    """A message's content and reasoning; raises `Unusable` for parts that are not text."""
     if value is None:
         return None, ""
     if isinstance(value, list):
         pieces = [_part(part) for part in value]
         return "".join(said for said, _ in pieces), "".join(thought for _, thought in pieces)
     text = literal(value)
-    if text is None and role == "tool":  # a result as it came
+    if text is None and role == "tool":  # a structured result
         return json.dumps(plain(value), ensure_ascii=False), ""
     if text is None:
         said, thought = _part(value)
@@ -184,7 +184,7 @@ def _content(value: Any, role: str) -> tuple[str | None, str]:
 
 
 def _part(part: Any) -> tuple[str, str]:
-    """The text of a part, or its thought."""
+    """The text and the reasoning of a content part; one of them is empty."""
     if isinstance(part, str):
         return part, ""
     if isinstance(part, dict):
@@ -204,7 +204,7 @@ def _part(part: Any) -> tuple[str, str]:
 
 def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
     value = given.get("tool_calls")
-    if value is None and given.get("function_call"):  # OpenAI's former way
+    if value is None and given.get("function_call"):  # OpenAI's older format
         value = [given["function_call"]]
     if isinstance(value, str):
         value = _json(value, "tool_call", "has tool_calls that are not JSON") if value.strip() else None
@@ -214,7 +214,7 @@ def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """A call in OpenAI's shape, its arguments as an object."""
+    """A call in OpenAI's format, its arguments as an object."""
     if isinstance(call, str):
         call = _json(call, "tool_call", "has a tool call that is not JSON")
     function = call.get("function", call) if isinstance(call, dict) else None

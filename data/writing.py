@@ -1,4 +1,4 @@
-"""The unpruned model as the writer of rows: an engine that is opened for the first text, timed, and closed."""
+"""Text generation by the unpruned model: opens the recipe's engine on first use, times it, and closes it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .sampling import Sampled, Sampling
 class Writer:
     """Continues prompts through the recipe's engine on the unpruned model in the folder `base`.
 
-    Up to `rows` texts are written together, of up to `length` tokens each with their prompts; never more than the
-    model was made for. A run whose texts were all written before opens no engine.
+    Up to `rows` texts are generated together, of up to `length` tokens each, prompt included and capped at the model's
+    context length. If all texts exist already, no engine is opened.
     """
 
     def __init__(self, config: EngineConfig, base: Path, length: int, rows: int, context: Context):
@@ -27,7 +27,7 @@ class Writer:
         self.config, self.base, self.length, self.rows, self.context = config, base, min(length, most), rows, context
         self._engine: Engine | None = None
         self._seconds = 0.0
-        self._tokens = 0  # drawn in this process
+        self._tokens = 0  # sampled in this process
 
     def sample(
         self,
@@ -42,14 +42,14 @@ class Writer:
         """As `Engine.sample`."""
         if self._engine is None:
             self._engine = open_engine(self.config, self.base, self.context, self.length, self.rows)
-        begun = time.perf_counter()  # opening the engine is not writing
+        begun = time.perf_counter()  # after opening the engine, which is not timed
         drawn = self._engine.sample(prompts, seeds, how, stop=stop, banned=banned, stopped=stopped)
         self._seconds += time.perf_counter() - begun
         self._tokens += sum(len(sampled.tokens) for sampled in drawn)
         return drawn
 
     def speed(self) -> float | None:
-        """Tokens per second of all processes together; None if nothing was written. All of them must call it."""
+        """Tokens per second over all processes; None if nothing was generated. All processes must call it."""
         drawn = self.context.group.gather([self._tokens, self._seconds])
         seconds = max(seconds for _, seconds in drawn)
         return sum(tokens for tokens, _ in drawn) / seconds if seconds else None

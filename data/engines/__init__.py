@@ -1,4 +1,4 @@
-"""What writes text: engines that continue many prompts, all behind one interface."""
+"""Engines that generate text for many prompts, behind one interface."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ class Engine(Protocol):
         banned: Sequence[int] = (),
         stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
-        """What follows each prompt (token ids, not empty), up to a token of `stop`, `how.max_tokens`, or where
-        `stopped(tokens)` holds.
+        """Continue each prompt (token ids, not empty) until a token of `stop`, `stopped(tokens)`, or `how.max_tokens`.
 
-        Row i is drawn from `seeds[i]`; tokens of `banned` are never drawn.
+        Row i is sampled with `seeds[i]`; tokens of `banned` are never sampled.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free the model and its memory."""
         ...
 
 
 def check_engine(config: EngineConfig, context: Context) -> None:
-    """`UserError` for what an engine lacks: its file, its package, its GPU."""
+    """Raise `UserError` if an engine lacks its file, its package or its GPU."""
     if isinstance(config, LlamaCppEngine):
         path = context.resolve(config.gguf)
         if not path.is_file():
@@ -78,8 +77,8 @@ def settle(
     limit: int,
     stopped: Callable[[list[int]], bool] | None = None,
 ) -> Sampled:
-    """The tokens that an engine gave, as `sample` would have left them: cut at the first that ends the text, or where
-    they have begun to repeat themselves."""
+    """An engine's tokens, truncated as `sample` would: at the first token that ends the text, or where the text starts
+    to loop."""
     found = Sampled([])
     for token in list(tokens)[:limit]:
         found.append(token, stop, stopped)

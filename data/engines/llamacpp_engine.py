@@ -1,7 +1,7 @@
 """llama.cpp, in this process through xllamacpp: a quantized teacher, several rows at a time.
 
-Its server takes rows into the places of those that have ended and keeps what a place has already read, so that the
-beginning that all prompts share is read once per place.
+Its server refills slots as rows end and keeps each slot's cache, so the prefix that all prompts share is read once per
+slot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import settle
 
 
 class LlamaCpp:
-    """llama.cpp on `file`, which holds the model of the folder `base`, for texts of `length` tokens, `slots` at once.
+    """llama.cpp on `file`, a GGUF of the model in the folder `base`, for texts of `length` tokens, `slots` at once.
 
     Raises `UserError` for files that are broken or hold another model.
     """
@@ -51,7 +51,7 @@ class LlamaCpp:
             "temperature": how.temperature or 1.0,
             "top_p": how.top_p,
             "top_k": 1 if likeliest else how.top_k,
-            # As in `choose`: the nucleus is of what top_k and the temperature leave.
+            # In the order of `choose`: top_k, temperature, then the nucleus.
             "samplers": ["top_k"] if likeliest else ["top_k", "temperature", "top_p"],
             "logit_bias": [[token, False] for token in banned],
             "cache_prompt": True,
@@ -61,7 +61,7 @@ class LlamaCpp:
         def draw(prompt: list[int], seed: int) -> Sampled:
             answer = self._ask({"prompt": list(prompt), "seed": seed % SEEDS, **shared})
             found = settle(answer["tokens"], stop, how.max_tokens, stopped)
-            # llama.cpp ends texts by its file's own list of tokens, too.
+            # llama.cpp also stops at the end tokens listed in its file.
             found.ended = found.ended or (answer["stop_type"] == "eos" and not found.looped)
             return found
 

@@ -1,4 +1,4 @@
-"""The model itself, in PyTorch."""
+"""The unpruned model in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..sampling import Sampled, Sampling, sample
 
 
 class Torch:
-    """The unpruned model as every other stage runs it; the same prompts and seeds give the same bytes."""
+    """The unpruned model, run as in every other stage; the same prompts and seeds give the same bytes."""
 
     def __init__(self, base: Path, context: Context):
         self.model: Any = load_model(base, context.dtype, context.device)

@@ -1,7 +1,6 @@
-"""vLLM, in a process of its own: on a GPU, or on a CPU where the installed build is one for CPUs. An optional package.
+"""vLLM, in its own process: on a GPU, or on a CPU with vLLM's CPU build. An optional package.
 
-vLLM decides for itself which rows it computes together, fills the places of rows that have ended, and keeps what
-several prompts begin with once.
+vLLM chooses which rows to batch together, refills slots as rows end, and caches shared prompt prefixes.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ..sampling import Sampled, Sampling
 from . import settle
 
 OTHERS = "or use --set data.engine=transformers, or {kind: llama.cpp, gguf: FILE}"
-MOST_BANNED = 1024  # tokens that vLLM takes biases for
+MOST_BANNED = 1024  # vLLM's limit on logit biases
 
 
 def import_vllm() -> Any:
-    """The package, which writes errors alone to the terminal and tells nobody of its use, unless the environment says
-    otherwise. `UserError` where it is missing, or cannot be imported."""
+    """The package, set to print only errors and send no usage statistics unless the environment says otherwise. Raises
+    `UserError` if it is missing or cannot be imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -43,7 +42,7 @@ def import_vllm() -> Any:
         raise UserError(
             f"data.engine: vllm is not installed; install it beside compress (docs/how-to/vllm.md), {OTHERS}"
         ) from error
-    except Exception as error:  # a build for another torch fails in ways of its own
+    except Exception as error:  # a build for another torch raises all kinds of errors
         raise UserError(
             f"data.engine: vllm cannot be imported ({_reason(error)}); repair its installation, {OTHERS}"
         ) from error
@@ -51,12 +50,12 @@ def import_vllm() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
+    """The first line of a library's error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_platform(device: str) -> None:
-    """`UserError` unless the installed vLLM computes where the run does: on the GPU, or on the CPU."""
+    """Raise `UserError` unless the installed vLLM supports the run's device, GPU or CPU."""
     platform = import_vllm().platforms.current_platform
     if device.startswith("cuda"):
         fits, advice = platform.is_cuda_alike(), "install a build for GPUs (pip install vllm)"
@@ -72,7 +71,7 @@ def check_platform(device: str) -> None:
 class Vllm:
     """The unpruned model of the folder `base` in vLLM, for up to `rows` texts of up to `length` tokens.
 
-    Raises `UserError`, with vLLM's own reason, where it cannot open the model.
+    Raises `UserError`, with vLLM's own reason, if it cannot open the model.
     """
 
     def __init__(self, base: Path, context: Context, length: int, rows: int, config: VllmEngine):
@@ -87,17 +86,17 @@ class Vllm:
             "tensor_parallel_size": config.gpus,
             "enable_prefix_caching": True,
             "skip_tokenizer_init": True,  # tokens go in, tokens come out
-            "generation_config": "vllm",  # only what we ask for
+            "generation_config": "vllm",  # do not load the model's own generation defaults
         }
         if context.device.startswith("cuda"):
             options["gpu_memory_utilization"] = config.memory
-        else:  # where that would be a share of the machine's memory; compiling would take longer than it saves
+        else:  # there it would be a share of the machine's memory; compiling would take longer than it saves
             options |= {"kv_cache_memory_bytes": cache_bytes(base, context.dtype, length, together)}
             options |= {"enforce_eager": True}
         try:
             with on_device(context.device, config.gpus):
                 self.model: Any = self.vllm.LLM(**options)
-        except Exception as error:  # of whatever kind: it comes from another process
+        except Exception as error:  # of any type: it comes from another process
             raise UserError(f"data.engine: vllm cannot open {base}: {_reason(error)}") from error
 
     def sample(
@@ -123,7 +122,7 @@ class Vllm:
                 top_k=how.top_k,
                 seed=seed,
                 stop_token_ids=sorted(stop),
-                ignore_eos=True,  # what ends a text is `stop` alone
+                ignore_eos=True,  # only `stop` ends a text
                 logit_bias={token: -math.inf for token in banned} or None,
                 detokenize=False,
             )
@@ -132,20 +131,20 @@ class Vllm:
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         try:
             outputs = self.model.generate(asked, each, use_tqdm=False)
-        except Exception as error:  # its processes have ended, and written why
+        except Exception as error:  # its processes have ended and printed why
             raise UserError(
                 f"data.engine: vllm failed while generating: {_reason(error)}; fix that, {OTHERS}"
             ) from error
         found = []
         for output in outputs:
             row = settle(output.outputs[0].token_ids, stop, how.max_tokens, stopped)
-            # Whether the token that ended a text is among its tokens is vLLM's choice.
+            # vLLM may or may not include the token that ended a text.
             row.ended = row.ended or (output.outputs[0].finish_reason == "stop" and not row.looped)
             found.append(row)
         return found
 
     def close(self) -> None:
-        """End vLLM's processes, so that the next stage has their memory."""
+        """End vLLM's processes, which frees their memory for the next stage."""
         engine = getattr(getattr(self.model, "llm_engine", None), "engine_core", None)
         if hasattr(engine, "shutdown"):
             engine.shutdown()  # type: ignore[union-attr]
@@ -162,7 +161,7 @@ def cache_bytes(base: Path, dtype: str, length: int, rows: int) -> int:
 
 @contextmanager
 def on_device(device: str, count: int) -> Iterator[None]:
-    """vLLM takes the first GPUs it sees: processes begun in here see `count` of them, from the run's own on."""
+    """vLLM uses the first GPUs it sees: processes started inside see only `count` GPUs, starting at the run's own."""
     _, _, number = device.partition("cuda:")
     if not number:
         yield

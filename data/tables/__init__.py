@@ -1,6 +1,6 @@
-"""Users' files as tables, read literally: a name is a name, a value is the text that stands in the file.
+"""Users' files as tables, read literally: file names are not patterns, and values are the text in the file.
 
-Nothing here goes through `datasets`, whose file names are patterns and whose readers guess types.
+Nothing here uses `datasets`, which treats file names as patterns and guesses types.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from ...core.errors import UserError
 class Table(Protocol):
     """The rows of one data set."""
 
-    pads: bool  # whether keys that a nested value lacks read as None, as Arrow's structs have it
+    pads: bool  # whether missing keys in nested values read as None, as in Arrow's structs
 
     @property
     def columns(self) -> Sequence[str]:
-        """Of all rows together, in the order in which they turn up."""
+        """Columns of all rows, in order of first appearance."""
         ...
 
     def __len__(self) -> int: ...
 
     def row(self, number: int) -> dict[str, Any]:
-        """The values of row `number`, counted from 0; a column that the row lacks may be missing."""
+        """The values of row `number`, counted from 0; columns that the row lacks may be missing."""
         ...
 
     def place(self, number: int) -> str:
-        """Where that row stands, for messages: "line 3 of x.jsonl"."""
+        """The row's location, for messages: "line 3 of x.jsonl"."""
         ...
 
 
 def open_table(path: Path, wanted: Sequence[str], cache: Path, what: str = "") -> Table:
     """The table in a .jsonl, .json, .csv or .parquet file.
 
-    `wanted` are the columns that may be asked for; of a Parquet file they are kept in a file of the folder `cache`, of
-    JSON Lines and CSV only the places of the rows are held in memory. Raises `UserError` (`what` first) for what cannot
-    be read, with the line or row, and for files without rows.
+    `wanted` are the columns that may be read; those of a Parquet file are copied to a file in the folder `cache`. For
+    JSON Lines and CSV only row offsets are kept in memory. Raises `UserError` (after `what`) for unreadable files,
+    naming the line or row, and for files without rows.
     """
     suffix = path.suffix.lower()
     try:

@@ -1,4 +1,4 @@
-"""CSV files, whose values are the text that stands in them: 007, 1e3, NA and an empty place are what they are."""
+"""CSV files, read literally: 007, 1e3, NA and empty values stay the text they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST = 1 << 30  # characters of one value; the csv module's own limit is 131,
 
 
 class CsvFile:
-    """A CSV file with a header; rows are read when asked for, only their places are held in memory."""
+    """A CSV file with a header; rows are read on demand, only their offsets are kept in memory."""
 
     pads = False
 
@@ -70,7 +70,7 @@ class CsvFile:
             raise UserError(f"{self.what}the row at line {line} of {self.path} is not valid CSV: {wrong}") from error
 
     def _checked(self, header: list[str]) -> list[str]:
-        """The header. A column without a name, such as the row numbers that pandas writes, cannot be asked for."""
+        """The header, validated. Columns without a name, such as the row numbers that pandas writes, are ignored."""
         if not any(header):
             raise UserError(f"{self.what}{self.path} has no header: its first line must name the columns")
         twice = sorted({name for name in header if name and header.count(name) > 1})
@@ -91,7 +91,7 @@ class CsvFile:
 
 
 class _Reader:
-    """The rows from a place of a file on, and where the next one begins."""
+    """Rows from an offset of a file on, and the offset of the next one."""
 
     def __init__(self, file: BinaryIO, offset: int, line: int):
         self.offset, self.line = offset, line

@@ -1,4 +1,4 @@
-"""JSON Lines, and JSON files that hold a list of rows. Numbers are the text that stands in the file."""
+"""JSON Lines, and JSON files that hold a list of rows. Numbers keep their text in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import Table
 
 
 class JsonLines:
-    """A file with an object per line, whose rows are read when asked for: only their places are held in memory."""
+    """A file with an object per line; rows are read on demand, only their offsets are kept in memory."""
 
     pads = False
 
@@ -49,7 +49,7 @@ class JsonLines:
 
 
 class JsonArray:
-    """Rows that were read from one JSON value."""
+    """Rows of one JSON value, all in memory."""
 
     pads = False
 

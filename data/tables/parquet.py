@@ -1,4 +1,4 @@
-"""Parquet files. Text stays text; other values get the text that says exactly what they are (`literal`)."""
+"""Parquet files. Text stays text; other values get their exact text form (`literal` in turns.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 from ...core.errors import UserError
 
-BATCH = 1024  # rows that are converted together
+BATCH = 1024  # rows converted at a time
 
 
 class ParquetFile:
-    """The wanted columns of a Parquet file, kept uncompressed in a file of the cache that is mapped into memory, so
-    that any row can be had."""
+    """The wanted columns of a Parquet file, copied uncompressed to a memory-mapped cache file for random access."""
 
     pads = True
 
@@ -25,7 +24,7 @@ class ParquetFile:
 
         self.path, self.what = path, what
         try:
-            with path.open("rb") as file:  # opened by us: pyarrow is shown no name that it could read a meaning into
+            with path.open("rb") as file:  # opened by us: pyarrow could misinterpret a file name
                 source = pq.ParquetFile(file)
                 self.columns = list(source.schema_arrow.names)
                 names = [name for name in dict.fromkeys(wanted) if name in self.columns]
@@ -53,7 +52,7 @@ class ParquetFile:
 
 
 def _mapped(source: Any, names: list[str], cache: Path, path: Path) -> Any:
-    """The columns as a table of Arrow's, mapped into memory from a file in `cache`."""
+    """The columns as an Arrow table, memory-mapped from a file in `cache`."""
     import pyarrow as pa
 
     cache.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def _mapped(source: Any, names: list[str], cache: Path, path: Path) -> Any:
 
 
 def _map(file: Any) -> Any:
-    """A file's bytes, mapped into memory; they outlive the file object."""
+    """A file's bytes, memory-mapped; they outlive the file object."""
     import mmap
 
     import pyarrow as pa
@@ -79,7 +78,7 @@ def _map(file: Any) -> Any:
 
 
 def _exact(value: Any, kind: Any) -> Any:
-    """A number of less than double precision as the double that prints as it does, so that 0.1 is not
+    """Convert a number of less than double precision to the double with the same printed form, so 0.1 does not become
     0.10000000149011612."""
     import numpy as np
     import pyarrow as pa
