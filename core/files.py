@@ -126,7 +126,12 @@ def kind_of(value: object) -> str:
 def write_json(path: Path, value: object, *, indent: int | None = 2, ascii: bool = False) -> None:
     """Write JSON, keys in their order, so that the file is never seen half-written; with `ascii` other characters as
     \\uXXXX."""
-    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n")
+    write_whole(path, json_text(value, indent=indent, ascii=ascii))
+
+
+def json_text(value: object, *, indent: int | None = 2, ascii: bool = False) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n"
 
 
 def printable(path: Path) -> str:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.registry import named
 from ..core.stage import Section
 
 FORMAT = 3
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 Check = Literal["none", "number", "choice", "exact", "python"]
-
-
-def _named(value: Any) -> Any:
-    """`rewrite: maths` is short for `rewrite: {kind: maths}`."""
-    return {"kind": value} if isinstance(value, str) else value
 
 
 class TeacherConfig(Section):
@@ -50,7 +46,7 @@ class VllmEngine(Section):
 
 
 EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
-Engine = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(_named)]
+Engine = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(named)]
 
 
 class _Source(Section):
@@ -146,7 +142,7 @@ class Maths(General):
     check: Check = Field("number", description="what must match gold in a rewrite, as in general")
 
 
-Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(_named)]
+Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(named)]
 
 
 class Decontaminate(Section):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.files import write_json
 from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_tokenizer
 from .chat import encode_row, encode_text
@@ -74,7 +74,7 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     write_rows(out_dir, rows)
     if config.teacher is not None:
         stats |= write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
-    (out_dir / STATS).write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+    write_json(out_dir / STATS, stats, indent=1, ascii=True)
     context.progress.note(
         f"{stats['rows']} rows ({stats['heldout']} held out), {stats['tokens']} tokens, {stats['targets']} to train on"
     )
@@ -116,9 +116,7 @@ def _from_data(
         return [], collected.counts, figures, {}
     by_id = {outcome.id: outcome for outcome in outcomes}
     rows = [settle_row(gold, by_id.get(gold.row.id)) for gold in golds]
-    (out_dir / EXAMPLES).write_text(
-        json.dumps(examples(golds, outcomes), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(out_dir / EXAMPLES, examples(golds, outcomes), indent=1)
     figures["rewritten"] = shares(rows)
     kept = ", ".join(f"{count} {reason}" for reason, count in figures["rewritten"]["gold_kept"].items())
     context.progress.note(

@@ -23,6 +23,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import write_whole
 from ..core.stage import WORK, Context
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
@@ -107,9 +108,7 @@ def _mark(arrays: Arrays, file: Path, parts: int) -> None:
     """Flush the arrays, and only then record the part as done."""
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(str(parts))
-    os.replace(temporary, file)
+    write_whole(file, str(parts))
 
 
 @torch.no_grad()

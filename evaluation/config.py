@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..core.stage import Section
+from ..core.suggest import similar
 
 FORMAT = 4
 BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py
@@ -140,7 +140,7 @@ class EvaluateConfig(Section):
         names = [task_name(task) for task in tasks]
         for task, name in zip(tasks, names, strict=True):
             if task.startswith("builtin:") and task not in BUILTIN:
-                near = get_close_matches(task, BUILTIN, 1) or BUILTIN
+                near = similar(task, BUILTIN)[:1] or BUILTIN
                 raise ValueError(f"{task}: there is no such built-in task; there are: {', '.join(near)}")
             if not task.endswith(".jsonl") and not re.fullmatch(r"(builtin:)?[\w.+-]+", task):
                 raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.extras import load_library
 from ..core.stage import Advance, Context
+from ..core.suggest import similar
 from ..modeling.checkpoint import quiet
 from ..records.models import AnswerKind
 from .config import EvaluateConfig
@@ -62,7 +62,7 @@ def _lm_evals_own() -> Any:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, 3)
+    near = similar(name, known)[:3]
     return f"lm-eval has no task {name!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json
+from ..core.files import read_json, write_whole
 from ..modeling.families import family_of
 from ..modeling.shape import AttentionShape
 from ..records.bundle import ArtifactEntry, BundleManifest
@@ -43,14 +43,14 @@ def write_card(bundle: Path, manifest: BundleManifest) -> None:
         kept=ranges(manifest.kept_blocks),
         optimum=bool(onnx) and optimum_runs(read_json(bundle / "config.json")),
     )
-    (bundle / "README.md").write_text(text, encoding="utf-8")
+    write_whole(bundle / "README.md", text)
     if gguf:
         file = single(gguf[0]) if several else gguf[0].path
         words = {number: token for token, number in read_vocabulary(bundle).items()}
         # Ollama ends at texts: those of the tokens that end one everywhere else.
         ends = [words[number] for number in end_tokens(bundle) if number in words]
         lines = [f"FROM ./{file}", *(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in ends)]
-        (bundle / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(bundle / "Modelfile", "\n".join(lines) + "\n")
 
 
 def optimum_runs(config: dict[str, Any]) -> bool:

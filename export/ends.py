@@ -6,13 +6,12 @@ name others. A text that ends in one runtime must end in all, so the set is all 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..core.chat_templates import chat_templates
 from ..core.errors import UserError
-from ..core.files import read_json, read_json_if_there, write_whole
+from ..core.files import read_json, read_json_if_there, write_json
 from ..core.gguf_header import read_metadata
 from ..modeling.config import eos_ids
 
@@ -79,7 +78,7 @@ def write_generation_config(checkpoint: Path, folder: Path) -> None:
     if ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if values:
-        write_whole(folder / GENERATION, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / GENERATION, values)
 
 
 def check_gguf_texts(file: Path, checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..modeling.families import HEAD, family_of
 from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_names, to_gguf
-from ..modeling.weights import tensor_headers
+from ..modeling.weights import Tensors
 
 
 class Source:
@@ -17,17 +17,17 @@ class Source:
 
     def __init__(self, checkpoint: Path, config: Any):
         self.config = config
-        headers = tensor_headers(checkpoint)
-        names = tensor_names(family_of(config), config.num_hidden_layers, list(headers))
-        self.files: dict[str, tuple[Path, str]] = {}
+        self.tensors = Tensors(checkpoint)
+        names = tensor_names(family_of(config), config.num_hidden_layers, list(self.tensors))
+        self.originals: dict[str, str] = {}  # the checkpoint's name of each
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in sorted(headers.items()):
+        for name, tensor in sorted(self.tensors.headers.items()):
             if name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings):
                 continue
             target = names[name]
             if target is None:
                 raise UserError(f"{tensor.file} holds {name}, which has no place in a {config.model_type} GGUF")
-            self.files[target] = (tensor.file, name)
+            self.originals[target] = name
             self.shapes[target] = tensor.shape
         self._check_whole(checkpoint)
         self.extra = rope_tensors(config)
@@ -36,11 +36,11 @@ class Source:
 
     def _check_whole(self, checkpoint: Path) -> None:
         """Every block must have the tensors that any block has."""
-        parts = dict.fromkeys(name.split(".", 2)[2] for name in self.files if name.startswith("blk."))
+        parts = dict.fromkeys(name.split(".", 2)[2] for name in self.originals if name.startswith("blk."))
         wanted = [f"blk.{i}.{part}" for i in range(self.config.num_hidden_layers) for part in parts]
         wanted += ["token_embd.weight", "output_norm.weight"]
         wanted += [] if self.config.tie_word_embeddings else ["output.weight"]
-        missing = [name for name in wanted if name not in self.files]
+        missing = [name for name in wanted if name not in self.originals]
         if missing:
             raise UserError(f"{checkpoint} lacks {len(missing)} weights, {missing[0]} (llama.cpp's name) among them")
 
@@ -48,11 +48,7 @@ class Source:
         """One tensor in float32, with llama.cpp's conventions for a model of `depth` blocks (all, if not given)."""
         if name in self.extra:
             return self.extra[name]
-        from safetensors import safe_open
-
-        file, original = self.files[name]
-        with safe_open(file, framework="pt") as weights:
-            values: Array = weights.get_tensor(original).float().numpy()
+        values: Array = self.tensors[self.originals[name]].float().numpy()
         return to_gguf(name, values, self.config, depth or self.config.num_hidden_layers)
 
 

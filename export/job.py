@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import write_whole
+from ..core.files import read_json, write_json
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs, check_deepest
 from ..data.calibration import calibration_batches
@@ -127,8 +126,8 @@ class Job:
                 verification=found,
             )
             self._note(entry)
-            write_whole(record, entry.model_dump_json())
-        return ArtifactEntry.model_validate_json(record.read_text(encoding="utf-8"))
+            write_json(record, entry.model_dump())
+        return ArtifactEntry.model_validate(read_json(record))
 
     def _made(self, kind: Kind) -> float:
         """The largest row error of a type's files, which are written unless they were written and read back before."""
@@ -140,8 +139,8 @@ class Job:
             kind.check_depths()
             with self.context.progress.bar(f"reading {kind.role} back"):
                 error = check_weights(kind.role, kind.errors())
-            write_whole(record, json.dumps({"tensor_error": error}))
-        return json.loads(record.read_text(encoding="utf-8"))["tensor_error"]
+            write_json(record, {"tensor_error": error})
+        return read_json(record)["tensor_error"]
 
     def _graph(self, kind: Kind) -> dict[str, float]:
         """Depth → KL of a format's graph at high precision: of the type that the bundle has, or of files that are made
@@ -167,8 +166,8 @@ class Job:
                     found[str(depth)] = precise.check_graph(depth, self._references[kind.form][depth])
                     step()
             shutil.rmtree(place, ignore_errors=True)
-            write_whole(record, json.dumps(found))
-        return json.loads(record.read_text(encoding="utf-8"))
+            write_json(record, found)
+        return read_json(record)
 
     def _family(self, kind: Kind) -> FamilyEntry:
         linked, copied = disk_bytes(self.bundle / kind.root)

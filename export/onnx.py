@@ -7,7 +7,6 @@ The folder written runs in stock onnxruntime and stock onnxruntime-genai. Input 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.files import read_json
+from ..core.files import read_json, write_json
 from ..core.stage import Progress
 from ..modeling.checkpoint import link_file
 from ..modeling.families import FAMILIES, family_of
@@ -193,7 +192,7 @@ def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Pa
     for path in checkpoint.iterdir():
         if path.is_file() and path.name != "config.json":
             (source / path.name).symlink_to(path.resolve())
-    (source / "config.json").write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+    write_json(source / "config.json", wanted)
     return source
 
 
@@ -263,7 +262,7 @@ def _finish(
     ends = end_tokens(checkpoint)
     if ends:
         settings["model"]["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    (made / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    write_json(made / "genai_config.json", settings, indent=4, ascii=True)
     return made
 
 

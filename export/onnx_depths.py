@@ -13,13 +13,13 @@ any way of copying keeps it one; only the tokenizer's files, a few megabytes, ar
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
 from ..runtime.onnx_engine import WEIGHTS
@@ -72,12 +72,12 @@ def companions(folder: Path) -> list[Path]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What genai_config.json says."""
-    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    return read_json(folder / SETTINGS)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write genai_config.json."""
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    write_json(folder / SETTINGS, settings, indent=4, ascii=True)
 
 
 def graph_of(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.files import read_json
 from ..modeling.blocks import kept_blocks
 from ..modeling.load import load_config
 from ..modeling.weights import TensorHeader, tensor_headers
@@ -82,7 +83,7 @@ def _tokenizers(one: Path, other: Path) -> Iterator[Difference]:
         return
     if a.read_bytes() == b.read_bytes():
         return
-    first, second = _parse(a), _parse(b)
+    first, second = read_json(a), read_json(b)
     words, others = _vocabulary(first), _vocabulary(second)
     for token in sorted({*words, *others}, key=lambda token: words.get(token, others.get(token, 0))):
         if words.get(token) != others.get(token):
@@ -90,13 +91,6 @@ def _tokenizers(one: Path, other: Path) -> Iterator[Difference]:
     for key in sorted({*first, *second} - {"truncation", "padding", "version"}):
         if first.get(key) != second.get(key):
             yield f"{key!r} in tokenizer.json", _shown(first.get(key)), _shown(second.get(key))
-
-
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
 
 
 def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from .source import checkpoint_files
 from .weights import INDEX, SINGLE
 
@@ -108,7 +108,7 @@ def write_shards(
             raise UserError(f"could not write {folder / file}: {error.strerror or error}") from error
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(4 * math.prod(s) for s in shapes.values())}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def copy_companions(source: Path, folder: Path, dtype: str) -> None:
@@ -117,7 +117,7 @@ def copy_companions(source: Path, folder: Path, dtype: str) -> None:
         if file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json"):
             shutil.copyfile(file, folder / file.name)
     _strip(folder / "tokenizer_config.json", PLACES)
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    values = read_json(source / "config.json")
     changed = {key: value for key, value in values.items() if key not in PLACES}
     changed["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
     _rewrite(folder / "config.json", values, changed)
@@ -152,10 +152,10 @@ def can_link(folder: Path) -> bool:
 
 def _strip(path: Path, keys: tuple[str, ...]) -> None:
     if path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         _rewrite(path, values, {key: value for key, value in values.items() if key not in keys})
 
 
 def _rewrite(path: Path, before: dict[str, Any], values: dict[str, Any]) -> None:
     if values != before:
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, values)

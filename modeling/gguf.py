@@ -6,7 +6,6 @@ tensor has its place in the model, and every place its tensor. A file that says 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import gguf
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.files import write_json
 from ..core.gguf_header import TensorPlace, read_header, read_metadata, read_tensors, split_files
 from .checkpoint import save_checkpoint, write_shards
 from .families import FAMILIES, HEAD, Family, family_of, read_as
@@ -384,5 +384,4 @@ def _weight(
 
 def _write_generation_config(metadata: Mapping[str, Any], folder: Path) -> None:
     values = {name: number for name, number in _special(metadata).items() if number is not None}
-    text = json.dumps(values, indent=2) + "\n"
-    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "generation_config.json", values)

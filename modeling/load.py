@@ -7,13 +7,12 @@ from typing import Any
 
 from ..core.chat_templates import MORE_TEMPLATES
 from ..core.errors import UserError
-from ..core.files import read_json
 from ..core.stage import Progress
 from .checkpoint import made_once, quiet
 from .config import read_config
 from .families import family_of
 from .source import Source, base_of_adapter, fingerprint_source, parse_source
-from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files
+from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files, weight_map
 
 
 def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: Progress | None = None) -> Path:
@@ -85,9 +84,7 @@ def _download(source: Source) -> Path:
     if is_adapter_alone(folder):
         return fetch("adapter_model.safetensors")
     if (folder / INDEX).is_file():
-        listed = read_json(folder / INDEX).get("weight_map")
-        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
-        return fetch(*names) if names else folder
+        return fetch(*sorted(set(weight_map(folder / INDEX).values())))
     folder = fetch(SINGLE)
     try:
         weight_files(folder)

@@ -8,7 +8,6 @@ used where it lies: a plain folder of links to its files, with what was put righ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..core.chat_templates import (
     chat_templates,
     template_files,
 )
-from ..core.files import read_json_if_there
+from ..core.files import json_text, read_json_if_there, write_whole
 from ..core.stage import Progress
 from .checkpoint import made_once
 from .config import CONFIG, read_config
@@ -50,7 +49,7 @@ def plain_folder(folder: Path, cache: Path, progress: Progress) -> Path:
 
     def make(partial: Path) -> None:
         _link(folder, partial, files)
-        _write(partial, changes | {CONFIG: json.dumps(values, indent=2, ensure_ascii=False) + "\n"})
+        _write(partial, changes | {CONFIG: json_text(values)})
 
     place = made_once(cache / f"{folder.name}-plain-{_key(folder)}", make)
     check_checkpoint(place)
@@ -83,7 +82,7 @@ def _settled(folder: Path, values: dict[str, Any]) -> tuple[dict[str, str], list
         changes |= template_files(templates)
         settings = read_json_if_there(folder / TOKENIZER_CONFIG)
         if settings.pop("chat_template", None) is not None:
-            changes[TOKENIZER_CONFIG] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            changes[TOKENIZER_CONFIG] = json_text(settings)
     return changes, notes
 
 
@@ -119,4 +118,4 @@ def _write(place: Path, files: Mapping[str, str]) -> None:
         file.unlink(missing_ok=True)  # a link to the original, which stays as it is
         if not file.parent.is_dir():
             file.parent.mkdir()
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)

@@ -7,12 +7,13 @@ import importlib.util
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.chat_templates import MORE_TEMPLATES
 from ..core.errors import UserError
-from ..core.files import read_json, sha256
+from ..core.files import read_json, sha256, write_json
 from ..core.gguf_header import split_files
 from .weights import ADAPTER_CONFIG, INDEX, is_adapter_alone, weight_files
 
@@ -194,16 +195,14 @@ def hash_file(path: Path, cache: Path | None = None) -> str:
     store = cache / "hashes.json" if cache else None
     known: dict[str, str] = {}
     if store is not None and store.exists():
-        try:
-            known = json.loads(store.read_text())
-        except ValueError:
-            known = {}
+        with suppress(UserError):  # what is damaged is made again
+            known = read_json(store)
         if key in known:
             return known[key]
     digest = sha256(path)
     if store is not None:
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_suffix(f".{os.getpid()}.tmp")  # runs may share the cache
-        temporary.write_text(json.dumps(known | {key: digest}))
+        write_json(temporary, known | {key: digest})
         temporary.replace(store)
     return digest

@@ -47,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        files = [folder / name for name in sorted(set(weight_map(index).values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(
@@ -69,8 +69,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file name, as an index has it."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name, as an index has it. `UserError` where it is damaged, or names what is no file beside it."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} has no weight_map of tensor names to files; download the checkpoint again")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from ..core.suggest import did_you_mean
+from ..core.suggest import did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,9 @@ def unknown_keys(
                 yield from unknown_keys(item, below, (*path, key, name) if named else (*path, key))
             continue
         # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.
-        near = _nearest(key, known, value)
+        near = nearest(key, known, value)
         hint = f"did you mean {near!r}?" if near else f"valid keys: {', '.join(sorted(known))}"
         yield Problem((*path, key), f"unknown key {key!r}; {hint}"), near
-
-
-def _nearest(key: str, known: Collection[str], given: Collection[str]) -> str | None:
-    """The known key that is most like `key`; of two alike, the one that was not given as well."""
-
-    def likeness(name: str) -> tuple[float, bool]:
-        return difflib.SequenceMatcher(None, name, key).ratio(), name not in given
-
-    nearest = max(sorted(known), key=likeness, default=None)
-    return nearest if nearest is not None and likeness(nearest)[0] >= 0.6 else None
 
 
 def _by_tag(value: dict[str, Any], models: list[type[BaseModel]]) -> list[type[BaseModel]]:

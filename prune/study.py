@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..core.files import write_whole
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
@@ -111,5 +112,5 @@ def read_ledger(file: Path) -> dict[str, Any]:
         return {}
     whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
     if rest:
-        file.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        write_whole(file, whole + "\n" if whole else "")
     return dict(json.loads(line) for line in whole.split("\n") if line)

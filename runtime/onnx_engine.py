@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.files import read_json
 from .engine import Distribution, Engine, Window, distributions, pick
 
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
@@ -27,7 +27,7 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no genai_config.json, so it is not an exported ONNX folder")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         decoder = config["model"]["decoder"]
         graph = folder / decoder["filename"]
         for file in (graph, graph.with_name(WEIGHTS)):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.files import read_json_if_there
 
 _HALF = "\ufffd"  # what decoding makes of bytes that are no whole character
 _LONGEST = 3  # marks that the beginning of one character may decode to
@@ -123,17 +123,7 @@ def _overlap(text: str, stop: str) -> int:
 def stop_tokens(folder: Path) -> frozenset[int]:
     """The tokens that end an answer: `eos_token_id` of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        value = _json(folder / name).get("eos_token_id")
+        value = read_json_if_there(folder / name).get("eos_token_id")
         if value is not None:
             return frozenset(value if isinstance(value, list) else [value])
     return frozenset()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    return values if isinstance(values, dict) else {}

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "__init__": set(),
 }
+LATER = ("kv/", "modeling/retaining.py", "runtime/bounded_text.py", "runtime/kv_budget.py")
 LINES = 450
 
 
@@ -162,6 +163,39 @@ def test_nothing_runs_code_from_data():
 )
 def test_the_search_for_dangers_finds_them(text):
     assert list(dangers(ast.parse(text)))
+
+
+def alone(source: ast.Module) -> Iterator[tuple[int, str]]:
+    """JSON files read or written, and likeness of names, in other ways than core has them."""
+    for node in ast.walk(source):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from ((node.lineno, "difflib") for name in names if name == "difflib")
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        inner = {
+            n.func.attr
+            for a in node.args
+            for n in ast.walk(a)
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+        }
+        if node.func.attr in ("loads", "load") and inner & {"read_text", "read_bytes", "open"}:
+            yield node.lineno, "reads JSON"
+        if node.func.attr in ("write_text", "write_bytes") and "dumps" in inner:
+            yield node.lineno, "writes JSON"
+
+
+def test_files_of_json_and_likeness_of_names_have_one_place():
+    found = [f"{file.relative_to(ROOT)}:{line} {what}" for file in sources() for line, what in alone(tree(file))]
+    assert [breach for breach in found if not breach.startswith(("core/files.py", "core/suggest.py", *LATER))] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import difflib", "from difflib import ndiff", "json.loads(f.read_text())", "f.write_text(json.dumps(1) + 'x')"],
+)
+def test_what_is_done_in_another_place_is_noticed(text):
+    assert list(alone(ast.parse(text)))
 
 
 def test_pyproject_lists_every_package():

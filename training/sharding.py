@@ -7,7 +7,6 @@ leaves its placement alone. While a shard's weights are in use they are gathered
 
 from __future__ import annotations
 
-import json
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.stage import Context, Group
 
 SCHEDULER = "scheduler.json"
@@ -84,7 +84,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -
         folder / _file(group),
     )
     if group.rank == 0:
-        (folder / SCHEDULER).write_text(json.dumps(scheduler.state_dict()), encoding="utf-8")
+        write_json(folder / SCHEDULER, scheduler.state_dict())
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -> None:
@@ -99,7 +99,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -
     for key, value in load_file(folder / _file(group)).items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = _placed(value, parameters[int(number)])
-    scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+    scheduler.load_state_dict(read_json(folder / SCHEDULER))
     parts = optimizer.state_dict()["param_groups"]
     for part, rate in zip(parts, scheduler.get_last_lr(), strict=True):
         part["lr"] = rate

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from ...core.errors import UserError
+from ...core.suggest import similar
 from ...core.work import Work
 
 GIB = 2**30
@@ -86,7 +86,7 @@ def find_device(name: str) -> Device:
     """A device of the table; `UserError` with the nearest names for another."""
     if name in DEVICES:
         return DEVICES[name]
-    near = get_close_matches(name, DEVICES, 3, 0.4) or list(DEVICES)
+    near = similar(name, DEVICES, least=0.4)[:3] or list(DEVICES)
     raise UserError(f"--on {name}: no such device; did you mean {', '.join(near)}? All: {', '.join(DEVICES)}")
 
 

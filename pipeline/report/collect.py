@@ -47,7 +47,7 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
         merge=MergeRecord.read_if_there(folders.get("merge")),
         data=metrics.get("data"),
         samples=_samples(folders.get("data")),
-        rewrites=_json(folders, "data", "examples.json") or [],
+        rewrites=_examples(folders.get("data")),
         artifacts=metrics.get("export", {}).get("artifacts", []),
         bench=_bench(folders.get("export")),
         recipe=recipe,
@@ -81,9 +81,9 @@ def _entry(stage: StageRecord) -> StageEntry:
     )
 
 
-def _json(folders: dict[str, Path], stage: str, name: str) -> Any:
-    file = folders[stage] / name if stage in folders else None
-    return read_json_value(file) if file is not None and file.is_file() else None
+def _examples(data: Path | None) -> list[dict[str, str]]:
+    file = data / "examples.json" if data is not None else None
+    return read_json_value(file) if file is not None and file.is_file() else []
 
 
 def _lines(folders: dict[str, Path], stage: str, name: str) -> list[dict[str, Any]]:

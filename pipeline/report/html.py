@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...core.files import json_text, write_whole
 from ...core.units import duration, megabytes, number, percent
 from ...records.models import ModelEntry
 from . import plots
@@ -22,15 +22,13 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     texts = {"report.json": to_json(report), "report.html": render(report)}
     written = []
     for name, text in texts.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        write_whole(folder / name, text)
         written.append(folder / name)
     return written
 
 
 def to_json(report: Report) -> str:
-    return json.dumps(report.model_dump(), indent=2, ensure_ascii=False) + "\n"
+    return json_text(report.model_dump())
 
 
 def render(report: Report) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+from ...core.suggest import similar
 from .refusal import wrong
 
 
@@ -158,5 +158,5 @@ def _same(value: Any, other: Any) -> bool:
 def _why(name: str, value: Any, known: Collection[str], unserved: Mapping[str, Unserved]) -> str:
     if name in unserved:
         return unserved[name].why
-    near = get_close_matches(name, [*known, *unserved], n=1, cutoff=0.8)
+    near = similar(name, [*known, *unserved], least=0.8)
     return "there is no such parameter here" + (f"; did you mean {near[0]}?" if near else "; leave it out")
