@@ -1,4 +1,4 @@
-"""What the data stage takes: the unpruned model writes text, by whatever engine, and says what it would have said."""
+"""Cost of the data stage: the unpruned model generates text with any engine, and scores it for the teacher cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..runtime.cost import GGUF_BITS
 from .config import LlamaCppEngine, MagpieConfig, RowsFromData, TextsConfig, VllmEngine
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-TEMPLATE = 32  # tokens a chat template puts around a turn
-ASKED = 128  # tokens of what is asked for beside a row that is to be rewritten
-CHUNK = 256  # positions whose logits exist at once where the teacher's likeliest tokens are written down
-WEIGHT_BITS = GGUF_BITS["Q8_0"].most  # of a GGUF file that writes text, at most
-LLAMACPP_ROWS, VLLM_ROWS = 8, 256  # that are written at once, at most
+TEMPLATE = 32  # tokens a chat template adds around a turn
+ASKED = 128  # tokens of the instructions in a rewriting prompt
+CHUNK = 256  # positions per logits chunk when the teacher cache is written
+WEIGHT_BITS = GGUF_BITS["Q8_0"].most  # assumed maximum for a GGUF file that generates text
+LLAMACPP_ROWS, VLLM_ROWS = 8, 256  # maximum rows generated at once
 VLLM_BLOCK = 128  # tokens by which vLLM's cache grows on a CPU
-VLLM_OTHER = 1.5e9  # assumed: what vLLM holds on a GPU beside weights and cache
+VLLM_OTHER = 1.5e9  # assumed: vLLM's GPU memory besides weights and cache
 
 
 def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """What is written down of each token that is learned: shape and type of its part of every array."""
+    """The teacher cache's arrays: shape and dtype of the entry for one trained token."""
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
         "positions": ((), np.int32),
         "targets": ((), np.int32),
@@ -35,7 +35,7 @@ def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], n
 
 
 def rows_of(config: Any) -> Rows | None:
-    """What a data stage leaves; None where the number of rows is not known."""
+    """The rows of a data stage; None if their number is unknown."""
     if config.rows is None:
         return None
     longest, targets = config.length, config.length
@@ -52,7 +52,7 @@ def _leaves(config: Any, at: Setting) -> Setting:
 
 
 def _need(config: Any, at: Setting) -> Need:
-    """Rows written by the unpruned model: its weights, and the cache of a whole batch; then what it says of them."""
+    """Generating rows (the unpruned model's weights and the KV cache of a whole batch), then the teacher cache."""
     shape, runtime, rows = at.shape, {"runtime": at.runtime(RUNTIME)}, config.rows or 0
     writing, note, host = _writing(config, at)
     if isinstance(config, RowsFromData):
@@ -74,14 +74,14 @@ def _need(config: Any, at: Setting) -> Need:
 
 
 def _sampling(at: Setting, rows: int, tokens: int, size: int | None = None) -> Parts:
-    # Of the logits: themselves, probabilities, their float64 sums.
+    # Logits, probabilities (4 bytes each) and their float64 cumulative sums.
     kv = at.shape.kv_bytes(rows * tokens, size or at.size)
     return {"kv": kv, "logits": rows * at.shape.vocab * (4 + 4 + 8)}
 
 
 @dataclass(frozen=True)
 class Text:
-    """One kind of text that is written for every row: at most so many tokens of prompt, and so many new ones."""
+    """One text generated for every row: maximum prompt tokens and maximum new tokens."""
 
     prompt: int
     new: int
@@ -93,7 +93,7 @@ class Text:
 
 
 def _texts(config: Any) -> list[Text]:
-    """What is written for every row; nothing where gold is taken as it is."""
+    """The texts generated per row; none if gold is kept unchanged."""
     if isinstance(config, MagpieConfig):
         prompt = TEMPLATE + config.max_prompt_tokens
         return [Text(TEMPLATE, config.max_prompt_tokens), Text(prompt, config.max_tokens)]
@@ -102,13 +102,13 @@ def _texts(config: Any) -> list[Text]:
     kinds = [part.rewrite for part in config.parts if part.rewrite is not None]
     if not kinds:
         return []
-    # The prompt has the row in it, and what is asked. Where the model answers first, all of these answers may be wrong.
+    # The prompt holds the row and the instructions. With own_answer_first, every first answer may be rejected.
     times = 2 if any(kind.own_answer_first for kind in kinds) else 1
     return [Text(config.length + ASKED, max(kind.max_tokens for kind in kinds), times)]
 
 
 def _writing(config: Any, at: Setting) -> tuple[Parts, str, int]:
-    """Parts on the device, a note, and the machine's own memory."""
+    """Parts on the device, a note for the plan, and bytes of the machine's own memory."""
     note, verb = "", "written"
     if isinstance(config, RowsFromData):
         note = "rows of a data set, " if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets, "
@@ -130,8 +130,8 @@ def _writing(config: Any, at: Setting) -> tuple[Parts, str, int]:
 
 
 def _vllm(batch: int, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
-    """Of one GPU: its part of the weights, and a cache that fills the share that vLLM may take; at the least it must
-    hold one row. On a CPU the cache is as large as the rows need."""
+    """For one GPU: its shard of the weights, and a cache that fills the share vLLM may use and must hold at least one
+    row. On a CPU the cache is as large as the rows need."""
     shape, weights = at.shape, at.whole // engine.gpus
     if not at.cuda:
         kv = shape.kv_bytes(min(batch, VLLM_ROWS) * (tokens + VLLM_BLOCK), at.size)
@@ -140,7 +140,7 @@ def _vllm(batch: int, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
     share = engine.memory * (at.room if at.room is not None else 0)
     held = weights + other + at.runtime(RUNTIME)
     kv = int(share) - held
-    if kv < row and at.room is not None:  # then what there would have to be, for the share to be enough
+    if kv < row and at.room is not None:  # too small: the memory that would make the share large enough
         kv = int((held + row) / engine.memory) - held
     return {"weights": weights, "kv": max(kv, row), "other": other}
 
@@ -156,7 +156,7 @@ def _work(config: Any, at: Setting) -> Work | None:
 
 
 def _writing_work(config: Any, at: Setting) -> Work:
-    """The text of a data stage that has as many rows as `config.rows` says, each as long as it may be."""
+    """Generating the text of `config.rows` rows, each of maximum length."""
     total = Work()
     for text in _texts(config):
         total += _engine_work(config, text, at)
@@ -178,7 +178,7 @@ def _engine_work(config: Any, text: Text, at: Setting) -> Work:
 
 
 def vllm_rows(config: Any, engine: VllmEngine, at: Setting) -> int:
-    """Rows that vLLM computes together: as many as its cache has room for, each half written, and `batch` gives it."""
+    """Rows that vLLM batches: as many half-written rows as fit into its cache, at most `batch`."""
     most = min(config.batch, VLLM_ROWS)
     if not at.cuda or at.room is None:
         return most
@@ -192,7 +192,8 @@ def _changes(config: Any, _at: Setting) -> Iterable[Overrides]:
 
 
 def _cards(config: Any, cards: int) -> int:
-    """Rows that nobody writes take one process; llama.cpp runs beside the cards, and vLLM may have several already."""
+    """GPUs in use: one if no text is generated; one with llama.cpp, which runs on the CPU, and with vLLM that already
+    spans several."""
     engine = config.engine
     alone = isinstance(engine, LlamaCppEngine) or (isinstance(engine, VllmEngine) and engine.gpus > 1)
     return 1 if alone or not _texts(config) else cards

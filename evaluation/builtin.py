@@ -1,7 +1,7 @@
-"""Generative tasks that need no data: made from a fixed seed, the same on every machine.
+"""Built-in generative tasks: generated from a fixed seed, the same on every machine.
 
-Each shows three examples first, as earlier turns of the conversation: SmolLM2-135M-Instruct, which answers neither
-without them, then copies and adds nearly all. Row i is the same for any number of rows.
+Each prompt has three examples as earlier turns of the conversation: with them SmolLM2-135M-Instruct copies and adds
+nearly everything right, without them it does neither. Row i is the same for any number of rows.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class RetrievalConfig(Section):
         return self
 
     def entries(self, budget: float, length: int) -> int:
-        """A budget in keys per block and KV head, for prompts of so many tokens."""
+        """A budget in entries per block and KV head, for prompts of `length` tokens."""
         return int(budget) if budget >= 1 else max(1, round(budget * length))
 
 
@@ -168,5 +168,5 @@ class EvaluateConfig(Section):
 
 
 def task_name(task: str) -> str:
-    """What a task is called in the report: a file without folder and suffix, all else as it is."""
+    """A task's name in the report: a file's name without folder and suffix, other names unchanged."""
     return PurePath(task).stem if task.endswith(".jsonl") else task

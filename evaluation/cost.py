@@ -1,4 +1,4 @@
-"""What measuring checkpoints and artifacts takes; tasks of lm-eval are not counted."""
+"""Cost of measuring checkpoints and artifacts, without lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from ..core.work import Work, batches, decoding, forward
 from ..runtime.cost import artifact_bytes, scoring, writing
 from .config import BUILTIN, EvaluateConfig, RetrievalConfig
 
-RUNTIME = 880e6  # measured behind a whole run of SmolLM2, of whose freed memory glibc keeps some
-CHUNK = 128  # positions whose logits exist at once
-ANSWERS, PROMPT = 16, 128  # prompts a checkpoint answers at once, and about how long a built-in one is
-BUILTIN_ROWS = 64  # of a built-in task without a limit
-LEAST = 512  # tokens that are proposed where memory is short
+RUNTIME = 880e6  # measured after a whole run of SmolLM2; includes freed memory that glibc keeps
+CHUNK = 128  # positions per logits chunk
+ANSWERS, PROMPT = 16, 128  # prompts a checkpoint answers at once, and the approximate length of a built-in one
+BUILTIN_ROWS = 64  # rows of a built-in task without a limit
+LEAST = 512  # fewest tokens suggested when memory is short
 
 
 def measured_tokens(config: EvaluateConfig, at: Setting) -> int:
-    """Tokens that an evaluation measures on."""
+    """Number of tokens that an evaluation scores."""
     return config.tokens if config.text or at.rows is None else min(config.tokens, at.rows.targets)
 
 
 def _need(config: EvaluateConfig, at: Setting) -> Need:
-    """The unpruned model, and its log-probabilities of every position in a mapped file."""
+    """The unpruned model, and its log-probabilities at every position in a memory-mapped file."""
     shape = at.shape
     scratch = measured_tokens(config, at) * shape.vocab * 2
     parts = {
@@ -36,7 +36,7 @@ def _need(config: EvaluateConfig, at: Setting) -> Need:
     if config.tasks:
         answering["kv"] = shape.kv_bytes(ANSWERS * (PROMPT + config.max_tokens), at.size)
     reading = dict(parts)
-    if config.retrieval:  # the full cache, a copy for each question about one text, and one of that to write on
+    if config.retrieval:  # the full cache, a copy per question about a text, and a copy of that to decode with
         reading["kv"] = shape.kv_bytes(3 * max(config.retrieval.lengths), at.size)
     files = at.artifacts if config.artifacts else ()
     sizes = [int(artifact_bytes(kind, shape.parameters(depth))) for kind, depth in files]
@@ -73,7 +73,7 @@ def _work(config: EvaluateConfig, at: Setting) -> Work:
 
 
 def _retrieval(config: RetrievalConfig, at: Setting) -> Work:
-    """Long prompts, read once by each policy at each budget; questions about one text share most of it."""
+    """Long prompts, read once per policy and budget; questions about one text share most of the reading."""
     work = Work()
     texts = config.rows * sum(len(config.depths) if task == "passkey" else 1 for task in config.tasks)
     for length in config.lengths:

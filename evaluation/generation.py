@@ -1,8 +1,8 @@
-"""Tasks whose answer is written: greedy, judged by exact match.
+"""Generative tasks: greedy decoding, scored by exact match.
 
-An answer that is a number is right when the last number written equals it; any other when what was written is the
-answer, but for case, spacing, and quotes and punctuation around it. `contains` is the laxer figure: the answer stands
-somewhere in what was written, as whole words.
+A numeric answer is right if the last number in the output equals it; any other answer if the output equals it, ignoring
+case, spacing, and surrounding quotes and punctuation. `contains` is the laxer metric: the answer occurs anywhere in the
+output, as whole words.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _AROUND = " \t\r\n.,;:!?'\"`*“”\u2018’"
 
 @dataclass(frozen=True)
 class Exercise:
-    """One row of a task whose answer is written."""
+    """One row of a generative task."""
 
     prompt: str
     answer: str
-    examples: tuple[tuple[str, str], ...] = ()  # prompts and answers that come before it
+    examples: tuple[tuple[str, str], ...] = ()  # few-shot (prompt, answer) pairs before it
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An exercise as the model is given it."""
+    """A tokenized exercise."""
 
     ids: list[int]
-    one_line: bool  # without a chat template nothing ends an answer but its line
+    one_line: bool  # without a chat template an answer ends with its line
 
 
 def prepare(tokenizer: Any, exercise: Exercise, chat: bool | None) -> Prompt:
-    """Tokens of a prompt after its examples: turns of the chat template, or the texts as they are, line by line.
+    """Tokens of a prompt with its examples: as turns of the chat template, or as plain text line by line.
 
-    `chat` None takes the template where the tokenizer has one; True without one is a `UserError`.
+    `chat` None uses the template if the tokenizer has one; True without one raises `UserError`.
     """
     if chat is None:
         chat = bool(getattr(tokenizer, "chat_template", None))
@@ -59,7 +59,7 @@ def prepare(tokenizer: Any, exercise: Exercise, chat: bool | None) -> Prompt:
 
 
 def stops(tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: every special token, so that checkpoints and artifacts end alike."""
+    """Tokens that end an answer: all special tokens, so that checkpoints and artifacts stop alike."""
     eos = tokenizer.eos_token_id
     return frozenset(special_tokens(tokenizer)) | (frozenset() if eos is None else {eos})
 
@@ -67,7 +67,7 @@ def stops(tokenizer: Any) -> frozenset[int]:
 def write_with_model(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, batch: int, advance: Advance
 ) -> list[str]:
-    """What a torch model writes after each prompt."""
+    """A torch model's answer to each prompt."""
     found: list[str] = []
     stop, how = stops(tokenizer), Sampling(max_tokens, temperature=0)
     for start in range(0, len(prompts), batch):
@@ -82,7 +82,7 @@ def write_with_model(
 def write_with_engine(
     engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, advance: Advance
 ) -> list[str]:
-    """What an artifact writes after each prompt, in its runtime."""
+    """An artifact's answer to each prompt, in its runtime."""
     found: list[str] = []
     stop: Collection[int] = stops(tokenizer)
     for prompt in prompts:
@@ -102,14 +102,14 @@ def text_of(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def _line_ended(tokenizer: Any) -> Callable[[list[int]], bool]:
-    """Whether a line with something on it has ended."""
+    """A test whether a non-empty line has ended."""
     return lambda tokens: "\n" in text_of(tokenizer, tokens).lstrip()
 
 
 def judge(
     exercises: Sequence[Exercise], prompts: Sequence[Prompt], written: Sequence[str], chance: float | None = 0.0
 ) -> Outcome:
-    """The share of answers that are right, with what merely contains the answer beside it."""
+    """The share of exact matches, and beside it the share of outputs that contain the answer."""
     scores, contained = [], []
     for exercise, prompt, text in zip(exercises, prompts, written, strict=True):
         if prompt.one_line:
@@ -121,7 +121,7 @@ def judge(
 
 
 def is_right(written: str, answer: str) -> bool:
-    """Whether a written text is the answer."""
+    """Whether an output is the answer."""
     wanted = number(answer)
     if wanted is not None:
         numbers = _NUMBER.findall(written)
@@ -130,7 +130,7 @@ def is_right(written: str, answer: str) -> bool:
 
 
 def contains(written: str, answer: str) -> bool:
-    """Whether the answer stands in a written text: the number among its numbers, the words as whole words."""
+    """Whether an output contains the answer: a number among its numbers, other answers as whole words."""
     wanted = number(answer)
     if wanted is not None:
         return any(_decimal(found) == wanted for found in _NUMBER.findall(written))
@@ -138,7 +138,7 @@ def contains(written: str, answer: str) -> bool:
 
 
 def number(text: str) -> Decimal | None:
-    """The number that a text is as a whole, currency and percent signs left out; None where it is none."""
+    """The number that a whole text states, ignoring currency and percent signs; None if it is not a number."""
     text = text.strip().strip("$€£%").strip()
     return _decimal(text) if _NUMBER.fullmatch(text) else None
 
@@ -148,5 +148,5 @@ def _decimal(text: str) -> Decimal:
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, no quotes or punctuation around."""
+    """The text in lower case with single spaces, without surrounding quotes or punctuation."""
     return " ".join(text.casefold().split()).strip(_AROUND)

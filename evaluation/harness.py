@@ -1,7 +1,7 @@
 """Tasks of lm-eval (extra `eval`), for checkpoints and artifacts.
 
-What is reported is one metric per task: acc_norm, else acc, else exact_match, else the first that the task lists; of a
-task with several filters (gsm8k) under its first one. A group or tag is one line: all its questions count the same.
+One metric is reported per task: acc_norm, else acc, else exact_match, else the first that the task lists; for a task
+with several filters (gsm8k), under its first one. A group or tag is one line, with equal weight for every question.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .config import EvaluateConfig
 from .statistics import Outcome, mean
 
 PREFERRED = ("acc_norm", "acc", "exact_match")
-BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, for files that lie here
+BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # builders of `datasets` for local files
 KINDS: dict[str, AnswerKind] = {"multiple_choice": "choice", "generate_until": "generation"}
 
 
 def load_tasks(config: EvaluateConfig, context: Context) -> dict[str, list[Any]]:
-    """lm-eval's task objects for each name of the recipe, their data loaded.
+    """lm-eval's task objects for each name of the recipe, with their data loaded.
 
-    Raises `UserError` where lm-eval is missing, for unknown names, and for data that cannot be had.
+    Raises `UserError` if lm-eval is missing, a name is unknown, or data cannot be loaded.
     """
     load_library(f"evaluate.tasks: {', '.join(config.harness_tasks)}", "lm_eval.tasks")
     folder = context.resolve(config.harness.folder) if config.harness.folder else None
@@ -55,7 +55,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
 
 @cache
 def _lm_evals_own() -> Any:
-    """Reading lm-eval's own 15,000 tasks takes seconds."""
+    """lm-eval's own 15,000 tasks; cached, since reading them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -67,11 +67,11 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) -> list[Any]:
-    # Paths of data in task files are read relative to where the process stands.
+    # Data paths in task files are relative to the working directory.
     with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext(), _literal_names(folder):
         try:
             tasks = list(manager.load([name])["tasks"].values())
-        except Exception as error:  # of datasets, the Hub, YAML and the task's own code: they share no base class
+        except Exception as error:  # from datasets, the Hub, YAML or the task's own code, without a common base class
             reason = str(error).strip().splitlines() or ["no reason given"]
             raise UserError(
                 f"evaluate.tasks: lm-eval could not load {name} ({type(error).__name__}: {reason[0][:300]}); its data "
@@ -81,15 +81,15 @@ def _load(manager: Any, name: str, folder: Path | None, config: EvaluateConfig) 
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"evaluate.tasks: {task.task_name} runs model-written code, which compress does not do")
         given = task.get_config("num_fewshot")
-        if given is None or (config.harness.fewshot is not None and given != 0):  # 0 in a task file is meant
+        if given is None or (config.harness.fewshot is not None and given != 0):  # 0 in a task file is deliberate
             task.set_config("num_fewshot", config.harness.fewshot or 0)
     return tasks
 
 
 @contextlib.contextmanager
 def _literal_names(folder: Path | None) -> Iterator[None]:
-    """`datasets` takes the names of data files as patterns. While this lasts a name that is a file's is that file, and
-    no character of the folder's own path means anything else."""
+    """`datasets` treats data file names as patterns. Inside, a name that is an existing file means that file, and no
+    character of the folder's own path is special."""
     import datasets
 
     original = datasets.load_dataset
@@ -107,7 +107,7 @@ def _literal_names(folder: Path | None) -> Iterator[None]:
 
 
 def _escaped(files: Any, folder: Path, *, local: bool) -> Any:
-    """The data files of a task, relative to the folder, as `datasets` has to be given them."""
+    """A task's data files, relative to the folder, escaped for `datasets`."""
     if isinstance(files, dict):
         return {split: _escaped(named, folder, local=local) for split, named in files.items()}
     if isinstance(files, list | tuple):
@@ -123,14 +123,14 @@ def _escaped(files: Any, folder: Path, *, local: bool) -> Any:
 def run_tasks(
     name: str, tasks: Sequence[Any], language_model: Any, config: EvaluateConfig, seed: int, advance: Advance
 ) -> Outcome:
-    """One task, or the tasks of one group, for one model.
+    """Run one task, or the tasks of one group, on one model.
 
-    `language_model` is an `LM` of lm-eval; `advance` is told of every request.
+    `language_model` is an `LM` of lm-eval; `advance` is called for every finished request.
     """
     from lm_eval.evaluator import evaluate
 
     for task in tasks:
-        task.set_fewshot_seed(seed)  # anew for every model, so that all get the same examples
+        task.set_fewshot_seed(seed)  # again for every model, so that all get the same examples
     with quiet(), _told(language_model, advance):
         try:
             results: Any = evaluate(
@@ -151,7 +151,7 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _told(language_model: Any, advance: Advance) -> Iterator[None]:
-    """lm-eval tells its cache of every finished request; here the cache only counts."""
+    """Count finished requests: lm-eval reports each to its cache, which is replaced by a counter."""
 
     class Counter:
         def add_partial(self, *_: Any) -> None:
@@ -181,7 +181,7 @@ def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) 
     }
     scores = [float(value) for value in values] if simple else []
     value = float(results[f"{metric},{first}"])
-    if scores and abs(mean(scores) - value) > 1e-6:  # another aggregation than the mean, such as a median
+    if scores and abs(mean(scores) - value) > 1e-6:  # aggregated differently, such as by a median
         scores = []
     kind = KINDS.get(task.OUTPUT_TYPE, "other")
     chance = _chance(task, rows) if kind == "choice" else {"generation": 0.0, "other": None}[kind]
@@ -194,7 +194,7 @@ def _chance(task: Any, rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _together(name: str, parts: Sequence[Outcome]) -> Outcome:
-    """The outcome of a group from those of its tasks."""
+    """The outcome of a group, combined from its tasks."""
     metric, kind = parts[0].metric, parts[0].kind
     if any(not p.scores or p.metric != metric or p.kind != kind for p in parts):
         raise UserError(f"evaluate.tasks: the tasks of {name} have different metrics; list them one by one")

@@ -1,4 +1,4 @@
-"""Our models as lm-eval sees them. Imports lm-eval, so it is imported only where that is wanted."""
+"""Our models wrapped for lm-eval. Imports lm-eval, so import this module only when needed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AT_ONCE = 16  # requests handed to a runtime together
 def checkpoint_lm(model: Any, tokenizer: Any, longest: int, batch: int) -> Any:
     """A loaded checkpoint in lm-eval's own class for transformers models.
 
-    Texts of more than `longest` tokens, or than the model was trained for, lose their beginning.
+    Texts longer than `longest` tokens, or than the model's context, are truncated on the left.
     """
     trained = getattr(model.config, "max_position_embeddings", longest)
     make: Any = HFLM  # its decorator hides the signature
     with quiet():
         return make(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+            tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets a padding token on it
             batch_size=batch,
             max_length=min(longest, trained),
             backend="causal",
@@ -35,12 +35,12 @@ def checkpoint_lm(model: Any, tokenizer: Any, longest: int, batch: int) -> Any:
 
 
 class EngineLM(TemplateLM):
-    """An artifact in its runtime. It is asked what lm-eval asks a checkpoint: the same tokens, cut the same way."""
+    """An artifact in its runtime; gets the same tokens as a checkpoint, truncated the same way."""
 
     def __init__(self, engine: Engine, tokenizer: Any, longest: int):
         super().__init__()
         self.engine, self.tokenizer = engine, tokenizer
-        # Of a text of max_length + 1 tokens the last is only predicted, never read.
+        # The last token of a text of max_length + 1 tokens is only predicted, never read.
         self.max_length = min(longest, engine.context - 1)
 
     @property
@@ -87,7 +87,7 @@ class EngineLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows as lm-eval cuts them."""
+        """The log-likelihood of whole texts, in lm-eval's rolling windows."""
         found = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -102,7 +102,7 @@ class EngineLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What is written after each prompt, up to the first of the request's stop texts."""
+        """The text generated after each prompt, up to the first of the request's stop strings."""
         found = []
         for prompt, settings in (request.args for request in requests):
             options: dict[str, Any] = dict(normalize_gen_kwargs(settings))

@@ -1,7 +1,7 @@
-"""Perplexity, and agreement with the unpruned model, on the same windows for every model.
+"""Perplexity, and KL and top-1 agreement with the unpruned model, on the same windows for every model.
 
-Logits exist for a chunk of positions at a time. The base's log-probabilities are written once to a memory-mapped
-file, so that models are loaded one after another, and artifacts can be compared with them as well.
+Logits are computed for a chunk of positions at a time. The base's log-probabilities are written once to a
+memory-mapped file, so only one model is loaded at a time, and artifacts can be compared with the base too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..modeling.blocks import Decoder
 from ..runtime.engine import Distribution, Engine, Window, divergence
 from .cost import CHUNK
 
-LEAST = -6e4  # log-probabilities of what is impossible, within half precision
+LEAST = -6e4  # log-probability of an impossible token, within float16's range
 
 
 def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: int, tokens: int) -> list[Encoded]:
     """Windows of a text file, or the held-out rows of a data stage; `tokens` tokens at most.
 
-    Only tokens marked in the loss mask are measured: of a text all but a window's first, of a conversation the
-    answers. Raises `UserError` when there is neither, or nothing to measure.
+    Only tokens in the loss mask are measured: in a text all but each window's first, in a conversation the answers.
+    Raises `UserError` if there is neither a text nor a data stage, or nothing to measure.
     """
     if text is not None:
         rows = encode_text(tokenizer, read_text(text, "evaluate.text: "), window)
-        rows = [row for row in rows if len(row.input_ids) == window] or rows  # windows of one length
+        rows = [row for row in rows if len(row.input_ids) == window] or rows  # full windows only, if there are any
     elif data is not None:
         rows = load_encoded(data, tokenizer, "heldout", window)
     else:
@@ -56,7 +56,7 @@ def targets(row: Encoded) -> list[int]:
 
 
 class LanguageFigures(TypedDict):
-    """Perplexity, KL(base ‖ model) in nats per token, and the share of tokens with the same first choice."""
+    """Perplexity, KL(base ‖ model) in nats per token, and top-1 agreement with the base (a share of tokens)."""
 
     perplexity: float
     kl_to_base: float | None
@@ -84,11 +84,11 @@ class Totals:
 
 
 class BaseLogProbs:
-    """What the base says at every measured position, on disk: its log-probabilities, (N, V) float16, and beside them,
-    exactly, its first choice and the log-probability of the token that follows.
+    """The base's predictions at every measured position, on disk: log-probabilities (N, V) in float16, and at full
+    precision its top-1 token and the log-probability of the target.
 
-    Half precision takes half the room (2.1 instead of 4.2 GB for 8,192 positions of 128,256 tokens). It is good to one
-    part in 2,000 of a logarithm, and in a mean KL errors of both signs meet.
+    float16 halves the size (2.1 instead of 4.2 GB for 8,192 positions of 128,256 tokens). Its relative error in a
+    log-probability is 1 in 2,000, and errors of both signs cancel in a mean KL.
     """
 
     def __init__(self, file: Path, positions: int, vocab: int):
@@ -100,7 +100,7 @@ class BaseLogProbs:
         return self.file.exists() and self.beside.exists()
 
     def write(self, chunks: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Fill the files from (log-probabilities (n, V), targets (n,)) in order; they appear only when whole."""
+        """Write the files from (log-probabilities (n, V), targets (n,)) in order; they appear only when complete."""
         partial = self.file.with_suffix(".partial")
         array = np.memmap(partial, dtype=np.float16, mode="w+", shape=self.shape)
         top, target, total = (np.empty(len(array), kind) for kind in (np.int64, np.float32, np.float64))
@@ -119,7 +119,7 @@ class BaseLogProbs:
         partial.replace(self.file)
 
     def open(self) -> Base:
-        """What was written, the log-probabilities mapped."""
+        """Open the files, with the log-probabilities memory-mapped."""
         array = np.memmap(self.file, dtype=np.float16, mode="r", shape=self.shape)
         with np.load(self.beside) as beside:
             return Base(array, beside["top"], beside["target"], beside["total"])
@@ -127,15 +127,15 @@ class BaseLogProbs:
 
 @dataclass(frozen=True)
 class Base:
-    """The base at N measured positions."""
+    """The base's predictions at N measured positions."""
 
     logs: np.ndarray  # (N, V) float16
-    top: np.ndarray  # (N,) its first choice
-    target: np.ndarray  # (N,) float32, the log-probability of the token that follows
-    total: np.ndarray  # (N,) float64, the sum of its probabilities: 1, but for what float32 makes of it
+    top: np.ndarray  # (N,) top-1 token
+    target: np.ndarray  # (N,) float32, log-probability of the target token
+    total: np.ndarray  # (N,) float64, sum of the probabilities: 1, up to float32 rounding
 
     def __getitem__(self, positions: slice | int) -> np.ndarray:
-        """Log-probabilities (n, V) or (V,), float32; their rounding leaves the sum of the probabilities as it was."""
+        """Log-probabilities (n, V) or (V,), float32, renormalized so that rounding to float16 keeps their sum."""
         logs = np.array(self.logs[positions], np.float32)
         found = np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)
         return logs - np.log(found / self.total[positions][..., None]).astype(np.float32)
@@ -170,7 +170,7 @@ def measure_model(model: Any, rows: Sequence[Encoded], base: BaseLogProbs | None
 
 
 def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> LanguageFigures:
-    """The base's own figures, from what was written of it."""
+    """The base's own figures, from its files."""
     known, count = base.open(), sum(len(targets(row)) for row in rows)
     totals = Totals(nll=-float(known.target[:count].sum(dtype=np.float64)), tokens=count)
     totals.compared = totals.agree = count  # it agrees with itself everywhere
@@ -180,9 +180,9 @@ def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> LanguageFigures
 def measure_engine(
     engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs | None, top_k: int | None, advance: Advance
 ) -> LanguageFigures:
-    """The same of an artifact in its runtime.
+    """The same figures for an artifact in its runtime.
 
-    Where the runtime lists only the `top_k` most probable tokens, the rest counts as one: the KL is then a lower bound.
+    If the runtime lists only the `top_k` most probable tokens, the rest count as one: the KL is then a lower bound.
     """
     windows = [Window(row.input_ids, targets(row)) for row in rows if targets(row)]
     totals, reference = Totals(), base.open() if base is not None else None

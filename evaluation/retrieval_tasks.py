@@ -1,6 +1,6 @@
-"""Long prompts with numbers hidden in them, made from a seed: the same for every model with the same tokenizer.
+"""Long prompts with hidden numbers, generated from a seed: the same for every model with the same tokenizer.
 
-Wordings are none that retaining heads are trained on. Row i is the same for any number of rows.
+The wording differs from what retaining heads are trained on. Row i is the same for any number of rows.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ FIRST_NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt about a text, and the number that is right."""
+    """One prompt about a text, and the right number."""
 
-    ids: list[int]  # up to the answer's beginning
+    ids: list[int]  # the prompt, up to where the answer begins
     answer_ids: list[int]  # the true answer as a sentence
     number: str
     depth: float
 
     def is_right(self, written: str) -> bool:
-        """Whether the first number written is the one that was asked for, digit by digit."""
+        """Whether the first number in the output is the right one, digit by digit."""
         found = FIRST_NUMBER.search(written)
         return found is not None and found.group() == self.number
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text and what is asked about it: only the prompts' ends differ."""
+    """A text and the questions about it; the prompts differ only at their ends."""
 
     questions: tuple[Question, ...]
 
@@ -72,7 +72,7 @@ class Continuation:
 
 
 class Filler:
-    """Sentences to hide numbers among: of a text, from a place drawn anew for each prompt, or made up."""
+    """Sentences to hide numbers among: from a text, starting at a random place for each prompt, or made up."""
 
     def __init__(self, text: str | None):
         self.sentences = [part for part in BREAK.split(text) if part.strip()] if text is not None else None
@@ -94,9 +94,9 @@ def passkey(tokenizer: Any, filler: Filler, length: int, depth: float, seed: str
 
 
 def keys(tokenizer: Any, filler: Filler, length: int, depths: Sequence[float], seed: str) -> Reading:
-    """A number at each depth, each of somebody; all are asked for, one after another, each about the text alone.
+    """A number at each depth, each with a person's name; each question asks for one of them in a prompt of its own.
 
-    `UserError` for more depths than there are names.
+    Raises `UserError` for more depths than there are names.
     """
     if len(depths) > len(PEOPLE):
         raise UserError(f"the task keys takes at most {len(PEOPLE)} depths, not {len(depths)}")
@@ -107,7 +107,7 @@ def keys(tokenizer: Any, filler: Filler, length: int, depths: Sequence[float], s
 
 
 def continuation(tokenizer: Any, text: Sequence[int], length: int, after: int, seed: str) -> Continuation:
-    """A piece of a tokenized text; `length` tokens with whatever the tokenizer begins a text with."""
+    """A piece of a tokenized text: `length` prompt tokens, with the tokenizer's own prefix, and `after` to score."""
     begin = list(tokenizer("", verbose=False)["input_ids"])
     needed = length - len(begin) + after
     if needed > len(text):
@@ -152,7 +152,7 @@ def _reading(
 
 
 def _cut(tokenizer: Any, sentences: list[str], tokens: int) -> list[tuple[str, int]]:
-    """The first sentences that make up at most so many tokens, each with its number of them."""
+    """The first sentences of at most `tokens` tokens in all, each with its number of tokens."""
     found: list[tuple[str, int]] = []
     total = 0
     for sentence in sentences:
@@ -165,8 +165,8 @@ def _cut(tokenizer: Any, sentences: list[str], tokens: int) -> list[tuple[str, i
 
 
 def hide(sentences: Sequence[tuple[str, int]], facts: Sequence[str], depths: Sequence[float]) -> str:
-    """A text of sentences (with their tokens) and each fact as a paragraph of its own before the first sentence that
-    ends beyond its depth, 0 to 1 of the sentences' tokens."""
+    """A text of sentences (given with their token counts) and facts. Each fact is its own paragraph, before the first
+    sentence that ends beyond its depth (0 to 1, as a share of the sentences' tokens)."""
     total = sum(count for _, count in sentences)
     waiting = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
     paragraphs: list[str] = []

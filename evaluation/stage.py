@@ -33,11 +33,11 @@ from .retrieval import check as check_retrieval
 from .speed import torch_speed
 from .suite import EnginePlayer, MeasuredModel, Suite, TorchPlayer, question_scores, side_by_side, write_answers
 
-TOP_K = 128  # tokens that llama.cpp lists for the KL
+TOP_K = 128  # most probable tokens that llama.cpp returns for the KL
 
 
 def check(config: EvaluateConfig, base: Path, context: Context) -> None:
-    """Refuse missing texts, broken or unknown tasks and data that cannot be had, before any work is done."""
+    """Reject missing texts, broken or unknown tasks and unavailable data, before any work is done."""
     if config.text and not context.resolve(config.text).is_file():
         raise UserError(f"evaluate.text: there is no file {context.resolve(config.text)}")
     if config.tasks:
@@ -56,7 +56,7 @@ class Subject:
     blocks: int = 0
     parameters: int | None = None
     bits_per_weight: float | None = None
-    bytes: int = 0  # of an artifact, with all that it reads
+    bytes: int = 0  # size of an artifact, including the files it refers to
     heads: Path | None = None  # a checkpoint folder with retaining heads for it
     retrieves: bool = False  # whether retrieval is measured
 
@@ -64,7 +64,7 @@ class Subject:
 def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `models.json`, an entry per model and artifact, and `answers.jsonl`, every question's score.
 
-    A killed run keeps the entries it had.
+    A resumed run keeps the entries it had measured.
     """
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
@@ -78,7 +78,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
-    """base, pruned, healed, recovered, merged, and the depths of a sorted model, as far as there are."""
+    """base, pruned, healed, recovered, merged, and the depths of a sorted model, as far as the run has them."""
 
     def loader(folder: Path) -> Callable[[], Any]:
         return lambda: load_model(folder, context.dtype, context.device)
@@ -106,7 +106,7 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
         found.append(Subject("merged", loader(folder), folder, load_config(folder).num_hidden_layers))
     if "sort" in inputs.stages:
         found += depth_subjects(inputs.stages["sort"] / "model", context)
-    if "retain" in inputs.stages:  # its heads are of the last model, at each depth it has
+    if "retain" in inputs.stages:  # its heads belong to the last model, at each of its depths
         last = "depth-" if "sort" in inputs.stages else found[-1].role
         heads = inputs.stages["retain"] / "model"
         found = [replace(subject, heads=heads) if subject.role.startswith(last) else subject for subject in found]
@@ -114,8 +114,8 @@ def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
 
 
 def retrieving(config: EvaluateConfig, subjects: list[Subject]) -> list[Subject]:
-    """Checkpoints, with retrieval to be measured on those that have heads; on all where none has. `UserError` where the
-    policies want heads, and there are none."""
+    """The checkpoints, with retrieval enabled on those that have heads, or on all if none has. Raises `UserError` if a
+    policy needs heads and there are none."""
     if config.retrieval is None:
         return subjects
     headed = any(subject.heads is not None for subject in subjects)
@@ -128,7 +128,7 @@ def retrieving(config: EvaluateConfig, subjects: list[Subject]) -> list[Subject]
 
 
 def depth_subjects(folder: Path, context: Context) -> list[Subject]:
-    """A sorted checkpoint at each of its depths: `depth-12` is its first 12 blocks with its norm and head."""
+    """A sorted checkpoint at each of its depths: `depth-12` is the first 12 blocks with the norm and head."""
 
     def cut(depth: int) -> Callable[[], Any]:
         def load() -> Any:
@@ -247,7 +247,7 @@ class Bench:
         timed = None
         if self.config.speed:
             test = self.config.speed
-            runtime_name = None if gguf else "onnxruntime-genai"  # which drives decoding itself
+            runtime_name = None if gguf else "onnxruntime-genai"  # has its own decoding loop
             timed = measure(
                 subject.files,
                 prompt_tokens=test.prompt_tokens,
@@ -273,7 +273,7 @@ class Bench:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """[bytes]: the most that this process held inside the context, looked at every 20 ms."""
+    """[bytes]: this process's peak resident memory inside the context, sampled every 20 ms."""
     peak, done, process = [0], threading.Event(), psutil.Process()
 
     def watch() -> None:
@@ -294,8 +294,8 @@ def peak_memory() -> Iterator[list[int]]:
 def evaluate_path(
     path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path, rows: Path | None = None
 ) -> list[ModelEntry]:
-    """Figures of a checkpoint folder (at each of its depths), or of every artifact of a bundle; against `base` where
-    one is given. Perplexity is measured on the section's text, or on the held-out rows of the data stage `rows`."""
+    """Measure a checkpoint folder (at each of its depths), or every artifact of a bundle; compared with `base` if
+    given. Perplexity is measured on the section's text, or on the held-out rows of the data stage `rows`."""
     bundle = (path / BundleManifest.FILE).is_file()
     reference = base or path
     bench = Bench(config, context, reference, rows, work)

@@ -1,6 +1,6 @@
-"""What a task's figures are worth: intervals, paired differences, and what is kept of the base's ability.
+"""Statistics of task results: confidence intervals, paired differences, and the share of the base's score kept.
 
-Everything follows from one score per question, the same questions for every model.
+All are computed from one score per question, with the same questions for every model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..records.models import AnswerKind, TaskResult
 
-Z = 1.959964  # of a two-sided interval of 95 %
+Z = 1.959964  # for a two-sided 95 % interval
 
 
 class Interval(NamedTuple):
@@ -25,8 +25,8 @@ class Outcome:
     """One model's result on one task."""
 
     kind: AnswerKind
-    metric: str  # of the scores; others are in `metrics`
-    scores: list[float]  # one per question, in the task's order; empty where the metric is not a mean over questions
+    metric: str  # name of the scores' metric; others are in `metrics`
+    scores: list[float]  # one per question, in the task's order; empty if the metric is not a mean over questions
     value: float
     n: int
     chance: float | None = None  # what guessing scores
@@ -39,16 +39,16 @@ def mean(scores: Sequence[float]) -> float:
 
 
 def wilson(hits: float, n: int) -> Interval:
-    """Wilson's 95 % interval of a share: stays within 0 and 1, and has a width where all or none is right."""
+    """Wilson's 95 % interval of a share: stays within 0 and 1, and has nonzero width even if all or none are right."""
     share, z2 = hits / n, Z * Z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # At the ends the formula gives 0 and 1 exactly; rounding must not.
+    # At the ends the formula gives exactly 0 or 1; rounding must not change that.
     return Interval(0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half)
 
 
 def interval(scores: Sequence[float]) -> Interval:
-    """The 95 % interval of a mean: Wilson's where every score is 0 or 1, else the normal one."""
+    """The 95 % interval of a mean: Wilson's if every score is 0 or 1, else the normal one."""
     if _binary(scores):
         return wilson(sum(scores), len(scores))
     return _normal(scores)
@@ -57,9 +57,9 @@ def interval(scores: Sequence[float]) -> Interval:
 def paired_interval(base: Sequence[float], scores: Sequence[float]) -> Interval:
     """The 95 % interval of the mean difference `scores` − `base` on the same questions.
 
-    Right and wrong: the normal interval with half a question added to each of the four cells (Agresti and Min 2005,
-    doi 10.1002/sim.1781), which has a width even where the two models never differ. Other scores: the normal one.
-    Raises `ValueError` where the questions are not the same in number.
+    Binary scores: the normal interval with half a question added to each of the four cells (Agresti and Min 2005,
+    doi 10.1002/sim.1781), which has nonzero width even if the two models never differ. Other scores: the normal one.
+    Raises `ValueError` if the numbers of questions differ.
     """
     if len(base) != len(scores):
         raise ValueError(f"{len(base)} and {len(scores)} scores cannot be paired")
@@ -85,16 +85,16 @@ def _normal(scores: Sequence[float]) -> Interval:
 
 
 def kept_above_chance(value: float, base: Outcome) -> float | None:
-    """(value − chance) / (base − chance); None where the base itself may only be guessing."""
+    """(value − chance) / (base − chance); None if the base itself may be guessing."""
     if base.chance is None or not base.scores or interval(base.scores).low <= base.chance:
         return None
     return (value - base.chance) / (base.value - base.chance)
 
 
 def compare(outcome: Outcome, base: Outcome | None) -> TaskResult:
-    """The figures of the report: value with interval, and against the base the paired difference and what is kept.
+    """The report's figures: the value with its interval, the paired difference to the base, and the share kept.
 
-    `base` is None for the base itself, and where there is none.
+    `base` is None for the base itself, and if there is none.
     """
     found = TaskResult(
         kind=outcome.kind,
@@ -118,5 +118,5 @@ def compare(outcome: Outcome, base: Outcome | None) -> TaskResult:
 
 
 def _finite(found: Interval) -> tuple[float | None, float | None]:
-    """JSON has no infinity: an interval of one non-binary score is none."""
+    """The interval, or (None, None) for the infinite one of a single non-binary score: JSON has no infinity."""
     return (found.low, found.high) if math.isfinite(found.high - found.low) else (None, None)

@@ -20,22 +20,22 @@ from .generation import Exercise, Prompt, judge, prepare, write_with_engine, wri
 from .statistics import Outcome, compare
 from .tasks import Question, choice_scores, engine_scores, read_task, run_task, split_tokens
 
-HARNESS_TOKENS = 2048  # of lm-eval's prompts more is cut off on the left, in checkpoints and artifacts alike
+HARNESS_TOKENS = 2048  # longer lm-eval prompts are truncated on the left, for checkpoints and artifacts alike
 
 
 class Player(Protocol):
-    """A model or artifact that can take tasks."""
+    """A model or artifact to run tasks on."""
 
     def scores(self, row: Question) -> list[float]:
         """The log-likelihood of each choice."""
         ...
 
     def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
-        """What is written after each prompt, greedily."""
+        """The text generated after each prompt, greedily."""
         ...
 
     def language_model(self, longest: int, batch: int) -> Any:
-        """The same as an `LM` of lm-eval, for prompts of `longest` tokens at most."""
+        """The model wrapped as an lm-eval `LM`, for prompts of at most `longest` tokens."""
         ...
 
 
@@ -78,7 +78,7 @@ class EnginePlayer:
 class Suite:
     """The tasks of one evaluation, read once.
 
-    Raises `UserError` for broken files, unknown names, and lm-eval tasks whose data cannot be had.
+    Raises `UserError` for broken files, unknown names, and lm-eval tasks whose data cannot be loaded.
     """
 
     def __init__(self, config: EvaluateConfig, context: Context, tokenizer: Any):
@@ -100,7 +100,7 @@ class Suite:
             self.harness = load_tasks(config, context)
 
     def longest(self) -> int:
-        """Tokens of the longest text an artifact is asked about, the answer included; 0 without tasks."""
+        """Tokens of the longest text that tasks give an artifact, answer included; 0 without tasks."""
         found = [len(prompt.ids) + self.config.max_tokens for prompts in self.prompts.values() for prompt in prompts]
         for rows in self.local.values():
             for row in rows:
@@ -134,14 +134,14 @@ class Suite:
 
 
 class MeasuredModel(ModelFigures):
-    """What is measured of a model by itself."""
+    """One model's results, before comparison with the base."""
 
     tasks: dict[str, Outcome]
     retrieval: list[RetrievalResult] = Field(default_factory=list)
 
 
 def side_by_side(models: Sequence[MeasuredModel]) -> list[ModelEntry]:
-    """The report's figures: those of the tasks set against the base's."""
+    """The report's entries, with task results compared to the base's."""
     base = next((model.tasks for model in models if model.role == "base"), {})
     return [
         ModelEntry(
@@ -156,7 +156,7 @@ def side_by_side(models: Sequence[MeasuredModel]) -> list[ModelEntry]:
 
 
 def question_scores(models: Sequence[MeasuredModel]) -> dict[str, dict[str, list[float]]]:
-    """Every question's score, where a task has such: {task: {role: scores}}."""
+    """Every question's score, for tasks that have them: {task: {role: scores}}."""
     found: dict[str, dict[str, list[float]]] = {}
     for model in models:
         for name, outcome in model.tasks.items():
@@ -166,7 +166,7 @@ def question_scores(models: Sequence[MeasuredModel]) -> dict[str, dict[str, list
 
 
 def write_answers(answers: dict[str, dict[str, list[float]]], file: Path) -> None:
-    """Every question's score, a line per task and model."""
+    """Write every question's score, one line per task and model."""
     lines = [
         json.dumps({"task": task, "model": role, "scores": scores}) + "\n"
         for task, models in answers.items()

@@ -1,8 +1,8 @@
 """Tasks from local JSONL files: multiple choice (question, choices, answer), or written answers (prompt, answer).
 
-The prompt of a question is the question and the word Answer on a line of its own, as the usual harnesses have it for
-ARC and OpenBookQA; each choice is scored by its log-likelihood as the continuation. `accuracy` takes the highest sum,
-`accuracy_norm` the highest sum per byte. Written answers are in generation.py.
+A multiple-choice prompt is the question and the word Answer on its own line, as common harnesses do for ARC and
+OpenBookQA; each choice is scored by its log-likelihood as the continuation. `accuracy` picks the choice with the
+highest sum, `accuracy_norm` with the highest sum per byte. Written answers are in generation.py.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Question:
 
 
 def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exercise]:
-    """The first `limit` rows of a JSONL file, all of the first row's kind.
+    """The first `limit` rows of a JSONL file, either all multiple choice or all written answers.
 
-    Raises `UserError` naming file and line for a row that is not one.
+    Raises `UserError` naming file and line for an invalid row.
     """
     questions: list[Question] = []
     exercises: list[Exercise] = []
@@ -62,7 +62,7 @@ def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exe
 
 
 def read_questions(file: Path, limit: int | None = None) -> list[Question]:
-    """As `read_task`, multiple choice only."""
+    """Like `read_task`, but for multiple choice only."""
     rows = [row for row in read_task(file, limit) if isinstance(row, Question)]
     if not rows:
         raise UserError(f"the task {file} is not multiple choice")
@@ -72,7 +72,7 @@ def read_questions(file: Path, limit: int | None = None) -> list[Question]:
 def _row(row: dict[str, Any], where: str) -> Question | Exercise:
     if not ("prompt" in row or "question" in row) or "answer" not in row:
         raise UserError(f"{where}: a row must have either question, choices and answer, or prompt and answer")
-    try:  # half of a surrogate pair is no text that could be asked or scored
+    try:  # half of a surrogate pair cannot be tokenized
         "".join(strings(row)).encode()
     except UnicodeEncodeError as error:
         raise UserError(
@@ -109,9 +109,9 @@ def _question(row: dict[str, Any], where: str) -> Question:
 
 
 def run_task(score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance) -> Outcome:
-    """Accuracy per byte, question by question, with the plain accuracy beside it.
+    """`accuracy_norm` with its score per question, and plain `accuracy` beside it.
 
-    `score` gives the log-likelihood of each choice of a row.
+    `score` returns the log-likelihood of each choice of a row.
     """
     hits, normed = [], []
     for row in rows:
@@ -136,7 +136,7 @@ def engine_scores(engine: Engine, tokenizer: Any, row: Question) -> list[float]:
 def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats.
 
-    The choices are run as one batch behind a prompt that is run once; its keys and values are repeated for them.
+    The prompt is run once; its keys and values are repeated to run the choices as one batch after it.
     """
     prompt, endings = split_tokens(tokenizer, row)
     decoder, device = Decoder(model), model.device
@@ -147,7 +147,7 @@ def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
     scores = torch.zeros(len(endings))
     if width > 1:
         cache.batch_repeat_interleave(len(endings))
-        # The last token of an ending predicts nothing that is asked for; what stands after it is padding.
+        # The last token of an ending predicts nothing that is needed, so it is left out; padding follows.
         fed = [ending[:-1] + [pad_id(tokenizer)] * (width - len(ending)) for ending in endings]
         hidden = decoder.hidden(input_ids=torch.tensor(fed, device=device), past_key_values=cache, use_cache=True)
         logits = torch.cat([lead.expand(len(endings), -1, -1), decoder.head(hidden)], dim=1)
@@ -161,9 +161,9 @@ def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
 
 
 def split_tokens(tokenizer: Any, row: Question) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the prompt and of each ending, split where the texts are (the ending begins with its space).
+    """Tokens of the prompt and of each ending (which includes its leading space).
 
-    Prompt and ending are encoded together, because a token may bridge them; the prompt keeps what all share with it.
+    Prompt and ending are encoded together, because a token may span both; the prompt is the prefix that all share.
     """
     prompt = tokenizer(row.prompt).input_ids
     wholes = [tokenizer(f"{row.prompt} {choice}").input_ids for choice in row.choices]

@@ -1,1 +1,1 @@
-"""Merging recovered variants: the bridge to mergekit."""
+"""Merging recovered variants with mergekit."""

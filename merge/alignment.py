@@ -1,4 +1,4 @@
-"""Whether checkpoints can be merged: told from their headers and files, before a weight is read."""
+"""Checks that checkpoints can be merged, from their headers and files, before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..modeling.blocks import kept_blocks
 from ..modeling.load import load_config
 from ..modeling.weights import TensorHeader, tensor_headers
 
-# Configuration values that change nothing about what the weights mean.
+# Configuration values that do not affect how weights are interpreted.
 NEUTRAL = (
     "_name_or_path architectures transformers_version dtype torch_dtype use_cache return_dict output_attentions "
     "output_hidden_states initializer_range attention_dropout bos_token_id eos_token_id pad_token_id "
@@ -23,10 +23,10 @@ NEUTRAL = (
 
 
 def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
-    """Raise `UserError` naming the first thing in which a checkpoint differs from the first one.
+    """Raise `UserError` naming the first difference between a checkpoint and the first one.
 
-    Compared are kept blocks, configuration, names, shapes and (unless `any_dtype`) types of all tensors, and the
-    tokenizers. Without `any_dtype` the tensors of one checkpoint must also be all of one type.
+    Compares kept blocks, configuration, names, shapes and (unless `any_dtype`) dtypes of all tensors, and the
+    tokenizers. Without `any_dtype` all tensors of the first checkpoint must also have one dtype.
     """
     names = list(folders)
     first = folders[names[0]]
@@ -51,7 +51,7 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
             )
 
 
-Difference = tuple[str, object, object]  # what differs, and what it is in each
+Difference = tuple[str, object, object]  # what differs, and its value in each checkpoint
 
 
 def _configurations(one: Path, other: Path) -> Iterator[Difference]:

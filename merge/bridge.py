@@ -1,4 +1,4 @@
-"""mergekit through its Python API: our section as its configuration, its errors as ours, its noise kept away."""
+"""mergekit through its Python API: translates our section to its configuration and its errors to ours, silently."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .cost import SHARD
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Nothing is logged or drawn inside. mergekit would otherwise set up logging for the whole process."""
+    """Suppress logging and progress bars; mergekit would otherwise set up logging for the whole process."""
     root, mute = logging.getLogger(), logging.NullHandler()
     root.addHandler(mute)
     try:
@@ -32,7 +32,7 @@ def silenced() -> Iterator[None]:
 
 
 def find_method(name: str) -> Any:
-    """A method of mergekit's registry; `UserError` with the nearest name where it has none of that name."""
+    """A method from mergekit's registry; raises `UserError` with the closest name if there is none of that name."""
     with silenced():
         from mergekit.merge_methods import registered_methods
 
@@ -43,8 +43,8 @@ def find_method(name: str) -> Any:
 
 
 def base_of(config: MergeConfig, names: Sequence[str]) -> str | None:
-    """The name of the base model: the recipe's; else the first of two where the method takes just two; else, where the
-    method needs one, the model that the variants were trained from."""
+    """The name of the base model: the recipe's; else, for a method that needs one, the first model if the method takes
+    exactly two, or the model that the variants were trained from."""
     contract = find_method(config.method).spec.contract
     if config.base_model is not None or contract.base.value != "required":
         return config.base_model
@@ -52,9 +52,9 @@ def base_of(config: MergeConfig, names: Sequence[str]) -> str | None:
 
 
 def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
-    """The name of the base model; `UserError` for a method, parameters or a number of models that mergekit refuses.
+    """The name of the base model; raises `UserError` if mergekit rejects the method, parameters or number of models.
 
-    mergekit itself reads only the keys it knows, and passes over all others.
+    mergekit itself silently ignores unknown keys.
     """
     method, base = find_method(config.method), base_of(config, names)
     if base is not None and method.spec.contract.base.value == "ignored":
@@ -93,7 +93,7 @@ def _check_type(where: str, parameter: Any, setting: Any) -> None:
 
 
 def _check_present(config: MergeConfig, method: Any, names: Sequence[str], base: str | None) -> None:
-    """Refuse a required parameter that is given neither for all nor for each model."""
+    """Raise `UserError` if a required parameter is set neither for all models nor for each one."""
     own = {entry.model: entry.parameters for entry in config.models or []}
     for parameter in method.spec.parameters:
         if not parameter.required or parameter.name in config.parameters:
@@ -123,9 +123,9 @@ def _scalars(setting: Any) -> Iterator[Any]:
 
 
 def _architecture(tensors: Collection[str]) -> Any:
-    """The tensors that checkpoints have, as mergekit describes an architecture.
+    """A mergekit architecture made from the checkpoints' tensor names.
 
-    Its own descriptions leave out what they do not know of, such as biases, and want heads that are tied.
+    mergekit's own architectures omit tensors they do not know, such as biases, and require tied heads.
     """
     from mergekit.architecture.auto import RE_LAYER_INDEX
     from mergekit.architecture.base import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
@@ -161,11 +161,10 @@ def merge_weights(
     out: Path,
     context: Context,
 ) -> None:
-    """Write the merged weights into `out` as safetensors, and nothing else.
+    """Write only the merged weights into `out`, as safetensors.
 
-    `folders` are the checkpoints by name, the base model's among them, each of which has all of `tensors`. Random
-    methods draw from the context's seed. One tensor after another is read, merged and written. Raises `UserError` for
-    what mergekit refuses.
+    `folders` are the checkpoints by name, including the base model's; each has all of `tensors`. Random methods use the
+    context's seed. Tensors are read, merged and written one at a time. Raises `UserError` if mergekit fails.
     """
     with silenced():
         from mergekit.common import ModelPath, ModelReference
@@ -176,7 +175,7 @@ def merge_weights(
         from mergekit.plan import MergePlanner
 
         def reference(name: str) -> Any:
-            # Not from text: mergekit takes an @ or a + in it for a revision or an adapter.
+            # Not parsed from text, where mergekit reads @ as a revision and + as an adapter.
             return ModelReference(model=ModelPath(path=str(folders[name].resolve())))
 
         options = MergeOptions(device=context.device, trust_remote_code=False, out_shard_size=SHARD, quiet=True)
@@ -206,11 +205,11 @@ def merge_weights(
                 raise
             raise UserError(f"merge: mergekit's {config.method} failed: {_first_line(error)}") from error
         finally:
-            LoaderCache.loaders.clear()  # it would go on holding the files open, by path
+            LoaderCache.loaders.clear()  # it would keep the files open, by path
 
 
 def _dumped(parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """Parameters as mergekit takes them: plain values."""
+    """Parameters as plain values, as mergekit expects."""
     plain = {
         name: [item.model_dump() if hasattr(item, "model_dump") else item for item in setting]
         if isinstance(setting, list)

@@ -1,4 +1,4 @@
-"""The recipe's `merge` section: mergekit's own vocabulary, with the variants' names for models."""
+"""The recipe's `merge` section: mergekit's own keys, with variants' names as models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class MergeConfig(Section):
         return value
 
     def among(self, names: Sequence[str]) -> Self:
-        """The section with its models named: all of `names` where it names none."""
+        """The section with its models filled in: all of `names` if it lists none."""
         return self if self.models else self.model_copy(update={"models": [Model(model=name) for name in names]})
 
     def beside(self, sections: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""What merging the variants takes, and measuring them."""
+"""Cost of merging the variants and of measuring them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..core.work import Work, forward
 from .config import MergeConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-SHARD = 5_000_000_000  # bytes of merged weights per file, all of which are held at once
-CHUNK = 256  # positions whose logits exist at once where models are measured
-CONTEXT = 512  # assumed: tokens that a token of a held-out row sees
+SHARD = 5_000_000_000  # bytes of merged weights per file; a whole file is held in memory
+CHUNK = 256  # positions per logits chunk when models are measured
+CONTEXT = 512  # assumed: context length of a held-out token
 
 
 def _leaves(config: MergeConfig, at: Setting) -> Setting:
@@ -19,7 +19,7 @@ def _leaves(config: MergeConfig, at: Setting) -> Setting:
 
 
 def _need(config: MergeConfig, at: Setting) -> Need:
-    """One shard of merged weights and the tensors it is made of; then one model after another is measured."""
+    """One shard of merged weights and its input tensors; then the models, measured one at a time."""
     shape, runtime = at.shape, {"runtime": at.runtime(RUNTIME)}
     saved = shape.parameters(at.kept) * BYTES[config.out_dtype or at.dtype]
     head = shape.vocab * shape.hidden

@@ -1,4 +1,4 @@
-"""Held-out figures of whole checkpoints against the unpruned model, as recovery measures them while it trains."""
+"""Held-out metrics of whole checkpoints against the unpruned model, measured as recovery does during training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .cost import CHUNK
 
 @torch.no_grad()
 def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> list[States]:
-    """What the unpruned model says at the response positions of each batch; it is run once, and nothing else of it
-    stays."""
+    """The unpruned model's hidden states and head at the response positions of each batch. The model is run once and
+    not kept."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
     head = Head(decoder.head_weight.detach().clone(), decoder.softcap)
     return [States(_response_states(decoder, batch.to(context.device))[0], head) for batch in batches]
@@ -46,6 +46,6 @@ def heldout_figures(
 
 
 def _response_states(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N, H) states after the final norm where response tokens are predicted, and these tokens (N,)."""
+    """(N, H) states after the final norm at the positions that predict response tokens, and these tokens (N,)."""
     positions, targets = response_positions(batch.input_ids, batch.loss_mask)
     return decoder.hidden(**batch.model_inputs()).flatten(0, 1)[positions].clone(), targets

@@ -1,4 +1,4 @@
-"""The merge stage: variants become one model, which is measured beside them; the better goes on."""
+"""The merge stage: merges the variants into one model, measures it beside them, and selects the best."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .bridge import check_method, merge_weights
 from .config import START, MergeConfig
 from .measure import heldout_figures, unpruned
 
-MERGE = "merge"  # the result's name beside those of the variants
+MERGE = "merge"  # the merge's name in the results, beside the variants'
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def check(config: MergeConfig, base: Path, context: Context) -> None:
-    """Refuse what mergekit would not do, before any variant is trained. The recipe has named the models."""
+    """Reject what mergekit cannot do, before any variant is trained. The section already lists its models."""
     check_method(config, [entry.model for entry in config.models or []])
 
 
 def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `model/`, the merge or the parent that is better than it, and `merge.json`, with the figures of all."""
+    """Write `model/`, the merge or a parent that is better than it, and `merge.json`, with the metrics of all."""
     variants = read_variants(inputs.stages["distill"])
     trained = {entry.name: inputs.stages["distill"] / "variants" / entry.name / "model" for entry in variants.variants}
     config = config.among(list(trained))
@@ -55,7 +55,7 @@ def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) ->
 
 
 def read_variants(folder: Path) -> Variants:
-    """What the distill stage wrote of its variants; `UserError` where it had none."""
+    """The distill stage's record of its variants; raises `UserError` if it had none."""
     variants = Variants.read_if_there(folder)
     if variants is None:
         raise UserError("merge: the distill stage trained no variants; list two or more under distill.variants")
@@ -63,7 +63,7 @@ def read_variants(folder: Path) -> Variants:
 
 
 def started_from(inputs: Inputs) -> Path:
-    """The checkpoint that all variants were trained from: the last one that was made before them."""
+    """The checkpoint that all variants were trained from: the last one written before the distill stage."""
     found = inputs.base
     for name, folder in inputs.stages.items():
         if name == "distill":
@@ -74,9 +74,9 @@ def started_from(inputs: Inputs) -> Path:
 
 
 def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Path, context: Context) -> None:
-    """Merge the checkpoints that the section names into a new checkpoint folder `out`, which appears when it is whole.
+    """Merge the checkpoints that the section lists into a new checkpoint folder `out`, created atomically.
 
-    All are compared first: `UserError` names what mergekit refuses, or the first thing in which two of them differ.
+    All are compared first: `UserError` says what mergekit rejects, or names the first difference between two of them.
     Configuration, generation defaults and tokenizer are the first model's.
     """
     names = [entry.model for entry in config.models or []]
@@ -104,12 +104,12 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
 
 
 def choose(config: MergeConfig, figures: Mapping[str, Mapping[str, float]]) -> str:
-    """The model that goes on. A parent does only where it is better than the merge."""
+    """The name of the selected model: the merge, unless `select: best` finds a parent that is better."""
     return MERGE if config.select == "merge" else min(figures, key=lambda name: figures[name][f"eval_{config.by}"])
 
 
 def describe(config: MergeConfig, figures: Mapping[str, Mapping[str, float]], chosen: str) -> str:
-    """One line: the figures, and what goes on."""
+    """One line with the metrics and the selected model."""
     name = {"kl": "KL to the unpruned model", "perplexity": "perplexity"}[config.by]
     values = ", ".join(f"{model} {entry[f'eval_{config.by}']:.4g}" for model, entry in figures.items())
     kept = f"the {config.method} merge" if chosen == MERGE else f"{chosen}, which is better than the merge"
@@ -119,7 +119,7 @@ def describe(config: MergeConfig, figures: Mapping[str, Mapping[str, float]], ch
 def _measure(
     models: Mapping[str, Path], variants: Variants, inputs: Inputs, out_dir: Path, context: Context
 ) -> dict[str, dict[str, float]]:
-    """Held-out figures by name, in order; those that a killed run had are not measured again."""
+    """Held-out metrics by name, in order; those measured before an interruption are reused."""
     records = {name: out_dir / WORK / f"{name}.json" for name in models}
     pending = [name for name, file in records.items() if not file.exists()]
     if pending:
