@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import UserError
 from ..core.extras import package_folder
+from ..core.machine import cores
 
 Type = GGMLQuantizationType
 # Recipe name -> (what general.file_type says, the type most tensors get)
@@ -89,7 +89,7 @@ def quantize(
         if written != count * out.shape[1]:
             raise RuntimeError(f"ggml wrote {written} bytes where {count * out.shape[1]} were due")
 
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or cores()) as pool:
         list(pool.map(work, range(0, rows, step)))
     return out
 

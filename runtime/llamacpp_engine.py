@@ -9,7 +9,6 @@ its cache, so that each position costs one decoded token, and several slots are 
 from __future__ import annotations
 
 import math
-import os
 import queue
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
+from ..core.machine import cores
 from .cost import SLOTS
 from .engine import SMALLEST, Distribution, Engine, Speed, Window
 from .llamacpp_server import SEEDS, checked, open_server, post
@@ -63,7 +63,7 @@ class LlamaCppEngine(Engine):
         self.context = min(context, trained)
         self._slots = slots
         self._plain: int | None = None
-        threads = threads or os.cpu_count() or 1
+        threads = threads or cores()
         # One token more: the server wants room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
         self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens)

