@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.machine import threads_of
 from .generator import check_depth
 from .onnx_cut import Part, cut_model
 from .onnx_engine import PREFILL_CHUNK, first_line, read_genai_config
@@ -49,7 +50,7 @@ class BlockChain:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads_of(threads)
         # Each session has threads of its own, which would go on spinning while the next session works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         folder = str(file.parent.resolve())

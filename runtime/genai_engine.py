@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.machine import threads_of
 from .engine import Distribution, Engine, Window, distributions, pick
 from .onnx_engine import read_genai_config
 
@@ -27,7 +28,7 @@ class GenaiEngine(Engine):
         self.context = int(read_genai_config(self.path)["model"]["context_length"])
         try:
             config = self._library.Config(str(self.path))
-            if threads:
+            if threads := threads_of(threads):
                 options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
                 config.overlay(json.dumps(options))
             self._model: Any = self._library.Model(config)

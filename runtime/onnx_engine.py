@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.machine import threads_of
 from .engine import Distribution, Engine, Window, distributions, pick
 
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
@@ -53,7 +54,7 @@ class OnnxEngine(Engine):
         self._blocks = int(decoder["num_hidden_layers"])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads_of(threads)
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(self.path / decoder["filename"]), options, providers=["CPUExecutionProvider"]

@@ -21,4 +21,13 @@ def test_elsewhere_all_cores_count(monkeypatch):
 
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert machine.cores() == 6
+    assert machine.cores() == 6 and machine.threads_of(0) == 0 and machine.threads_of(3) == 3
+
+
+@pytest.mark.parametrize(("held", "asked", "threads"), [(2, 0, 2), (2, 5, 5), (6, 0, 0)])
+def test_runtimes_that_count_the_machines_cores_are_told_fewer(monkeypatch, held, asked, threads):
+    from compress.core import machine
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(held)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert machine.threads_of(asked) == threads
