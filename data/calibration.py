@@ -40,10 +40,10 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def _first(rows: list[Encoded], tokens: int) -> list[Encoded]:
-    found: list[Encoded] = []
+    kept: list[Encoded] = []
     for row in rows:
         if tokens <= 0:
             break
-        found.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens], row.row, row.start))
+        kept.append(Encoded(row.input_ids[:tokens], row.loss_mask[:tokens], row.row, row.start))
         tokens -= len(row.input_ids)
-    return found
+    return kept

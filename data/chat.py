@@ -61,7 +61,7 @@ def writer(tokenizer: Any, messages: Messages, tools: Sequence[Any] | None) -> C
     refused: UserError | None = None
     written = False
     for as_text in (False, True):
-        found = {}
+        texts = {}
         for empty in (None, ""):
             write = form(empty, as_text)
             try:
@@ -71,11 +71,11 @@ def writer(tokenizer: Any, messages: Messages, tools: Sequence[Any] | None) -> C
                 continue
             written = True
             if _calls_are_written(messages, text, marked):
-                found[empty] = text
+                texts[empty] = text
         # Some templates print missing content as the word None.
-        if None in found and ("" not in found or found[None].count("None") <= found[""].count("None")):
+        if None in texts and ("" not in texts or texts[None].count("None") <= texts[""].count("None")):
             return form(None, as_text)
-        if "" in found:
+        if "" in texts:
             return form("", as_text)
     raise refused if refused and not written else TemplateError(leaves_out(messages), "tool_call")
 
@@ -107,14 +107,14 @@ def _render(tokenizer: Any, messages: Messages, answer: bool, tools: Sequence[An
 
 def _with(message: Message, empty: str | None, as_text: bool = False) -> Message:
     """A message in the form for templates: missing content becomes `empty`, arguments become JSON if `as_text`."""
-    found = message if message["content"] else message | {"content": empty if message.get("tool_calls") else ""}
+    form = message if message["content"] else message | {"content": empty if message.get("tool_calls") else ""}
     if as_text and message.get("tool_calls"):
         calls = []
         for call in message["tool_calls"]:
             arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
             calls.append(call | {"function": call["function"] | {"arguments": arguments}})
-        found = found | {"tool_calls": calls}
-    return found
+        form = form | {"tool_calls": calls}
+    return form
 
 
 def _marked(message: Message) -> Message:
@@ -246,18 +246,18 @@ def load_encoded(folder: Path, tokenizer: Any, split: Split, max_length: int) ->
 
     Rows without a token to train on within `max_length` tokens are dropped; raises `UserError` if none is left.
     """
-    found = encode_rows(tokenizer, read_rows(folder, split), max_length)
-    if not found:
+    encoded = encode_rows(tokenizer, read_rows(folder, split), max_length)
+    if not encoded:
         raise UserError(f"no {split} row of {folder.name} has a token to train on in its first {max_length} tokens")
-    return found
+    return encoded
 
 
 def encode_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> list[Encoded]:
     """Rows encoded in order, a plain text as several windows; rows without a token to train on are dropped."""
-    found: list[Encoded] = []
+    windows: list[Encoded] = []
     for row in rows:
         if row.messages is None:
-            found += [replace(window, row=row.id) for window in encode_text(tokenizer, row.text or "", max_length)]
+            windows += [replace(window, row=row.id) for window in encode_text(tokenizer, row.text or "", max_length)]
         else:
-            found.append(encode_row(tokenizer, row, max_length))
-    return [encoded for encoded in found if any(encoded.loss_mask)]
+            windows.append(encode_row(tokenizer, row, max_length))
+    return [encoded for encoded in windows if any(encoded.loss_mask)]

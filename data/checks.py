@@ -86,8 +86,8 @@ def final_text(text: str, marker: str | None = None) -> str | None:
     """The introduced answer, or else the whole text, ignoring case, spacing, and punctuation around words."""
     place = located(text, marker)
     words = (text if place is None else place).casefold().split()
-    found = " ".join(word for word in (word.strip(".,;:!?\"'`*()[]{}$") or word for word in words))
-    return found or None
+    normal = " ".join(word for word in (word.strip(".,;:!?\"'`*()[]{}$") or word for word in words))
+    return normal or None
 
 
 FINDERS: dict[str, Callable[[str, str | None], object | None]] = {
@@ -103,9 +103,9 @@ def located(text: str, marker: str | None = None) -> str | None:
     if boxed is not None:
         return boxed
     for pattern in ("####", re.escape(marker) if marker else _ANSWER):
-        found = list(re.finditer(pattern, text, re.IGNORECASE))
-        if found:
-            rest = text[found[-1].end() :].lstrip(" \t\n:*")
+        matches = list(re.finditer(pattern, text, re.IGNORECASE))
+        if matches:
+            rest = text[matches[-1].end() :].lstrip(" \t\n:*")
             return rest.partition("\n")[0]
     return None
 

@@ -170,7 +170,7 @@ class _Sieve:
         if identity in self.seen:
             return "duplicate", ""
         self.seen.add(identity)
-        if self.overlap is not None and self.overlap.found(record.messages, record.text):
+        if self.overlap is not None and self.overlap.overlapping(record.messages, record.text):
             return "contaminated", ""
         return KEPT, ""
 

@@ -35,7 +35,7 @@ class Overlap:
                 for ngram in self._cut(words):
                     self._ngrams.setdefault(ngram, name)
 
-    def found(self, messages: Messages | None, text: str | None) -> str | None:
+    def overlapping(self, messages: Messages | None, text: str | None) -> str | None:
         """The file that a row overlaps with (counted in `counts`), or None.
 
         A text shorter than n words, such as a one-word choice, must equal a whole user turn: a one-word answer proves

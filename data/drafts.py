@@ -104,9 +104,9 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
 
 def reasons(counts: Mapping[str, int]) -> str:
     """Why rows were dropped, most frequent reason first, at most ten: "3 too_long, 1 empty"."""
-    found = sorted(((-n, reason) for reason, n in counts.items() if reason != KEPT and n))
-    rest = sum(-n for n, _ in found[10:])
-    return ", ".join([f"{-n} {reason}" for n, reason in found[:10]] + ([f"{rest} for other reasons"] if rest else []))
+    ranked = sorted(((-n, reason) for reason, n in counts.items() if reason != KEPT and n))
+    rest = sum(-n for n, _ in ranked[10:])
+    return ", ".join([f"{-n} {reason}" for n, reason in ranked[:10]] + ([f"{rest} for other reasons"] if rest else []))
 
 
 def dropped_note(counts: Mapping[str, int]) -> str:

@@ -76,11 +76,11 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
 
 
 def _stored(row: Row, names: list[str]) -> dict[str, Any]:
-    found = {name: getattr(row, name) for name in names}
-    found["tools"] = None if row.tools is None else json.dumps(row.tools, ensure_ascii=False)
+    stored = {name: getattr(row, name) for name in names}
+    stored["tools"] = None if row.tools is None else json.dumps(row.tools, ensure_ascii=False)
     if row.messages is not None:
-        found["messages"] = [_stored_message(message) for message in row.messages]
-    return found
+        stored["messages"] = [_stored_message(message) for message in row.messages]
+    return stored
 
 
 def _stored_message(message: Message) -> Message:

@@ -72,7 +72,7 @@ def sample(
     """
     device = model.get_input_embeddings().weight.device
     uniforms = torch.stack([_uniforms(seed, how.max_tokens) for seed in seeds]).to(device)
-    found = [Sampled([]) for _ in prompts]
+    drawn = [Sampled([]) for _ in prompts]
     logits, cache, seen = _prefill(model, prompts, how.max_tokens, device)
     rows = list(range(len(prompts)))  # still running
     ends = frozenset(stop)
@@ -80,8 +80,8 @@ def sample(
         logits[:, list(banned)] = -torch.inf
         chosen = choose(logits, uniforms[rows, step], how)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            found[row].append(token, ends, stopped)
-        keep = [i for i, row in enumerate(rows) if not (found[row].ended or found[row].looped)]
+            drawn[row].append(token, ends, stopped)
+        keep = [i for i, row in enumerate(rows) if not (drawn[row].ended or drawn[row].looped)]
         if not keep or step == how.max_tokens - 1:
             break
         if len(keep) <= 0.9 * len(rows):  # removing rows copies the cache, so not for every single one
@@ -90,7 +90,7 @@ def sample(
             seen, chosen, rows = seen[index], chosen[index], [rows[i] for i in keep]
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
         logits = _forward(model, chosen[:, None], seen, cache)
-    return found
+    return drawn
 
 
 def choose(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:

@@ -64,12 +64,12 @@ def _limit(seconds: int, megabytes: int) -> None:
         "RLIMIT_CORE": 0,
     }
     for name, value in wanted.items():
-        kind = getattr(resource, name, None)
-        if kind is not None:
-            hard = resource.getrlimit(kind)[1]
+        limit = getattr(resource, name, None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             try:
-                resource.setrlimit(kind, (value, value))
+                resource.setrlimit(limit, (value, value))
             except (ValueError, OSError):  # macOS refuses some; the others hold
                 continue
 

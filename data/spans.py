@@ -109,9 +109,9 @@ def _in_whole(
     """
     if alone is None:
         return None
-    found = _own(render, messages, number, text)
-    if found is not None and text[slice(*found)].strip() and text[slice(*found)].strip() in turn[: alone[1]]:
-        return found
+    own = _own(render, messages, number, text)
+    if own is not None and text[slice(*own)].strip() and text[slice(*own)].strip() in turn[: alone[1]]:
+        return own
     words = turn[slice(*alone)].strip()
     after = common(text, render(messages[:number]))
     begin = text.find(words, after)
@@ -153,12 +153,12 @@ def _with_opening(message: Message, text: str, begin: int, end: int) -> int:
     content = _squeezed(message["content"] or "")
     place = content.find(_squeezed(text[begin:end]))
     opening = content[:place] if CLOSED in content and place > 0 else ""
-    found = begin
+    start = begin
     for character in reversed(opening):
-        found = len(text[:found].rstrip()) - 1
-        if found < 0 or text[found] != character:
+        start = len(text[:start].rstrip()) - 1
+        if start < 0 or text[start] != character:
             return begin
-    return found
+    return start
 
 
 def _squeezed(text: str) -> str:

@@ -85,15 +85,15 @@ def _from_model(
     config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: Any, work: Path, context: Context
 ) -> tuple[list[Row], Counter[str], dict[str, Any]]:
     if isinstance(config, MagpieConfig):
-        drawer, made = Magpie(config, inputs.base, tokenizer, context, work), to_row
+        drawer, to_training_row = Magpie(config, inputs.base, tokenizer, context, work), to_row
         hint = "the model may not be instruction-tuned, or data.max_tokens and data.max_prompt_tokens are too small"
     else:
-        drawer, made = Texts(config, inputs.base, tokenizer, context, work), to_text_row
+        drawer, to_training_row = Texts(config, inputs.base, tokenizer, context, work), to_text_row
         hint = "raise data.temperature"
     with drawer.writer as writer:
         drafts, counts = draw_rows(drawer, context, hint)
     speed = writer.speed()  # does not include rows from before an interruption
-    return [made(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
+    return [to_training_row(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
 
 
 def _from_data(

@@ -87,12 +87,12 @@ def _arrays(folder: Path, windows: Sequence[Encoded], k: int, vocabulary: int, *
     counts = [sum(window.loss_mask) for window in windows]
     total = sum(counts)
     shapes = {"windows": ((len(windows), 4), np.dtype(np.int64))}
-    shapes |= {name: ((total, *shape), kind) for name, (shape, kind) in target_arrays(k, vocabulary).items()}
+    shapes |= {name: ((total, *shape), dtype) for name, (shape, dtype) in target_arrays(k, vocabulary).items()}
     arrays: Arrays = {}
-    for name, (shape, kind) in shapes.items():
+    for name, (shape, dtype) in shapes.items():
         file = folder / f"{name}.npy"
         arrays[name] = (
-            open_memmap(file, "w+", dtype=kind, shape=shape) if fresh else open_memmap(file, "r+")  # type: ignore[assignment]
+            open_memmap(file, "w+", dtype=dtype, shape=shape) if fresh else open_memmap(file, "r+")  # type: ignore[assignment]
         )
     if fresh:
         firsts = np.cumsum([0, *counts[:-1]])
@@ -114,14 +114,14 @@ def _mark(arrays: Arrays, file: Path, parts: int) -> None:
 @torch.no_grad()
 def _fill(decoder: Decoder, arrays: Arrays, part: slice, batches: Sequence[Batch]) -> None:
     """Run one part's windows, packed in any order, and store the results in target order."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
         moved = batch.to(decoder.model.device)
         hidden = decoder.hidden(**moved.model_inputs())[:, :-1][moved.loss_mask[:, 1:]]
         origin = batch.origin[:, 1:][batch.loss_mask[:, 1:]]
         for states, places in zip(hidden.split(CHUNK), origin.split(CHUNK), strict=True):
-            found.append((places, *top_k(decoder.head(states), arrays["tokens"].shape[1])))
-    places, tokens, log_probs = (torch.cat(pieces).numpy() for pieces in zip(*found, strict=True))
+            parts.append((places, *top_k(decoder.head(states), arrays["tokens"].shape[1])))
+    places, tokens, log_probs = (torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True))
     order = np.lexsort((places[:, 1], places[:, 0]))
     arrays["tokens"][part], arrays["log_probs"][part] = tokens[order], log_probs[order]
 
@@ -180,17 +180,17 @@ class TeacherCache:
                 first, last = self._windows.get((row, start), (0, 0))
                 learned = places[1:][mask[b, places[1:]]]
                 wanted = origin[b, learned, 1]
-                found = first + np.searchsorted(self._positions[first:last], wanted)
+                indices = first + np.searchsorted(self._positions[first:last], wanted)
                 if len(learned) and (
-                    found[-1] >= last
-                    or not np.array_equal(self._positions[found], wanted)
-                    or not np.array_equal(self._targets[found], ids[b, learned])
+                    indices[-1] >= last
+                    or not np.array_equal(self._positions[indices], wanted)
+                    or not np.array_equal(self._targets[indices], ids[b, learned])
                 ):
                     raise UserError(
                         f"distill.teacher: the teacher cache does not match row {row} from its token {start} on. "
                         "Plain text is cut into windows, so distill.length must equal data.length"
                     )
-                yield found
+                yield indices
 
 
 def read_top_k(cache: TeacherCache, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -83,10 +83,10 @@ def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
         value = [value]
     if not value:
         return None
-    found = [_json(tool, "tools", "is not valid JSON") if isinstance(tool, str) else tool for tool in value]
-    if not all(isinstance(tool, dict) for tool in found):
+    tools = [_json(tool, "tools", "is not valid JSON") if isinstance(tool, str) else tool for tool in value]
+    if not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("tools", "must hold tool definitions: a list of objects")
-    return [plain(without_none(tool) if pads else tool) for tool in found]
+    return [plain(without_none(tool) if pads else tool) for tool in tools]
 
 
 def words(message: Message) -> Iterator[str]:
@@ -152,19 +152,19 @@ def _message(given: dict[str, Any]) -> Message:
     content, reasoning = _content(given.get(content_key or ""), role)
     if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the content is the call itself
         calls, content = [_call(_json(content or "", "tool_call", "has a function call that is not JSON"))], None
-    found: Message = {"role": role, "content": content}
+    message: Message = {"role": role, "content": content}
     reasoning = reasoning or given.get("reasoning_content") or given.get("reasoning")
     if role == "assistant" and isinstance(reasoning, str) and reasoning.strip():
-        found["reasoning_content"] = reasoning
+        message["reasoning_content"] = reasoning
     if calls is not None:
-        found["tool_calls"] = calls
-        found["content"] = content or None
+        message["tool_calls"] = calls
+        message["content"] = content or None
     for key in ("tool_call_id", "name"):
         if isinstance(given.get(key), str) and given[key]:
-            found[key] = given[key]
+            message[key] = given[key]
     if role == "assistant" and (str(given.get("weight")) in ("0", "0.0") or given.get("train") is False):
-        found["weight"] = 0  # OpenAI's convention: not trained on, only context
-    return found
+        message["weight"] = 0  # OpenAI's convention: not trained on, only context
+    return message
 
 
 def _content(value: Any, role: str) -> tuple[str | None, str]:
@@ -227,5 +227,5 @@ def _call(call: Any) -> dict[str, Any]:
         )
     if not isinstance(arguments, dict | None):
         raise Unusable("tool_call", "has a tool call whose arguments are not an object")
-    found: dict[str, Any] = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-    return found | {"type": "function", "function": {"name": function["name"], "arguments": plain(arguments or {})}}
+    identity: dict[str, Any] = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return identity | {"type": "function", "function": {"name": function["name"], "arguments": plain(arguments or {})}}

@@ -31,10 +31,10 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
     names = list(folders)
     first = folders[names[0]]
     shapes = tensor_headers(first)
-    kinds = sorted({tensor.dtype for tensor in shapes.values()})
-    if len(kinds) > 1 and not any_dtype:
+    dtypes = sorted({tensor.dtype for tensor in shapes.values()})
+    if len(dtypes) > 1 and not any_dtype:
         raise UserError(
-            f"{names[0]} has tensors of several types ({', '.join(kinds)}); set merge.out_dtype to the type to save"
+            f"{names[0]} has tensors of several types ({', '.join(dtypes)}); set merge.out_dtype to the type to save"
         )
     for name in names[1:]:
         folder = folders[name]
@@ -43,9 +43,9 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
             _tensors(shapes, tensor_headers(folder), any_dtype),
             _tokenizers(first, folder),
         )
-        found = next(differences, None)
-        if found is not None:
-            what, one, other = found
+        difference = next(differences, None)
+        if difference is not None:
+            what, one, other = difference
             raise UserError(
                 f"{names[0]} and {name} cannot be merged: {what} is {one} in {names[0]} and {other} in {name}"
             )

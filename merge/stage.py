@@ -64,13 +64,13 @@ def read_variants(folder: Path) -> Variants:
 
 def started_from(inputs: Inputs) -> Path:
     """The checkpoint that all variants were trained from: the last one written before the distill stage."""
-    found = inputs.base
+    checkpoint = inputs.base
     for name, folder in inputs.stages.items():
         if name == "distill":
             break
         if (folder / "model" / "config.json").exists():
-            found = folder / "model"
-    return found
+            checkpoint = folder / "model"
+    return checkpoint
 
 
 def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Path, context: Context) -> None:
@@ -82,7 +82,9 @@ def merge_checkpoints(config: MergeConfig, folders: Mapping[str, Path], out: Pat
     names = [entry.model for entry in config.models or []]
     base = check_method(config, names)
     if base is not None and base not in folders:
-        raise UserError(f"merge: {config.method} needs a base model; name the one that all were trained from")
+        raise UserError(
+            f"merge: {config.method} needs a base model; name the model that all were trained from (--base)"
+        )
     used = {name: folders[name] for name in [*names, *([base] if base and base not in names else [])]}
     check_alike(used, any_dtype=config.out_dtype is not None)
     shapes = tensor_headers(used[names[0]])
@@ -130,9 +132,9 @@ def _measure(
             reference = unpruned(inputs.base, batches, context)
             advance(note="unpruned")
             for name in pending:
-                found = heldout_figures(models[name], batches, reference, context)
-                if not all(math.isfinite(value) for value in found.values()):
+                figures = heldout_figures(models[name], batches, reference, context)
+                if not all(math.isfinite(value) for value in figures.values()):
                     raise UserError(f"merge: the held-out figures of {name} are not finite; change merge.parameters")
-                write_json(records[name], found)
+                write_json(records[name], figures)
                 advance(note=name)
     return {name: read_json(file) for name, file in records.items()}

@@ -356,7 +356,7 @@ def test_checkpoints_are_merged_by_hand(world: Inputs, tmp_path: Path, monkeypat
     ("options", "message"),
     [
         (["--method", "slurp"], "mergekit has no method 'slurp'; did you mean 'slerp'"),
-        (["--method", "ties"], "ties needs a base model; name the one that all were trained from"),
+        (["--method", "ties"], "ties needs a base model; name the model that all were trained from (--base)"),
         (["--set", "t=0.5"], "t: unknown key 't'; "),
         (["--set", "parameters.tt=0.5"], "slerp has no parameter 'tt'"),
         (["--out", "."], "--out .: "),

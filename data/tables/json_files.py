@@ -89,7 +89,7 @@ def _begins_with_an_object(text: str) -> bool:
 
 def _rows(value: Any, path: Path, what: str) -> list[dict[str, Any]]:
     if isinstance(value, dict):
-        lists = [key for key, found in value.items() if isinstance(found, list)]
+        lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
             has = (
                 f"{len(lists)} lists ({', '.join(lists)})" if lists else f"no list, but {', '.join(value) or 'nothing'}"

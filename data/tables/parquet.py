@@ -77,12 +77,12 @@ def _map(file: Any) -> Any:
     return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
-def _exact(value: Any, kind: Any) -> Any:
+def _exact(value: Any, arrow_type: Any) -> Any:
     """Convert a number of less than double precision to the double with the same printed form, so 0.1 does not become
     0.10000000149011612."""
     import numpy as np
     import pyarrow as pa
 
-    if isinstance(value, float) and (pa.types.is_float32(kind) or pa.types.is_float16(kind)):
-        return float(str((np.float32 if pa.types.is_float32(kind) else np.float16)(value)))
+    if isinstance(value, float) and (pa.types.is_float32(arrow_type) or pa.types.is_float16(arrow_type)):
+        return float(str((np.float32 if pa.types.is_float32(arrow_type) else np.float16)(value)))
     return value
