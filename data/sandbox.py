@@ -43,12 +43,12 @@ def passes(text: str, tests: str, *, timeout: float = 5.0, memory: int = 512) ->
         )
         try:
             given = "\0".join((word, code_in(text), tests)).encode("utf-8", "replace")
-            told, _ = process.communicate(given, timeout=timeout + 1)
+            output, _ = process.communicate(given, timeout=timeout + 1)
         except subprocess.TimeoutExpired:
             return False
         finally:
             _end(process)
-    return told == word.encode()
+    return output == word.encode()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

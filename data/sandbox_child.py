@@ -24,7 +24,7 @@ _REFUSED = (
 def _main() -> None:
     seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
     word, code, tests = sys.stdin.buffer.read().decode("utf-8").split("\0", 2)
-    told = os.dup(1)
+    output = os.dup(1)
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
@@ -37,7 +37,7 @@ def _main() -> None:
     sys.addaudithook(_hook())
     run(code, module)
     run(tests, module)
-    os.write(told, word.encode())
+    os.write(output, word.encode())
     os._exit(0)  # do not wait for threads that the code left running
 
 

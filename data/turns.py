@@ -146,9 +146,7 @@ def _message(given: dict[str, Any]) -> Message:
     said = str(given[role_key])
     role = ROLES.get(said.strip().casefold())
     if role is None:
-        raise Unusable(
-            f"role {said[:40]!r}", f"has the unknown role {said[:40]!r}; known are {', '.join(sorted(ROLES))}"
-        )
+        raise Unusable(f"role {said[:40]!r}", f"has the unknown role {said[:40]!r}; known: {', '.join(sorted(ROLES))}")
     content, reasoning = _content(given.get(content_key or ""), role)
     if said.strip().casefold() == "function_call" and calls is None:  # ShareGPT: the content is the call itself
         calls, content = [_call(_json(content or "", "tool_call", "has a function call that is not JSON"))], None

@@ -70,15 +70,15 @@ class RetrievalConfig(Section):
     )
     continued: int = Field(128, ge=1, description="tokens scored in a continuation")
     max_tokens: int = Field(24, ge=1, description="maximum tokens per answer")
-    chunk: int | None = Field(None, ge=1, description="tokens read at a time; null: as the heads were meant, else 256")
+    chunk: int | None = Field(None, ge=1, description="tokens read at a time; null: the heads' own setting, else 256")
     stabilizers: int | None = Field(
         None,
         ge=0,
-        description="newest tokens kept whatever their score; null: as the heads were meant, else 64, and at most a "
+        description="newest tokens kept whatever their score; null: the heads' own setting, else 64, and at most a "
         "quarter of the budget",
     )
     local: int | None = Field(
-        None, ge=0, description="last tokens of a prompt, always kept; null: as the heads were meant, else 100"
+        None, ge=0, description="last tokens of a prompt, always kept; null: the heads' own setting, else 100"
     )
     positions: Literal["true", "contiguous"] = Field(
         "true", description="contiguous: kept entries get new rotary positions, for prompts beyond the trained length"

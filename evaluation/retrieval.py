@@ -1,7 +1,7 @@
-"""What a model finds again in long prompts with a bounded KV cache: every policy reads the same prompts.
+"""Retrieval from long prompts with a bounded KV cache: every policy reads the same prompts.
 
-A measurement is one text read with one policy and budget. The text is read once; each question about it goes on from a
-copy of the cache, from the last chunk that all questions' prompts share.
+A measurement is one text read with one policy and budget. The text is read once; each question about it continues from
+a copy of the cache after the last chunk that all questions' prompts share.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Item:
     """A text to read."""
 
     task: str
-    length: int  # tokens of the prompt, at most
+    length: int  # maximum tokens of the prompt
     row: int
-    depth: float | None  # of a passkey
+    depth: float | None  # of a passkey; None for other tasks
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Measured:
 
 
 def key(item: Item, policy: str, budget: float | None) -> str:
-    """A measurement's name, to know it again."""
+    """A measurement's unique name."""
     return f"{item.task}/{item.length}/{item.row}/{item.depth}/{policy}/{budget}"
 
 
 class Retrieval:
-    """The texts of one evaluation, for any number of models with the same tokenizer. Raises `UserError` for a text that
-    is missing or too short."""
+    """The texts of one evaluation, for any number of models with the same tokenizer. Raises `UserError` if the text is
+    missing or too short."""
 
     def __init__(self, config: RetrievalConfig, context: Context, tokenizer: Any):
         self.config, self.seed, self.tokenizer = config, context.seed, tokenizer
@@ -82,7 +82,7 @@ class Retrieval:
                 self.made(item)
 
     def items(self) -> list[Item]:
-        """All texts, the shortest first."""
+        """All texts, shortest first."""
         config = self.config
         found = []
         for length in sorted(config.lengths):
@@ -116,8 +116,8 @@ class Retrieval:
         advance: Advance,
         told: Callable[[list[Measured]], None] = lambda _: None,
     ) -> list[Measured]:
-        """`run`, with everything kept in `file` as soon as it is measured, so that a killed run goes on; what the file
-        has of other texts or policies stays in it. `told` is called with all of it, after each measurement."""
+        """`run`, but each measurement is saved to `file` at once, so a killed run can resume; the file's measurements
+        of other texts or policies stay in it. `told` is called with all measurements after each new one."""
         before = read_json_value(file) if file.exists() else []
         found = {one.key: one for one in (Measured(**values) for values in before)}
         advance(sum(name in found for name in self.names()))
@@ -130,8 +130,8 @@ class Retrieval:
     def run(
         self, model: Any, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
     ) -> Iterator[Measured]:
-        """Measure a model, with the heads that a checkpoint has (of this model, or of a deeper one that it is a lesser
-        depth of), where the policies want some. What is in `done` is left out."""
+        """Measure a model. If a policy needs heads, they come from `checkpoint`: this model's, or those of the deeper
+        model that this one is a depth of. Measurements in `done` are skipped."""
         decoder, heads, meant = Decoder(model), None, RetainingSettings()
         if checkpoint is not None and has_heads(checkpoint):
             meant = read_settings(checkpoint)
@@ -148,12 +148,12 @@ class Retrieval:
                     advance(1)
 
     def names(self) -> list[str]:
-        """Of all measurements of one model."""
+        """Names of all measurements of one model."""
         return [key(item, *way) for item in self.items() for way in self.ways()]
 
 
 class Reader:
-    """One text, to be read with several policies."""
+    """Reads one text with several policies."""
 
     def __init__(
         self,
@@ -231,19 +231,20 @@ class Reader:
 
 
 def nll_after(cache: KVCache, logits: Tensor, after: Sequence[int]) -> float:
-    """Nats that the tokens `after` cost behind what the cache has read, whose last logits (V,) are given."""
+    """Negative log-likelihood in nats of the tokens `after`, following what the cache has read; `logits` (V,) are its
+    last ones."""
     found = torch.cat([logits[None], cache.read_on(after[:-1])]) if len(after) > 1 else logits[None]
     return -float(found.float().log_softmax(-1)[range(len(after)), list(after)].sum())
 
 
 def _greater(a: Tensor, b: Tensor) -> Tensor:
-    """The greater of labels (G, N) and (G, M), of the prompt tokens that both have."""
+    """Elementwise maximum of labels (G, N) and (G, M), over the prompt tokens that both have."""
     count = min(a.shape[1], b.shape[1])
     return a[:, :count].maximum(b[:, :count])
 
 
 def summarised(measured: Sequence[Measured]) -> list[RetrievalResult]:
-    """Measurements as the report has them: an entry per task, length, depth, policy and budget."""
+    """The report's entries: one per task, length, depth, policy and budget."""
     cells: dict[tuple[str, int, float | None, str, float | None], _Cell] = {}
     for one in measured:
         asked = (one.depths, one.hits) if one.depths else ([None], [None])
@@ -270,7 +271,7 @@ class _Cell:
     tokens: int = 0
 
     def figures(self) -> RetrievalResult:
-        """`value` is a share with its Wilson interval, or a perplexity; `nats` are those of a token of the true
+        """`value` is the share found with its Wilson interval, or a perplexity; `nats` are per token of the true
         answer."""
         nats = self.nll / self.tokens
         if self.first.task == "continuation":
@@ -294,7 +295,7 @@ class _Cell:
 
 
 def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:
-    """Refuse a text that is missing or too short, and prompts without room, before any work is done."""
+    """Reject a text that is missing or too short, and prompts too short for their facts, before any work is done."""
     if config.text is not None and not _file(config, context).is_file():
         raise UserError(f"evaluate.retrieval.text: there is no file {_file(config, context)}")
     Retrieval(config, context, tokenizer)
