@@ -11,7 +11,7 @@ import numpy as np
 from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, Rows, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
 from ..runtime.cost import GGUF_BITS
-from .config import LlamaCppEngine, MagpieConfig, RowsFromData, TextsConfig, VllmEngine
+from .config import DataConfig, LlamaCppEngine, MagpieConfig, RowsFromData, TextsConfig, VllmEngine
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 TEMPLATE = 32  # tokens a chat template adds around a turn
@@ -34,7 +34,7 @@ def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], n
     return {name: (shape, np.dtype(kind)) for name, (shape, kind) in arrays.items()}
 
 
-def rows_of(config: Any) -> Rows | None:
+def rows_of(config: DataConfig) -> Rows | None:
     """The rows of a data stage; None if their number is unknown."""
     if config.rows is None:
         return None
@@ -47,11 +47,11 @@ def rows_of(config: Any) -> Rows | None:
     return Rows(config.rows * longest, config.heldout, max(1, round(config.rows * config.heldout)) * targets)
 
 
-def _leaves(config: Any, at: Setting) -> Setting:
+def _leaves(config: DataConfig, at: Setting) -> Setting:
     return replace(at, rows=rows_of(config))
 
 
-def _need(config: Any, at: Setting) -> Need:
+def _need(config: DataConfig, at: Setting) -> Need:
     """Generating rows (the unpruned model's weights and the KV cache of a whole batch), then the teacher cache."""
     shape, runtime, rows = at.shape, {"runtime": at.runtime(RUNTIME)}, config.rows or 0
     writing, note, host = _writing(config, at)
@@ -92,7 +92,7 @@ class Text:
         return self.prompt + self.new
 
 
-def _texts(config: Any) -> list[Text]:
+def _texts(config: DataConfig) -> list[Text]:
     """The texts generated per row; none if gold is kept unchanged."""
     if isinstance(config, MagpieConfig):
         prompt = TEMPLATE + config.max_prompt_tokens
@@ -107,7 +107,7 @@ def _texts(config: Any) -> list[Text]:
     return [Text(config.length + ASKED, max(kind.max_tokens for kind in kinds), times)]
 
 
-def _writing(config: Any, at: Setting) -> tuple[Parts, str, int]:
+def _writing(config: DataConfig, at: Setting) -> tuple[Parts, str, int]:
     """Parts on the device, a note for the plan, and bytes of the machine's own memory."""
     note, verb = "", "written"
     if isinstance(config, RowsFromData):
@@ -145,7 +145,7 @@ def _vllm(batch: int, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
     return {"weights": weights, "kv": max(kv, row), "other": other}
 
 
-def _work(config: Any, at: Setting) -> Work | None:
+def _work(config: DataConfig, at: Setting) -> Work | None:
     rows = rows_of(config)
     if rows is None:
         return None
@@ -155,7 +155,7 @@ def _work(config: Any, at: Setting) -> Work | None:
     return looking + _writing_work(config, at)
 
 
-def _writing_work(config: Any, at: Setting) -> Work:
+def _writing_work(config: DataConfig, at: Setting) -> Work:
     """Generating the text of `config.rows` rows, each of maximum length."""
     total = Work()
     for text in _texts(config):
@@ -163,7 +163,7 @@ def _writing_work(config: Any, at: Setting) -> Work:
     return total
 
 
-def _engine_work(config: Any, text: Text, at: Setting) -> Work:
+def _engine_work(config: DataConfig, text: Text, at: Setting) -> Work:
     shape, blocks, engine, rows = at.shape, at.shape.blocks, config.engine, (config.rows or 0) * text.times
     if not rows:
         return Work()
@@ -177,7 +177,7 @@ def _engine_work(config: Any, text: Text, at: Setting) -> Work:
     return Work(found.flops / gpus, found.read / gpus)
 
 
-def vllm_rows(config: Any, engine: VllmEngine, at: Setting) -> int:
+def vllm_rows(config: DataConfig, engine: VllmEngine, at: Setting) -> int:
     """Rows that vLLM batches: as many half-written rows as fit into its cache, at most `batch`."""
     most = min(config.batch, VLLM_ROWS)
     if not at.cuda or at.room is None:
@@ -187,11 +187,11 @@ def vllm_rows(config: Any, engine: VllmEngine, at: Setting) -> int:
     return max(1, min(most, int(room / row)))
 
 
-def _changes(config: Any, _at: Setting) -> Iterable[Overrides]:
+def _changes(config: DataConfig, _at: Setting) -> Iterable[Overrides]:
     return ((f"data.batch={size}",) for size in halves(config.batch, 1))
 
 
-def _cards(config: Any, cards: int) -> int:
+def _cards(config: DataConfig, cards: int) -> int:
     """GPUs in use: one if no text is generated; one with llama.cpp, which runs on the CPU, and with vLLM that already
     spans several."""
     engine = config.engine
@@ -199,4 +199,4 @@ def _cards(config: Any, cards: int) -> int:
     return 1 if alone or not _texts(config) else cards
 
 
-COST = StageCost[Any](_need, _work, _leaves, _changes, _cards)
+COST = StageCost[DataConfig](_need, _work, _leaves, _changes, _cards)

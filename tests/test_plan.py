@@ -7,29 +7,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from compress.cli import main as cli
-from compress.core.cost import PARTS, Need, Setting, worst
+from compress.core.cost import BYTES, MOMENTS, PARTS, Need, Setting, worst
 from compress.core.errors import UserError
 from compress.core.geometry import Geometry
 from compress.core.stage import Context, Inputs
 from compress.core.work import forward
 from compress.data.cost import rows_of
 from compress.distill.config import DistillConfig
-from compress.export.config import ExportConfig
+from compress.export.config import ExportConfig, GgufType, OnnxPrecision
 from compress.export.gguf import write_gguf
+from compress.merge.config import Dtype
 from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_config, load_model
 from compress.pipeline.plan import find_device, make_plan, parse_size, read_geometry, settings, smallest_change
 from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.recipe import Recipe, load_recipe, shipped
 from compress.pipeline.stages import STAGES
+from compress.runtime.cost import BITS, GGUF_BITS, ONNX_BITS
 from compress.training.config import Full, Lora
 from compress.training.cost import lora_parameters
 from compress.training.students import build_student
+from compress.training.train import OPTIMIZERS
 from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
@@ -266,6 +269,16 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
     works = [cost.work(config, at) for config in (one, three)]
     assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
+
+
+def test_every_type_and_optimizer_has_its_bits():
+    """The tables that plans and code share have a line for all that a recipe may name, and no other."""
+    assert set(GGUF_BITS) == set(get_args(GgufType)) and set(ONNX_BITS) == set(get_args(OnnxPrecision))
+    assert all(bits.typical <= bits.most for bits in BITS.values())
+    optimizer = DistillConfig.model_fields["optimizer"].annotation
+    assert set(MOMENTS) == set(OPTIMIZERS) == set(get_args(optimizer))
+    sizes = {name: torch.empty(0, dtype=getattr(torch, name)).element_size() for name in BYTES}
+    assert sizes == BYTES and set(get_args(Dtype)) == set(BYTES)
 
 
 def test_depths_to_export_must_end_with_what_pruning_leaves(tiny, tmp_path):
