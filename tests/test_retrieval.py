@@ -87,7 +87,7 @@ def test_keys_asks_about_one_text_once_for_each_depth():
     text = TOKENIZER.decode(prompts[0])
     places = [text.index(question.number) for question in reading.questions]
     assert places[1] < places[2] < places[0]
-    with pytest.raises(UserError, match="names for 20 depths"):
+    with pytest.raises(UserError, match="takes at most 20 depths"):
         keys(TOKENIZER, Filler(None), 500, [i / 30 for i in range(30)], "seed")
     with pytest.raises(UserError, match="no room"):
         keys(TOKENIZER, Filler(None), 100, [0.5], "seed")
