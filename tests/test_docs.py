@@ -54,6 +54,7 @@ PYTHON_COVERED = {
     "from openai import": "tests/test_serve.py",
     "from optimum.onnxruntime import": "benchmarks/optimum_ort.py",
 }
+PAGES_COVERED = {"docs/tutorials/python.md": "tests/test_python_page.py"}
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,12 @@ def test_commands_of_a_page_run_one_after_the_other(page, world, tmp_path, monke
             run(command, "/exit\n")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))])
+WITH_PYTHON = [
+    page for page in PAGES if page not in PAGES_COVERED and any(b.language == "python" for b in blocks(page))
+]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_of_a_page_runs(page, world, monkeypatch, builder_here):
     """All blocks of a page after one another, in one namespace."""
     monkeypatch.chdir(world)
@@ -246,7 +252,7 @@ def test_the_plan_of_the_8b_tutorial_fits_its_card(tmp_path, monkeypatch, capsys
 def test_what_is_listed_is_there(every_command: list[str]):
     for pattern in [*NEEDS_HARDWARE, *COVERED]:
         assert any(fnmatch(command, pattern) for command in every_command), f"no page has {pattern}"
-    for place in [*COVERED.values(), *PYTHON_COVERED.values()]:
+    for place in [*COVERED.values(), *PYTHON_COVERED.values(), *PAGES_COVERED.values()]:
         assert (ROOT / place).is_file(), place
 
 
