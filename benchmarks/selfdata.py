@@ -25,8 +25,8 @@ from compress.cli.progress import ConsoleProgress
 from compress.core.stage import Context
 from compress.data.asking import last_answer, rewrite_prompt
 from compress.data.collect import collect
-from compress.data.config import DatasetConfig, LlamaCppEngine, TransformersEngine
-from compress.data.engines import Engine, open_engine
+from compress.data.config import DatasetConfig, LlamaCppSettings, TransformersSettings
+from compress.data.engines import WritingEngine, open_engine
 from compress.data.rewriting import Gold, Rewriter
 from compress.data.sampling import Sampled, Sampling
 from compress.modeling.load import load_tokenizer, resolve
@@ -58,7 +58,7 @@ class Figure:
 class Timed:
     """An engine with a clock around it."""
 
-    def __init__(self, engine: Engine, figure: Figure):
+    def __init__(self, engine: WritingEngine, figure: Figure):
         self.engine, self.figure = engine, figure
 
     def sample(
@@ -153,7 +153,7 @@ def main() -> None:
         )
         golds = collect(config, tokenizer, context, folder / "cache").golds
 
-        def ours(engine: Callable[[int], Engine]) -> Figure:
+        def ours(engine: Callable[[int], WritingEngine]) -> Figure:
             figure = Figure()
             with tempfile.TemporaryDirectory() as work:
                 rewriter = Rewriter(tokenizer, base, config.length, config.batch, context, Path(work))
@@ -169,9 +169,9 @@ def main() -> None:
         reference = plain(model, tokenizer, golds, config.rewrite, options.batch, rewriter.stop)
         del model
         print(f"plain generate: {reference}", flush=True)
-        engines: dict[str, Any] = {"transformers": TransformersEngine()}
+        engines: dict[str, Any] = {"transformers": TransformersSettings()}
         if options.gguf:
-            engines["llama.cpp"] = LlamaCppEngine(gguf=str(options.gguf.resolve()), threads=torch.get_num_threads())
+            engines["llama.cpp"] = LlamaCppSettings(gguf=str(options.gguf.resolve()), threads=torch.get_num_threads())
         for title, engine in engines.items():
             figure = ours(lambda length, e=engine: open_engine(e, base, context, length, config.batch))
             ratio = figure.tokens / figure.wall / (reference.tokens / reference.wall)

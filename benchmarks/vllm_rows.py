@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from compress.core.stage import Context
-from compress.data.config import TransformersEngine, VllmEngine
+from compress.data.config import TransformersSettings, VllmSettings
 from compress.data.engines import check_engine, open_engine
 from compress.data.rewriting import Rewriter
 from compress.data.sampling import Sampled, Sampling
@@ -91,7 +91,7 @@ def reference(base: Path, tokenizer: Any, options: argparse.Namespace) -> dict[s
             ASKED[i % len(ASKED)] if i < len(ASKED) else f"{ASKED[i % len(ASKED)]} ({i})" for i in range(options.rows)
         )
     ]
-    engine = open_engine(TransformersEngine(), base, context(options), 1024, len(prompts))
+    engine = open_engine(TransformersSettings(), base, context(options), 1024, len(prompts))
     (plain,) = cases(tokenizer, base, [], options.max_tokens)
     first = write(engine, prompts, plain)
     found = []
@@ -122,7 +122,7 @@ def gap(model: Any, ids: list[int], ours: int | None, theirs: int | None, banned
 
 def compare(known: dict[str, Any], base: Path, tokenizer: Any, options: argparse.Namespace) -> bool:
     """Print how many rows vLLM has equal, case by case; whether every other one parts at a tie."""
-    chosen = VllmEngine()
+    chosen = VllmSettings()
     check_engine(chosen, context(options))
     prompts = known["prompts"]
     longest = max(map(len, prompts)) + max(entry["case"]["max_tokens"] for entry in known["cases"])

@@ -28,7 +28,7 @@ Parts = dict[str, int]  # of PARTS, in bytes
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCounts:
     """The rows a data stage leaves, if every row is as long as it may be."""
 
     tokens: int  # of all rows, training and held out
@@ -47,7 +47,7 @@ class Setting:
     shards: int = 1  # processes that full tuning is spread over; memory is that of one
     room: int | None = None  # bytes of memory that there are, if that is known
     exact: bool = True  # whether `kept` is known; else it is an upper bound
-    rows: Rows | None = None  # of the data stage, where their number is known
+    rows: RowCounts | None = None  # of the data stage, where their number is known
     recovered: bool = False  # whether training has changed every linear layer
     variants: int = 1  # students, to be merged
     depths: tuple[int, ...] = ()  # that the model was sorted for

@@ -60,7 +60,7 @@ _LEAKS = [
 
 
 @dataclass(frozen=True)
-class Asked:
+class LastAnswer:
     """A conversation up to its last answer, and that answer."""
 
     before: Messages
@@ -74,25 +74,25 @@ class Asked:
         return self.before[-1]["role"] == "user"
 
 
-def last_answer(messages: Messages, tools: list[Any] | None = None) -> Asked:
+def last_answer(messages: Messages, tools: list[Any] | None = None) -> LastAnswer:
     """The answer to rewrite, with the conversation before it; conversations end with an assistant turn."""
     last = messages[-1]
-    return Asked(messages[:-1], last["content"] or "", not last.get("tool_calls"), tools)
+    return LastAnswer(messages[:-1], last["content"] or "", not last.get("tool_calls"), tools)
 
 
-def own_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
+def own_prompt(tokenizer: Any, asked: LastAnswer, how: General) -> str:
     """The prompt for the model's own answer, without gold."""
     return render(tokenizer, asked.before, answer=True, tools=asked.tools) + _opening(how)
 
 
-def rewrite_prompt(tokenizer: Any, asked: Asked, how: General) -> str:
+def rewrite_prompt(tokenizer: Any, asked: LastAnswer, how: General) -> str:
     """The prompt for a rewrite, which shows gold; raises `UserError` as `render` does."""
     words = _MATHS if isinstance(how, Maths) else _GENERAL
     last = {"role": "user", "content": words.format(prompt=asked.before[-1]["content"], gold=asked.gold)}
     return render(tokenizer, [*asked.before[:-1], last], answer=True, tools=asked.tools) + _opening(how)
 
 
-def leaks(text: str, asked: Asked) -> bool:
+def leaks(text: str, asked: LastAnswer) -> bool:
     """Whether an answer mentions the reference it was shown, in words found in neither the request nor gold."""
     known = (asked.before[-1]["content"] or "") + "\n" + asked.gold
     return any(not _says(known, match[0]) for pattern in _LEAKS for match in pattern.finditer(text))

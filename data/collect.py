@@ -16,7 +16,7 @@ from .chat import encode_text, encode_whole, special_tokens
 from .config import DatasetConfig, DatasetsConfig
 from .decontaminate import Overlap
 from .drafts import KEPT, dropped_note, reasons
-from .readers import Record, Source, read_records
+from .readers import DatasetRecord, DatasetSource, read_records
 from .rewriting import Gold
 from .rows import Row
 from .spans import TemplateError
@@ -42,11 +42,11 @@ class Collected:
     sets: dict[str, int] = field(default_factory=dict)  # rows by data set, if there are several
 
 
-def sources(config: DatasetConfig | DatasetsConfig, context: Context) -> list[Source]:
+def sources(config: DatasetConfig | DatasetsConfig, context: Context) -> list[DatasetSource]:
     """The data sets of a recipe, each with its recipe key."""
     if isinstance(config, DatasetConfig):
-        return [Source(config, context)]
-    return [Source(part, context, f"data.sets.{i}") for i, part in enumerate(config.sets)]
+        return [DatasetSource(config, context)]
+    return [DatasetSource(part, context, f"data.sets.{i}") for i, part in enumerate(config.sets)]
 
 
 def collect(config: DatasetConfig | DatasetsConfig, tokenizer: Any, context: Context, cache: Path) -> Collected:
@@ -91,7 +91,7 @@ def _interleaved(
     weights: Sequence[float],
     wanted: int | None,
     taken: Sequence[int],
-    found: Sequence[Source],
+    found: Sequence[DatasetSource],
     context: Context,
 ) -> Iterator[tuple[int, Gold]]:
     """(data set, row) pairs, `wanted` of them or all; `taken` counts the rows the caller has taken from each set."""
@@ -125,7 +125,7 @@ class _Sieve:
         """Counts over all data sets."""
         return sum(self.by_set.values(), Counter())
 
-    def usable(self, records: Iterator[Record], source: Source, number: int, of: int) -> Iterator[Gold]:
+    def usable(self, records: Iterator[DatasetRecord], source: DatasetSource, number: int, of: int) -> Iterator[Gold]:
         """The usable rows of data set `number` out of `of`; ids interleave, so each is used once."""
         counts = self.by_set.setdefault(number, Counter())
         for record in records:
@@ -138,7 +138,7 @@ class _Sieve:
                 row = Row(id, "train", record.messages, record.text, title, tools=record.tools)
                 yield Gold(row, source.config.rewrite, record.answer, record.tests)
 
-    def tell(self, config: DatasetConfig | DatasetsConfig, found: Sequence[Source], context: Context) -> None:
+    def tell(self, config: DatasetConfig | DatasetsConfig, found: Sequence[DatasetSource], context: Context) -> None:
         """Report how many rows were dropped and why; raises `UserError` if a data set loses too many."""
         for number, source in enumerate(found):
             counts = self.by_set.get(number, Counter())
@@ -156,7 +156,7 @@ class _Sieve:
                     f"the first: {self.details[number]}. To fix it, {_advice(counted)}"
                 )
 
-    def _look(self, record: Record) -> tuple[str, str]:
+    def _look(self, record: DatasetRecord) -> tuple[str, str]:
         """KEPT or the reason for dropping the record, and a message if the reason alone is not enough."""
         if record.dropped:
             return record.dropped, record.detail
@@ -174,7 +174,7 @@ class _Sieve:
             return "contaminated", ""
         return KEPT, ""
 
-    def _conversation(self, record: Record) -> tuple[str, str]:
+    def _conversation(self, record: DatasetRecord) -> tuple[str, str]:
         messages = record.messages or []
         # Inside a template, a special token in the text could end the turn or start one of another role.
         for text in [text for message in messages for text in words(message)] + list(strings(record.tools)):
@@ -198,7 +198,7 @@ def _advice(counts: Mapping[str, int]) -> str:
     return advice + (f"; or set data.max_dropped to {share:g} to drop them" if share < 1 else "")
 
 
-def _identity(record: Record) -> str:
+def _identity(record: DatasetRecord) -> str:
     """A key that two rows share if they differ only in case and spacing; punctuation counts as a difference."""
     turns = [message["content"] or "" for message in record.messages or []] or [record.text or ""]
     more = [message.get("tool_calls") for message in record.messages or []]

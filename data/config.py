@@ -23,13 +23,13 @@ class TeacherConfig(Section):
     batch: int = Field(1, ge=1, description="packed sequences of `length` tokens per forward pass")
 
 
-class TransformersEngine(Section):
+class TransformersSettings(Section):
     """PyTorch: the only engine that reproduces rows byte for byte on the same machine."""
 
     kind: Literal["transformers"] = "transformers"
 
 
-class LlamaCppEngine(Section):
+class LlamaCppSettings(Section):
     """llama.cpp on a quantized GGUF file of the unpruned model: needs far less memory; for large models on CPUs."""
 
     kind: Literal["llama.cpp"] = "llama.cpp"
@@ -37,7 +37,7 @@ class LlamaCppEngine(Section):
     threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
 
 
-class VllmEngine(Section):
+class VllmSettings(Section):
     """vLLM on a GPU, or on a CPU with its CPU build; an optional package."""
 
     kind: Literal["vllm"] = "vllm"
@@ -45,22 +45,22 @@ class VllmEngine(Section):
     gpus: int = Field(default=1, ge=1, description="GPUs that share the model (tensor parallelism)")
 
 
-EngineConfig = TransformersEngine | LlamaCppEngine | VllmEngine
-Engine = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(named)]
+EngineConfig = TransformersSettings | LlamaCppSettings | VllmSettings
+EngineChoice = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValidator(named)]
 
 
 class _Source(Section):
     """Keys that every source has."""
 
-    engine: Engine = Field(
-        default_factory=TransformersEngine, description="engine that generates text: transformers, llama.cpp or vllm"
+    engine: EngineChoice = Field(
+        default_factory=TransformersSettings, description="engine that generates text: transformers, llama.cpp or vllm"
     )
     teacher: TeacherConfig | None = Field(
         None, description="also store the unpruned model's top-k log-probabilities; null: do not"
     )
 
     def input_files(self) -> list[str]:
-        return [self.engine.gguf] if isinstance(self.engine, LlamaCppEngine) else []
+        return [self.engine.gguf] if isinstance(self.engine, LlamaCppSettings) else []
 
 
 class MagpieConfig(_Source):

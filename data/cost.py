@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, Rows, Setting, StageCost, halves, worst
+from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, RowCounts, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
 from ..runtime.cost import GGUF_BITS
-from .config import DataConfig, LlamaCppEngine, MagpieConfig, RowsFromData, TextsConfig, VllmEngine
+from .config import DataConfig, LlamaCppSettings, MagpieConfig, RowsFromData, TextsConfig, VllmSettings
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 TEMPLATE = 32  # tokens a chat template adds around a turn
@@ -34,7 +34,7 @@ def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], n
     return {name: (shape, np.dtype(kind)) for name, (shape, kind) in arrays.items()}
 
 
-def rows_of(config: DataConfig) -> Rows | None:
+def rows_of(config: DataConfig) -> RowCounts | None:
     """The rows of a data stage; None if their number is unknown."""
     if config.rows is None:
         return None
@@ -44,7 +44,7 @@ def rows_of(config: DataConfig) -> Rows | None:
         targets = config.max_tokens
     elif isinstance(config, TextsConfig):
         longest = config.tokens
-    return Rows(config.rows * longest, config.heldout, max(1, round(config.rows * config.heldout)) * targets)
+    return RowCounts(config.rows * longest, config.heldout, max(1, round(config.rows * config.heldout)) * targets)
 
 
 def _leaves(config: DataConfig, at: Setting) -> Setting:
@@ -117,11 +117,11 @@ def _writing(config: DataConfig, at: Setting) -> tuple[Parts, str, int]:
     if not texts:
         return {}, note.removesuffix(", "), 0
     tokens = max(text.tokens for text in texts)
-    if isinstance(engine, VllmEngine):
+    if isinstance(engine, VllmSettings):
         gpus = f" on {engine.gpus} GPUs" if engine.gpus > 1 else ""
         return _vllm(config.batch, engine, at, tokens), f"{note}{verb} by vllm{gpus}", 0
     note += f"{config.batch} {verb} at once by {engine.kind}"
-    if isinstance(engine, LlamaCppEngine):  # a cache in float16; beside a GPU
+    if isinstance(engine, LlamaCppSettings):  # a cache in float16; beside a GPU
         rows = min(config.batch, LLAMACPP_ROWS)
         weights = int(at.shape.parameters(at.shape.blocks) * WEIGHT_BITS / 8)
         held = {"weights": weights} | _sampling(at, rows, tokens, BYTES["float16"])
@@ -129,7 +129,7 @@ def _writing(config: DataConfig, at: Setting) -> tuple[Parts, str, int]:
     return {"weights": at.whole} | _sampling(at, config.batch, tokens), note, 0
 
 
-def _vllm(batch: int, engine: VllmEngine, at: Setting, tokens: int) -> Parts:
+def _vllm(batch: int, engine: VllmSettings, at: Setting, tokens: int) -> Parts:
     """For one GPU: its shard of the weights, and a cache that fills the share vLLM may use and must hold at least one
     row. On a CPU the cache is as large as the rows need."""
     shape, weights = at.shape, at.whole // engine.gpus
@@ -167,17 +167,17 @@ def _engine_work(config: DataConfig, text: Text, at: Setting) -> Work:
     shape, blocks, engine, rows = at.shape, at.shape.blocks, config.engine, (config.rows or 0) * text.times
     if not rows:
         return Work()
-    if isinstance(engine, LlamaCppEngine):
+    if isinstance(engine, LlamaCppSettings):
         weights = shape.parameters(blocks) * WEIGHT_BITS / 8
         together = min(config.batch, LLAMACPP_ROWS)
         return decoding(shape, blocks, rows, together, text.prompt, text.new, weights, BYTES["float16"]).beside()
-    together = vllm_rows(config, engine, at) if isinstance(engine, VllmEngine) else batches(rows, config.batch)
+    together = vllm_rows(config, engine, at) if isinstance(engine, VllmSettings) else batches(rows, config.batch)
     found = decoding(shape, blocks, rows, together, text.prompt, text.new, at.whole, at.size)
-    gpus = engine.gpus if isinstance(engine, VllmEngine) else 1
+    gpus = engine.gpus if isinstance(engine, VllmSettings) else 1
     return Work(found.flops / gpus, found.read / gpus)
 
 
-def vllm_rows(config: DataConfig, engine: VllmEngine, at: Setting) -> int:
+def vllm_rows(config: DataConfig, engine: VllmSettings, at: Setting) -> int:
     """Rows that vLLM batches: as many half-written rows as fit into its cache, at most `batch`."""
     most = min(config.batch, VLLM_ROWS)
     if not at.cuda or at.room is None:
@@ -195,7 +195,7 @@ def _cards(config: DataConfig, cards: int) -> int:
     """GPUs in use: one if no text is generated; one with llama.cpp, which runs on the CPU, and with vLLM that already
     spans several."""
     engine = config.engine
-    alone = isinstance(engine, LlamaCppEngine) or (isinstance(engine, VllmEngine) and engine.gpus > 1)
+    alone = isinstance(engine, LlamaCppSettings) or (isinstance(engine, VllmSettings) and engine.gpus > 1)
     return 1 if alone or not _texts(config) else cards
 
 

@@ -35,7 +35,7 @@ TEXTS = ("text", "content")
 
 
 @dataclass(frozen=True)
-class Record:
+class DatasetRecord:
     """One record of a data set: a conversation, a text, or the reason it cannot be used."""
 
     number: int  # in the data set, from 0
@@ -50,7 +50,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """One data set, and its key in the recipe."""
 
     config: Columns
@@ -62,7 +62,7 @@ class Source:
         return self.context.resolve(self.config.path)
 
 
-def local_file(source: Source) -> Path | None:
+def local_file(source: DatasetSource) -> Path | None:
     """The file of a local data set, or None for one on the Hub; raises `UserError` if it is missing or empty."""
     path, where = source.path, source.where
     if not source.config.local:
@@ -76,7 +76,7 @@ def local_file(source: Source) -> Path | None:
     return path
 
 
-def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Iterator[Record]:
+def read_records(source: DatasetSource, cache: Path, shuffle: str | None = None) -> Iterator[DatasetRecord]:
     """The records of a data set, in its own order or shuffled with the seed `shuffle`.
 
     Raises `UserError` if the data set is missing, gated, broken (names the line) or lacks a column (names the recipe
@@ -100,7 +100,7 @@ def read_records(source: Source, cache: Path, shuffle: str | None = None) -> Ite
         yield _record(number, values, table, source, columns)
 
 
-def _check_columns(source: Source, columns: dict[str, str], names: Sequence[str]) -> None:
+def _check_columns(source: DatasetSource, columns: dict[str, str], names: Sequence[str]) -> None:
     missing = [f"{source.where}.{key}: {column}" for key, column in columns.items() if column not in names]
     if missing:
         advice = advise(names)
@@ -122,7 +122,7 @@ def advise(names: Sequence[str]) -> str:
     return next((f"`text: {name}`" for name in TEXTS if name in names), "")
 
 
-def _open(source: Source, wanted: Sequence[str], cache: Path) -> Table:
+def _open(source: DatasetSource, wanted: Sequence[str], cache: Path) -> Table:
     path = local_file(source)
     if path is not None:
         return open_table(path, wanted, cache, f"{source.where}.path: ")
@@ -134,7 +134,7 @@ class HubTable:
 
     pads = True
 
-    def __init__(self, data: Any, wanted: Sequence[str], source: Source):
+    def __init__(self, data: Any, wanted: Sequence[str], source: DatasetSource):
         self.columns: Sequence[str] = list(data.column_names or [])
         self._data = data.select_columns(sorted({name for name in wanted if name in self.columns}))
         self._source = source
@@ -152,7 +152,7 @@ class HubTable:
         return f"row {number + 1} of {self._source.config.title}"
 
 
-def _load_from_hub(source: Source, cache: Path) -> Any:
+def _load_from_hub(source: DatasetSource, cache: Path) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -183,21 +183,23 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _record(number: int, values: dict[str, Any], table: Table, source: Source, columns: dict[str, str]) -> Record:
+def _record(
+    number: int, values: dict[str, Any], table: Table, source: DatasetSource, columns: dict[str, str]
+) -> DatasetRecord:
     place = table.place(number)
     try:
         found = _read(values, columns, pads=table.pads)
     except Unusable as error:
-        return Record(number, dropped=error.reason, detail=f"{place} {error.detail}".strip(), place=place)
+        return DatasetRecord(number, dropped=error.reason, detail=f"{place} {error.detail}".strip(), place=place)
     texts = [found.get("messages"), found.get("text"), found.get("tools"), found.get("answer"), found.get("tests")]
     if not is_unicode(texts):
         detail = f"{place} has half of a surrogate pair (such as \\ud83d alone), which is not valid text"
-        return Record(number, dropped=UNICODE, detail=detail, place=place)
-    return Record(number, place=place, **found)
+        return DatasetRecord(number, dropped=UNICODE, detail=detail, place=place)
+    return DatasetRecord(number, place=place, **found)
 
 
 def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dict[str, Any]:
-    """A row's values under the field names of `Record`; raises `Unusable`."""
+    """A row's values under the field names of `DatasetRecord`; raises `Unusable`."""
 
     def column(key: str, read: Callable[[Any], Any]) -> Any:
         """The value of a column converted by `read`; errors name the column."""

@@ -40,7 +40,7 @@ class Gold:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RewriteOutcome:
     """The result for one row, as stored in a part file."""
 
     id: int
@@ -67,11 +67,11 @@ class Rewriter:
         self.special = list(special_tokens(tokenizer).values())
         self.parts = work / "rewrites"
 
-    def run(self, golds: Sequence[Gold]) -> tuple[list[Outcome], float | None]:
+    def run(self, golds: Sequence[Gold]) -> tuple[list[RewriteOutcome], float | None]:
         """The outcome of each row with `rewrite` set, and tokens sampled per second, if any were."""
         batches = list(self._batches(golds))
         longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
-        found: list[Outcome] = []
+        found: list[RewriteOutcome] = []
         with (
             Writer(self.engine, self.base, longest, self.batch, self.context) as writer,
             self.context.progress.bar("rewriting", sum(map(len, batches))) as advance,
@@ -81,7 +81,7 @@ class Rewriter:
                 return [asdict(outcome) for outcome in self._draw([gold for gold, _ in batches[number]], writer)]
 
             for records in in_rounds(self.parts, len(batches), self.context.group, draw):
-                found += [Outcome(**record) for record in records]
+                found += [RewriteOutcome(**record) for record in records]
                 taken = sum(outcome.origin != "gold" for outcome in found)
                 advance(len(records), f"{taken} of {len(found)} accepted")
         return found, writer.speed()
@@ -109,13 +109,15 @@ class Rewriter:
         except UserError:
             return 0
 
-    def _draw(self, golds: list[Gold], writer: Writer) -> list[Outcome]:
-        found: dict[int, Outcome] = {}
+    def _draw(self, golds: list[Gold], writer: Writer) -> list[RewriteOutcome]:
+        found: dict[int, RewriteOutcome] = {}
         open_golds = []
         for gold in golds:
             why = self._hopeless(gold)
             if why:
-                found[gold.row.id] = Outcome(gold.row.id, "gold", why, row_seed(self.seed, gold.row.id, "rewrite"))
+                found[gold.row.id] = RewriteOutcome(
+                    gold.row.id, "gold", why, row_seed(self.seed, gold.row.id, "rewrite")
+                )
             else:
                 open_golds.append(gold)
         how = golds[0].rewrite
@@ -128,7 +130,7 @@ class Rewriter:
             found[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
         return [found[gold.row.id] for gold in golds]
 
-    def _round(self, golds: list[Gold], writer: Writer, origin: Origin) -> list[Outcome]:
+    def _round(self, golds: list[Gold], writer: Writer, origin: Origin) -> list[RewriteOutcome]:
         """One model answer per row: its own, or a rewrite of gold."""
         if not golds:
             return []
@@ -142,10 +144,10 @@ class Rewriter:
             self._judged(gold, sampled, seed, origin) for gold, sampled, seed in zip(golds, drawn, seeds, strict=True)
         ]
 
-    def _judged(self, gold: Gold, sampled: Sampled, seed: int, origin: Origin) -> Outcome:
+    def _judged(self, gold: Gold, sampled: Sampled, seed: int, origin: Origin) -> RewriteOutcome:
         text = self.tokenizer.decode(sampled.tokens, clean_up_tokenization_spaces=False).strip()
         why = self._fault(gold, sampled, text, origin)
-        outcome = Outcome(gold.row.id, origin, "", seed, text, len(sampled.tokens))
+        outcome = RewriteOutcome(gold.row.id, origin, "", seed, text, len(sampled.tokens))
         if why:
             return replace(outcome, origin="gold", why=why)
         check = _how(gold).check
@@ -211,7 +213,7 @@ def rewritten_row(row: Row, text: str) -> Row:
     return replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": text}])
 
 
-def settle_row(gold: Gold, outcome: Outcome | None) -> Row:
+def settle_row(gold: Gold, outcome: RewriteOutcome | None) -> Row:
     """The row to train on."""
     if outcome is None:
         return gold.row
@@ -221,7 +223,7 @@ def settle_row(gold: Gold, outcome: Outcome | None) -> Row:
     return replace(rewritten_row(row, outcome.text), origin=outcome.origin, seed=outcome.seed)
 
 
-def examples(golds: Sequence[Gold], outcomes: Sequence[Outcome], count: int = 3) -> list[dict[str, str]]:
+def examples(golds: Sequence[Gold], outcomes: Sequence[RewriteOutcome], count: int = 3) -> list[dict[str, str]]:
     """A few rows with gold beside the model's answer: the first accepted and the first rejected ones, by id."""
     by_id = {gold.row.id: gold for gold in golds}
     written = sorted((outcome for outcome in outcomes if outcome.text), key=lambda outcome: outcome.id)

@@ -11,7 +11,7 @@ from typing import Self
 from ..core.stage import Context
 from ..modeling.load import load_config
 from .config import EngineConfig
-from .engines import Engine, open_engine
+from .engines import WritingEngine, open_engine
 from .sampling import Sampled, Sampling
 
 
@@ -25,7 +25,7 @@ class Writer:
     def __init__(self, config: EngineConfig, base: Path, length: int, rows: int, context: Context):
         most = int(getattr(load_config(base), "max_position_embeddings", None) or length)
         self.config, self.base, self.length, self.rows, self.context = config, base, min(length, most), rows, context
-        self._engine: Engine | None = None
+        self._engine: WritingEngine | None = None
         self._seconds = 0.0
         self._tokens = 0  # sampled in this process
 
@@ -39,7 +39,7 @@ class Writer:
         banned: Sequence[int] = (),
         stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[Sampled]:
-        """As `Engine.sample`."""
+        """As `WritingEngine.sample`."""
         if self._engine is None:
             self._engine = open_engine(self.config, self.base, self.context, self.length, self.rows)
         begun = time.perf_counter()  # after opening the engine, which is not timed

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.stage import WORK, Context
-from ..records.students import HeldOutFigures, StudentFigures, Variant, Variants
+from ..records.students import HeldOutFigures, StudentFigures, VariantFigures, Variants
 from ..training.job import TrainingJob
 from .config import DistillConfig
 
@@ -40,7 +40,7 @@ def write_record(
 ) -> None:
     """Write `variants.json`; without times, so that the same inputs give the same bytes."""
     variants = [
-        Variant(
+        VariantFigures(
             name=job.name,
             seed=job.context.seed,
             rows=job.rows,

@@ -17,7 +17,7 @@ from ..core.stage import Advance
 from ..data.chat import render, special_tokens
 from ..data.sampling import Sampling, sample
 from ..runtime.engine import Engine
-from .statistics import Outcome, mean
+from .statistics import TaskOutcome, mean
 
 # A minus sign counts where it cannot be a dash or a subtraction: not after a digit, a letter or a closing bracket.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -108,7 +108,7 @@ def _line_ended(tokenizer: Any) -> Callable[[list[int]], bool]:
 
 def judge(
     exercises: Sequence[Exercise], prompts: Sequence[Prompt], written: Sequence[str], chance: float | None = 0.0
-) -> Outcome:
+) -> TaskOutcome:
     """The share of exact matches, and beside it the share of outputs that contain the answer."""
     scores, contained = [], []
     for exercise, prompt, text in zip(exercises, prompts, written, strict=True):
@@ -117,7 +117,7 @@ def judge(
         scores.append(float(is_right(text, exercise.answer)))
         contained.append(float(contains(text, exercise.answer)))
     figures = {"exact_match": mean(scores), "contains": mean(contained)}
-    return Outcome("generation", "exact_match", scores, figures["exact_match"], len(scores), chance, figures)
+    return TaskOutcome("generation", "exact_match", scores, figures["exact_match"], len(scores), chance, figures)
 
 
 def is_right(written: str, answer: str) -> bool:

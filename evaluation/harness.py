@@ -20,7 +20,7 @@ from ..core.suggest import similar
 from ..modeling.checkpoint import quiet
 from ..records.models import AnswerKind
 from .config import EvaluateConfig
-from .statistics import Outcome, mean
+from .statistics import TaskOutcome, mean
 
 PREFERRED = ("acc_norm", "acc", "exact_match")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # builders of `datasets` for local files
@@ -122,7 +122,7 @@ def _escaped(files: Any, folder: Path, *, local: bool) -> Any:
 
 def run_tasks(
     name: str, tasks: Sequence[Any], language_model: Any, config: EvaluateConfig, seed: int, advance: Advance
-) -> Outcome:
+) -> TaskOutcome:
     """Run one task, or the tasks of one group, on one model.
 
     `language_model` is an `LM` of lm-eval; `advance` is called for every finished request.
@@ -165,7 +165,7 @@ def _told(language_model: Any, advance: Advance) -> Iterator[None]:
         language_model.set_cache_hook(before)
 
 
-def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) -> Outcome:
+def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) -> TaskOutcome:
     first = samples[0]["filter"]
     rows = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
     listed = [metric for metric in rows[0]["metrics"] if f"{metric},{first}" in results]
@@ -186,14 +186,14 @@ def _outcome(task: Any, samples: list[dict[str, Any]], results: dict[str, Any]) 
     kind = KINDS.get(task.OUTPUT_TYPE, "other")
     chance = _chance(task, rows) if kind == "choice" else {"generation": 0.0, "other": None}[kind]
     higher = task.higher_is_better().get(metric) is not False
-    return Outcome(kind, metric, scores, value, len(rows), chance, figures, higher)
+    return TaskOutcome(kind, metric, scores, value, len(rows), chance, figures, higher)
 
 
 def _chance(task: Any, rows: Sequence[dict[str, Any]]) -> float:
     return mean([1 / len(task.doc_to_choice(row["doc"])) for row in rows])
 
 
-def _together(name: str, parts: Sequence[Outcome]) -> Outcome:
+def _together(name: str, parts: Sequence[TaskOutcome]) -> TaskOutcome:
     """The outcome of a group, combined from its tasks."""
     metric, kind = parts[0].metric, parts[0].kind
     if any(not p.scores or p.metric != metric or p.kind != kind for p in parts):
@@ -206,4 +206,4 @@ def _together(name: str, parts: Sequence[Outcome]) -> Outcome:
         chance = sum((c or 0.0) * p.n for c, p in zip(chances, parts, strict=True)) / n
     shared = [key for key in parts[0].metrics if all(key in part.metrics for part in parts)]
     figures = {key: sum(part.metrics[key] * part.n for part in parts) / n for key in shared}
-    return Outcome(kind, metric, scores, mean(scores), n, chance, figures, parts[0].higher_is_better)
+    return TaskOutcome(kind, metric, scores, mean(scores), n, chance, figures, parts[0].higher_is_better)

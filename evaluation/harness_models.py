@@ -12,7 +12,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..modeling.checkpoint import quiet
-from ..runtime.engine import Engine, Window
+from ..runtime.engine import Engine, ScoringWindow
 
 AT_ONCE = 16  # requests handed to a runtime together
 
@@ -78,7 +78,7 @@ class EngineLM(TemplateLM):
             windows = []
             for _, before, ending in part:
                 ids = [*before, *ending][-(self.max_length + 1) :]
-                windows.append(Window.of(ids, max(1, len(ids) - len(ending))))
+                windows.append(ScoringWindow.of(ids, max(1, len(ids) - len(ending))))
             for request, scores in zip(part, self.engine.score(windows, top_k=1), strict=True):
                 total = sum(score.target_logprob for score in scores)
                 found.append((total, all(score.top == score.target for score in scores)))

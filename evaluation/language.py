@@ -21,7 +21,7 @@ from ..core.files import read_text
 from ..core.stage import Advance
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
-from ..runtime.engine import Distribution, Engine, Window, divergence
+from ..runtime.engine import Distribution, Engine, ScoringWindow, divergence
 from .cost import CHUNK
 
 LEAST = -6e4  # log-probability of an impossible token, within float16's range
@@ -184,7 +184,7 @@ def measure_engine(
 
     If the runtime lists only the `top_k` most probable tokens, the rest count as one: the KL is then a lower bound.
     """
-    windows = [Window(row.input_ids, targets(row)) for row in rows if targets(row)]
+    windows = [ScoringWindow(row.input_ids, targets(row)) for row in rows if targets(row)]
     totals, reference = Totals(), base.open() if base is not None else None
     for score in (score for window in engine.score(windows, top_k, advance) for score in window):
         totals.nll -= score.target_logprob

@@ -42,7 +42,7 @@ FIRST_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
-class Question:
+class RetrievalQuestion:
     """One prompt about a text, and the right number."""
 
     ids: list[int]  # the prompt, up to where the answer begins
@@ -60,7 +60,7 @@ class Question:
 class Reading:
     """A text and the questions about it; the prompts differ only at their ends."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[RetrievalQuestion, ...]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _reading(
         if room < 1:
             raise UserError(f"a prompt of {length} tokens has no room for {len(facts)} facts and a question")
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in answers]
-    return Reading(tuple(Question(*parts) for parts in zip(prompts, ids, numbers, depths, strict=True)))
+    return Reading(tuple(RetrievalQuestion(*parts) for parts in zip(prompts, ids, numbers, depths, strict=True)))
 
 
 def _cut(tokenizer: Any, sentences: list[str], tokens: int) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """One model's result on one task."""
 
     kind: AnswerKind
@@ -84,14 +84,14 @@ def _normal(scores: Sequence[float]) -> Interval:
     return Interval(centre - half, centre + half)
 
 
-def kept_above_chance(value: float, base: Outcome) -> float | None:
+def kept_above_chance(value: float, base: TaskOutcome) -> float | None:
     """(value − chance) / (base − chance); None if the base itself may be guessing."""
     if base.chance is None or not base.scores or interval(base.scores).low <= base.chance:
         return None
     return (value - base.chance) / (base.value - base.chance)
 
 
-def compare(outcome: Outcome, base: Outcome | None) -> TaskResult:
+def compare(outcome: TaskOutcome, base: TaskOutcome | None) -> TaskResult:
     """The report's figures: the value with its interval, the paired difference to the base, and the share kept.
 
     `base` is None for the base itself, and if there is none.

@@ -17,8 +17,8 @@ from .builtin import exercises
 from .config import BUILTIN, EvaluateConfig, task_name
 from .cost import ANSWERS
 from .generation import Exercise, Prompt, judge, prepare, write_with_engine, write_with_model
-from .statistics import Outcome, compare
-from .tasks import Question, choice_scores, engine_scores, read_task, run_task, split_tokens
+from .statistics import TaskOutcome, compare
+from .tasks import ChoiceQuestion, choice_scores, engine_scores, read_task, run_task, split_tokens
 
 HARNESS_TOKENS = 2048  # longer lm-eval prompts are truncated on the left, for checkpoints and artifacts alike
 
@@ -26,7 +26,7 @@ HARNESS_TOKENS = 2048  # longer lm-eval prompts are truncated on the left, for c
 class Player(Protocol):
     """A model or artifact to run tasks on."""
 
-    def scores(self, row: Question) -> list[float]:
+    def scores(self, row: ChoiceQuestion) -> list[float]:
         """The log-likelihood of each choice."""
         ...
 
@@ -45,7 +45,7 @@ class TorchPlayer:
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
 
-    def scores(self, row: Question) -> list[float]:
+    def scores(self, row: ChoiceQuestion) -> list[float]:
         return choice_scores(self.model, self.tokenizer, row)
 
     def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
@@ -63,7 +63,7 @@ class EnginePlayer:
     def __init__(self, engine: Engine, tokenizer: Any):
         self.engine, self.tokenizer = engine, tokenizer
 
-    def scores(self, row: Question) -> list[float]:
+    def scores(self, row: ChoiceQuestion) -> list[float]:
         return engine_scores(self.engine, self.tokenizer, row)
 
     def write(self, prompts: Sequence[Prompt], max_tokens: int, advance: Advance) -> list[str]:
@@ -83,7 +83,7 @@ class Suite:
 
     def __init__(self, config: EvaluateConfig, context: Context, tokenizer: Any):
         self.config, self.context, self.tokenizer = config, context, tokenizer
-        self.local: dict[str, list[Question] | list[Exercise]] = {}
+        self.local: dict[str, list[ChoiceQuestion] | list[Exercise]] = {}
         for task in config.tasks:
             if task in BUILTIN:
                 self.local[task] = exercises(task, config.limit)
@@ -104,28 +104,28 @@ class Suite:
         found = [len(prompt.ids) + self.config.max_tokens for prompts in self.prompts.values() for prompt in prompts]
         for rows in self.local.values():
             for row in rows:
-                if isinstance(row, Question):
+                if isinstance(row, ChoiceQuestion):
                     prompt, endings = split_tokens(self.tokenizer, row)
                     found.append(len(prompt) + max(map(len, endings)))
         return max([*found, HARNESS_TOKENS + 1 if self.harness else 0], default=0)
 
-    def run(self, role: str, player: Player) -> dict[str, Outcome]:
+    def run(self, role: str, player: Player) -> dict[str, TaskOutcome]:
         """The outcome of every task, in the recipe's order."""
-        found: dict[str, Outcome] = {}
+        found: dict[str, TaskOutcome] = {}
         for name in map(task_name, self.config.tasks):
             found[name] = self._local(role, name, player) if name in self.local else self._harness(role, name, player)
         return found
 
-    def _local(self, role: str, name: str, player: Player) -> Outcome:
+    def _local(self, role: str, name: str, player: Player) -> TaskOutcome:
         rows = self.local[name]
         with self.context.progress.bar(f"{role} {name}", len(rows)) as advance:
-            questions = [row for row in rows if isinstance(row, Question)]
+            questions = [row for row in rows if isinstance(row, ChoiceQuestion)]
             if questions:
                 return run_task(player.scores, questions, advance)
             written = player.write(self.prompts[name], self.config.max_tokens, advance)
             return judge([row for row in rows if isinstance(row, Exercise)], self.prompts[name], written)
 
-    def _harness(self, role: str, name: str, player: Player) -> Outcome:
+    def _harness(self, role: str, name: str, player: Player) -> TaskOutcome:
         from .harness import run_tasks
 
         language_model = player.language_model(HARNESS_TOKENS, self.config.harness.batch)
@@ -136,7 +136,7 @@ class Suite:
 class MeasuredModel(ModelFigures):
     """One model's results, before comparison with the base."""
 
-    tasks: dict[str, Outcome]
+    tasks: dict[str, TaskOutcome]
     retrieval: list[RetrievalResult] = Field(default_factory=list)
 
 

@@ -21,13 +21,13 @@ from ..core.stage import Advance
 from ..data.calibration import pad_id
 from ..data.turns import strings
 from ..modeling.blocks import Decoder
-from ..runtime.engine import Engine, Window
+from ..runtime.engine import Engine, ScoringWindow
 from .generation import Exercise
-from .statistics import Outcome, mean
+from .statistics import TaskOutcome, mean
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """One row of a task."""
 
     question: str
@@ -39,18 +39,18 @@ class Question:
         return f"Question: {self.question}\nAnswer:"
 
 
-def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exercise]:
+def read_task(file: Path, limit: int | None = None) -> list[ChoiceQuestion] | list[Exercise]:
     """The first `limit` rows of a JSONL file, either all multiple choice or all written answers.
 
     Raises `UserError` naming file and line for an invalid row.
     """
-    questions: list[Question] = []
+    questions: list[ChoiceQuestion] = []
     exercises: list[Exercise] = []
     for number, values in json_lines(file, "the task: ", literal=True):
         if limit is not None and len(questions) + len(exercises) >= limit:
             break
         row = _row(values, f"{file}:{number}")
-        if isinstance(row, Question):
+        if isinstance(row, ChoiceQuestion):
             questions.append(row)
         else:
             exercises.append(row)
@@ -61,15 +61,15 @@ def read_task(file: Path, limit: int | None = None) -> list[Question] | list[Exe
     return questions or exercises
 
 
-def read_questions(file: Path, limit: int | None = None) -> list[Question]:
+def read_questions(file: Path, limit: int | None = None) -> list[ChoiceQuestion]:
     """Like `read_task`, but for multiple choice only."""
-    rows = [row for row in read_task(file, limit) if isinstance(row, Question)]
+    rows = [row for row in read_task(file, limit) if isinstance(row, ChoiceQuestion)]
     if not rows:
         raise UserError(f"the task {file} is not multiple choice")
     return rows
 
 
-def _row(row: dict[str, Any], where: str) -> Question | Exercise:
+def _row(row: dict[str, Any], where: str) -> ChoiceQuestion | Exercise:
     if not ("prompt" in row or "question" in row) or "answer" not in row:
         raise UserError(f"{where}: a row must have either question, choices and answer, or prompt and answer")
     try:  # half of a surrogate pair cannot be tokenized
@@ -90,7 +90,7 @@ def _exercise(row: dict[str, Any], where: str) -> Exercise:
     raise UserError(f"{where}: prompt must be text, answer text or a number, neither empty")
 
 
-def _question(row: dict[str, Any], where: str) -> Question:
+def _question(row: dict[str, Any], where: str) -> ChoiceQuestion:
     question, answer = str(row["question"]), row["answer"]
     choices: Any = row.get("choices")
     right = isinstance(row["question"], str) and isinstance(choices, list)
@@ -105,10 +105,12 @@ def _question(row: dict[str, Any], where: str) -> Question:
         raise UserError(
             f"{where}: answer must be the index (0 to {len(choices) - 1}) or letter of a choice, not {plain(answer)!r}"
         )
-    return Question(question, [str(choice) for choice in choices], index)
+    return ChoiceQuestion(question, [str(choice) for choice in choices], index)
 
 
-def run_task(score: Callable[[Question], list[float]], rows: Sequence[Question], advance: Advance) -> Outcome:
+def run_task(
+    score: Callable[[ChoiceQuestion], list[float]], rows: Sequence[ChoiceQuestion], advance: Advance
+) -> TaskOutcome:
     """`accuracy_norm` with its score per question, and plain `accuracy` beside it.
 
     `score` returns the log-likelihood of each choice of a row.
@@ -122,18 +124,18 @@ def run_task(score: Callable[[Question], list[float]], rows: Sequence[Question],
         advance(1, f"{mean(normed):.0%} right")
     figures = {"accuracy_norm": mean(normed), "accuracy": mean(hits)}
     chance = mean([1 / len(row.choices) for row in rows])
-    return Outcome("choice", "accuracy_norm", normed, figures["accuracy_norm"], len(rows), chance, figures)
+    return TaskOutcome("choice", "accuracy_norm", normed, figures["accuracy_norm"], len(rows), chance, figures)
 
 
-def engine_scores(engine: Engine, tokenizer: Any, row: Question) -> list[float]:
+def engine_scores(engine: Engine, tokenizer: Any, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats, in an artifact's runtime."""
     prompt, endings = split_tokens(tokenizer, row)
-    windows = [Window.of([*prompt, *ending], len(prompt)) for ending in endings]
+    windows = [ScoringWindow.of([*prompt, *ending], len(prompt)) for ending in endings]
     return [sum(d.target_logprob for d in found) for found in engine.score(windows, top_k=1)]
 
 
 @torch.no_grad()
-def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
+def choice_scores(model: Any, tokenizer: Any, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats.
 
     The prompt is run once; its keys and values are repeated to run the choices as one batch after it.
@@ -160,7 +162,7 @@ def choice_scores(model: Any, tokenizer: Any, row: Question) -> list[float]:
     return scores.tolist()
 
 
-def split_tokens(tokenizer: Any, row: Question) -> tuple[list[int], list[list[int]]]:
+def split_tokens(tokenizer: Any, row: ChoiceQuestion) -> tuple[list[int], list[list[int]]]:
     """Tokens of the prompt and of each ending (which includes its leading space).
 
     Prompt and ending are encoded together, because a token may span both; the prompt is the prefix that all share.

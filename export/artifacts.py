@@ -116,7 +116,7 @@ class Kind(ABC):
         shutil.rmtree(root) if root.is_dir() else root.unlink(missing_ok=True)
 
 
-class Gguf(Kind):
+class GgufKind(Kind):
     form = "gguf"
     precise = "F16"
 
@@ -177,7 +177,7 @@ class Gguf(Kind):
         return LlamaCppEngine(self.file(depth), self.making.config.threads, context=max(longest + 8, 256), slots=1)
 
 
-class Onnx(Kind):
+class OnnxKind(Kind):
     form = "onnx"
     precise = "fp32"
 

@@ -26,7 +26,7 @@ from ..modeling.families import family_of
 from ..modeling.gguf_layout import Array
 from ..modeling.load import load_config
 from ..modeling.shape import AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
-from .gguf_source import Source
+from .gguf_source import GgufSource
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
 from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
 
@@ -35,7 +35,7 @@ ROPES = ("default", "linear", "yarn", "llama3", "longrope")  # that can be writt
 
 
 @dataclass(frozen=True)
-class GgufInfo:
+class WrittenGguf:
     """What was written."""
 
     type: str
@@ -66,7 +66,7 @@ def check_gguf(checkpoint: Path) -> None:
     problem = next(_unlike_llamacpp(config), None)
     if problem:
         raise UserError(f"{checkpoint}: {problem}")
-    Source(checkpoint, config)  # names a weight that has no place in a GGUF
+    GgufSource(checkpoint, config)  # names a weight that has no place in a GGUF
 
 
 def _unlike_llamacpp(config: Any) -> Iterator[str]:
@@ -131,7 +131,7 @@ class Conversion:
                 f"llama.cpp runs {self.config.model_type} with full attention: its context is limited to the sliding "
                 f"window, {context_length(self.config)} tokens"
             )
-        self.source = Source(checkpoint, self.config)
+        self.source = GgufSource(checkpoint, self.config)
         self.tensors = [Tensor(n, shape, self._type(n, shape)) for n, shape in self.source.shapes.items()]
 
     @property
@@ -139,13 +139,13 @@ class Conversion:
         """Of all tensors."""
         return sum(math.prod(tensor.packed) for tensor in self.tensors)
 
-    def info(self, file: Path) -> GgufInfo:
+    def info(self, file: Path) -> WrittenGguf:
         """What `file` with all tensors became."""
         weights = sum(math.prod(shape) for _, shape, _ in self.tensors)
         fitting = [(n, kind, self._type(n, (*s[:-1], 256))) for n, s, kind in self.tensors if len(s) > 1]
         fallbacks = sum(kind != wanted for _, kind, wanted in fitting)
         kinds = {tensor.name: tensor.kind.name for tensor in self.tensors}
-        return GgufInfo(self.qtype, file.stat().st_size, 8 * self.bytes / weights, fallbacks, kinds)
+        return WrittenGguf(self.qtype, file.stat().st_size, 8 * self.bytes / weights, fallbacks, kinds)
 
     def _type(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
         blocks, tied = self.config.num_hidden_layers, self.config.tie_word_embeddings
@@ -209,7 +209,7 @@ def write_gguf(
     name: str | None = None,
     threads: int = 0,
     progress: Progress | None = None,
-) -> GgufInfo:
+) -> WrittenGguf:
     """Write a checkpoint folder as the one file `out`; the arguments are those of `Conversion`.
 
     The file appears only when whole; the same checkpoint gives the same bytes. Raises `UserError` for unsupported

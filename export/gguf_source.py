@@ -12,7 +12,7 @@ from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_name
 from ..modeling.weights import Tensors
 
 
-class Source:
+class GgufSource:
     """A checkpoint's tensors under llama.cpp's names and in the order of its files, transformed as it expects them."""
 
     def __init__(self, checkpoint: Path, config: Any):

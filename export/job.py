@@ -21,8 +21,8 @@ from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
 from ..runtime.bundle import read_bundle
 from ..runtime.cost import BITS
-from ..runtime.engine import Window
-from .artifacts import Gguf, Kind, Making, Onnx
+from ..runtime.engine import ScoringWindow
+from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card
 from .config import ExportConfig
@@ -44,7 +44,7 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
 
 
 @dataclass
-class Job:
+class ExportJob:
     """One bundle in the making; `work` holds what a run that was killed goes on from."""
 
     checkpoint: Path
@@ -102,7 +102,7 @@ class Job:
             lambda: self._tokenizer,
             lambda: build_graph(self.checkpoint, self.work / "built", self.context.progress),
         )
-        return [*(Gguf(making, t) for t in self.config.gguf), *(Onnx(making, t) for t in self.config.onnx)]
+        return [*(GgufKind(making, t) for t in self.config.gguf), *(OnnxKind(making, t) for t in self.config.onnx)]
 
     def _artifact(self, kind: Kind, depth: int) -> ArtifactEntry:
         """One depth of one type, verified; what was verified before a kill is taken from its record."""
@@ -243,7 +243,7 @@ class Job:
         for depth in self.depths:
             with without_blocks(model, range(depth, self.depths[-1])):
                 reference = torch_reference(model, windows, heads)
-                far: list[Window] = []
+                far: list[ScoringWindow] = []
                 if form == "gguf" or by_length(model.config):  # else ONNX takes the positions of a text with a gap
                     far = far_windows(tokenizer, model.config, context, count_parameters(self.checkpoint, depth))
                 gapped = gapped_reference(model, tokenizer, longest) if form == "onnx" else None

@@ -53,7 +53,7 @@ _IMPORTANCE = {
 
 
 @dataclass(frozen=True)
-class OnnxInfo:
+class WrittenOnnx:
     """What was written."""
 
     files: tuple[str, ...]  # names in the folder, sorted
@@ -95,7 +95,7 @@ def write_onnx(
     built: Path | None = None,
     link: bool = False,
     progress: Progress | None = None,
-) -> OnnxInfo:
+) -> WrittenOnnx:
     """Write `checkpoint` as an ONNX folder at `precision`: int4, int8 or fp32.
 
     int4 holds the blocks' matrices at 4 bits with zero points and head and embedding at 8 bits; int8 holds all at 8
@@ -315,11 +315,11 @@ def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | No
     return imatrix.get(f"blk.{match[1]}.{_IMPORTANCE[match[2]]}.weight")
 
 
-def _describe(folder: Path, checkpoint: Path) -> OnnxInfo:
+def _describe(folder: Path, checkpoint: Path) -> WrittenOnnx:
     files = sorted(folder.iterdir())
     size = (folder / "model.onnx.data").stat().st_size - head_bytes(weights_read(folder / "model.onnx"))
     bits = 8 * size / count_parameters(checkpoint)
-    return OnnxInfo(tuple(path.name for path in files), sum(path.stat().st_size for path in files), bits)
+    return WrittenOnnx(tuple(path.name for path in files), sum(path.stat().st_size for path in files), bits)
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:

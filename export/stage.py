@@ -14,7 +14,7 @@ from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_config
 from .config import ExportConfig
 from .gguf import check_gguf
-from .job import Job, chosen_depths
+from .job import ExportJob, chosen_depths
 from .onnx import check_onnx
 
 BUNDLE = "bundle"
@@ -56,7 +56,7 @@ def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     name = f"{plain_name(inputs.name)}-{_blocks(inputs.model)}L"
-    job = Job(inputs.model, out_dir / BUNDLE, work, config, context, name, inputs)
+    job = ExportJob(inputs.model, out_dir / BUNDLE, work, config, context, name, inputs)
     return job.run(provenance)
 
 
@@ -83,7 +83,7 @@ def export_checkpoint(
     work.mkdir(parents=True, exist_ok=True)
     bundle = unfinished / BUNDLE
     inputs = Inputs(checkpoint, checkpoint, {} if rows is None else {"data": rows})
-    metrics = Job(checkpoint, bundle, work, config, context, name or checkpoint.name, inputs).run({})
+    metrics = ExportJob(checkpoint, bundle, work, config, context, name or checkpoint.name, inputs).run({})
     if out.exists():
         out.rmdir()
     bundle.rename(out)

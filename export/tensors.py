@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..modeling.families import BLOCKS, EMBEDDING, HEAD, family_of
 from ..modeling.load import load_config
 from ..modeling.weights import Tensors
-from .gguf_source import Source
+from .gguf_source import GgufSource
 
 Array = NDArray[np.float32]
 # Largest relative error of a row that may pass, by tensor type: 1.5 to 2 times what honest rounding made at most of a
@@ -51,7 +51,7 @@ def gguf_errors(file: Path, checkpoint: Path, depth: int | None = None) -> Itera
 
     `depth` is how many blocks the model of the file has; all of the checkpoint's if not given.
     """
-    source = Source(checkpoint, load_config(checkpoint))
+    source = GgufSource(checkpoint, load_config(checkpoint))
     for tensor in gguf.GGUFReader(file).tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         yield tensor.name, tensor.tensor_type.name, row_error(values, source.read(tensor.name, depth))

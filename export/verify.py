@@ -23,7 +23,7 @@ from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
 from ..records.bundle import Verification
-from ..runtime.engine import Distribution, Engine, Window, distributions, divergence, perplexity
+from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
 from .config import GgufType
@@ -72,7 +72,7 @@ FAR_COST = 1.5e13  # parameters × tokens up to which a text that long is run: s
 class Gapped:
     """A text whose second half stands at positions far beyond its first: for runtimes that take positions."""
 
-    window: Window
+    window: ScoringWindow
     position_ids: list[int]
     scores: list[Distribution]
 
@@ -81,7 +81,7 @@ class Gapped:
 class Reference:
     """The checkpoint's own distributions on the probe windows."""
 
-    windows: list[Window]
+    windows: list[ScoringWindow]
     scores: list[list[Distribution]]  # complete ones
     retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window per block, where there are heads
     far: Reference | None = None  # one text that is longer than the original context, where positions are scaled
@@ -92,20 +92,20 @@ class Reference:
         return [score for window in self.scores for score in window]
 
 
-def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -> list[Window]:
+def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
     """Windows with `tokens` positions in all: from the data stage's held-out rows, else from a text built in."""
     rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
-    windows: list[Window] = []
+    windows: list[ScoringWindow] = []
     for row in rows:
         count = min(len(row.input_ids) - 1, length - 1, tokens - sum(len(w.positions) for w in windows))
         if count <= 0:
             break
-        windows.append(Window(row.input_ids[: count + 1], range(1, count + 1)))
+        windows.append(ScoringWindow(row.input_ids[: count + 1], range(1, count + 1)))
     return windows
 
 
-def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[Window]:
+def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[ScoringWindow]:
     """A text that goes on `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
     none where rotary positions are not scaled, or where running it would take too long."""
     if not scaled(config):
@@ -114,7 +114,7 @@ def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> l
     length = min(original + FAR_TOKENS, context)
     if length <= original or parameters * length > FAR_COST:
         return []
-    return [Window(_repeated(tokenizer, length), range(max(1, length - FAR_TOKENS), length))]
+    return [ScoringWindow(_repeated(tokenizer, length), range(max(1, length - FAR_TOKENS), length))]
 
 
 def _repeated(tokenizer: Any, length: int) -> list[int]:
@@ -137,13 +137,13 @@ def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     device = model.device
     hidden = decoder.hidden(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)[0]
-    window = Window.of(ids)
+    window = ScoringWindow.of(ids)
     logits = decoder.head(hidden[[p - 1 for p in window.positions]]).float().cpu().numpy()
     return Gapped(window, positions, distributions(logits, ids, window.positions))
 
 
 @torch.no_grad()
-def torch_reference(model: Any, windows: Sequence[Window], heads: RetainingHeads | None = None) -> Reference:
+def torch_reference(model: Any, windows: Sequence[ScoringWindow], heads: RetainingHeads | None = None) -> Reference:
     """The checkpoint's distributions, and what its retaining heads say; logits are computed for the asked positions
     only."""
     decoder = Decoder(model)
@@ -156,7 +156,7 @@ def torch_reference(model: Any, windows: Sequence[Window], heads: RetainingHeads
     return Reference(list(windows), scores, _retaining(decoder, windows[0], heads) if heads is not None else ())
 
 
-def _retaining(decoder: Decoder, window: Window, heads: RetainingHeads) -> tuple[np.ndarray, ...]:
+def _retaining(decoder: Decoder, window: ScoringWindow, heads: RetainingHeads) -> tuple[np.ndarray, ...]:
     with decoder.projections() as projected:
         decoder.hidden(input_ids=torch.tensor([list(window.ids)], device=decoder.model.device), use_cache=False)
     return tuple(heads.score(block, projected[block].cpu())[0].numpy() for block in range(decoder.num_blocks))
@@ -253,7 +253,7 @@ def check_in_one(kind: str, engine: OnnxEngine, far: Reference) -> float:
 
 
 def _compared(
-    kind: str, engine: Engine, expected: Sequence[Distribution], logits: np.ndarray, window: Window, where: str
+    kind: str, engine: Engine, expected: Sequence[Distribution], logits: np.ndarray, window: ScoringWindow, where: str
 ) -> float:
     scores = distributions(logits, window.ids, window.positions)
     found = float(np.mean([divergence(a, b) for a, b in zip(expected, scores, strict=True)]))

@@ -27,7 +27,7 @@ Setting = Scalar | list[Scalar] | Conditional | list[Conditional]
 Parameters = dict[str, Setting]
 
 
-class Model(Section):
+class MergeInput(Section):
     """A model to merge, with its own parameters."""
 
     model: str = Field(description="a variant's name, or `start`: the model that all variants were trained from")
@@ -40,7 +40,7 @@ class MergeConfig(Section):
     method: str = Field(
         description="a merge_method of mergekit: slerp, linear, ties, dare_ties, model_stock, karcher …"
     )
-    models: Annotated[list[Model], Field(min_length=1)] | None = Field(
+    models: Annotated[list[MergeInput], Field(min_length=1)] | None = Field(
         default=None, description="variants to merge, in this order, each with its own parameters; default: all"
     )
     base_model: str | None = Field(
@@ -57,7 +57,7 @@ class MergeConfig(Section):
 
     @field_validator("models")
     @classmethod
-    def _different(cls, value: list[Model] | None) -> list[Model] | None:
+    def _different(cls, value: list[MergeInput] | None) -> list[MergeInput] | None:
         names = [entry.model for entry in value or []]
         for name in names:
             if names.count(name) > 1:
@@ -66,7 +66,7 @@ class MergeConfig(Section):
 
     def among(self, names: Sequence[str]) -> Self:
         """The section with its models filled in: all of `names` if it lists none."""
-        return self if self.models else self.model_copy(update={"models": [Model(model=name) for name in names]})
+        return self if self.models else self.model_copy(update={"models": [MergeInput(model=name) for name in names]})
 
     def beside(self, sections: Mapping[str, Any]) -> Self:
         return self.among(_variants(sections))

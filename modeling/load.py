@@ -11,7 +11,7 @@ from ..core.stage import Progress
 from .checkpoint import made_once, quiet
 from .config import read_config
 from .families import family_of
-from .source import Source, base_of_adapter, fingerprint_source, parse_source
+from .source import ModelSource, base_of_adapter, fingerprint_source, parse_source
 from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files, weight_map
 
 
@@ -30,7 +30,7 @@ def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: P
     if source.kind == "hub":
         folder = _download(source)
         if is_adapter_alone(folder):
-            source = Source("adapter", source.text, folder)
+            source = ModelSource("adapter", source.text, folder)
     if source.kind == "folder":
         assert source.path is not None
         folder = source.path
@@ -40,7 +40,7 @@ def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: P
     return plain_folder(folder, cache, progress)
 
 
-def _make(source: Source, folder: Path, cache: Path, base_dir: Path, progress: Progress) -> None:
+def _make(source: ModelSource, folder: Path, cache: Path, base_dir: Path, progress: Progress) -> None:
     if source.kind == "random":
         from .random import random_checkpoint
 
@@ -60,7 +60,7 @@ def _make(source: Source, folder: Path, cache: Path, base_dir: Path, progress: P
         convert_gguf(source.path, folder)
 
 
-def _download(source: Source) -> Path:
+def _download(source: ModelSource) -> Path:
     """A Hub repository's model in the Hub's cache: what stands beside the weights first, which says what they are."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

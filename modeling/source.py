@@ -25,7 +25,7 @@ FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE,
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A parsed model source."""
 
     kind: str  # hub, folder, adapter (a folder that needs its base), gguf or random
@@ -46,13 +46,13 @@ class Source:
         return self.text if self.kind == "hub" else self.name
 
 
-def parse_source(text: str, base_dir: Path) -> Source:
+def parse_source(text: str, base_dir: Path) -> ModelSource:
     """Parse a model source; local paths are taken relative to `base_dir`.
 
     Raises `UserError` if a local file, folder or package does not exist, or the text has no known form.
     """
     if text.startswith("random:"):
-        return Source("random", text)
+        return ModelSource("random", text)
     if text.startswith("package:"):
         return _local(text, _in_package(text))
     path = Path(text).expanduser()
@@ -64,23 +64,23 @@ def parse_source(text: str, base_dir: Path) -> Source:
     name, _, revision = text.partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"model {text!r} is not {FORMS}")
-    return Source("hub", name, revision=revision or None)
+    return ModelSource("hub", name, revision=revision or None)
 
 
-def _local(text: str, path: Path) -> Source:
+def _local(text: str, path: Path) -> ModelSource:
     if path.is_dir():
         if is_adapter_alone(path):
-            return Source("adapter", text, path)
+            return ModelSource("adapter", text, path)
         if not (path / "config.json").exists():
             raise UserError(f"model {text!r}: {path} has no config.json, so it is not a checkpoint folder")
         try:
             weight_files(path)
         except UserError as error:
             raise UserError(f"model {text!r}: {error}") from error
-        return Source("folder", text, path)
+        return ModelSource("folder", text, path)
     if path.suffix != ".gguf":
         raise UserError(f"model {text!r}: {path} is a file but no .gguf; give {FORMS}")
-    return Source("gguf", text, path)
+    return ModelSource("gguf", text, path)
 
 
 def _in_package(text: str) -> Path:
@@ -97,7 +97,7 @@ def _in_package(text: str) -> Path:
     raise UserError(f"model {text!r}: the package {package!r} has no file {file!r}")
 
 
-def base_of_adapter(folder: Path, base_dir: Path) -> Source:
+def base_of_adapter(folder: Path, base_dir: Path) -> ModelSource:
     """The base model that an adapter names: a Hub id, or a folder relative to `base_dir` or beside the adapter's.
 
     Raises `UserError` where it names none, or one that is not there.
@@ -118,7 +118,7 @@ def base_of_adapter(folder: Path, base_dir: Path) -> Source:
         ) from error
 
 
-def fingerprint_source(source: Source, cache: Path, base_dir: Path | None = None) -> str:
+def fingerprint_source(source: ModelSource, cache: Path, base_dir: Path | None = None) -> str:
     """A hash of the source's content: weights and configuration, not where they lie.
 
     File hashes are kept in `cache`/hashes.json by size and modification time, so that a second look is instant.
@@ -153,7 +153,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted({*beside, *weights, *indexed})
 
 
-def hub_commit(source: Source) -> str:
+def hub_commit(source: ModelSource) -> str:
     """The commit a Hub id stands for: asked of the Hub, or of the local cache when the Hub cannot be reached."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs, Section
-from ..modeling.source import Source, hash_file
+from ..modeling.source import ModelSource, hash_file
 from ..records.manifest import BaseModelSource, StageManifest
 from .explain import readable_errors
 from .measure import Meter
@@ -164,7 +164,7 @@ def _existing(stage: str, path: Path) -> list[Path]:
     return [path]
 
 
-def shown_name(source: Source) -> str:
+def shown_name(source: ModelSource) -> str:
     """What an artifact made from a model is named after: a Hub id whole, else what a file may be named."""
     return source.title if source.kind == "hub" else bundle_name(source.title)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import UserError
 from ..core.extras import FULL, need
 from ..core.suggest import did_you_mean
-from ..modeling.source import Source, parse_source
+from ..modeling.source import ModelSource, parse_source
 from .places import check_folder
 from .progress import OnProgress, as_progress
 
@@ -102,7 +102,7 @@ def cache_of(runs: str | Path) -> Path:
     return Path(runs) / ".sources"
 
 
-def check_sources(models: Sequence[str], cache: Path) -> list[Source]:
+def check_sources(models: Sequence[str], cache: Path) -> list[ModelSource]:
     """The models' sources; `UserError` where one is not there, or would be converted where nothing can be written."""
     sources = [parse_source(model, Path.cwd()) for model in models]
     if any(source.kind in ("gguf", "random") for source in sources):

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from .record import Entry, Record, SparseEntry
 
 
-class DepthFigures(Entry):
+class HeldOutDepth(Entry):
     """Held-out figures of one depth."""
 
     depth: int
@@ -25,7 +25,7 @@ class HeldOutFigures(SparseEntry):
     eval_loss: float
     eval_kl: float  # to the unpruned model, nats per response token
     eval_perplexity: float
-    eval_depths: list[DepthFigures] = Field(default_factory=list)
+    eval_depths: list[HeldOutDepth] = Field(default_factory=list)
 
 
 class StudentFigures(SparseEntry):
@@ -50,7 +50,7 @@ class VariantName(Entry):
     rows: tuple[float, float]  # shares of the training rows, from and to
 
 
-class Variant(StudentFigures, VariantName):
+class VariantFigures(StudentFigures, VariantName):
     """One student of several."""
 
 
@@ -64,4 +64,4 @@ class Variants(Record):
     length: int  # tokens of a packed row
     batch: int  # rows of a batch
     chosen: str
-    variants: list[Variant]
+    variants: list[VariantFigures]

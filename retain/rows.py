@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.stage import Context
 from ..data.chat import Encoded, encode_row, encode_whole
 from ..data.drafts import reasons
-from ..data.readers import Record, Source, read_records
+from ..data.readers import DatasetRecord, DatasetSource, read_records
 from ..data.rows import Messages, Row, Split, read_rows
 from ..data.spans import TemplateError
 from .config import SPREAD, LongRows
@@ -70,7 +70,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HiddenQuestion:
     """What is hidden in a text, what is asked about it, and the answer."""
 
     facts: list[str]
@@ -80,24 +80,24 @@ class Asked:
     document: Document | None = None  # that is hidden, rather than a sentence
 
 
-def passkey(draw: random.Random, _documents: list[Document]) -> Asked:
+def passkey(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
     """One number in one sentence."""
     told, asked, answer = draw.choice(PASSKEYS)
     key = _number(draw)
-    return Asked([told.format(key)], asked, answer.format(key))
+    return HiddenQuestion([told.format(key)], asked, answer.format(key))
 
 
-def keys(draw: random.Random, _documents: list[Document]) -> Asked:
+def keys(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
     """Several numbers, each of a named place; all are asked for, since a reader cannot know which will be."""
     places = draw.sample(PLACES, draw.randint(4, 8))
     told = draw.choice(KEYS)
     lines = {place: told.format(place, _number(draw)) for place in places}
     asked = draw.sample(places, len(places))
     question = f"Which number goes with the {_listed(asked)}?"
-    return Asked(list(lines.values()), question, " ".join(lines[place] for place in asked))
+    return HiddenQuestion(list(lines.values()), question, " ".join(lines[place] for place in asked))
 
 
-def facts(draw: random.Random, _documents: list[Document]) -> Asked:
+def facts(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
     """Statements about people; all are asked for."""
     people = draw.sample(PEOPLE, draw.randint(3, 6))
     found = {name: (thing := draw.choice(list(THINGS)), draw.choice(THINGS[thing])) for name in people}
@@ -107,16 +107,16 @@ def facts(draw: random.Random, _documents: list[Document]) -> Asked:
         return f"{name}'s {found[name][0]} is {found[name][1]}."
 
     question = " ".join(f"What is {name}'s {found[name][0]}?" for name in asked)
-    return Asked([told(name) for name in people], question, " ".join(told(name) for name in asked))
+    return HiddenQuestion([told(name) for name in people], question, " ".join(told(name) for name in asked))
 
 
-def again(draw: random.Random, documents: list[Document]) -> Asked:
+def again(draw: random.Random, documents: list[Document]) -> HiddenQuestion:
     """A conversation that is one of the documents: its question once more, and the same answer."""
     document = draw.choice([document for document in documents if document.question])
-    return Asked([document.text], document.question, document.answer, document.cut, document)
+    return HiddenQuestion([document.text], document.question, document.answer, document.cut, document)
 
 
-Kind = Callable[[random.Random, list[Document]], Asked]
+Kind = Callable[[random.Random, list[Document]], HiddenQuestion]
 KINDS: tuple[Kind, ...] = (passkey, keys, facts, again)
 
 
@@ -152,7 +152,7 @@ class Maker:
                 return row
             room -= len(row.ids) - length  # tokens that the pieces have only together
 
-    def _asked(self, kind: Kind, draw: random.Random) -> tuple[Asked, list[float], int]:
+    def _asked(self, kind: Kind, draw: random.Random) -> tuple[HiddenQuestion, list[float], int]:
         """What is asked, how deep each fact lies, and the row's tokens without documents."""
         for _ in range(TRIES):
             asked = kind(draw, self.askable)
@@ -178,7 +178,7 @@ class Maker:
         spans = offsets["offset_mapping"][: max(0, tokens)]
         return text[: spans[-1][1]] if spans else ""
 
-    def _encode(self, text: str, asked: Asked, depths: list[float]) -> LongRow:
+    def _encode(self, text: str, asked: HiddenQuestion, depths: list[float]) -> LongRow:
         hidden = hide(text, asked.facts, depths)
         prompt = f"{LEAD}\n\n{hidden}\n\n{asked.question}"
         if not getattr(self.tokenizer, "chat_template", None):  # a model without chat reads on
@@ -238,7 +238,7 @@ def _document(tokenizer: Any, row: Row) -> Document:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RetainRows:
     """Rows to learn from, by number below `count`, and rows to measure on."""
 
     train: Callable[[int], LongRow]
@@ -246,14 +246,14 @@ class Rows:
     heldout: list[LongRow]
 
 
-def made_rows(tokenizer: Any, folder: Path, length: int, count: int, heldout: int, seed: int) -> Rows:
+def made_rows(tokenizer: Any, folder: Path, length: int, count: int, heldout: int, seed: int) -> RetainRows:
     """Rows made of a data stage's documents: its training rows' to learn from, its held-out rows' to measure on."""
     train = Maker(tokenizer, read_documents(tokenizer, folder, "train"), length, f"retain {seed}")
     held = Maker(tokenizer, read_documents(tokenizer, folder, "heldout"), length, f"retain heldout {seed}")
-    return Rows(train.row, count, [held.row(number) for number in range(heldout)])
+    return RetainRows(train.row, count, [held.row(number) for number in range(heldout)])
 
 
-def _users_row(tokenizer: Any, record: Record) -> tuple[LongRow | None, str, str]:
+def _users_row(tokenizer: Any, record: DatasetRecord) -> tuple[LongRow | None, str, str]:
     """The row, or why there is none."""
     if record.messages is None:
         return None, record.dropped or "no_answer", record.detail
@@ -266,10 +266,10 @@ def _users_row(tokenizer: Any, record: Record) -> tuple[LongRow | None, str, str
 
 def users_rows(
     tokenizer: Any, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
-) -> Rows:
+) -> RetainRows:
     """A user's rows in an order drawn from the seed: the first `heldout` to measure on, then at most `wanted` to learn
     from. Longer ones are left out. Raises `UserError` where too few are left."""
-    source = Source(config, context, "retain.dataset")
+    source = DatasetSource(config, context, "retain.dataset")
     found: list[LongRow] = []
     longer = 0
     dropped: Counter[str] = Counter()
@@ -299,4 +299,4 @@ def users_rows(
     train = found[heldout:]
     if len(train) < wanted:
         context.progress.note(f"{len(train)} rows to learn from, not {wanted} (retain.rows): there are no more")
-    return Rows(train.__getitem__, len(train), found[:heldout])
+    return RetainRows(train.__getitem__, len(train), found[:heldout])

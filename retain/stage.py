@@ -12,14 +12,14 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import write_whole
 from ..core.stage import WORK, Context, Inputs
-from ..data.readers import Source, local_file
+from ..data.readers import DatasetSource, local_file
 from ..modeling.blocks import Decoder
 from ..modeling.checkpoint import link_file
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import RetainingSettings, save_heads
 from ..modeling.source import checkpoint_files
 from .config import RetainConfig, head_width
-from .rows import Rows, made_rows, users_rows
+from .rows import RetainRows, made_rows, users_rows
 from .samples import keep_all
 from .train import fresh_heads, kept_shares, train_heads
 
@@ -35,7 +35,7 @@ def check(config: RetainConfig, base: Path, context: Context) -> None:
             f"it does not find what it is asked about; write {positions} or less"
         )
     if config.dataset is not None:
-        local_file(Source(config.dataset, context, "retain.dataset"))
+        local_file(DatasetSource(config.dataset, context, "retain.dataset"))
 
 
 def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
     }
 
 
-def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) -> Rows:
+def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) -> RetainRows:
     tokenizer = load_tokenizer(inputs.model)
     length = config.longest(load_config(inputs.model).max_position_embeddings)
     if config.dataset is not None:

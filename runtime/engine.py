@@ -34,14 +34,14 @@ class Distribution:
         return int(self.token_ids[int(np.argmax(self.logprobs))])
 
 
-class Window(NamedTuple):
+class ScoringWindow(NamedTuple):
     """A text, and the positions (1 ≤ p < len(ids), ascending) at which its next token is to be predicted."""
 
     ids: Sequence[int]
     positions: Sequence[int]
 
     @classmethod
-    def of(cls, ids: Sequence[int], first: int = 1) -> Window:
+    def of(cls, ids: Sequence[int], first: int = 1) -> ScoringWindow:
         """Every position of `ids` from `first` on."""
         return cls(ids, range(first, len(ids)))
 
@@ -68,7 +68,7 @@ class Engine(ABC):
 
     @abstractmethod
     def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+        self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
         """The predictions of every window at its positions.
 
@@ -80,7 +80,7 @@ class Engine(ABC):
         self, ids: Sequence[int], positions: Sequence[int] | None = None, top_k: int | None = None
     ) -> list[Distribution]:
         """The predictions of one text, at every position unless some are named."""
-        window = Window.of(ids) if positions is None else Window(ids, positions)
+        window = ScoringWindow.of(ids) if positions is None else ScoringWindow(ids, positions)
         return self.score([window], top_k)[0]
 
     @abstractmethod

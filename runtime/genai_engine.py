@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.machine import threads_of
-from .engine import Distribution, Engine, Window, distributions, pick
+from .engine import Distribution, Engine, ScoringWindow, distributions, pick
 from .onnx_engine import read_genai_config
 
 
@@ -41,7 +41,7 @@ class GenaiEngine(Engine):
         return self._library.Generator(self._model, parameters)
 
     def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+        self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
         found = []
         for window in windows:

@@ -21,7 +21,7 @@ from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
 from ..core.machine import cores
 from .cost import SLOTS
-from .engine import SMALLEST, Distribution, Engine, Speed, Window
+from .engine import SMALLEST, Distribution, Engine, ScoringWindow, Speed
 from .llamacpp_server import SEEDS, checked, open_server, post
 
 FORCE = 1e9  # a logit bias that no logit outweighs
@@ -69,7 +69,7 @@ class LlamaCppEngine(Engine):
         self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens)
 
     def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+        self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
         for window in windows:
             window.check(self.context)
@@ -77,7 +77,7 @@ class LlamaCppEngine(Engine):
         for slot in range(self._slots):
             free.put(slot)
 
-        def work(window: Window) -> list[Distribution]:
+        def work(window: ScoringWindow) -> list[Distribution]:
             slot = free.get()
             try:
                 found = []

@@ -11,7 +11,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.machine import threads_of
-from .engine import Distribution, Engine, Window, distributions, pick
+from .engine import Distribution, Engine, ScoringWindow, distributions, pick
 
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
 
@@ -109,7 +109,7 @@ class OnnxEngine(Engine):
             yield start, logits, past
 
     def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+        self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
         found = []
         for window in windows:

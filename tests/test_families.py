@@ -30,7 +30,7 @@ from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.prune import stage
 from compress.prune.config import PruneConfig
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 from compress.runtime.onnx_engine import OnnxEngine
 from transformers import AutoModelForCausalLM
@@ -185,7 +185,7 @@ def test_llama_cpp_predicts_what_torch_does(pruned, tmp_path):
     for kind in ("F16", "Q8_0"):
         write_gguf(pruned.folder, tmp_path / f"{kind}.gguf", kind)
         with LlamaCppEngine(tmp_path / f"{kind}.gguf", threads=1, context=length, slots=1) as engine:
-            scores = engine.score([Window(ids, positions)])[0]
+            scores = engine.score([ScoringWindow(ids, positions)])[0]
         assert all(score.complete for score in scores)
         found = np.stack([score.logprobs for score in scores])
         wanted = expected[[score.position - 1 for score in scores]]
@@ -199,7 +199,7 @@ def test_llama_cpp_predicts_what_torch_does(pruned, tmp_path):
 def test_onnx_runtime_predicts_what_torch_does(pruned, tmp_path, inline_builder):
     write_onnx(pruned.folder, tmp_path / "m", "fp32")
     with OnnxEngine(tmp_path / "m", threads=1) as engine:
-        scores = engine.score([Window.of(IDS)])[0]
+        scores = engine.score([ScoringWindow.of(IDS)])[0]
     expected = logprobs(load_model(pruned.folder))[:-1]
     assert differ(np.stack([score.logprobs for score in scores]), expected) < ONNX
     graph = onnx.load(str(tmp_path / "m" / "model.onnx"), load_external_data=False).graph

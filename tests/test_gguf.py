@@ -24,7 +24,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 
 TOLERANCE = 0.01  # nats, of every log-probability: llama.cpp keeps keys and values in float16
@@ -88,7 +88,7 @@ def torch_logprobs(checkpoint: Path, ids: list[int] = IDS) -> np.ndarray:
 
 def largest_difference(file: Path, expected: np.ndarray) -> float:
     with LlamaCppEngine(file, threads=1, context=len(IDS), slots=1) as engine:
-        found = engine.score([Window(IDS, POSITIONS)])[0]
+        found = engine.score([ScoringWindow(IDS, POSITIONS)])[0]
     assert all(score.complete for score in found)
     return max(float(np.abs(score.logprobs - expected[score.position - 1]).max()) for score in found)
 
@@ -158,7 +158,7 @@ def test_quantized_mixes_load_and_stay_near(tiny, tmp_path, mix, limit):
     info = write_gguf(checkpoint, tmp_path / "m.gguf", mix)
     expected = torch_logprobs(checkpoint)
     with LlamaCppEngine(tmp_path / "m.gguf", threads=1, context=64, slots=1) as engine:
-        scores = engine.score([Window(IDS, POSITIONS)])[0]
+        scores = engine.score([ScoringWindow(IDS, POSITIONS)])[0]
     kl = [np.sum(np.exp(expected[s.position - 1]) * (expected[s.position - 1] - s.logprobs)) for s in scores]
     assert np.mean(kl) < limit
     kinds = set(info.tensor_types.values())

@@ -21,7 +21,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 
 TOLERANCE = 0.01  # nats, of every log-probability: llama.cpp keeps keys and values in float16
@@ -51,7 +51,7 @@ def largest_difference(file: Path, checkpoint: Path) -> float:
     with torch.no_grad():
         expected = torch.log_softmax(load_model(checkpoint)(torch.tensor([IDS])).logits[0], -1).numpy()
     with LlamaCppEngine(file, threads=1, context=len(IDS), slots=1) as engine:
-        found = engine.score([Window(IDS, POSITIONS)])[0]
+        found = engine.score([ScoringWindow(IDS, POSITIONS)])[0]
     assert all(score.complete for score in found)
     return max(float(np.abs(score.logprobs - expected[score.position - 1]).max()) for score in found)
 

@@ -14,7 +14,7 @@ from compress.core.stage import Context
 from compress.evaluation import stage as evaluation_stage
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.harness import _together
-from compress.evaluation.statistics import Outcome
+from compress.evaluation.statistics import TaskOutcome
 from compress.evaluation.suite import EnginePlayer, Suite, TorchPlayer
 from compress.modeling.load import load_model, load_tokenizer
 
@@ -152,7 +152,7 @@ def test_groups_are_one_line_of_all_their_questions(home, model):
     assert group.scores == whole.scores + half.scores and group.n == 33
     assert group.value == pytest.approx((whole.value * 24 + half.value * 9) / 33)
     assert group.chance == pytest.approx((whole.chance * 24 + half.chance * 9) / 33)
-    other = Outcome("generation", "exact_match", [1.0], 1.0, 1)
+    other = TaskOutcome("generation", "exact_match", [1.0], 1.0, 1)
     with pytest.raises(UserError, match="list them one by one"):
         _together("mixed", [whole, other])
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 LATER = ("kv/", "modeling/retaining.py", "runtime/bounded_text.py", "runtime/kv_budget.py")
+TWICE = {"Work", "Full", "Model", "BoundedText"}
 LINES = 450
 
 
@@ -118,6 +119,16 @@ def test_imports_inside_the_package_are_relative():
         or (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "compress")
     ]
     assert found == []
+
+
+def test_no_two_public_classes_share_a_name():
+    found: dict[str, list[str]] = {}
+    for file in sources():
+        for node in tree(file).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    twice = {name: files for name, files in found.items() if len(files) > 1}
+    assert {name for name in twice if name not in TWICE} == set(), twice
 
 
 def test_no_folder_shadows_a_library():

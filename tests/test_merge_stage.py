@@ -32,7 +32,7 @@ from compress.pipeline.recipe import load_recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
 from compress.records.merge import MergeRecord
-from compress.records.students import HeldOutFigures, Variant, Variants
+from compress.records.students import HeldOutFigures, VariantFigures, Variants
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -50,9 +50,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file): (folder / file).read_bytes() for file in files if WORK not in file.parts}
 
 
-def variant(name: str) -> Variant:
+def variant(name: str) -> VariantFigures:
     held = HeldOutFigures(step=1, eval_loss=1.0, eval_kl=0.5, eval_perplexity=4.0)
-    return Variant(
+    return VariantFigures(
         name=name,
         seed=1,
         rows=(0.0, 1.0),

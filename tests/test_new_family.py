@@ -18,7 +18,7 @@ from compress.modeling.families import FAMILIES, Family, Gguf, Onnx
 from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.modeling.random import random_checkpoint
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.llamacpp_engine import LlamaCppEngine
 from compress.runtime.onnx_engine import OnnxEngine
 
@@ -65,7 +65,7 @@ def test_llama_cpp_predicts_what_torch_does(pruned, tmp_path):
     assert read_header(tmp_path / "m.gguf")["seed_oss.block_count"] == 3
     assert all(error < LIMITS[kind] for _, kind, error in gguf_errors(tmp_path / "m.gguf", pruned))
     with LlamaCppEngine(tmp_path / "m.gguf", threads=1, context=64, slots=1) as engine:
-        scores = engine.score([Window(IDS, [1, 7, 30, 47])])[0]
+        scores = engine.score([ScoringWindow(IDS, [1, 7, 30, 47])])[0]
     expected = logprobs(load_model(pruned))
     for score in scores:
         assert np.abs(score.logprobs - expected[score.position - 1]).max() < 0.01  # float16
@@ -82,5 +82,5 @@ def test_onnx_runtime_predicts_what_torch_does(pruned, tmp_path, inline_builder)
     write_onnx(pruned, tmp_path / "m", "fp32")
     assert all(error < LIMITS[kind] for _, kind, error in onnx_errors(tmp_path / "m", pruned))
     with OnnxEngine(tmp_path / "m", threads=1) as engine:
-        scores = engine.score([Window.of(IDS)])[0]
+        scores = engine.score([ScoringWindow.of(IDS)])[0]
     assert np.abs(np.stack([score.logprobs for score in scores]) - logprobs(load_model(pruned))[:-1]).max() < 2e-5

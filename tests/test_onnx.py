@@ -27,7 +27,7 @@ from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model, load_tokenizer
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.genai_engine import GenaiEngine
 from compress.runtime.onnx_engine import PREFILL_CHUNK, OnnxEngine
 from onnx.numpy_helper import to_array
@@ -88,7 +88,7 @@ def differences(folder: Path, checkpoint: Path, ids: list[int]) -> list[float]:
     expected, found = torch_logprobs(checkpoint, ids), []
     for engine_class in (OnnxEngine, GenaiEngine):
         with engine_class(folder, threads=1) as engine:
-            scores = engine.score([Window.of(ids)])[0]
+            scores = engine.score([ScoringWindow.of(ids)])[0]
         found.append(max(float(np.abs(s.logprobs - expected[s.position - 1]).max()) for s in scores))
     return found
 
@@ -142,7 +142,7 @@ def test_integers_stay_near_and_tied_embeddings_are_one_tensor(
     expected = torch_logprobs(checkpoint, IDS[:60])
     for engine_class in (OnnxEngine, GenaiEngine):
         with engine_class(tmp_path / "m", threads=1) as engine:
-            scores = engine.score([Window.of(IDS[:60])])[0]
+            scores = engine.score([ScoringWindow.of(IDS[:60])])[0]
         rows = [(expected[s.position - 1], s.logprobs) for s in scores]
         kl = [np.sum(np.exp(p) * (p - q)) for p, q in rows]
         assert 0 < np.mean(kl) < limit

@@ -25,7 +25,7 @@ from compress.modeling.blocks import without_blocks
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model
 from compress.modeling.weights import count_parameters
-from compress.runtime.engine import Window
+from compress.runtime.engine import ScoringWindow
 from compress.runtime.genai_engine import GenaiEngine
 from compress.runtime.onnx_engine import OnnxEngine
 from onnx.numpy_helper import to_array
@@ -63,7 +63,7 @@ def expected(checkpoint: Path, depth: int) -> np.ndarray:
 
 def largest_difference(folder: Path, logprobs: np.ndarray, engine_class: Any) -> float:
     with engine_class(folder, threads=1) as engine:
-        scores = engine.score([Window.of(IDS)])[0]
+        scores = engine.score([ScoringWindow.of(IDS)])[0]
     assert len(scores) == len(IDS) - 1
     return max(float(np.abs(score.logprobs - logprobs[score.position - 1]).max()) for score in scores)
 

@@ -15,7 +15,7 @@ from compress.core.errors import UserError
 from compress.core.stage import Progress
 from compress.modeling import load as loading
 from compress.modeling.load import load_config, load_model, load_tokenizer, resolve
-from compress.modeling.source import Source
+from compress.modeling.source import ModelSource
 from compress.modeling.weights import INDEX, count_parameters, weight_files
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -415,7 +415,7 @@ def test_only_the_models_own_files_are_downloaded(copy, monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("compress.modeling.source.hub_commit", lambda source: "0" * 40)
-    folder = loading._download(Source("hub", "owner/name"))
+    folder = loading._download(ModelSource("hub", "owner/name"))
     assert "consolidated.safetensors" not in asked and "pytorch_model.bin" not in asked
     assert not [name for name in asked if "/" in name]
     assert torch.equal(logits(folder), logits(read(remote)))

@@ -16,7 +16,7 @@ from compress.cli import main as cli
 from compress.core.cost import Setting
 from compress.core.stage import Context, Inputs
 from compress.core.work import Work
-from compress.data.config import DatasetsConfig, VllmEngine
+from compress.data.config import DatasetsConfig, VllmSettings
 from compress.data.cost import vllm_rows
 from compress.evaluation.config import BUILTIN, EvaluateConfig
 from compress.export.config import ExportConfig
@@ -54,7 +54,7 @@ def test_flagships_do_what_our_findings_advise(name: str) -> None:
     assert set(BUILTIN) <= set(recipe.evaluate.tasks)
     assert not recipe.evaluate.harness_tasks  # the extra is not everybody's
     data: Any = recipe.data
-    assert isinstance(data.engine, VllmEngine) and all(part.rewrite is not None for part in data.parts)
+    assert isinstance(data.engine, VllmSettings) and all(part.rewrite is not None for part in data.parts)
 
 
 def test_the_8b_recipe_is_a_night_on_one_24_gb_card() -> None:
@@ -208,7 +208,7 @@ def test_the_plan_knows_what_writes() -> None:
         return config, cost.need(config, at), cost.work(config, at)
 
     config, held, work = part()
-    assert isinstance(config.engine, VllmEngine) and held.peak == pytest.approx(0.9 * 24 * GIB)
+    assert isinstance(config.engine, VllmSettings) and held.peak == pytest.approx(0.9 * 24 * GIB)
     rows = vllm_rows(config, config.engine, at)
     cached = rows * shape.kv_bytes(768 + 128 + 192, 2)
     assert cached <= held.parts["kv"] < cached * (rows + 1) / rows

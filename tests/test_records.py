@@ -10,7 +10,7 @@ from compress.records.importance import CurvePoint, Healing, Importance
 from compress.records.merge import Merged, MergeRecord
 from compress.records.models import ModelEntry, Models, RetrievalResult, TaskResult
 from compress.records.record import Record
-from compress.records.students import DepthFigures, HeldOutFigures, Variant, Variants
+from compress.records.students import HeldOutDepth, HeldOutFigures, VariantFigures, Variants
 
 HELD = {"step": 3, "eval_loss": 1.5, "eval_kl": 0.25, "eval_perplexity": 4.0}
 VARIANT = {"name": "ä", "seed": 1, "rows": [0.0, 0.5], "objective": "kd", "steps": 4, "trainable_parameters": 8}
@@ -39,7 +39,7 @@ def importance() -> Importance:
 
 
 def variants() -> Variants:
-    return Variants(length=64, batch=2, chosen="ä", variants=[Variant.model_validate(VARIANT)])
+    return Variants(length=64, batch=2, chosen="ä", variants=[VariantFigures.model_validate(VARIANT)])
 
 
 def merge() -> MergeRecord:
@@ -91,7 +91,7 @@ def test_files_have_their_keys_in_order_and_none_that_was_not_given(tmp_path):
 
 
 def test_depths_are_written_where_there_are_some():
-    depths = [DepthFigures(depth=2, loss=1.0, kl=0.5, perplexity=4.0)]
+    depths = [HeldOutDepth(depth=2, loss=1.0, kl=0.5, perplexity=4.0)]
     assert "eval_depths" not in HeldOutFigures.model_validate(HELD).model_dump()
     assert list(HeldOutFigures(**HELD, eval_depths=depths).model_dump()) == [*HELD, "eval_depths"]
 

@@ -14,7 +14,7 @@ from compress.pipeline.report.tasks import task_lines
 from compress.pipeline.summary import show
 from compress.records.merge import Merged, MergeRecord
 from compress.records.models import ModelEntry, TaskResult
-from compress.records.students import HeldOutFigures, Variant, Variants
+from compress.records.students import HeldOutFigures, VariantFigures, Variants
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -211,9 +211,9 @@ def test_the_page_shows_what_the_search_compared_and_the_curve(report):
     assert page.tags.count("svg") == 4 and "What the search compared" not in page.text
 
 
-def variant(name: str, rows: tuple[float, float], kl: float, perplexity: float) -> Variant:
+def variant(name: str, rows: tuple[float, float], kl: float, perplexity: float) -> VariantFigures:
     best = HeldOutFigures(step=20, eval_loss=1.0, eval_kl=kl, eval_perplexity=perplexity)
-    return Variant(
+    return VariantFigures(
         name=name,
         seed=3,
         rows=rows,

@@ -16,7 +16,7 @@ from compress.core.errors import UserError
 from compress.core.stage import Context, Inputs
 from compress.evaluation.config import EvaluateConfig, RetrievalConfig
 from compress.evaluation.retrieval import Item, Retrieval, check, summarised
-from compress.evaluation.retrieval_tasks import Filler, Question, continuation, hide, keys, passkey
+from compress.evaluation.retrieval_tasks import Filler, RetrievalQuestion, continuation, hide, keys, passkey
 from compress.evaluation.stage import checkpoints, evaluate_path, retrieving
 from compress.evaluation.statistics import wilson
 from compress.modeling.load import load_config, load_model, load_tokenizer
@@ -116,7 +116,7 @@ def test_text_of_a_file_is_hidden_in_and_continued(text):
 
 
 def test_only_the_first_number_counts_digit_by_digit():
-    question = Question([], [], "04211", 0.5)
+    question = RetrievalQuestion([], [], "04211", 0.5)
     assert question.is_right("It is 04211, not 5.") and question.is_right("04211")
     for wrong in ("", "4211", "042110", "5 or 04211", "0 4 2 1 1"):
         assert not question.is_right(wrong)

@@ -21,7 +21,15 @@ from compress.export.gguf import write_gguf
 from compress.export.onnx import write_onnx
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime import llamacpp_server as llamacpp
-from compress.runtime.engine import Distribution, Window, distributions, divergence, log_softmax, perplexity, pick
+from compress.runtime.engine import (
+    Distribution,
+    ScoringWindow,
+    distributions,
+    divergence,
+    log_softmax,
+    perplexity,
+    pick,
+)
 from compress.runtime.measure import measure
 from compress.runtime.open import open_engine
 
@@ -62,7 +70,7 @@ def test_weights_that_are_no_numbers_are_told(artifacts, tmp_path):
         open_engine(file, threads=1, context=CONTEXT) as engine,
         pytest.raises(UserError, match=r"nan\.gguf .*\(NaN\)"),
     ):
-        engine.score([Window.of(IDS[:8])], 16)
+        engine.score([ScoringWindow.of(IDS[:8])], 16)
     with pytest.raises(UserError, match="no numbers"):
         distributions(np.full((1, VOCABULARY), np.nan), IDS, [1])
 
@@ -82,7 +90,7 @@ def engine(request, artifacts):
 
 
 def test_whole_vocabularies_are_torchs(engine, expected):
-    windows = [Window(IDS, [1, 2, 20, 47]), Window(IDS[:10], []), Window.of(IDS[:5], first=3)]
+    windows = [ScoringWindow(IDS, [1, 2, 20, 47]), ScoringWindow(IDS[:10], []), ScoringWindow.of(IDS[:5], first=3)]
     done: list[int] = []
     scores = engine.score(windows, done=done.append)
     assert [[s.position for s in window] for window in scores] == [[1, 2, 20, 47], [], [3, 4]]
@@ -152,15 +160,15 @@ def test_generation_ends_with_the_context(artifacts):
         assert engine.context == CONTEXT
         assert len(list(engine.generate(IDS, 1000))) == CONTEXT - len(IDS) + 1
         with pytest.raises(UserError, match="a text of 100 tokens is longer than the model's context of 96"):
-            engine.score([Window.of([3] * 100)])
+            engine.score([ScoringWindow.of([3] * 100)])
 
 
 def test_texts_past_the_context_are_refused(engine):
     with pytest.raises(UserError, match=r"a text of 600 tokens is longer than the model's context"):
-        engine.score([Window.of([3] * 600)])
+        engine.score([ScoringWindow.of([3] * 600)])
     for positions in ([0], [48], [5, 5], [9, 3]):
         with pytest.raises(ValueError, match="positions must ascend from 1 to 47"):
-            engine.score([Window(IDS, positions)])
+            engine.score([ScoringWindow(IDS, positions)])
 
 
 def test_engines_close_at_once_and_twice(artifacts):
@@ -241,11 +249,11 @@ def test_broken_onnx_folders_are_named(artifacts, tmp_path, runtime):
 
 def test_the_runtime_needs_no_torch(artifacts):
     script = (
-        "import sys; from pathlib import Path; from compress.runtime.engine import Window\n"
-        "from compress import gguf_header\n"
+        "import sys; from pathlib import Path; from compress.runtime.engine import ScoringWindow\n"
+        "from compress.core import gguf_header\n"
         "from compress.runtime import engine, measure, open\n"
         "for path, runtime in zip(sys.argv[1:], (None, None, 'onnxruntime-genai')):\n"
-        "    with open.open_engine(Path(path), 1, 64, runtime) as engine: engine.score([Window.of([3, 4, 5])])\n"
+        "    with open.open_engine(Path(path), 1, 64, runtime) as engine: engine.score([ScoringWindow.of([3, 4, 5])])\n"
         "print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
     )
     paths = [str(artifacts.gguf), str(artifacts.onnx), str(artifacts.onnx)]

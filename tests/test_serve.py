@@ -20,7 +20,7 @@ import openai
 import pytest
 from compress.core.errors import UserError
 from compress.runtime.serve.server import listen
-from compress.runtime.serve.worker import Job, Stopping, Worker
+from compress.runtime.serve.worker import AnswerJob, Stopping, Worker
 from compress.runtime.session import Piece, Pieces, Session, Settings
 from compress.runtime.text import StopTexts
 
@@ -300,7 +300,7 @@ def test_the_event_loop_has_its_turn_between_pieces_that_wait():
     """Else it learns that a reader has left only when all of them are written to nobody."""
 
     async def read() -> list[int]:
-        job = Job(piece for piece in ())
+        job = AnswerJob(piece for piece in ())
         seen: list[Piece] = []
         told: list[int] = []
         for number in range(9):
@@ -322,7 +322,7 @@ def test_who_waits_when_the_server_stops_is_told():
             time.sleep(0.001)
             yield Piece("the ")
 
-    async def stopped(job: Job) -> str:
+    async def stopped(job: AnswerJob) -> str:
         with pytest.raises(Stopping, match="the server is stopping"):
             async for piece in job.read():
                 assert piece.text == "the "

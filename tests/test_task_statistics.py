@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from compress.evaluation.statistics import Outcome, compare, interval, kept_above_chance, paired_interval, wilson
+from compress.evaluation.statistics import TaskOutcome, compare, interval, kept_above_chance, paired_interval, wilson
 from scipy.stats import binomtest
 
 
@@ -56,9 +56,9 @@ def test_paired_differences_of_other_scores():
     assert paired_interval([0.5, 0.25, 1.0], [0.75, 0.5, 1.25]) == pytest.approx((0.25, 0.25))
 
 
-def outcome(hits: int, n: int, chance: float | None = 0.25, **changes) -> Outcome:
+def outcome(hits: int, n: int, chance: float | None = 0.25, **changes) -> TaskOutcome:
     scores = [1.0] * hits + [0.0] * (n - hits)
-    return Outcome("choice", "accuracy_norm", scores, hits / n, n, chance, **changes)
+    return TaskOutcome("choice", "accuracy_norm", scores, hits / n, n, chance, **changes)
 
 
 def test_kept_shares():
@@ -83,7 +83,7 @@ def test_there_is_nothing_to_keep_of_guessing():
 
 
 def test_metrics_that_are_no_shares():
-    base = Outcome("other", "word_perplexity", [], 12.0, 5, None, {}, higher_is_better=False)
-    found = compare(Outcome("other", "word_perplexity", [], 15.0, 5, None, {}, higher_is_better=False), base)
+    base = TaskOutcome("other", "word_perplexity", [], 12.0, 5, None, {}, higher_is_better=False)
+    found = compare(TaskOutcome("other", "word_perplexity", [], 15.0, 5, None, {}, higher_is_better=False), base)
     assert found.difference == 3.0
     assert not {"low", "high", "difference_low", "kept", "kept_above_chance"} & found.model_fields_set

@@ -19,7 +19,7 @@ from ..core.stage import Advance, Context, Group
 from ..data.packing import Batch
 from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
-from ..records.students import DepthFigures, HeldOutFigures
+from ..records.students import HeldOutDepth, HeldOutFigures
 from .config import Lora, TrainingConfig
 from .depths import Depths, Drawn
 from .losses import weighted_loss
@@ -237,11 +237,11 @@ class DistillTrainer(Trainer):
         """(D, 3): mean loss, negative log-likelihood and KL of each depth's tokens."""
         return table[:, :3] / table[:, 3:].clamp(min=1)
 
-    def by_depth(self, means: Tensor) -> list[DepthFigures]:
+    def by_depth(self, means: Tensor) -> list[HeldOutDepth]:
         """Each depth's figures."""
         rows = zip(self.depths.blocks, means.tolist(), strict=True)
         return [
-            DepthFigures(depth=depth, loss=loss, kl=kl, perplexity=math.exp(min(nll, 700)))
+            HeldOutDepth(depth=depth, loss=loss, kl=kl, perplexity=math.exp(min(nll, 700)))
             for depth, (loss, nll, kl) in rows
         ]
 

@@ -8,12 +8,12 @@ from typing import Protocol
 
 from ...core.errors import UserError
 from ...core.stage import Context
-from ..config import EngineConfig, LlamaCppEngine, VllmEngine
+from ..config import EngineConfig, LlamaCppSettings, VllmSettings
 from ..cost import LLAMACPP_ROWS
 from ..sampling import Sampled, Sampling
 
 
-class Engine(Protocol):
+class WritingEngine(Protocol):
     """Continues prompts."""
 
     def sample(
@@ -39,13 +39,13 @@ class Engine(Protocol):
 
 def check_engine(config: EngineConfig, context: Context) -> None:
     """Raise `UserError` if an engine lacks its file, its package or its GPU."""
-    if isinstance(config, LlamaCppEngine):
+    if isinstance(config, LlamaCppSettings):
         path = context.resolve(config.gguf)
         if not path.is_file():
             raise UserError(
                 f"data.engine.gguf: there is no file {path}; create one with compress export BASE --gguf Q8_0"
             )
-    elif isinstance(config, VllmEngine):
+    elif isinstance(config, VllmSettings):
         from .vllm_engine import check_platform
 
         check_platform(context.device)
@@ -56,13 +56,13 @@ def check_engine(config: EngineConfig, context: Context) -> None:
             )
 
 
-def open_engine(config: EngineConfig, base: Path, context: Context, length: int, rows: int) -> Engine:
+def open_engine(config: EngineConfig, base: Path, context: Context, length: int, rows: int) -> WritingEngine:
     """The engine of a recipe on the unpruned model in the folder `base`, for up to `rows` texts of `length` tokens."""
-    if isinstance(config, LlamaCppEngine):
+    if isinstance(config, LlamaCppSettings):
         from .llamacpp_engine import LlamaCpp
 
         return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, min(rows, LLAMACPP_ROWS))
-    if isinstance(config, VllmEngine):
+    if isinstance(config, VllmSettings):
         from .vllm_engine import Vllm
 
         return Vllm(base, context, length, rows, config)

@@ -17,7 +17,7 @@ from ...core.errors import UserError
 from ...core.stage import Context
 from ...modeling.load import load_config
 from ...modeling.shape import AttentionShape
-from ..config import VllmEngine
+from ..config import VllmSettings
 from ..cost import VLLM_BLOCK, VLLM_ROWS
 from ..sampling import Sampled, Sampling
 from . import settle
@@ -74,7 +74,7 @@ class Vllm:
     Raises `UserError`, with vLLM's own reason, if it cannot open the model.
     """
 
-    def __init__(self, base: Path, context: Context, length: int, rows: int, config: VllmEngine):
+    def __init__(self, base: Path, context: Context, length: int, rows: int, config: VllmSettings):
         self.vllm = import_vllm()
         together = min(rows, VLLM_ROWS)
         options: dict[str, Any] = {

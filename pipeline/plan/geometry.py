@@ -11,7 +11,7 @@ from ...core.geometry import Geometry
 from ...core.gguf_header import read_header, read_tensor_names
 from ...modeling.config import read_config
 from ...modeling.geometry import geometry_of
-from ...modeling.source import Source, base_of_adapter, parse_source
+from ...modeling.source import ModelSource, base_of_adapter, parse_source
 from ..recipe import ModelSpec, Recipe
 
 
@@ -27,7 +27,7 @@ def _read_config(loaded: Recipe, cache: Path) -> dict[str, Any]:
     return _source_config(parse_source(loaded.source, loaded.folder), loaded, cache)
 
 
-def _source_config(source: Source, loaded: Recipe, cache: Path) -> dict[str, Any]:
+def _source_config(source: ModelSource, loaded: Recipe, cache: Path) -> dict[str, Any]:
     if source.kind == "folder":
         assert source.path is not None
         return read_config(source.path)[0]

@@ -22,9 +22,9 @@ from ...core.errors import UserError
 from ...records.bundle import BundleManifest
 from ..generator import check_depth
 from ..session import Pieces, Session, Usage
-from .protocol import Answer, ChatRequest, CompletionRequest, read_request
+from .protocol import ChatRequest, CompletionRequest, ResponseBuilder, read_request
 from .refusal import Refused, wrong
-from .worker import Job, Stopping, Worker
+from .worker import AnswerJob, Stopping, Worker
 
 LARGEST_BODY = 16 * 2**20  # bytes
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -112,7 +112,7 @@ class _Endpoint:
             code = "context_length_exceeded" if "the context has room for" in str(error) else None
             raise Refused(400, str(error), param="messages" if chat else "prompt", code=code) from error
         counted = body.stream_options.include_usage
-        answer, job = Answer(body.model, chat, counted), self._worker.submit(pieces)
+        answer, job = ResponseBuilder(body.model, chat, counted), self._worker.submit(pieces)
         if body.stream:
             return _Stream(job, _events(job, answer, counted))
         return await _unless_gone(request, job, _whole(job, answer))
@@ -129,7 +129,7 @@ class _Endpoint:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "compress"}
 
 
-async def _whole(job: Job, answer: Answer) -> Response:
+async def _whole(job: AnswerJob, answer: ResponseBuilder) -> Response:
     text = ""
     try:
         async for piece in job.read():
@@ -141,7 +141,7 @@ async def _whole(job: Job, answer: Answer) -> Response:
     raise AssertionError("an answer ended without saying why")
 
 
-async def _events(job: Job, answer: Answer, counted: bool) -> AsyncIterator[str]:
+async def _events(job: AnswerJob, answer: ResponseBuilder, counted: bool) -> AsyncIterator[str]:
     """Server-sent events. The status has gone out already: what goes wrong now is an event itself."""
     if opening := answer.opening():
         yield _event(opening)
@@ -176,7 +176,7 @@ def _as_refusal(error: Exception) -> Refused:
 class _Stream(StreamingResponse):
     """Events, until the client goes away."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str]):
+    def __init__(self, job: AnswerJob, events: AsyncIterator[str]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._job = job
 
@@ -187,7 +187,7 @@ class _Stream(StreamingResponse):
             self._job.cancel()
 
 
-async def _unless_gone(request: Request, job: Job, response: Any) -> Response:
+async def _unless_gone(request: Request, job: AnswerJob, response: Any) -> Response:
     """The response, unless the client goes away first, which cancels the job."""
 
     async def gone() -> None:

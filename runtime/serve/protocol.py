@@ -190,7 +190,7 @@ def _broken_text(body: dict[str, Any]) -> str | None:
     return None
 
 
-class Answer:
+class ResponseBuilder:
     """Builds what is sent for one request, whole or in chunks; `counted` when a chunk at the end has the usage."""
 
     def __init__(self, model: str, chat: bool, counted: bool = False):

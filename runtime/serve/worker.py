@@ -14,7 +14,7 @@ class Stopping(Exception):
     """The server ends; answers that are not complete never will be."""
 
 
-class Job:
+class AnswerJob:
     """An answer to be written. Its pieces are read in the event loop, and made in the worker's thread."""
 
     def __init__(self, pieces: Pieces):
@@ -63,13 +63,13 @@ class Worker:
     """The thread and the queue before it."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._open: set[Job] = set()  # waiting, or being written
+        self._queue: queue.SimpleQueue[AnswerJob | None] = queue.SimpleQueue()
+        self._open: set[AnswerJob] = set()  # waiting, or being written
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def submit(self, pieces: Pieces) -> Job:
-        job = Job(pieces)
+    def submit(self, pieces: Pieces) -> AnswerJob:
+        job = AnswerJob(pieces)
         self._open.add(job)
         self._queue.put(job)
         return job
