@@ -377,6 +377,7 @@ def test_labels_cover_neither_points_nor_each_other():
 
 
 def test_the_summary_names_figures_and_paths(report, tmp_path):
+    (tmp_path / "export-0a" / "bundle").mkdir(parents=True)
     console = Console(record=True, width=160)
     show(report, tmp_path, console)
     text = console.export_text()
