@@ -79,9 +79,8 @@ def show(report: Report, folder: Path, console: Console) -> None:
         show_tasks(report.models, console)
         show_retrieval(report.models, console)
     for stage in report.stages:
-        bundle = folder / stage.folder / "bundle"
-        if bundle.is_dir():
-            console.print(f"bundle: {bundle}", markup=False, highlight=False)
+        if stage.name == "export":
+            console.print(f"bundle: {folder / stage.folder / 'bundle'}", markup=False, highlight=False)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
 
 
