@@ -18,15 +18,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.data import stage as data
-from compress.data.config import TextsConfig
-from compress.distill import stage as distill
-from compress.distill.config import DistillConfig
+from compress.api import collect_rows, distill, sort
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
-from compress.sort import stage as sort
-from compress.sort.config import SortConfig
 from study import Study, measure, written
 
 TRUNCATED, APART = "truncated", "tuned apart"
@@ -45,16 +40,18 @@ class Depths(Study):
     def __init__(self, options: argparse.Namespace):
         super().__init__(options.model, options.out)
         self.options, self.depths = options, [int(depth) for depth in options.depths.split(",")]
-        config = TextsConfig(source="texts", rows=options.rows, batch=96, heldout=0.1)
-        self.texts = self.made("texts", data, config)
+        self.texts = self.made("texts", collect_rows, source="texts", rows=options.rows, batch=96, heldout=0.1)
         self.start = self.pruned(self.texts, options.drop, options.calibrated)
         deepest = load_config(self.start).num_hidden_layers
         if self.depths[-1] != deepest:
             raise SystemExit(f"--depths must end with {deepest}, the blocks that are left")
 
     def section(self, **own: Any) -> dict[str, Any]:
+        """What a training is told."""
         options = self.options
         plain = {
+            "base": self.base,
+            "rows": self.texts,
             "objective": {"kind": "asft", "kl_weight": 1.0},
             "tune": {"kind": "lora", "rank": 16},
             "teacher": "shared",
@@ -82,15 +79,13 @@ class Depths(Study):
     def tuned(self, depth: int) -> Path:
         """One depth, trained apart; all blocks: a plain recovery."""
         start = self.start if depth == self.depths[-1] else self.cut(self.start, depth, "start")
-        config = DistillConfig.model_validate(self.section())
-        return self.made(f"tuned-{depth}", distill, config, model=start, stages={"data": self.texts}) / "model"
+        return self.made(f"tuned-{depth}", distill, start, **self.section()) / "model"
 
     def sorted(self, way: str) -> Path:
         own = dict(SORTED[way])
         if "weights" in own:
             own["weights"] = [1] * (len(self.depths) - 1) + [own["weights"]]
-        config = SortConfig.model_validate(self.section(depths=self.depths, **own))
-        return self.made(short(way), sort, config, model=self.start, stages={"data": self.texts}) / "model"
+        return self.made(short(way), sort, self.start, **self.section(depths=self.depths, **own)) / "model"
 
     def checkpoint(self, way: str, depth: int) -> Path:
         """The model of one depth by one way."""

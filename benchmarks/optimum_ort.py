@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.api import Session
 from compress.records.bundle import ArtifactEntry
 from compress.runtime.bundle import read_bundle
 from compress.runtime.generator import Request, Work
-from compress.runtime.session import Session
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 

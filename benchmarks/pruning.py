@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.api import collect_rows
 from compress.cli.progress import ConsoleProgress
 from compress.core.files import read_text
 from compress.core.stage import Context, Inputs
-from compress.data import stage as data_stage
 from compress.data.calibration import calibration_batches
 from compress.data.chat import encode_text
-from compress.data.config import TextsConfig
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.suite import Suite, TorchPlayer
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
@@ -91,11 +90,10 @@ class Bench:
 
     def _self_data(self, folder: Path, options: argparse.Namespace) -> Path:
         rows = self.out / "self-data"
-        if not (rows / "rows.parquet").exists():
-            rows.mkdir(exist_ok=True)
+        if not rows.exists():
             count = math.ceil(options.tokens / 200)
-            config = TextsConfig(source="texts", rows=count, batch=96, heldout=1 / count)  # type: ignore[call-arg]
-            data_stage.run(config, Inputs(folder, folder), rows, Context(seed=7, progress=self.progress))
+            section = {"source": "texts", "rows": count, "batch": 96, "heldout": 1 / count}
+            collect_rows(folder, rows, seed=7, runs=self.out, on_progress=self.progress, **section)
         return rows
 
     def _windows(self, text: Path, tokens: int) -> torch.Tensor:

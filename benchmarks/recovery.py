@@ -19,12 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compress.data import stage as data
-from compress.data.config import DatasetConfig, TextsConfig
-from compress.distill import stage as distill
-from compress.distill.config import DistillConfig
-from compress.merge import stage as merge
-from compress.merge.config import MergeConfig
+from compress.api import collect_rows, distill, merge
 from study import Study, measure, written
 
 # name → which answers are learned, and what of the distill section is its own
@@ -49,15 +44,15 @@ class Recovery(Study):
         rows = {"source": "dataset", "path": str(options.prompts.resolve()), "shuffle": True, "length": options.length}
         self.data = {
             # Gold answers are short, so it takes more of them to fill as many steps.
-            "gold": self.made("gold", data, DatasetConfig(**rows, rows=8 * options.rows, heldout=HELD_OUT / 8)),
+            "gold": self.made("gold", collect_rows, **rows, rows=8 * options.rows, heldout=HELD_OUT / 8),
             "self": self.made(
-                "self", data, DatasetConfig(**rows, rows=options.rows, heldout=HELD_OUT, rewrite={"kind": "general"})
+                "self", collect_rows, **rows, rows=options.rows, heldout=HELD_OUT, rewrite={"kind": "general"}
             ),
         }
-        texts = self.made("texts", data, TextsConfig(source="texts", rows=options.texts, batch=96))
+        texts = self.made("texts", collect_rows, source="texts", rows=options.texts, batch=96)
         self.start = self.pruned(texts, options.drop, options.texts * 256, options.copying)
 
-    def section(self, seed: int, steps: int, **own: Any) -> DistillConfig:
+    def section(self, steps: int, **own: Any) -> dict[str, Any]:
         options = self.options
         plain = {
             "tune": {"kind": "lora", "rank": 16},
@@ -70,29 +65,29 @@ class Recovery(Study):
             "eval_every": 1000,
             "select": "last",
         }
-        return DistillConfig.model_validate(plain | own)
+        return plain | own
 
     def students(self) -> Iterator[tuple[str, int, Path]]:
         """(way, seed, checkpoint), all seeds of a way one after another."""
         steps = self.options.steps
         for seed in range(1, self.options.seeds + 1):
             for way, (answers, own) in WAYS.items():
-                inputs = {"model": self.start, "stages": {"data": self.data[answers]}}
+                how = {"base": self.base, "rows": self.data[answers], **self.section(steps, **own)}
                 name = f"{way}-{seed}".replace(", ", "-").replace(" ", "-")
-                yield way, seed, self.made(name, distill, self.section(seed, steps, **own), seed, **inputs) / "model"
+                yield way, seed, self.made(name, distill, self.start, seed, **how) / "model"
             yield MERGED, seed, self.merged(seed)
 
     def merged(self, seed: int) -> Path:
         """Two students of half the steps each, from half of the rows each."""
         variants = [{"name": "a", "rows": [0, 0.5]}, {"name": "b", "rows": [0.5, 1], "seed": 1000 + seed}]
         own = WAYS["ASFT, self-data"][1] | {"variants": variants}
-        inputs = {"model": self.start, "stages": {"data": self.data["self"]}}
-        halves = self.made(
-            f"halves-{seed}", distill, self.section(seed, self.options.steps // 2, **own), seed, **inputs
-        )
-        config = MergeConfig(method="slerp", parameters={"t": 0.5}, select="merge")
-        stages = {"data": self.data["self"], "pruned": self.start.parent, "distill": halves}
-        return self.made(f"merged-{seed}", merge, config, seed, model=halves / "model", stages=stages) / "model"
+        how = {"base": self.base, "rows": self.data["self"], **self.section(self.options.steps // 2, **own)}
+        halves = self.made(f"halves-{seed}", distill, self.start, seed, **how)
+        merged = self.out / f"merged-{seed}"
+        if not merged.exists():
+            students = [halves / "variants" / variant["name"] / "model" for variant in variants]
+            merge(students, merged, method="slerp", seed=seed, runs=self.out, on_progress=self.progress)
+        return merged
 
 
 def table(base: dict[str, float], rows: dict[str, list[dict[str, float]]]) -> str:

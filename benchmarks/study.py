@@ -1,20 +1,18 @@
-"""What the benchmarks share that train: stages run one by one, each once, and the same measurements of every model."""
+"""What the benchmarks share that train: steps of the API, each once, and the same measurements of every model."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.api import load_model as model_of
+from compress.api import prune
 from compress.cli.progress import ConsoleProgress
-from compress.core.stage import WORK, Context, Inputs
+from compress.core.stage import Context
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.stage import Bench, Subject
-from compress.modeling.load import load_config, load_model, resolve
-from compress.prune import stage as prune
-from compress.prune.config import PruneConfig
+from compress.modeling.load import load_config, load_model
 from rich.console import Console
 
 
@@ -25,18 +23,15 @@ class Study:
         self.out = out
         self.out.mkdir(parents=True, exist_ok=True)
         self.progress = ConsoleProgress(Console())
-        self.base = resolve(model, self.out / "sources", progress=self.progress)
+        self.base = model_of(model, runs=self.out, on_progress=self.progress).folder
 
-    def made(self, name: str, stage: Any, config: Any, seed: int = 7, **inputs: Any) -> Path:
-        """A stage's folder; one that was stopped goes on."""
+    def made(
+        self, name: str, step: Callable[..., object], model: Path | None = None, seed: int = 7, **keys: Any
+    ) -> Path:
+        """The folder of a step of the API; one that was stopped goes on."""
         folder = self.out / name
-        if not (folder / "done").exists():
-            (folder / WORK).mkdir(parents=True, exist_ok=True)
-            model = inputs.pop("model", self.base)
-            context = Context(seed=seed, progress=self.progress)
-            figures = stage.run(config, Inputs(self.base, model, **inputs), folder, context)
-            shutil.rmtree(folder / WORK)
-            (folder / "done").write_text(json.dumps(figures))
+        if not folder.exists():
+            step(model or self.base, folder, seed=seed, runs=self.out, on_progress=self.progress, **keys)
         return folder
 
     def pruned(self, data: Path, drop: int, tokens: int, copying: float = 0) -> Path:
@@ -46,7 +41,7 @@ class Study:
         if copying:
             section["search"] = {"kind": "greedy", "copying": copying}
             section["calibration"] |= {"scoring": 2048, "held_out": 2048}
-        return self.made("pruned", prune, PruneConfig.model_validate(section), stages={"data": data}) / "model"
+        return self.made("pruned", prune, rows=data, **section) / "model"
 
     def bench(self, text: Path, tasks: Sequence[str], tokens: int, limit: int) -> Bench:
         """Perplexity of `tokens` of a text in windows of 256, and `limit` rows of each task."""
