@@ -176,10 +176,6 @@ def find_recipe(text: str) -> Path:
     )
 
 
-def load_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
-    return Recipe.load(text, overrides)
-
-
 def _checked(
     path: Path, content: str, overrides: Sequence[str], given: Mapping[tuple[Any, ...], str] | None = None
 ) -> Recipe:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from compress.cli import main as cli
 from compress.core.errors import UserError
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,7 @@ def test_every_yaml_block_is_a_recipe_or_a_part_of_one(tmp_path):
         for block in blocks(page):
             if block.language == "yaml":
                 try:
-                    load_recipe(str(recipe_of(block.text, tmp_path)))
+                    Recipe.load(str(recipe_of(block.text, tmp_path)))
                 except UserError as error:
                     pytest.fail(f"{page}:\n{block.text}\n{error}")
 
@@ -150,7 +150,7 @@ def test_overrides_name_real_keys(tmp_path):
                 recipe = arguments[1]
                 if recipe in ("my.yaml", "my-llama.yaml"):
                     recipe = str(recipe_of(whole, tmp_path))
-                load_recipe(recipe, overrides)
+                Recipe.load(recipe, overrides)
 
 
 STAGES_OF_ALL = {

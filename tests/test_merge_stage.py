@@ -28,7 +28,7 @@ from compress.merge import measure, stage
 from compress.merge.config import MergeConfig
 from compress.modeling.load import load_tokenizer
 from compress.pipeline.plan import make_plan
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
 from compress.records.merge import MergeRecord
@@ -238,7 +238,7 @@ def chain(tiny: Callable[..., Path], tmp_path_factory: Any) -> tuple[Path, Path]
     """The recipe and the folder of its finished run."""
     root = tmp_path_factory.mktemp("chain")
     (root / "r.yaml").write_text(RECIPE.replace("MODEL", str(tiny(**SIZES))))
-    planned = plan_run(load_recipe(str(root / "r.yaml")), Options(root / "runs"))
+    planned = plan_run(Recipe.load(str(root / "r.yaml")), Options(root / "runs"))
     execute(planned, Progress())
     finish(planned, len(planned.pending))
     return root / "r.yaml", root / "runs" / "chain"
@@ -288,7 +288,7 @@ def test_the_merge_is_exported_measured_and_reported(chain: tuple[Path, Path]) -
 )
 def test_a_changed_key_makes_again_what_it_touches(chain: tuple[Path, Path], override: str, pending: list[str]) -> None:
     recipe, folder = chain
-    planned = plan_run(load_recipe(str(recipe), [override]), Options(folder.parent))
+    planned = plan_run(Recipe.load(str(recipe), [override]), Options(folder.parent))
     assert [stage.spec.name for stage in planned.pending] == pending
 
 
@@ -296,7 +296,7 @@ def test_the_plan_counts_every_variant_and_the_merge(chain: tuple[Path, Path]) -
     recipe, folder = chain
 
     def planned(*overrides: str) -> dict[str, Need]:
-        made = make_plan(load_recipe(str(recipe), overrides), "float32", folder.parent)
+        made = make_plan(Recipe.load(str(recipe), overrides), "float32", folder.parent)
         return {stage.name: stage.found for stage in made.stages}
 
     plan, alone = planned(), planned("distill.variants=null", "merge=null")

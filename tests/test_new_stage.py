@@ -16,7 +16,7 @@ from compress.cli import main as cli
 from compress.core.errors import UserError
 from compress.pipeline import recipe as recipes
 from compress.pipeline.plan import Plan, make_plan
-from compress.pipeline.recipe import load_recipe, recipe_schema
+from compress.pipeline.recipe import Recipe, recipe_schema
 from compress.pipeline.runner import Options, plan_run
 from compress.pipeline.stages import STAGES, StageSpec, in_order
 from pydantic import Field, create_model
@@ -141,18 +141,18 @@ def test_it_is_validated(home: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "toy" in recipe_schema()["properties"]
     with pytest.raises(UserError, match=r"r\.yaml:5.*toy\.facter.*did you mean 'factor'"):
         write(home, "{facter: 3}")
-        load_recipe(recipe)
+        Recipe.load(recipe)
     write(home, "{factor: 1}")
     with pytest.raises(UserError, match=r"toy\.factor: it is the number of blocks, which brings bad luck"):
-        load_recipe(recipe)
+        Recipe.load(recipe)
     (home / "r.yaml").write_text("name: r\nmodel: ./model\nexport: {gguf: [F16]}\ntoy: {}\n")
     with pytest.raises(UserError, match="the stage export reads what toy makes, so toy must come before it"):
-        load_recipe(recipe)
+        Recipe.load(recipe)
 
 
 def test_it_is_planned(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(*overrides: str, memory: int | None = None) -> Plan:
-        return make_plan(load_recipe(str(home / "r.yaml"), overrides), "float32", home / "runs", memory=memory)
+        return make_plan(Recipe.load(str(home / "r.yaml"), overrides), "float32", home / "runs", memory=memory)
 
     plan = planned()
     toy = plan.stages[1]
@@ -170,7 +170,7 @@ def test_it_is_run(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     """Later stages go on from its model, a changed key makes it and them again, and the report lists it."""
     arguments = ("run", str(home / "r.yaml"), "--runs", str(home / "runs"))
     assert "report:" in said(capsys, monkeypatch, *arguments)
-    run = plan_run(load_recipe(str(home / "r.yaml")), Options(home / "runs"))
+    run = plan_run(Recipe.load(str(home / "r.yaml")), Options(home / "runs"))
     prune, toy, export = (stage.folder.path for stage in run.stages)
     assert not run.pending
     before, after = (load_file(path / "model" / "model.safetensors")["model.norm.weight"] for path in (prune, toy))
@@ -181,5 +181,5 @@ def test_it_is_run(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     entry = json.loads((run.folder / "report.json").read_text())["stages"][1]
     assert entry["name"] == "toy" and entry["metrics"] == {"scaled_by": 2.0} and entry["planned_memory_bytes"]
     assert "toy" in (run.folder / "report.html").read_text(encoding="utf-8")
-    changed = plan_run(load_recipe(str(home / "r.yaml"), ["toy.factor=3"]), Options(home / "runs"))
+    changed = plan_run(Recipe.load(str(home / "r.yaml"), ["toy.factor=3"]), Options(home / "runs"))
     assert [stage.spec.name for stage in changed.pending] == ["toy", "export"]

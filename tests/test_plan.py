@@ -26,7 +26,7 @@ from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_config, load_model
 from compress.pipeline.plan import find_device, make_plan, parse_size, read_geometry, settings, smallest_change
 from compress.pipeline.plan.devices import DEVICES, GIB
-from compress.pipeline.recipe import Recipe, load_recipe, shipped
+from compress.pipeline.recipe import Recipe, shipped
 from compress.pipeline.stages import STAGES
 from compress.runtime.cost import BITS, GGUF_BITS, ONNX_BITS
 from compress.training.config import Full, Lora
@@ -62,7 +62,7 @@ def test_a_gguf_files_shape_is_its_checkpoints(tiny, tmp_path, tied):
     folder = tiny(tied=tied)
     write_gguf(folder, tmp_path / "m.gguf", "F16")
     (tmp_path / "r.yaml").write_text(f"name: r\nmodel: {tmp_path / 'm.gguf'}\n")
-    assert read_geometry(load_recipe(str(tmp_path / "r.yaml")), tmp_path) == shape_of(folder)
+    assert read_geometry(Recipe.load(str(tmp_path / "r.yaml")), tmp_path) == shape_of(folder)
 
 
 def counted(work: Any) -> int:
@@ -100,7 +100,7 @@ def test_operations_of_training_are_torchs(tiny, kind):
         (hidden,) = student(input_ids=ids, use_cache=False)
         (hidden @ student.decoder.head_weight.T).sum().backward()
 
-    recipe = load_recipe("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe
+    recipe = Recipe.load("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe
     at = Setting(shape, 3, "float32", rows=rows_of(recipe.data))
     work = STAGES["distill"].cost.work
     found = work(config, at)
@@ -131,7 +131,7 @@ def test_the_worst_moment_counts_not_the_sum():
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_has_a_plan(name, tmp_path):
-    loaded = load_recipe(name)
+    loaded = Recipe.load(name)
     for device in (None, DEVICES["h100-80g"]):
         plan = make_plan(loaded, device.dtype if device else "float32", tmp_path, device)
         assert [stage.name for stage in plan.stages] == list(loaded.order)
@@ -151,7 +151,7 @@ def need(stage: str, loaded: Recipe, at: Setting) -> Need:
 
 
 def memory(overrides: list[str], cuda: bool = True) -> dict[str, int]:
-    loaded = load_recipe("llama8b_26L", overrides)
+    loaded = Recipe.load("llama8b_26L", overrides)
     return need("distill", loaded, found_by("distill", loaded, "bfloat16", cuda)).parts
 
 
@@ -175,7 +175,7 @@ def test_parts_follow_the_recipe():
 
 def test_the_smallest_change_fits_and_nothing_less_does():
     base = ["distill.teacher=copy", "distill.tune.quantize_base=null", "distill.gradient_checkpointing=false"]
-    loaded = load_recipe("llama8b_26L", base)
+    loaded = Recipe.load("llama8b_26L", base)
     at = found_by("distill", loaded, "bfloat16", True)
     needed = need("distill", loaded, at).needed
     assert smallest_change(loaded, "distill", at, needed - 1) is not None
@@ -210,10 +210,10 @@ def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
 
 
 def test_scratch_files_that_are_mapped_need_no_memory():
-    loaded = load_recipe("llama8b_26L")
+    loaded = Recipe.load("llama8b_26L")
     found = need("evaluate", loaded, found_by("evaluate", loaded, "float32", False))
     assert found.parts["mapped"] == found.scratch == 8192 * 128256 * 2
-    few = load_recipe("llama8b_26L", ["data.rows=100"])  # two of them held out
+    few = Recipe.load("llama8b_26L", ["data.rows=100"])  # two of them held out
     at = found_by("evaluate", few, "float32", False)
     assert need("evaluate", few, at).parts["mapped"] == 2 * 768 * 128256 * 2
     assert found.needed == found.peak - found.parts["mapped"]
@@ -241,7 +241,7 @@ def test_unknown_devices_are_refused():
 def test_what_cannot_be_told_has_no_time():
     at = Setting(Geometry(8, 64, 96, 4, 2, 16, 451, True), 6, "float32")
     for override in ("prune.search=beam", "prune.blocks=auto", "prune.importance=taylor"):
-        loaded = load_recipe("tiny_random", [override])
+        loaded = Recipe.load("tiny_random", [override])
         assert STAGES["prune"].cost.work(loaded.section("prune"), at) is None
     assert STAGES["distill"].cost.work(DistillConfig(tune=Full()), at) is None  # how many rows is not known
 
@@ -289,5 +289,5 @@ def test_depths_to_export_must_end_with_what_pruning_leaves(tiny, tmp_path):
     with pytest.raises(
         UserError, match=r"export\.depths ends with 4, but the pruned model has 3 blocks.*write \[\.\.\., 3\]"
     ):
-        make_plan(load_recipe(str(tmp_path / "r.yaml")), "float32", tmp_path)
-    make_plan(load_recipe(str(tmp_path / "r.yaml"), ["export.depths=[2, 3]"]), "float32", tmp_path)
+        make_plan(Recipe.load(str(tmp_path / "r.yaml")), "float32", tmp_path)
+    make_plan(Recipe.load(str(tmp_path / "r.yaml"), ["export.depths=[2, 3]"]), "float32", tmp_path)

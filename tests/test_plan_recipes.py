@@ -23,7 +23,7 @@ from compress.export.config import ExportConfig
 from compress.modeling.random import random_checkpoint
 from compress.pipeline.plan import Plan, StagePlan, make_plan, read_geometry, settings
 from compress.pipeline.plan.devices import DEVICES, GIB
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.pipeline.stages import STAGES
 from compress.prune.config import Greedy, PruneConfig, RefitHeal
 from compress.prune.cost import greedy_runs
@@ -37,7 +37,7 @@ NIGHT = 10 * 3600.0
 
 
 def planned(name: str, device: str, *overrides: str, cards: int = 1) -> Plan:
-    return make_plan(load_recipe(name, list(overrides)), "bfloat16", Path("nowhere"), DEVICES[device], None, 1, cards)
+    return make_plan(Recipe.load(name, list(overrides)), "bfloat16", Path("nowhere"), DEVICES[device], None, 1, cards)
 
 
 def stages(plan: Plan) -> dict[str, StagePlan]:
@@ -46,7 +46,7 @@ def stages(plan: Plan) -> dict[str, StagePlan]:
 
 @pytest.mark.parametrize("name", FLAGSHIPS)
 def test_flagships_do_what_our_findings_advise(name: str) -> None:
-    recipe = load_recipe(name).recipe
+    recipe = Recipe.load(name).recipe
     assert recipe.prune is not None and recipe.evaluate is not None
     assert isinstance(recipe.prune.heal, RefitHeal)
     assert isinstance(recipe.prune.search, Greedy) and recipe.prune.search.copying > 0
@@ -111,7 +111,7 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_the_default_recipes_times_are_near_what_was_measured(
     stage: str, seconds: int, least: float, most: float
 ) -> None:
-    plan = make_plan(load_recipe("smollm2_135m_24L"), "float32", Path("nowhere"), DEVICES["cpu-2core"])
+    plan = make_plan(Recipe.load("smollm2_135m_24L"), "float32", Path("nowhere"), DEVICES["cpu-2core"])
     found = stages(plan)[stage].seconds
     assert found is not None and least <= found / seconds <= most
 
@@ -136,7 +136,7 @@ def test_cuts_scored_as_healed_cost_statistics_in_the_machines_own_memory() -> N
     shape = make_shape("llama8b_26L")
     at = Setting(shape, 26, "bfloat16", True, room=24 * GIB)
     healed, unhealed, window = (
-        load_recipe("llama8b_26L", overrides).section("prune")
+        Recipe.load("llama8b_26L", overrides).section("prune")
         for overrides in ([], ["prune.search.healed=false"], ["prune.search=window"])
     )
     cost = STAGES["prune"].cost
@@ -151,7 +151,7 @@ def test_cuts_scored_as_healed_cost_statistics_in_the_machines_own_memory() -> N
 
 
 def make_shape(name: str) -> Any:
-    return read_geometry(load_recipe(name), Path("nowhere"))
+    return read_geometry(Recipe.load(name), Path("nowhere"))
 
 
 def test_sums_of_a_refit_are_torchs_operations() -> None:
@@ -188,7 +188,7 @@ def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
 
 def test_every_checkpoint_that_is_measured_is_counted() -> None:
     def measured(*overrides: str, name: str = "llama8b_26L") -> tuple[int, ...]:
-        return settings(load_recipe(name, list(overrides)), make_shape(name), "bfloat16", True)[1].measured
+        return settings(Recipe.load(name, list(overrides)), make_shape(name), "bfloat16", True)[1].measured
 
     assert measured() == (32, 26, 26, 26, 26)  # pruned, healed, recovered, merged
     assert measured("merge=null") == (32, 26, 26, 26)
@@ -204,7 +204,7 @@ def test_the_plan_knows_what_writes() -> None:
     cost = STAGES["data"].cost
 
     def part(*overrides: str) -> tuple[DatasetsConfig, Any, Any]:
-        config: Any = load_recipe("llama8b_26L", list(overrides)).section("data")
+        config: Any = Recipe.load("llama8b_26L", list(overrides)).section("data")
         return config, cost.need(config, at), cost.work(config, at)
 
     config, held, work = part()
@@ -259,7 +259,7 @@ def test_the_plan_knows_what_writes_self_data(source: str, tmp_path: Path) -> No
     cost = STAGES["data"].cost
 
     def part(*overrides: str) -> tuple[Any, Any, Any]:
-        config: Any = load_recipe(str(recipe), list(overrides)).section("data")
+        config: Any = Recipe.load(str(recipe), list(overrides)).section("data")
         return cost.need(config, at), cost.work(config, at), cost.cards(config, 8)
 
     plain, work, cards = part()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from compress.core.errors import UserError
-from compress.pipeline.recipe import load_recipe, shipped
+from compress.pipeline.recipe import Recipe, shipped
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
@@ -38,7 +38,7 @@ def write(tmp_path: Path):
 def problems(recipe: str, *overrides: str) -> list[str]:
     """The lines of the refusal, without the headline."""
     with pytest.raises(UserError) as caught:
-        load_recipe(recipe, overrides)
+        Recipe.load(recipe, overrides)
     headline, *lines = str(caught.value).splitlines()
     assert re.search(r"has (1 problem|\d+ problems):$", headline)
     assert len(lines) == (1 if "1 problem:" in headline else int(re.findall(r"\d+", headline)[-1]))
@@ -70,14 +70,14 @@ def test_the_shipped_recipes_are_valid():
     assert set(SHIPPED) == own | {"llama8b_26L", "llama70b_64L"}
     assert len(every_key()) > 60
     for name in SHIPPED:
-        loaded = load_recipe(name)
+        loaded = Recipe.load(name)
         learns = {
             "llama8b_26L": ("prune", "distill", "merge"),
             "smollm2_135m_sorted": ("prune", "sort"),
             "smollm2_135m_locret": ("retain",),
         }.get(name, ("prune", "distill"))
         assert loaded.order == ("data", *learns, "export", "evaluate")
-        assert load_recipe(f"{name}.yaml").recipe == load_recipe(str(loaded.path)).recipe == loaded.recipe
+        assert Recipe.load(f"{name}.yaml").recipe == Recipe.load(str(loaded.path)).recipe == loaded.recipe
 
 
 @pytest.mark.parametrize("misspell", [lambda k: k + k[-1], lambda k: k[0] + "x" + k[1:]], ids=["doubled", "inserted"])
@@ -189,7 +189,7 @@ def test_wrong_types_and_values(write, text, line, message):
 def test_what_is_no_recipe_is_refused_with_its_line(write, text, line, message):
     recipe = write(text)
     with pytest.raises(UserError) as caught:
-        load_recipe(recipe)
+        Recipe.load(recipe)
     assert message in str(caught.value)
     assert f"{recipe}:{line}:" in str(caught.value) if line else recipe in str(caught.value)
 
@@ -204,12 +204,12 @@ def test_a_missing_recipe_lists_the_shipped_ones(tmp_path):
         UserError,
         match=r"no recipe file 'tiny'.*llama8b_26L, smollm2_135m_24L, smollm2_135m_locret, smollm2_135m_sorted, tiny",
     ):
-        load_recipe("tiny")
+        Recipe.load("tiny")
     with pytest.raises(UserError, match="is a folder"):
-        load_recipe(str(tmp_path))
+        Recipe.load(str(tmp_path))
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"b\.yaml is not UTF-8 text: its byte order mark says UTF-16"):
-        load_recipe(str(tmp_path / "b.yaml"))
+        Recipe.load(str(tmp_path / "b.yaml"))
 
 
 def test_overrides_are_yaml_and_reach_every_depth(tmp_path, monkeypatch):
@@ -218,23 +218,23 @@ def test_overrides_are_yaml_and_reach_every_depth(tmp_path, monkeypatch):
     sets = ["seed=9", "prune.heal.ridge=[0.1, 2]", "distill.objective.kl_weight=0.5", "evaluate.speed=null"]
     sets += ["export.gguf.0=F16", "data.topics=['a b', c]"]
     sets += ["prune.calibration={tokens: 64, text: text.txt}", "evaluate.tokens=64", "evaluate.tokens=128"]
-    loaded = load_recipe("tiny_random", sets)
+    loaded = Recipe.load("tiny_random", sets)
     recipe: Any = loaded.recipe
     assert (recipe.seed, recipe.prune.heal.ridge, recipe.evaluate.speed) == (9, [0.1, 2], None)
     assert (recipe.distill.objective.kind, recipe.distill.objective.kl_weight) == ("asft", 0.5)  # from the shorthand
     assert (recipe.export.gguf, recipe.data.topics, recipe.evaluate.tokens) == (["F16"], ["a b", "c"], 128)
     assert all(f"# --set {override}" in loaded.text for override in sets)
-    top = load_recipe("tiny_random", ["evaluate.text=./text.txt"])  # where it was typed, not beside the recipe
+    top = Recipe.load("tiny_random", ["evaluate.text=./text.txt"])  # where it was typed, not beside the recipe
     assert top.recipe.evaluate is not None and top.recipe.evaluate.text == str(tmp_path / "text.txt")
 
 
 def test_an_override_adds_and_removes_stages(write):
     recipe = write(SMALL)
-    assert load_recipe(recipe, ["prune.blocks=2", "prune.heal=none"]).order == ("prune",)
-    assert load_recipe("tiny_random", ["export=null"]).order == ("data", "prune", "distill", "evaluate")
-    added = load_recipe("tiny_random", ["retain.steps=8", "export=null"])  # before what reads it
+    assert Recipe.load(recipe, ["prune.blocks=2", "prune.heal=none"]).order == ("prune",)
+    assert Recipe.load("tiny_random", ["export=null"]).order == ("data", "prune", "distill", "evaluate")
+    added = Recipe.load("tiny_random", ["retain.steps=8", "export=null"])  # before what reads it
     assert added.order == ("data", "prune", "distill", "retain", "evaluate")
-    assert load_recipe(recipe, ["evaluate={}", "retain={}", "data={source: magpie}"]).order == (
+    assert Recipe.load(recipe, ["evaluate={}", "retain={}", "data={source: magpie}"]).order == (
         "data",
         "retain",
         "evaluate",
@@ -279,7 +279,7 @@ def test_wrong_overrides_are_named_like_wrong_keys(override, message):
 )
 def test_malformed_overrides(override, message):
     with pytest.raises(UserError) as caught:
-        load_recipe("tiny_random", [override])
+        Recipe.load("tiny_random", [override])
     assert str(caught.value).startswith(f"--set {override}: ")
     assert message in str(caught.value)
 

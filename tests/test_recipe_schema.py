@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from compress.pipeline.recipe import load_recipe, recipe_schema, shipped
+from compress.pipeline.recipe import Recipe, recipe_schema, shipped
 from ruamel.yaml import YAML
 
 SHIPPED = shipped()
@@ -66,4 +66,4 @@ def test_the_schema_knows_the_shorthands_that_the_recipe_takes(key):
     assert names
     for kind in names:
         overrides = ["data.teacher.top_k=8", f"{key}={kind}"]  # without a written teacher none can be read
-        assert getattr(load_recipe("tiny_random", overrides).section(section), name).kind == kind
+        assert getattr(Recipe.load("tiny_random", overrides).section(section), name).kind == kind

@@ -21,7 +21,7 @@ from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.retaining import RetainingHead, RetainingSettings, load_heads, read_settings
 from compress.modeling.retaining_labels import BlockLabels, detrended, label_row
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.pipeline.runner import Options, execute, plan_run
 from compress.pipeline.summary import finish
 from compress.retain import samples, stage, train
@@ -346,7 +346,7 @@ def problems(folder: Path, text: str) -> str:
     file = folder / "r.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as error:
-        load_recipe(str(file))
+        Recipe.load(str(file))
     return str(error.value)
 
 
@@ -359,17 +359,17 @@ def test_a_recipe_needs_something_to_make_rows_of(tmp_path):
     assert "the stage retain reads what sort makes, so sort must come before it" in problems(tmp_path, late)
     assert "stabilizers (64) are part of the budget (32)" in problems(tmp_path, alone.replace("steps: 2", "budget: 32"))
     (tmp_path / "r.yaml").write_text(alone.replace("steps: 2", "dataset: {path: a.jsonl}"))
-    assert load_recipe(str(tmp_path / "r.yaml")).section("retain").input_files() == ["a.jsonl"]
+    assert Recipe.load(str(tmp_path / "r.yaml")).section("retain").input_files() == ["a.jsonl"]
 
 
 def test_a_recipe_runs_and_runs_again(tmp_path):
     talk = [{"prompt": f"What is part {n} of the work?", "response": f"It is word {n}. One more."} for n in range(16)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
     (tmp_path / "long.yaml").write_text(RECIPE)
-    planned = plan_run(load_recipe(str(tmp_path / "long.yaml")), Options(tmp_path / "runs"))
+    planned = plan_run(Recipe.load(str(tmp_path / "long.yaml")), Options(tmp_path / "runs"))
     execute(planned, Progress())
     finish(planned, len(planned.pending))
-    assert not plan_run(load_recipe(str(tmp_path / "long.yaml")), Options(tmp_path / "runs")).pending
+    assert not plan_run(Recipe.load(str(tmp_path / "long.yaml")), Options(tmp_path / "runs")).pending
     (folder,) = (tmp_path / "runs" / "long").glob("retain-*")
     assert not (folder / WORK).exists()
     manifest = json.loads((folder / "manifest.json").read_text())

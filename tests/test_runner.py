@@ -17,7 +17,7 @@ import pytest
 from compress.core.errors import UserError
 from compress.core.stage import Progress
 from compress.modeling.source import hash_file
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.pipeline.runner import Options, Run, execute, plan_run
 from compress.pipeline.stages import STAGES, StageSpec
 from compress.pipeline.store import lock
@@ -30,7 +30,7 @@ ORDER = ("data", "prune", "distill", "export", "evaluate")
 def home(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     """A folder with the tiny recipe over a local checkpoint, with a text file that calibration and evaluation read."""
     shutil.copytree(tiny(), tmp_path / "model")
-    text = Path(load_recipe("tiny_random").path).read_text(encoding="utf-8")
+    text = Path(Recipe.load("tiny_random").path).read_text(encoding="utf-8")
     text = text.replace("model: random:llama", "model: ./model").replace("tokens: 1024,", "tokens: 1024, text: c.txt,")
     (tmp_path / "r.yaml").write_text(text.replace("evaluate:\n", "evaluate:\n  text: e.txt\n"))
     (tmp_path / "c.txt").write_text("calibration")
@@ -60,7 +60,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def plan(home: Path, *overrides: str, **options: Any) -> Run:
-    return plan_run(load_recipe(str(home / "r.yaml"), overrides), Options(home / "runs", **options))
+    return plan_run(Recipe.load(str(home / "r.yaml"), overrides), Options(home / "runs", **options))
 
 
 def prints(run: Run) -> dict[str, str]:

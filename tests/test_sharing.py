@@ -16,7 +16,7 @@ from compress.distill import stage
 from compress.distill.config import DistillConfig
 from compress.pipeline.group import processes
 from compress.pipeline.plan import make_plan
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.training.order import BatchOrder
 from torch.utils.data import BatchSampler
 
@@ -159,7 +159,7 @@ def test_what_accelerate_would_do_otherwise_is_refused(
 
 def test_a_plan_of_shards_is_smaller_by_what_is_spread(tmp_path: Path) -> None:
     def memory(shards: int, *overrides: str) -> int:
-        plan = make_plan(load_recipe("llama8b_26L", list(overrides)), "bfloat16", tmp_path, shards=shards)
+        plan = make_plan(Recipe.load("llama8b_26L", list(overrides)), "bfloat16", tmp_path, shards=shards)
         return next(stage.found.peak for stage in plan.stages if stage.name == "distill")
 
     one, two, eight = (memory(shards, "distill.tune=full", "distill.teacher=copy") for shards in (1, 2, 8))

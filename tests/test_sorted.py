@@ -24,7 +24,7 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.pipeline import runner
 from compress.pipeline.plan import StagePlan, make_plan, read_geometry
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.sort import stage
 from compress.sort.config import SortConfig
 from compress.training import train
@@ -443,16 +443,16 @@ def test_a_recipe_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch
     """random:llama has eight blocks, six after pruning; the run, the dry one and the plan find what does not fit."""
     file = tmp_path / "r.yaml"
     file.write_text(SORTED % "lr: 0.001")
-    assert load_recipe(str(file)).order == ("data", "prune", "sort")
+    assert Recipe.load(str(file)).order == ("data", "prune", "sort")
     monkeypatch.setattr("compress.modeling.load.load_model", lambda *_: pytest.fail("weights were read"))
     for wrong, message in (("sort.depths=[2, 4]", "ends with 4"), ("sort.depths=[2, 8]", "ends with 8")):
-        loaded = load_recipe(str(file), [wrong])
+        loaded = Recipe.load(str(file), [wrong])
         with pytest.raises(UserError, match=message + ".*has 6 blocks"):
             runner.execute(runner.plan_run(loaded, runner.Options(tmp_path / "runs")), Progress())
         with pytest.raises(UserError, match=message + ".*has 6 blocks"):
             make_plan(loaded, "float32", tmp_path / "runs")
     make_plan(
-        load_recipe(str(file), ["sort.depths=[2, 4]", "prune.blocks=auto", "prune.goal={size: 0.5}"]),
+        Recipe.load(str(file), ["sort.depths=[2, 4]", "prune.blocks=auto", "prune.goal={size: 0.5}"]),
         "float32",
         tmp_path,
     )
@@ -471,7 +471,7 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, text: str, message
     file = tmp_path / "r.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_recipe(str(file))
+        Recipe.load(str(file))
 
 
 def test_the_plan_counts_the_heads_of_all_depths_and_what_is_trained_beside(tmp_path: Path) -> None:
@@ -479,10 +479,10 @@ def test_the_plan_counts_the_heads_of_all_depths_and_what_is_trained_beside(tmp_
     file = tmp_path / "r.yaml"
     file.write_text(SORTED % "tune: {kind: lora, rank: 1}, max_steps: 1, accumulate: 1, eval_every: 1000, length: 64")
     text = "sort.depths=[1, 2, 4, 6]"
-    shape = read_geometry(load_recipe(str(file)), tmp_path)
+    shape = read_geometry(Recipe.load(str(file)), tmp_path)
 
     def stage_plan(*overrides: str) -> StagePlan:
-        plan = make_plan(load_recipe(str(file), overrides), "float32", tmp_path)
+        plan = make_plan(Recipe.load(str(file), overrides), "float32", tmp_path)
         return next(stage for stage in plan.stages if stage.name == "sort")
 
     three, two, four = stage_plan(), stage_plan("sort.sample=2"), stage_plan(text)

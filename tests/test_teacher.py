@@ -30,7 +30,7 @@ from compress.modeling.changes import find_changes
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.pipeline.plan import make_plan
-from compress.pipeline.recipe import load_recipe
+from compress.pipeline.recipe import Recipe
 from compress.training import run as training
 from compress.training import students
 from compress.training.config import Copy, Lora
@@ -382,7 +382,7 @@ def test_what_cannot_be_had_is_refused(world: World) -> None:
 
 def test_the_plan_knows_what_each_teacher_takes(tmp_path: Path) -> None:
     def plan(*overrides: str) -> dict[str, Any]:
-        loaded = load_recipe("llama8b_26L", ["data.teacher.top_k=64", *overrides])
+        loaded = Recipe.load("llama8b_26L", ["data.teacher.top_k=64", *overrides])
         return {planned.name: planned.found for planned in make_plan(loaded, "bfloat16", tmp_path).stages}
 
     adapters = "distill.tune={kind: lora, rank: 8}"
