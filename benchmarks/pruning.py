@@ -36,11 +36,11 @@ from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.prune.config import PruneConfig
 from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, describe, gaps
-from compress.prune.heal import fit_gaps
-from compress.prune.heal.patch import patch_matrix
-from compress.prune.heal.stream import Gap
-from compress.prune.search import choose
+from compress.prune.healing import fit_gaps
+from compress.prune.heals.patch import patch_matrix
+from compress.prune.searches import choose
 from compress.prune.stage import candidate_blocks, take
+from compress.prune.stream import Gap
 from compress.prune.study import Study
 from rich.console import Console
 

@@ -35,9 +35,10 @@ from compress.data.sampling import Sampling, row_seed, sample
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.prune import scoring
-from compress.prune.config import LinearHeal, PruneConfig
+from compress.prune.config import PruneConfig
 from compress.prune.cuts import Cut
-from compress.prune.search import choose
+from compress.prune.heals.linear import LinearHeal
+from compress.prune.searches import choose
 from compress.prune.stage import candidate_blocks
 from compress.prune.study import Study
 from naive import Naive

@@ -21,7 +21,7 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -41,6 +41,7 @@ class Method(Section):
 M = TypeVar("M", bound=Method)
 UNUSABLE = "unusable_method"  # type of pydantic's error for a method that is there and cannot be used
 _PACKAGES: dict[type, tuple[str, str]] = {}  # the package and version that added a method
+_installed = cache(entry_points)  # of all groups: to read them takes a tenth of a second
 
 
 def named(value: Any) -> Any:
@@ -70,7 +71,7 @@ class Registry(Generic[M]):
         found: dict[str, type[M]] = {}
         for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
             found[module.name] = self._of_module(f"{self._package}.{module.name}", module.name)
-        points = [point for point in _entry_points() if point.group == self._group]
+        points = _installed().select(group=self._group)
         for point in sorted(points, key=lambda point: (point.name, *_origin(point))):
             if point.name in found or point.name in self.unusable:
                 other = " ".join(_PACKAGES.get(found.pop(point.name, Method), ("compress",)))
@@ -150,12 +151,6 @@ def packages(value: Any) -> dict[str, str]:
     for part in value if isinstance(value, (list, tuple)) else ():
         found |= packages(part)
     return found
-
-
-@cache
-def _entry_points() -> list[EntryPoint]:
-    """Those of all installed packages, read once: it takes a tenth of a second."""
-    return [point for package in distributions() for point in package.entry_points]
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:

@@ -13,9 +13,9 @@ from ..modeling.blocks import Decoder, replaced, without_blocks
 from ..records.importance import Candidate, CurvePoint
 from .config import Goal, PruneConfig
 from .cuts import Cut, describe
-from .heal import fit_gaps
+from .healing import fit_gaps
 from .scoring import Scorer
-from .search import choose
+from .searches import choose
 from .study import Study
 
 MISSES = 2  # sizes in a row that miss the perplexity before larger cuts are no longer tried

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, SerializationInfo, field_serializer, model_validator
 
 from ..core.stage import Section
+from .heals import HEALS
+from .heals.linear import LinearHeal
+from .metrics import METRICS, Metric
+from .metrics.angular import Angular
+from .searches import SEARCHES, Scored
+from .searches.window import Window
 
 FORMAT = 2
 
@@ -32,111 +38,12 @@ class Calibration(Section):
     )
 
 
-class Lowest(Section):
-    """The least important blocks, anywhere."""
-
-    kind: Literal["lowest"] = "lowest"
-
-
-class Window(Section):
-    """The best run of adjacent blocks (arXiv 2403.17887)."""
-
-    kind: Literal["window"] = "window"
-
-
-class Scored(Section):
-    """Cuts are tried out on the scoring rows."""
-
-    score: Literal["kl", "perplexity"] = Field(
-        default="kl", description="what a cut is scored by: KL(unpruned ‖ cut), or the perplexity of the rows"
-    )
-    healed: bool | None = Field(
-        default=None, description="score cuts as linear healing would leave them; null: if the recipe heals at all"
-    )
-    copying: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of the rows cuts are tried on in which a text is read twice, so that cuts which can no "
-        "longer copy from what they have read score worse",
-    )
-    guard: bool = Field(
-        default=True, description="take the angular window or the lowest influence where held-out rows find it better"
-    )
-
-
-class Greedy(Scored):
-    """Block by block, each time the one that costs least (as SLEB, arXiv 2402.09025)."""
-
-    kind: Literal["greedy"] = "greedy"
-
-
-class Beam(Scored):
-    """The best few cuts of each size, then exchanges of a dropped block for a kept one."""
-
-    kind: Literal["beam"] = "beam"
-    width: int = Field(default=3, ge=1, description="cuts kept of each size")
-    patience: int = Field(
-        default=1, ge=0, description="rounds of exchanges that may go by without held-out rows finding the cut better"
-    )
-
-
-class NoHeal(Section):
-    """Leave the gap as it is."""
-
-    kind: Literal["none"] = "none"
-
-
-class LeastSquares(Section):
-    """Fitted by ridge regression, the ridge chosen by held-out rows."""
-
-    ridge: list[Annotated[float, Field(ge=0)]] = Field(
-        default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
-        min_length=1,
-        description="candidates for the ridge, as a share of the features' mean square; held-out rows choose",
-    )
-    held_out: float = Field(default=0.125, gt=0, le=0.5, description="share of calibration rows that choose the ridge")
-
-
-class LinearHeal(LeastSquares):
-    """A least-squares map over the gap, fused into the preceding `down_proj` (ReplaceMe, arXiv 2505.02819)."""
-
-    kind: Literal["linear"] = "linear"
-    toward: Literal["zero", "identity"] = Field(
-        default="identity",
-        description="what the ridge shrinks the map towards: zero (as published) or leaving the MLP as is",
-    )
-
-
-class CosineHeal(LeastSquares):
-    """The same map for the cosine objective (ReplaceMe), by a few rounds of weighted least squares."""
-
-    kind: Literal["cosine"] = "cosine"
-    iterations: int = Field(default=4, ge=1, description="rounds, each one pass; the best counts")
-
-
-class PatchHeal(LeastSquares):
-    """A scale per channel in a rotated basis, fused as far as it can be (LinearPatch, arXiv 2505.24680)."""
-
-    kind: Literal["patch"] = "patch"
-
-
-class RefitHeal(LeastSquares):
-    """The preceding `down_proj` fitted anew on what it is given, each token's error weighed by its length."""
-
-    kind: Literal["refit"] = "refit"
-    scale: bool = Field(default=True, description="let the stream behind the gap change its scale, which is free")
-
-
-def _named(value: Any) -> Any:
-    """`heal: linear` is short for `heal: {kind: linear}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-HealConfig = NoHeal | LinearHeal | CosineHeal | PatchHeal | RefitHeal
-SearchConfig = Window | Lowest | Greedy | Beam
-Heal = Annotated[HealConfig, Field(discriminator="kind"), BeforeValidator(_named)]
-Search = Annotated[SearchConfig, Field(discriminator="kind"), BeforeValidator(_named)]
+if TYPE_CHECKING:
+    from .heals import Heal as AnyHeal
+    from .metrics import Metric as AnyMetric
+    from .searches import Search as AnySearch
+else:
+    AnyMetric, AnySearch, AnyHeal = METRICS.union(), SEARCHES.union(), HEALS.union()
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -168,23 +75,15 @@ class PruneConfig(Section):
         description="how many blocks to drop; auto: as the goal asks for"
     )
     goal: Goal | None = Field(default=None, description="for blocks: auto; null: perplexity within 1.2 × the base's")
-    importance: Literal["angular", "influence", "magnitude", "taylor", "perplexity", "kl"] = Field(
-        default="angular",
-        description="for search: window and lowest. angular: arccos of the cosine between the hidden states around the "
-        "blocks (arXiv 2403.17887); influence: one minus that cosine (ShortGPT, arXiv 2403.03853); magnitude: the "
-        "length of what blocks add; taylor: gradient × weight (arXiv 2402.02834); perplexity, kl: without the blocks",
+    importance: AnyMetric = Field(
+        default_factory=Angular,
+        description=f"what blocks are compared by where search is window or lowest: {METRICS.listed()}",
     )
     position: Literal["last", "all"] = Field(
         default="all", description="measured on every token, or on the last token of each row"
     )
-    search: Search = Field(
-        default_factory=Window,
-        description="window: the best run of adjacent blocks; lowest: the least important blocks, anywhere; "
-        "greedy, beam: cuts tried out",
-    )
-    heal: Heal = Field(
-        default_factory=LinearHeal, description="how the gap is closed: linear, cosine, patch, refit or none"
-    )
+    search: AnySearch = Field(default_factory=Window, description=f"how blocks are chosen: {SEARCHES.listed()}")
+    heal: AnyHeal = Field(default_factory=LinearHeal, description=f"how the gap is closed: {HEALS.listed()}")
     calibration: Calibration = Field(default_factory=Calibration, description="the tokens to measure and heal on")
 
     @model_validator(mode="after")
@@ -208,6 +107,12 @@ class PruneConfig(Section):
         """Whether a search scores cuts as healed."""
         wanted = self.search.healed if isinstance(self.search, Scored) else None
         return self.heal.kind != "none" if wanted is None else wanted
+
+    @field_serializer("importance")
+    def _short(self, metric: Metric, info: SerializationInfo) -> str | dict[str, Any]:
+        """A metric without options is written as its name."""
+        written = metric.model_dump(mode=info.mode)
+        return metric.kind if written.keys() == {"kind"} else written
 
     def input_files(self) -> list[str]:
         return [self.calibration.text] if self.calibration.text else []

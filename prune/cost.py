@@ -15,7 +15,12 @@ from ..core.errors import UserError
 from ..core.geometry import Geometry
 from ..core.units import megabytes
 from ..core.work import Work, forward
-from .config import CosineHeal, Greedy, LeastSquares, Lowest, PruneConfig, RefitHeal, Window
+from .config import PruneConfig
+from .heals import Heal, LeastSquares
+from .heals.none import NoHeal
+from .searches.greedy import Greedy
+from .searches.lowest import Lowest
+from .searches.window import Window
 
 RUNTIME = 600e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 CHUNK = 256  # positions whose logits exist at once where cuts are scored
@@ -51,7 +56,7 @@ def _need(config: PruneConfig, at: Setting) -> Need:
     """One batch's hidden states between all blocks, and the sums of the least-squares fit."""
     shape, after = at.shape, _leaves(config, at)
     tokens = config.calibration.batch * config.calibration.length
-    inner = shape.intermediate if isinstance(config.heal, RefitHeal) else shape.hidden
+    inner = _features(config.heal, shape)
     one = inner * (inner + 2 * shape.hidden) * 8  # the sums of the rows that are fitted, or held out
     sums = 0 if config.heal.kind == "none" else 4 * one  # both, and the solution's own copies
     note = f"{after.kept} of {shape.blocks} blocks stay"
@@ -97,7 +102,7 @@ def _work(config: PruneConfig, at: Setting) -> Work | None:
     greedy = isinstance(config.search, Greedy)
     if config.blocks == "auto" or not (greedy or isinstance(config.search, (Window, Lowest))):
         return None
-    if not greedy and config.importance in ("perplexity", "kl", "taylor"):
+    if not (greedy or config.importance.of_one_pass) or not isinstance(config.heal, (LeastSquares, NoHeal)):
         return None
     calibration = config.calibration
     tokens = calibration.tokens
@@ -147,16 +152,19 @@ def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
     if not isinstance(heal, LeastSquares) or not count:
         return Work()
     gaps = 1 if isinstance(config.search, Window) else math.ceil(count * GAPS_PER_BLOCK)
-    rounds = heal.iterations + 1 if isinstance(heal, CosineHeal) else 1
-    passes = rounds * (2 * gaps - 1)  # behind a healed gap the unpruned model is run besides
-    features = shape.intermediate if isinstance(heal, RefitHeal) else hidden
-    sums = rounds * gaps * 2 * tokens * features * (features + 2 * hidden)
-    scaled = 2 if isinstance(heal, RefitHeal) and heal.scale else 1
-    tried = rounds * gaps * (len(heal.ridge) + 1)
+    passes = heal.rounds * (2 * gaps - 1)  # behind a healed gap the unpruned model is run besides
+    features = _features(heal, shape)
+    sums = heal.rounds * gaps * 2 * tokens * features * (features + 2 * hidden)
+    tried = heal.rounds * gaps * (len(heal.ridge) + 1)
     square = 2 * features**2 * hidden
-    solving = tried * (scaled * (2 / 3 * features**3 + square) + SQUARES * square)
+    solving = tried * (heal.solutions * (2 / 3 * features**3 + square) + SQUARES * square)
     run = Work(passes * forward(shape, shape.blocks / 2, tokens, config.calibration.length / 2, 0), double=sums)
     return run + (Work(host_double=solving) if at.cuda else Work(double=solving))  # in the machine's own memory
+
+
+def _features(heal: Heal, shape: Geometry) -> int:
+    """What of a token the sums of a fit are taken over."""
+    return shape.intermediate if isinstance(heal, LeastSquares) and heal.fits_down_proj else shape.hidden
 
 
 COST = StageCost[PruneConfig](_need, _work, _leaves, _changes)

@@ -19,10 +19,9 @@ from .auto import decide
 from .config import PruneConfig
 from .copying import read_twice
 from .cuts import describe
-from .heal import heal
+from .healing import heal
 from .importance import Distances
-from .metrics import windows
-from .search import choose
+from .searches import choose
 from .study import Study
 
 LEDGER = "search.jsonl"
@@ -106,11 +105,11 @@ def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path,
     return Importance(
         blocks=blocks,
         dropped=list(dropped),
-        importance=config.importance,
+        importance=config.importance.kind,
         position=config.position,
         search=config.search.kind,
         tokens=sum(batch.tokens for batch in batches),
-        values=windows(config.importance, study, 1),
+        values=config.importance.windows(study, 1),
         distances={name: table(value, blocks) for name, value in distances.items()},
         trials=study.notes,
         curve=curve,

@@ -17,10 +17,15 @@ from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import Decoder, drop_blocks, replaced
 from compress.modeling.load import load_model
-from compress.prune.config import CosineHeal, HealConfig, LinearHeal, NoHeal, PatchHeal, RefitHeal
 from compress.prune.cuts import gaps
-from compress.prune.heal import fit_gaps, heal
-from compress.prune.heal.hadamard import hadamard
+from compress.prune.hadamard import hadamard
+from compress.prune.healing import fit_gaps, heal
+from compress.prune.heals import Heal
+from compress.prune.heals.cosine import CosineHeal
+from compress.prune.heals.linear import LinearHeal
+from compress.prune.heals.none import NoHeal
+from compress.prune.heals.patch import PatchHeal
+from compress.prune.heals.refit import RefitHeal
 from torch import Tensor
 
 SIZES = [40, 33, 48, 29, 37, 45, 26, 44, 31, 48, 39, 28]  # none fits beside another: row i is packed sequence i
@@ -145,7 +150,7 @@ def parts(whole: Stored, behind: Stored, gap: tuple[int, int], keep: Collection[
     return [torch.cat([part for i, part in enumerate(per_row) if keep is None or i in keep]) for per_row in lists]
 
 
-def reference(config: HealConfig, model: Any, block: int, inner: Tensor, u: Tensor, r: Tensor, z: Tensor) -> Any:
+def reference(config: Heal, model: Any, block: int, inner: Tensor, u: Tensor, r: Tensor, z: Tensor) -> Any:
     """(change, scale, solution): what is done at a gap when the stream really is multiplied by its scale behind it."""
     (ridge,), one = config.ridge, same(model)  # type: ignore[union-attr]
     if isinstance(config, LinearHeal):

@@ -19,7 +19,7 @@ from compress.modeling.load import load_model
 from compress.prune.config import PruneConfig
 from compress.prune.cuts import Cut
 from compress.prune.importance import Distances, boundaries, last_tokens, scan
-from compress.prune.search import choose
+from compress.prune.searches import choose
 from compress.prune.study import Study
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}

@@ -15,12 +15,13 @@ from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
-from compress.prune.config import CosineHeal, LinearHeal
-from compress.prune.heal import cosine, linear
-from compress.prune.heal.hadamard import hadamard
-from compress.prune.heal.least_squares import LEAST_SCALE, Sums, choose
-from compress.prune.heal.patch import patch_matrix
-from compress.prune.heal.stream import Gap, Tokens, Values
+from compress.prune.hadamard import hadamard
+from compress.prune.heals import cosine
+from compress.prune.heals.cosine import CosineHeal
+from compress.prune.heals.linear import LinearHeal
+from compress.prune.heals.patch import patch_matrix
+from compress.prune.least_squares import LEAST_SCALE, Sums, choose
+from compress.prune.stream import Gap, Tokens, Values
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -248,10 +249,10 @@ def test_cosine_gets_where_adam_gets(gap: Any, family: str) -> None:
     here = gap(family)
     inner, u, r, z = stored(here)
     with torch.no_grad():
-        values, record = cosine.fit(here, CosineHeal(ridge=[1e-9], iterations=12))
-        plain, _ = linear.fit(here, LinearHeal(ridge=[1e-9]))
+        values, record = CosineHeal(ridge=[1e-9], iterations=12).fit(here)
+        plain, _ = LinearHeal(ridge=[1e-9]).fit(here)
     assert record.errors[min(record.errors, key=lambda n: record.errors[n])] < record.unhealed_error
-    map = linear.identity(here).requires_grad_()
+    map = here.identity.requires_grad_()
     optimizer = torch.optim.Adam([map], lr=0.1)
     for _ in range(400):
         loss = missed((u * map if map.ndim == 1 else u @ map) + r, z)
@@ -281,10 +282,10 @@ def test_held_out_rows_judge_a_round_of_cosine_without_having_been_fitted(gap: A
     here, full = gap(family), family == "llama"
     _, u, r, z = stored(here, held=True)
     trial = weighted_map(*stored(here, held=False)[1:], 1e-3, full=full)
-    errors = [float(missed((u @ map if full else u * map) + r, z)) for map in (linear.identity(here), trial)]
+    errors = [float(missed((u @ map if full else u * map) + r, z)) for map in (here.identity, trial)]
     assert errors[1] < errors[0]
     with torch.no_grad():
-        values, record = cosine.fit(here, CosineHeal(ridge=[1e-3], iterations=1))
+        values, record = CosineHeal(ridge=[1e-3], iterations=1).fit(here)
     assert record.errors == pytest.approx({"0": errors[0], "1": errors[1]}, rel=1e-6)
     inner, u, r, z = stored(here)
     assert (record.unhealed_error, record.ridge, record.tokens) == (record.errors["0"], 1e-3, len(u))
@@ -300,7 +301,7 @@ def test_cosine_leaves_the_mlp_as_it_is_where_every_round_is_worse(gap: Any) -> 
     still = [Tokens(p.held, p.inner, p.mlp, p.residual, p.residual + p.mlp if p.held else p.target) for p in real]
     here.rows = lambda: iter(still)
     with torch.no_grad():
-        values, record = cosine.fit(here, CosineHeal(ridge=[1e-9], iterations=3))
+        values, record = CosineHeal(ridge=[1e-9], iterations=3).fit(here)
     assert record.errors["0"] < 1e-6 < 1e-3 < min(record.errors[number] for number in "123")
     assert record.ridge == 0
     ((weight, value),) = values.items()

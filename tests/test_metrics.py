@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import compress.prune
 import pytest
 import torch
 from compress.core.errors import UserError
+from compress.core.registry import Registry
 from compress.core.stage import Advance, Progress
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import without_blocks
 from compress.modeling.load import load_model
-from compress.prune.config import HealConfig, PruneConfig, SearchConfig
+from compress.prune.heals import HEALS
 from compress.prune.importance import scan
-from compress.prune.metrics import taylor, windows
+from compress.prune.metrics import METRICS, taylor
 from compress.prune.scoring import Scorer
+from compress.prune.searches import SEARCHES
 from compress.prune.study import Study
 from torch import Tensor
 
@@ -39,6 +40,10 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 SIZES = [20, 1, 29, 2, 60, 31]  # tokens; the longest is cut
 LENGTH = 48
 PRUNE = Path(compress.prune.__file__).parent
+
+
+def windows(name: str, known: Study, length: int) -> list[float]:
+    return METRICS.get(name)().windows(known, length)
 
 
 def rows(sizes: Sequence[int] = SIZES, seed: int = 5) -> list[list[int]]:
@@ -96,7 +101,7 @@ def test_taylor_is_a_plain_backward_pass(
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 3 > 0)
     before, known = state(model), study(model)
-    monkeypatch.setattr("compress.prune.metrics.taylor.CHUNK", 7)
+    monkeypatch.setattr("compress.prune.scoring.CHUNK", 7)
     with torch.no_grad():  # as the stage may be
         found = windows("taylor", known, 1)
     assert found == pytest.approx(wanted, rel=2e-5)
@@ -189,21 +194,11 @@ def test_distances_are_those_of_all_batches_at_the_position(build: Callable[...,
     assert len({tuple(table) for table in tables.values()}) == len(tables)
 
 
-def names(folder: str, besides: Sequence[str] = ()) -> set[str]:
-    return {file.stem for file in (PRUNE / folder).glob("*.py")} - {"__init__", *besides}
-
-
-def kinds(union: Any) -> set[str]:
-    return {part.model_fields["kind"].default for part in get_args(union)}
-
-
-def test_every_method_is_a_file_of_its_name() -> None:
-    """A name in the recipe without a file would fail only when it is run; a file without a name never would."""
-    assert names("metrics") == set(get_args(PruneConfig.model_fields["importance"].annotation))
-    assert names("search", besides=["trials"]) == kinds(SearchConfig)
-    healing = {name: importlib.import_module(f"compress.prune.heal.{name}") for name in names("heal")}
-    assert {name for name, module in healing.items() if hasattr(module, "fit")} == kinds(HealConfig) - {"none"}
-    for folder, method in (("metrics", "windows"), ("search", "choose")):
-        for name in names(folder, besides=["trials"]):
-            module = importlib.import_module(f"compress.prune.{folder}.{name}")
-            assert getattr(module, method).__module__ == module.__name__, name
+@pytest.mark.parametrize(
+    ("folder", "methods"), [("metrics", METRICS), ("heals", HEALS), ("searches", SEARCHES)], ids=str
+)
+def test_every_method_is_a_file_of_its_name(folder: str, methods: Registry[Any]) -> None:
+    """A folder of methods holds nothing else."""
+    assert {file.stem for file in (PRUNE / folder).glob("*.py")} - {"__init__"} == set(methods.names)
+    for name, method in methods.methods.items():
+        assert method.__module__ == f"compress.prune.{folder}.{name}" and method().kind == name

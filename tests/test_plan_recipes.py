@@ -25,9 +25,11 @@ from compress.pipeline.plan import Plan, StagePlan, make_plan, read_geometry, se
 from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.stages import STAGES
-from compress.prune.config import Greedy, PruneConfig, RefitHeal
+from compress.prune.config import PruneConfig
 from compress.prune.cost import greedy_runs
-from compress.prune.heal.least_squares import Sums
+from compress.prune.heals.refit import RefitHeal
+from compress.prune.least_squares import Sums
+from compress.prune.searches.greedy import Greedy
 from compress.prune.stage import run
 from compress.runtime.cost import SLOTS, artifact_bytes
 from torch.utils.flop_counter import FlopCounterMode

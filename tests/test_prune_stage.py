@@ -17,8 +17,9 @@ from compress.core.stage import Context, Inputs
 from compress.data.calibration import calibration_batches
 from compress.data.rows import Row, write_rows
 from compress.modeling.load import load_model, load_tokenizer
-from compress.prune.config import LinearHeal, PruneConfig
-from compress.prune.heal import heal
+from compress.prune.config import PruneConfig
+from compress.prune.healing import heal
+from compress.prune.heals.linear import LinearHeal
 from compress.prune.importance import Distances, scan
 from compress.prune.stage import candidate_blocks, check, run
 from compress.prune.study import Study

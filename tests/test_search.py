@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +16,22 @@ from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import without_blocks
 from compress.modeling.load import load_model
-from compress.prune.config import PruneConfig, SearchConfig
+from compress.prune import searches
+from compress.prune.config import PruneConfig
 from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, gaps
 from compress.prune.importance import Distances
-from compress.prune.metrics import windows
+from compress.prune.metrics import METRICS
+from compress.prune.metrics.kl import Kl
 from compress.prune.scoring import Scorer
-from compress.prune.search import choose
-from compress.prune.search.trials import Trials
+from compress.prune.searches import choose
 from compress.prune.study import Study, read_ledger
+from compress.prune.trials import Trials
 from torch import Tensor
 
 BLOCKS = 6
 INNER = range(1, BLOCKS - 1)  # what may go where gaps are healed
-KINDS = [part.model_fields["kind"].default for part in get_args(SearchConfig)]
+KINDS = searches.SEARCHES.names
 FITTED, SCORED, HELD_OUT = ([40] * 10, 1), ([20, 1, 35, 2, 48, 31, 40, 44, 39, 12], 2), ([33, 40, 25], 3)
 
 
@@ -333,16 +335,16 @@ def test_all_candidates_leave_no_choice(model: Any, kind: str) -> None:
 
 
 def test_single_blocks_are_chosen_by_the_metric(model: Any) -> None:
-    for importance in get_args(PruneConfig.model_fields["importance"].annotation):
+    for importance in METRICS.names:
         known = study(model)
-        values = windows(importance, known, 1)
+        values = METRICS.get(importance)().windows(known, 1)
         wanted = (min(INNER, key=lambda block: values[block]),)
         for kind in ("window", "lowest"):
             assert choose(known, config(kind, importance=importance), 1, INNER) == wanted, importance
     for kind in ("greedy", "beam"):
         known = study(model)
         choose(known, config(kind, patience=0, width=1, guard=False) if kind == "beam" else config(kind), 1, INNER)
-        values = windows("kl", known, 1)
+        values = Kl().windows(known, 1)
         best = min(INNER, key=lambda block: values[block])
         assert known.notes["rounds"] == [{"dropped": [best], "score": pytest.approx(values[best], abs=1e-6)}]
 

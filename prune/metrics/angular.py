@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from ..study import Study
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from . import Metric
+
+if TYPE_CHECKING:
+    from ..study import Study
 
 
-def windows(study: Study, length: int) -> list[float]:
-    """Mean over tokens, for each run of `length` blocks."""
-    return study.distances[study.position].windows("angular", length)
+class Angular(Metric):
+    """The arccos of the cosine between the hidden states around the blocks (arXiv 2403.17887)."""
+
+    kind: Literal["angular"] = "angular"
+    of_one_pass: ClassVar[bool] = True
+
+    def windows(self, study: Study, length: int) -> list[float]:
+        """Mean over tokens, for each run of `length` blocks."""
+        return study.distances[study.position].windows("angular", length)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from ..study import Study
+from typing import TYPE_CHECKING, Literal
+
+from . import Metric
+
+if TYPE_CHECKING:
+    from ..study import Study
 
 
-def windows(study: Study, length: int) -> list[float]:
-    """Nats per token without each run of `length` blocks, nothing healed."""
-    return study.removal("kl", length)
+class Kl(Metric):
+    """KL(unpruned ‖ model without the blocks) on the scoring rows."""
+
+    kind: Literal["kl"] = "kl"
+
+    def windows(self, study: Study, length: int) -> list[float]:
+        """Nats per token without each run of `length` blocks, nothing healed."""
+        return study.removal("kl", length)

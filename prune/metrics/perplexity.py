@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from ..study import Study
+from typing import TYPE_CHECKING, Literal
+
+from . import Metric
+
+if TYPE_CHECKING:
+    from ..study import Study
 
 
-def windows(study: Study, length: int) -> list[float]:
-    """Exp of the mean negative log-likelihood without each run of `length` blocks, nothing healed."""
-    return study.removal("perplexity", length)
+class Perplexity(Metric):
+    """The perplexity of the scoring rows without the blocks."""
+
+    kind: Literal["perplexity"] = "perplexity"
+
+    def windows(self, study: Study, length: int) -> list[float]:
+        """Exp of the mean negative log-likelihood without each run of `length` blocks, nothing healed."""
+        return study.removal("perplexity", length)

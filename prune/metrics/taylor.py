@@ -6,20 +6,31 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
 
-from ..scoring import CHUNK, next_tokens
-from ..study import Study
+from . import Metric
+
+if TYPE_CHECKING:
+    from ..study import Study
 
 
-def windows(study: Study, length: int) -> list[float]:
-    """Sums over each run of `length` blocks."""
-    single = study.remember("taylor", lambda: block_sums(study))
-    return [sum(single[first : first + length]) for first in range(len(single) - length + 1)]
+class Taylor(Metric):
+    """Gradient × weight, summed over a block (arXiv 2402.02834)."""
+
+    kind: Literal["taylor"] = "taylor"
+
+    def windows(self, study: Study, length: int) -> list[float]:
+        """Sums over each run of `length` blocks."""
+        single = study.remember("taylor", lambda: block_sums(study))
+        return [sum(single[first : first + length]) for first in range(len(single) - length + 1)]
 
 
 def block_sums(study: Study) -> list[float]:
     """Σ |gradient · weight| of every block; the model's weights and flags are left as they were."""
+    import torch
+
+    from ..scoring import CHUNK, next_tokens
+
     decoder = study.decoder
     parameters = list(decoder.model.parameters())
     trained = [parameter.requires_grad for parameter in parameters]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from ...core.errors import UserError
-from ...core.stage import Advance
-from ...data.packing import Batch
-from ...modeling.blocks import Decoder, replaced
+from ..core.errors import UserError
+from ..core.stage import Advance
+from ..data.packing import Batch
+from ..modeling.blocks import Decoder, replaced
+from ..records.importance import Healing
+from .least_squares import Fit, Sums
 
 Values = dict[nn.Parameter, Tensor]
 
@@ -45,6 +48,29 @@ class Gap:
     def block(self) -> int:
         """The kept block before the gap."""
         return self.first - 1
+
+    @property
+    def identity(self) -> Tensor:
+        """The map behind the MLP that changes nothing, float64: (H, H), or (H,) where only a scale per channel can be
+        fused."""
+        ones = torch.ones(self.decoder.hidden_size, dtype=torch.float64, device=self.decoder.model.device)
+        return ones.diag() if self.decoder.can_fuse_after_mlp else ones
+
+    def sums(self) -> list[Sums]:
+        """For a map behind the MLP: empty sums of the rows to fit on, and of the held-out ones."""
+        size, full = self.decoder.hidden_size, self.decoder.can_fuse_after_mlp
+        return [Sums.empty(size, size, self.decoder.model.device, diagonal=not full) for _ in range(2)]
+
+    def rescaled(self, scale: float) -> Values:
+        """The blocks behind the gap adding 1/scale as much, so that the stream there may be smaller by `scale`."""
+        values: Values = {}
+        for block in self.downstream:
+            values |= self.decoder.rescaled(block, 1 / scale)
+        return values
+
+    def record(self, fit: Fit, scale: float = 1.0) -> Healing:
+        """What is told of a gap that was healed by least squares."""
+        return Healing(self.block, (self.first, self.last), fit.ridge, fit.errors, fit.unhealed, fit.tokens, scale)
 
     def rows(self) -> Iterator[Tokens]:
         """All packed rows in order, every k-th held out; one pass through the blocks up to the gap's end.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.errors import UserError
+from ..core.errors import UserError
 
 LEAST_SCALE = 0.1  # the stream is divided by s, so it must stay well above 0
 

@@ -9,38 +9,43 @@ behind the MLP is fitted so that u·T + r comes closest to h·P/s. What is misse
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from ...records.importance import Healing
-from ..config import PatchHeal
-from .hadamard import hadamard
-from .least_squares import choose
-from .linear import empty_sums, identity
-from .stream import Gap, Values
+from . import LeastSquares
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...records.importance import Healing
+    from ..stream import Gap, Values
 
 
-def fit(gap: Gap, config: PatchHeal) -> tuple[Values, Healing]:
-    """Two passes: the patch, and what of it can be fused behind the MLP."""
-    decoder = gap.decoder
-    patch = patch_matrix(gap)
-    scale = float(patch.diagonal().mean())
-    sums = empty_sums(gap)
-    for tokens in gap.rows():
-        stream = tokens.residual.double() + tokens.mlp.double()
-        sums[tokens.held].add(tokens.mlp, tokens.residual, stream @ patch / scale)
-    same = identity(gap)
-    found = choose(sums, config.ridge, same, same)
-    values: Values = {}
-    for block in gap.downstream:
-        values |= decoder.rescaled(block, 1 / scale)
-    values |= decoder.fused(gap.block, found.solution)
-    record = Healing(gap.block, (gap.first, gap.last), found.ridge, found.errors, found.unhealed, found.tokens, scale)
-    return values, record
+class PatchHeal(LeastSquares):
+    """A scale per channel in a rotated basis, fused as far as it can be (LinearPatch, arXiv 2505.24680)."""
+
+    kind: Literal["patch"] = "patch"
+
+    def fit(self, gap: Gap) -> tuple[Values, Healing]:
+        """Two passes: the patch, and what of it can be fused behind the MLP."""
+        from ..least_squares import choose
+
+        patch = patch_matrix(gap)
+        scale = float(patch.diagonal().mean())
+        sums, same = gap.sums(), gap.identity
+        for tokens in gap.rows():
+            stream = tokens.residual.double() + tokens.mlp.double()
+            sums[tokens.held].add(tokens.mlp, tokens.residual, stream @ patch / scale)
+        found = choose(sums, self.ridge, same, same)
+        values = gap.rescaled(scale) | gap.decoder.fused(gap.block, found.solution)
+        return values, gap.record(found, scale)
 
 
 def patch_matrix(gap: Gap) -> Tensor:
     """P, (H, H) float64: the ratio of mean magnitudes behind and before the gap, channel by channel of the basis Q."""
+    import torch
+
+    from ..hadamard import hadamard
+
     basis = hadamard(gap.decoder.hidden_size).to(gap.decoder.model.device)
     before = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
     behind = torch.zeros_like(before)

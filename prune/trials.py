@@ -6,24 +6,27 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...core.stage import Advance
-from ...records.importance import Round
-from ..config import PruneConfig, Scored
-from ..cost import RIDGES
-from ..cuts import Cut, cut, describe
-from ..scoring import Measure, Scorer
-from ..study import Study
-from . import lowest, window
+from ..core.stage import Advance
+from ..records.importance import Round
+from .config import PruneConfig
+from .cost import RIDGES
+from .cuts import Cut, cut, describe
+from .metrics.angular import Angular
+from .metrics.influence import Influence
+from .scoring import Measure, Scorer
+from .searches import Scored
+from .searches.lowest import Lowest
+from .searches.window import Window
+from .study import Study
 
 
 class Trials:
     """The scores of one search, on the study's scoring rows and on its held-out rows."""
 
-    def __init__(self, study: Study, config: PruneConfig, count: int, candidates: range):
-        assert isinstance(config.search, Scored)
+    def __init__(self, study: Study, config: PruneConfig, search: Scored, count: int, candidates: range):
         self.study, self.config, self.count, self.candidates = study, config, count, candidates
-        self.measure: Measure = config.search.score
-        self.guard = config.search.guard
+        self.search = search
+        self.measure: Measure = search.score
         self._advance: Advance = lambda n=1, note="": None
 
     @contextmanager
@@ -66,18 +69,17 @@ class Trials:
 
     def guarded(self, best: Cut) -> Cut:
         """The cut, unless held-out rows prefer what a single pass would have chosen."""
-        if not self.guard:
+        if not self.search.guard:
             return best
-        plain = (
-            self.config.model_copy(update={"importance": "angular"}),
-            self.config.model_copy(update={"importance": "influence"}),
+        angular, influence = (
+            self.config.model_copy(update={"importance": metric}) for metric in (Angular(), Influence())
         )
         cheap = {
-            "angular window": window.choose(self.study, plain[0], self.count, self.candidates),
-            "lowest influence": lowest.choose(self.study, plain[1], self.count, self.candidates),
+            "angular window": Window().choose(self.study, angular, self.count, self.candidates),
+            "lowest influence": Lowest().choose(self.study, influence, self.count, self.candidates),
         }
         chosen = self.best([best, *cheap.values()])
-        found = {self.config.search.kind: best, **cheap}
+        found = {self.search.kind: best, **cheap}
         self.study.notes["guard"] = {
             name: {"dropped": list(value), "held_out": self.held_out(value)} for name, value in found.items()
         }

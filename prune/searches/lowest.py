@@ -1,0 +1,23 @@
+"""The least important blocks, each on its own, wherever they are (ShortGPT, arXiv 2403.03853)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ..cuts import Cut, cut
+from . import Search
+
+if TYPE_CHECKING:
+    from ..config import PruneConfig
+    from ..study import Study
+
+
+class Lowest(Search):
+    """The least important blocks, anywhere."""
+
+    kind: Literal["lowest"] = "lowest"
+
+    def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
+        """The `count` lowest within `candidates`; the first of equals."""
+        values = config.importance.windows(study, 1)
+        return cut(sorted(candidates, key=lambda block: values[block])[:count])
