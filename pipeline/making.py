@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.memory import give_back_memory
+from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
 from ..modeling.source import ModelSource, hash_file
 from ..records.manifest import BaseModelSource, StageManifest
@@ -111,7 +112,7 @@ def _finish(
                 device=context.device,
                 dtype=context.dtype,
                 processes=context.world,
-                versions=versions(),
+                versions=versions() | packages(config),
                 machine=machine(),
                 seconds=round(meter.seconds, 3),
                 resumed=resumed,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from ..core.registry import UNUSABLE
 from ..core.suggest import did_you_mean, nearest
 
 
@@ -51,7 +52,13 @@ def _line(tree: Any, path: tuple[str | int, ...]) -> int:
 
 def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]) -> list[Problem]:
     """pydantic's errors in the recipe's terms, each misspelt key with its nearest valid one."""
-    unknown = list(unknown_keys(plain, [model], ()))
+    # Nothing is known of the options of a kind that is not there, or whose package is broken.
+    unusable = [_real_path(d, plain) for d in error.errors() if d["type"] in (UNUSABLE, "union_tag_invalid")]
+    unknown = [
+        found
+        for found in unknown_keys(plain, [model], ())
+        if not any(found[0].path[: len(path)] == path for path in unusable)
+    ]
     problems = [problem for problem, _ in unknown]
     # A key that is missing only because it was misspelt is named once, as the misspelling.
     meant = {(*problem.path[:-1], guess) for problem, guess in unknown if guess}
@@ -63,7 +70,7 @@ def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]
             continue
         if kind == "missing" and path in meant:
             continue
-        if kind.startswith("union_tag") and any(p[:-1] == path for p in covered):
+        if kind == "union_tag_not_found" and any(p[:-1] == path for p in covered):
             continue
         found.setdefault(path, []).append(detail)
     paths = [problem.path for problem in problems] + list(found)
@@ -157,7 +164,7 @@ def _message(detail: ErrorDetails) -> str:
 def _given(detail: ErrorDetails) -> str:
     """What stood there, where that is one value and the message does not say it."""
     given = detail.get("input")
-    if isinstance(given, (dict, list)) or detail["type"].startswith(("union_tag", "missing")):
+    if isinstance(given, (dict, list)) or detail["type"].startswith(("union_tag", "missing", UNUSABLE)):
         return ""
     return f" (it is {given!r})"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_whole
+from ..core.registry import packages
 from ..core.stage import Context, Group, Inputs, Progress
 from ..core.suggest import did_you_mean
 from ..modeling.geometry import geometry_of
@@ -87,6 +88,7 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
             base,
             [prints[r] for r in reads],
             files,
+            packages(config),
         )
         prints[name] = digest
         stage = StageFolder(folder, name, digest)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.extras import FULL, need
+from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
 from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
 from ..distill.config import DistillConfig
@@ -308,6 +309,7 @@ class _Call:
             prints[sources[0].text],
             [prints[sources[1].text]],
             [*files, *input_hashes(self.name, self.config, context, cache)],
+            packages(self.config),
         )
         folder = _StepFolder(out.parent, self.name, digest, out)
         origin = Origin(sources[0].text, prints[sources[0].text], {})

@@ -110,10 +110,22 @@ class StageFolder:
 
 
 def fingerprint(
-    stage: str, format: int, config: Any, seed: int, dtype: str, base: str, inputs: list[str], files: list[str]
+    stage: str,
+    format: int,
+    config: Any,
+    seed: int,
+    dtype: str,
+    base: str,
+    inputs: list[str],
+    files: list[str],
+    packages: dict[str, str] | None = None,
 ) -> str:
-    """What a stage's output depends on, as sha256 hex: its precision too, but not the device or the machine."""
-    return hash_json([stage, format, config, seed, dtype, base, inputs, files])
+    """What a stage's output depends on, as sha256 hex: its precision too, but not the device or the machine.
+
+    `packages` are those that added methods which the stage uses, with their versions.
+    """
+    parts = [stage, format, config, seed, dtype, base, inputs, files]
+    return hash_json([*parts, packages] if packages else parts)
 
 
 @contextmanager

@@ -1,0 +1,263 @@
+"""Methods that an installed package adds, and what adding one to ours costs: a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import compress
+import pytest
+
+HOME = Path(str(compress.__file__)).parent
+METHODS = {
+    ("objectives", "focal"): '''
+from typing import Literal
+
+from compress.training.objectives import Objective
+from pydantic import Field
+
+
+class Focal(Objective):
+    """The negative log-likelihood, times (1 − likelihood)^γ."""
+
+    kind: Literal["focal"] = "focal"
+    gamma: float = Field(default=2.0, ge=0, description="0 is plain sft")
+
+    def loss(self, terms):
+        return (1 - (-terms.nll).exp()) ** self.gamma * terms.nll
+''',
+    ("metrics", "nearness"): '''
+from typing import Literal
+
+from compress.prune.metrics import Metric
+
+
+class Nearness(Metric):
+    """Blocks are the more important the nearer they are to one place."""
+
+    kind: Literal["nearness"] = "nearness"
+    to: int = 0
+
+    def windows(self, study, length):
+        return [float(-abs(first - self.to)) for first in range(study.num_blocks - length + 1)]
+''',
+    ("heals", "damp"): '''
+from typing import Literal
+
+from compress.prune.heals import Heal
+
+
+class Damp(Heal):
+    """The MLP before the gap adds less."""
+
+    kind: Literal["damp"] = "damp"
+    factor: float = 0.5
+
+    def fit(self, gap):
+        from compress.records.importance import Healing
+
+        record = Healing(gap.block, (gap.first, gap.last), self.factor, {}, 1.0, 0)
+        return gap.decoder.fused(gap.block, gap.identity * self.factor), record
+''',
+    ("searches", "scattered"): '''
+from typing import Literal
+
+from compress.prune.searches import Search
+
+
+class Scattered(Search):
+    """The least important blocks of which no two are neighbours."""
+
+    kind: Literal["scattered"] = "scattered"
+
+    def choose(self, study, config, count, candidates):
+        values = config.importance.windows(study, 1)
+        chosen = []
+        for block in sorted(candidates, key=lambda block: values[block]):
+            if len(chosen) < count and all(abs(block - other) > 1 for other in chosen):
+                chosen.append(block)
+        return tuple(sorted(chosen))
+''',
+}
+CLASSES = {"focal": "Focal", "nearness": "Nearness", "damp": "Damp", "scattered": "Scattered"}
+RECIPE = """
+name: plugged
+model: random:llama
+seed: 7
+data: {source: texts, rows: 16, batch: 16, tokens: 24, length: 32, heldout: 0.25}
+prune:
+  blocks: 2
+  importance: {kind: nearness, to: 1}
+  search: scattered
+  heal: {kind: damp, factor: 0.75}
+  calibration: {tokens: 128, length: 32}
+distill:
+  objective: {kind: focal, gamma: 1.5}
+  tune: {kind: lora, rank: 2}
+  length: 32
+  accumulate: 1
+  max_steps: 2
+"""
+
+
+def package(folder: Path, name: str, version: str, sources: dict[tuple[str, str], str]) -> Path:
+    """A package's sources, with an entry point for each method."""
+    module = name.replace("-", "_")
+    (folder / module).mkdir(parents=True)
+    (folder / module / "__init__.py").write_text("")
+    points = ""
+    for (group, kind), source in sources.items():
+        (folder / module / f"{kind}.py").write_text(source, encoding="utf-8")
+        points += f'[project.entry-points."compress.{group}"]\n{kind} = "{module}.{kind}:{CLASSES[kind]}"\n'
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        f'[project]\nname = "{name}"\nversion = "{version}"\n{points}'
+        f'[tool.setuptools]\npackages = ["{module}"]\n',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def install(sources: Path, site: Path) -> None:
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(sources)]
+    subprocess.run(command, check=True, timeout=300)
+
+
+def call(arguments: list[object], *paths: Path) -> subprocess.CompletedProcess[str]:
+    """The command line, in a process that sees these folders first."""
+    path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "compress", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the package tiny-plugin 1.2."""
+    root = tmp_path_factory.mktemp("plugin")
+    install(package(root / "sources", "tiny-plugin", "1.2", METHODS), root / "site")
+    return root / "site"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    def write(*changes: tuple[str, str]) -> Path:
+        text = RECIPE
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        file = tmp_path / "plugged.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_a_recipe_runs_with_the_methods_of_an_installed_package(
+    site: Path, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = ["run", recipe(), "--runs", tmp_path / "runs"]
+    done = call(run, site)
+    assert done.returncode == 0, done.stderr
+    folders = {path.name.partition("-")[0]: path for path in (tmp_path / "runs" / "plugged").iterdir() if path.is_dir()}
+    record = json.loads((folders["prune"] / "importance.json").read_text())
+    assert (record["importance"], record["search"]) == ("nearness", "scattered")
+    last = record["blocks"] - 2  # farthest from block 1; healing keeps the very last
+    assert record["dropped"] == [last - 2, last] and record["values"][:3] == [-1.0, 0.0, -1.0]
+    assert [healing["ridge"] for healing in record["healing"]] == [0.75, 0.75]
+    manifests = {
+        name: json.loads((folders[name] / "manifest.json").read_text()) for name in ("data", "prune", "distill")
+    }
+    assert manifests["prune"]["config"]["importance"] == {"kind": "nearness", "to": 1}
+    assert manifests["distill"]["config"]["objective"] == {"kind": "focal", "gamma": 1.5}
+    assert [manifest["versions"].get("tiny-plugin") for manifest in manifests.values()] == [None, "1.2", "1.2"]
+
+    again = call([*run, "--dry-run"], site)
+    assert again.returncode == 0 and "to do" not in again.stdout
+    install(package(tmp_path / "newer", "tiny-plugin", "1.3", METHODS), tmp_path / "site")
+    lines = call([*run, "--dry-run"], tmp_path / "site").stdout.splitlines()
+    states = {line.split()[1]: line for line in lines if line.startswith("│")}
+    assert "complete" in states["data"]
+    assert "to do" in states["prune"] and "to do" in states["distill"]
+
+
+def test_their_names_and_options_are_checked_as_ours_are(site: Path, recipe: Callable[..., Path]) -> None:
+    file = recipe(("gamma", "gama"), ("scattered", "scatered"), ("factor: 0.75", "factor: much"))
+    done = call(["validate", file], site)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{file}:13: distill.objective.gama: unknown key 'gama'; did you mean 'gamma'?" in done.stderr
+    assert f"{file}:9: prune.search: 'scatered' is not one of 'window', 'lowest', 'greedy', 'beam', 'scattered'" in (
+        done.stderr
+    )
+    assert "did you mean 'scattered'?" in done.stderr and f"{file}:10: prune.heal.factor" in done.stderr
+    schema = json.loads(call(["schema"], site).stdout)
+    node = schema["$defs"]["PruneConfig"]["properties"]["heal"]
+    assert "damp" in node["anyOf"][0]["enum"] and schema["$defs"]["Damp"]["properties"]["factor"]["default"] == 0.5
+    without = call(["validate", file])
+    assert "'focal' is not one of 'sft', 'dft', 'asft', 'kd'" in without.stderr and "scattered" not in without.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import a_module_that_nobody_has\n", "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"),
+        ("raise SystemExit('not\\nhere')\n", "SystemExit: not here"),
+        ("class Focal:\n    pass\n", "TypeError: broken_plugin.focal:Focal is no Objective whose kind is 'focal'"),
+        ("", "AttributeError"),
+    ],
+)
+def test_a_broken_package_is_one_line_where_it_is_asked_for(
+    tmp_path: Path, recipe: Callable[..., Path], source: str, reason: str
+) -> None:
+    site = by_hand(tmp_path / "site", "broken-plugin", "0.3", {("objectives", "focal"): source})
+    ours = [("nearness, to: 1", "angular"), ("scattered", "window"), ("{kind: damp, factor: 0.75}", "linear")]
+    file = recipe(*ours)
+    done = call(["validate", file], site)
+    (_, line) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.strip().startswith(
+        f"{file}:13: distill.objective: the objective 'focal' of the package broken-plugin 0.3 is broken: {reason}"
+    )
+    assert call(["validate", recipe(*ours, ("{kind: focal, gamma: 1.5}", "sft"))], site).returncode == 0
+
+
+def test_two_packages_with_one_name_are_told_apart_by_nobody(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    methods = {("objectives", "focal"): METHODS["objectives", "focal"]}
+    sites = [by_hand(tmp_path / name, name, "1.0", methods) for name in ("one-plugin", "two-plugin")]
+    done = call(["validate", recipe(("importance: {kind: nearness, to: 1}\n", "\n"), ("scattered", "window"))], *sites)
+    assert "the objective 'focal' is in two packages, one-plugin 1.0 and two-plugin 1.0; uninstall one" in done.stderr
+
+
+def by_hand(site: Path, name: str, version: str, sources: dict[tuple[str, str], str]) -> Path:
+    """A package as pip leaves it, without pip's seconds."""
+    module = name.replace("-", "_")
+    info = site / f"{module}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (site / module).mkdir()
+    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for (group, kind), source in sources.items():
+        (site / module / f"{kind}.py").write_text(source, encoding="utf-8")
+        lines += [f"[compress.{group}]", f"{kind} = {module}.{kind}:{CLASSES[kind]}"]
+    info.joinpath("entry_points.txt").write_text("\n".join(lines) + "\n")
+    return site
+
+
+def test_adding_a_method_costs_one_file(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    """The package as it is, and nothing but a new file in each folder."""
+    left_out = shutil.ignore_patterns(".*", "build", "docs", "tests", "benchmarks", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(HOME, tmp_path / "compress", ignore=left_out)
+    folders = {"objectives": "training/objectives", "metrics": "prune/metrics", "heals": "prune/heals"}
+    for (group, kind), source in METHODS.items():
+        folder = tmp_path / "compress" / folders.get(group, f"prune/{group}")
+        (folder / f"{kind}.py").write_text(source, encoding="utf-8")
+    done = call(["validate", recipe()], tmp_path)
+    assert done.returncode == 0, done.stderr
+    misspelt = call(["validate", recipe(("gamma", "gama"))], tmp_path)
+    assert "unknown key 'gama'; did you mean 'gamma'?" in misspelt.stderr
+    schema = json.loads(call(["schema"], tmp_path).stdout)
+    assert {"Focal", "Nearness", "Damp", "Scattered"} <= schema["$defs"].keys()
