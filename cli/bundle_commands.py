@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @with_kv_options
 def generate(
     bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
     depth: DepthOption = None,
     engine: EngineOption = None,
     kind: TypeOption = None,
@@ -53,25 +53,27 @@ def generate(
     seed: SeedOption = 0,
     latency_ms: LatencyOption = None,
     memory_mb: MemoryOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Go on from the prompt as it stands, without template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     system: SystemOption = None,
-    draft_depth: Annotated[int | None, typer.Option("--draft-depth", help="A depth that drafts for the other.")] = None,
-    draft: Annotated[Path | None, typer.Option("--draft", help="A bundle that drafts, of the same tokenizer.")] = None,
+    draft_depth: Annotated[
+        int | None, typer.Option("--draft-depth", help="Depth that drafts tokens for --depth to verify.")
+    ] = None,
+    draft: Annotated[Path | None, typer.Option("--draft", help="Bundle that drafts tokens; same tokenizer.")] = None,
     draft_tokens: DraftTokensOption = 4,
     early_exit: Annotated[
         str | None,
         typer.Option(
             "--early-exit",
             metavar="P",
-            help="Take a token from the first depth surer than this: 0.9, or 12=0.95,18=0.9.",
+            help="Exit at the first depth whose top probability exceeds this: 0.9, or 12=0.95,18=0.9.",
         ),
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on standard error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing on standard error.")] = False,
 ) -> None:
-    """Answer a prompt with a bundle, streaming; at any of its depths, in ONNX Runtime or llama.cpp."""
+    """Answer a prompt with a bundle, streamed, at any of its depths, in ONNX Runtime or llama.cpp."""
     from ..runtime.session import Session, Settings
 
     check_text(system, "--system")
@@ -129,7 +131,7 @@ def chat(
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
 ) -> None:
-    """Talk with a bundle. What was said stays in its cache; /depth N switches depth, /exit ends."""
+    """Chat with a bundle. The conversation stays in its cache; /depth N switches depth, /exit ends."""
     from dataclasses import replace
 
     from ..runtime.session import Session, Settings
@@ -143,7 +145,7 @@ def chat(
     with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv_budget=budget) as session:
         shown = ", ".join(map(str, session.depths))
         errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
-        errors.print("/depth N switches depth, /reset forgets what was said, /exit or Ctrl-D ends", style="dim")
+        errors.print("/depth N switches depth, /reset clears the conversation, /exit or Ctrl-D ends", style="dim")
         while (line := _read_line()) is not None:
             if line == "/reset":
                 messages = list(start)
@@ -152,7 +154,7 @@ def chat(
                 if number.isdecimal() and int(number) in session.depths:
                     settings = replace(settings, depth=int(number))
                 else:
-                    errors.print(f"there is no depth {number or 'without a number'}; there are: {shown}", style="red")
+                    errors.print(f"/depth {number}: give one of the bundle's depths: {shown}", style="red")
             elif line:
                 messages.append({"role": "user", "content": line})
                 _answer(session, messages, settings)
@@ -205,19 +207,21 @@ def bench(
     bundle: BundleArgument,
     engine: EngineOption = None,
     kind: TypeOption = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after it.")] = 64,
-    repeat: Annotated[int, typer.Option(help="The best of so many turns counts.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Prompt length in tokens.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Number of tokens to decode.")] = 64,
+    repeat: Annotated[int, typer.Option(help="Number of runs; the best one counts.")] = 2,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Every lesser depth as a draft of the deepest, too.")
+        bool, typer.Option("--speculate", help="Also measure each shallower depth as a draft for the deepest.")
     ] = False,
     draft_tokens: DraftTokensOption = 4,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
     as_json: JsonOption = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write a page (.html) or the figures (.json).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the results, as a page (.html) or as JSON (.json).")
+    ] = None,
 ) -> None:
-    """Measure every depth in every engine: prefill, decoding, first token, memory; each in a process of its own."""
+    """Measure every depth in every engine: prefill, decoding, time to first token, memory; each in its own process."""
     from .. import api
     from ..pipeline.benchmark import check_bench_file, keep_in_run, write_bench
     from ..pipeline.progress import CallbackProgress
@@ -268,8 +272,8 @@ def _show_bench(report: BenchReport) -> None:
     console.print(table)
     if not report.drafts:
         return
-    figures = ("depth", "draft", "at a time", "accepted", "tokens/s\nalone", "tokens/s\ndrafted", "same text")
-    table = figures_table("a shallow depth drafts", ("engine", "type"), figures)
+    figures = ("depth", "draft", "draft\ntokens", "accepted", "tokens/s\nalone", "tokens/s\ndrafted", "same text")
+    table = figures_table("drafting with a shallower depth", ("engine", "type"), figures)
     for draft in report.drafts:
         table.add_row(
             draft.engine,
@@ -298,7 +302,7 @@ def _depth(
     limited = latency_ms is not None or memory_mb is not None
     if depth != "auto":
         if limited:
-            raise UserError("--latency-ms and --memory-mb choose a depth: give them with --depth auto")
+            raise UserError("--latency-ms and --memory-mb have no effect without --depth auto; add --depth auto")
         if depth is None:
             return None, None
         if not depth.isdecimal():

@@ -15,12 +15,12 @@ errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlig
 
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
-    """Print what a command found as JSON."""
+    """Print a command's result as JSON."""
     print(TypeAdapter(type(value)).dump_json(value, indent=2).decode())
 
 
 def figures_table(title: str, words: tuple[str, ...], figures: tuple[str, ...]) -> Table:
-    """A table of figures: columns of words on the left, columns of numbers behind them."""
+    """A table of figures: text columns on the left, then columns of numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in words:
         table.add_column(column, no_wrap=True)

@@ -68,7 +68,7 @@ def _adapter(found: AdapterInfo) -> Rows:
         ("base model", found.base),
         ("rank", found.rank),
         ("layers", _listed(found.layers)),
-        ("note", "as a model it is merged into its base"),
+        ("note", "merged into its base model when it is loaded"),
     ]
 
 
@@ -88,7 +88,7 @@ def _part(found: GgufInfo) -> Rows:
     if found.parts == 1:
         return []
     if found.part > 1:
-        return [("part", f"{found.part} of a model in several files; what it is says the first")]
+        return [("part", f"{found.part} of a model in several files; inspect the first for the whole model")]
     total, shared = megabytes(found.bytes_of_all_parts), megabytes(found.bytes_shared)
     shown = f"1 of {found.parts}, {total} together; {shared} of it shared with other depths"
     return [("part", shown), ("blocks", found.blocks)]
@@ -135,7 +135,7 @@ def _bundle(found: BundleInfo) -> Rows:
 
 def _stage(found: StageInfo) -> Rows:
     return [
-        *([("went on", found.chosen)] if found.chosen else []),
+        *([("selected", found.chosen)] if found.chosen else []),
         ("fingerprint", found.fingerprint),
         ("time", duration(found.seconds)),
         ("peak memory", megabytes(found.peak_memory_bytes)),
@@ -147,7 +147,7 @@ def _stage(found: StageInfo) -> Rows:
 
 def _run(found: RunInfo) -> Rows:
     rows: Rows = [(stage.name, f"{stage.folder}, {duration(stage.seconds)}") for stage in found.stages]
-    return [*rows, *(("begun", name) for name in found.begun), *(("report", path) for path in found.reports)]
+    return [*rows, *(("unfinished", name) for name in found.begun), *(("report", path) for path in found.reports)]
 
 
 _ROWS: dict[str, Callable[[Any], Rows]] = {

@@ -18,32 +18,36 @@ if TYPE_CHECKING:
 
 BudgetOption = Annotated[
     int | None,
-    typer.Option("--kv-budget", help="Hold so many keys and values per block and KV head; the rest is evicted."),
+    typer.Option("--kv-budget", help="Maximum keys and values cached per block and KV head; others are evicted."),
 ]
 ChunkOption = Annotated[
-    int | None, typer.Option("--kv-chunk", help="Tokens read between evictions; as the heads were made for, or 256.")
+    int | None, typer.Option("--kv-chunk", help="Tokens read between evictions; default: the heads' setting, or 256.")
 ]
 StabilizersOption = Annotated[
-    int | None, typer.Option("--kv-stabilizers", help="Newest entries kept at an eviction; as made for, or 64.")
+    int | None,
+    typer.Option("--kv-stabilizers", help="Newest entries kept at each eviction; default: the heads' setting, or 64."),
 ]
 LocalOption = Annotated[
-    int | None, typer.Option("--kv-local", help="Last tokens of a prompt, always held; as made for, or 100.")
+    int | None,
+    typer.Option("--kv-local", help="Last prompt tokens, never evicted; default: the heads' setting, or 100."),
 ]
 PolicyOption = Annotated[
-    str | None, typer.Option("--kv-policy", help="What stays: retaining (the default), recent or random.")
+    str | None, typer.Option("--kv-policy", help="How entries are selected: retaining (default), recent or random.")
 ]
 PositionsOption = Annotated[
     str | None,
-    typer.Option("--kv-positions", help="true, or contiguous: counted over what is held, past the trained context."),
+    typer.Option(
+        "--kv-positions", help="true, or contiguous: numbered within the cache, for prompts past the trained context."
+    ),
 ]
 EvictDecodingOption = Annotated[
-    bool, typer.Option("--kv-evict-decoding", help="Evict while writing, too: budget + local entries at most.")
+    bool, typer.Option("--kv-evict-decoding", help="Also evict while generating, to at most budget + local entries.")
 ]
 
 
 @dataclass(frozen=True)
 class KvOptions:
-    """What the options were given; each field is one."""
+    """The values of these options, a field for each."""
 
     kv: BudgetOption = None
     kv_chunk: ChunkOption = None
@@ -54,7 +58,7 @@ class KvOptions:
     kv_evict_decoding: EvictDecodingOption = False
 
     def budget(self, bundle: Path) -> KvBudget | None:
-        """What they ask for; None without a budget, of which the others say how."""
+        """The KV budget they describe; None without --kv-budget. `UserError` where the others are given without it."""
         how = {
             "chunk": self.kv_chunk,
             "stabilizers": self.kv_stabilizers,
@@ -66,7 +70,8 @@ class KvOptions:
         if self.kv is None:
             asked = [f"--kv-{key.replace('_', '-')}" for key, value in how.items() if value is not None]
             if asked:
-                raise UserError(f"{', '.join(asked)} says how a KV budget is kept: give it with --kv-budget")
+                verb = "has" if len(asked) == 1 else "have"
+                raise UserError(f"{', '.join(asked)} {verb} no effect without --kv-budget; add --kv-budget N")
             return None
         from ..runtime.kv_budget import choose_budget
 
@@ -77,7 +82,7 @@ NO_BUDGET = KvOptions()
 
 
 def with_kv_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with these options in the place of its parameter `options`, a `KvOptions`."""
+    """A command with these options in place of its parameter `options`, a `KvOptions`."""
     names = [field.name for field in fields(KvOptions)]
     hints = get_type_hints(command, include_extras=True) | get_type_hints(KvOptions, include_extras=True)
     parameters: list[Parameter] = []

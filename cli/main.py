@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
     except UserError as error:
         _refuse(error, arguments)
     except (Stopped, KeyboardInterrupt):
-        errors.print("stopped; finished work is kept, and the same command goes on from here")
+        errors.print("stopped; finished work is kept, and the same command resumes from here")
         sys.exit(130)
     except Exception as error:
         known = explained(error, f"{name} {' '.join(arguments)}")

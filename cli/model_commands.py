@@ -27,9 +27,9 @@ def export(
     gguf: GgufOption = "",
     onnx: OnnxOption = "",
     depths: Annotated[
-        str, typer.Option("--depths", help="Numbers of blocks to choose from, the last one all: 12,18,24.")
+        str, typer.Option("--depths", help="Depths to offer, in blocks; the last one is the whole model: 12,18,24.")
     ] = "",
-    name: Annotated[str | None, typer.Option(help="Names the artifacts; the checkpoint's name if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the artifacts; the checkpoint's name if not given.")] = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
@@ -44,9 +44,9 @@ def extract(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     kind: Annotated[str, typer.Option("--type", help="Q4_K_M, int4 …: one of the bundle's types.")],
     out: Annotated[Path, typer.Option("--out", help="The .gguf file, or the ONNX folder, to write.")],
-    depth: Annotated[int | None, typer.Option(help="How many blocks; all, if not given.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of blocks; all if not given.")] = None,
 ) -> None:
-    """Write one depth of a bundle as a single GGUF file, or an ONNX folder, of its own."""
+    """Write one depth of a bundle as a standalone GGUF file or ONNX folder."""
     from .. import api
 
     heads = api.extract(bundle, out, type=kind, depth=depth)
@@ -54,7 +54,9 @@ def extract(
 
 
 def merge(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of one shape: folders, Hub ids, .gguf files.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoints of the same shape: folders, Hub ids, .gguf files.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The merged checkpoint's folder; must not exist yet.")],
     method: Annotated[str, typer.Option(help="A merge_method of mergekit: slerp, linear, ties, karcher …")] = "slerp",
     base: Annotated[str | None, typer.Option("--base", help="The base model, for methods that need one.")] = None,
@@ -62,11 +64,11 @@ def merge(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of a recipe's merge section, such as parameters.t=0.3."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="For methods that draw at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed, for methods that sample.")] = 0,
     device: DeviceOption = "cpu",
     runs: RunsOption = Path("runs"),
 ) -> None:
-    """Merge checkpoints with mergekit, after checking that they are of one shape and one vocabulary."""
+    """Merge checkpoints with mergekit, after checking that their shapes and vocabularies match."""
     from .. import api
 
     how = {"method": method, "base": base, "set": settings or [], "seed": seed, "device": device, "runs": runs}
@@ -89,7 +91,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Also measure what is found again in long prompts with a bounded KV cache: keys of a recipe's "
+            help="Also measure retrieval from long prompts with a bounded KV cache: keys of a recipe's "
             "evaluate.retrieval, such as lengths=[1024,2048]. May be repeated.",
         ),
     ] = None,

@@ -18,10 +18,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, as compress export writes it.")]
 EngineOption = Annotated[
-    str | None, typer.Option("--engine", help="onnx or llama.cpp; llama.cpp where the bundle has a GGUF.")
+    str | None, typer.Option("--engine", help="onnx or llama.cpp; default: llama.cpp where the bundle has a GGUF file.")
 ]
-TypeOption = Annotated[str | None, typer.Option("--type", help="Q4_K_M, int4 …; the engine's first in the bundle.")]
-DepthOption = Annotated[str | None, typer.Option("--depth", help="How many blocks to run, or auto; all if not given.")]
+TypeOption = Annotated[
+    str | None, typer.Option("--type", help="Q4_K_M, int4 …; default: the engine's first type in the bundle.")
+]
+DepthOption = Annotated[str | None, typer.Option("--depth", help="Number of blocks to run, or auto; all if not given.")]
 LatencyOption = Annotated[
     float | None,
     typer.Option("--latency-ms", help="With --depth auto: maximum milliseconds per token, measured on this machine."),
@@ -30,10 +32,12 @@ MemoryOption = Annotated[
     float | None, typer.Option("--memory-mb", help="With --depth auto: maximum megabytes, weights and cache together.")
 ]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="Maximum number of new tokens.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", help="Sample from the likeliest tokens that add up to this probability.")
+]
 SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
-ContextOption = Annotated[int, typer.Option("--context", help="Tokens that llama.cpp reserves its cache for.")]
-ThreadsOption = Annotated[int, typer.Option(help="0 is one per core.")]
+ContextOption = Annotated[int, typer.Option("--context", help="Context size that llama.cpp reserves, in tokens.")]
+ThreadsOption = Annotated[int, typer.Option(help="Number of threads; 0 is one per core.")]
 SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
-DraftTokensOption = Annotated[int, typer.Option("--draft-tokens", help="Tokens drafted at a time.")]
+DraftTokensOption = Annotated[int, typer.Option("--draft-tokens", help="Tokens drafted per step.")]

@@ -26,11 +26,11 @@ def run(
     dtype: DtypeOption = "float32",
     overrides: SetOption = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="Make this stage and all after it again.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    shard: Annotated[bool, typer.Option("--shard", help="Spread full tuning over the processes (FSDP2).")] = False,
+    start: Annotated[str | None, typer.Option("--from", help="Redo this stage and all after it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Shard full tuning over the processes (FSDP2).")] = False,
 ) -> None:
-    """Run a recipe. Finished stages are skipped; a killed run goes on where it was.
+    """Run a recipe. Finished stages are skipped; an interrupted run resumes where it stopped.
 
     Under torchrun or accelerate launch (-m compress run …) several processes share the work.
     """
@@ -101,19 +101,19 @@ def recipes(as_json: JsonOption = False) -> None:
 def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    on: Annotated[str | None, typer.Option("--on", help="A named device: cpu-2core, rtx-4090, a100-80g …")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What there is to fit in, such as 24GB; else the device's.")
-    ] = None,
+    on: Annotated[str | None, typer.Option("--on", help="Device to plan for: cpu-2core, rtx-4090, a100-80g …")] = None,
+    memory: Annotated[str | None, typer.Option(help="Available memory, such as 24GB; default: the device's.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, else bfloat16.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16.")
     ] = None,
     runs: RunsOption = Path("runs"),
-    shards: Annotated[int, typer.Option(min=1, help="Full tuning spread over so many processes (run --shard).")] = 1,
-    cards: Annotated[int, typer.Option(min=1, help="With --on: so many of the device, a process on each.")] = 1,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Number of processes that full tuning is sharded over (run --shard).")
+    ] = 1,
+    cards: Annotated[int, typer.Option(min=1, help="With --on: number of such devices, one process on each.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Parameters, memory, disk, operations and time of a recipe, from configuration files alone."""
+    """Estimate a recipe's parameters, memory, disk, operations and time from configuration files alone."""
     from .. import api
     from ..pipeline.outputs import plan_output
     from ..pipeline.plan import show_plan
@@ -128,7 +128,7 @@ def plan(
 
 
 def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as runs/NAME.")]) -> None:
-    """Write report.json and report.html of a run again, from its stage folders."""
+    """Rewrite a run's report.json and report.html from its stage folders."""
     from ..pipeline.summary import rebuild
 
     need("compress report", *REPORT)

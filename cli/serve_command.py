@@ -18,19 +18,20 @@ def serve(
     engine: EngineOption = None,
     kind: TypeOption = None,
     depth: Annotated[
-        int | None, typer.Option("--depth", help="What the plain model name means; the deepest if not given.")
+        int | None,
+        typer.Option("--depth", help="Depth served when the request names no @DEPTH; the deepest if not given."),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="Answer only requests that bear this key."),
+        typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="Answer only requests that carry this key."),
     ] = None,
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
 ) -> None:
-    """Serve a bundle as OpenAI's API; NAME@18 as the model's name runs 18 blocks. Ctrl-C ends it."""
+    """Serve a bundle over the OpenAI API; the model name NAME@18 runs 18 blocks. Ctrl-C stops it."""
     from ..core.errors import UserError
     from ..core.extras import need
 

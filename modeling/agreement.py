@@ -27,7 +27,7 @@ class Head:
 
 
 class Spoken(Protocol):
-    """What the teacher says at n positions."""
+    """Teacher distributions at n positions."""
 
     def kl(self, log_probs: Tensor) -> Tensor:
         """KL(teacher ‖ student), (n,), from the student's log-probabilities there, (n, V)."""
@@ -35,7 +35,7 @@ class Spoken(Protocol):
 
 
 class Anchor(Protocol):
-    """What the teacher says at N positions, to be had for a part of them at a time."""
+    """Teacher distributions at N response positions, read in chunks."""
 
     def at(self, part: slice) -> Spoken: ...
 

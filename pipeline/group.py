@@ -96,7 +96,7 @@ def processes(device: str) -> Iterator[tuple[Group, str]]:
 
 
 def in_turn(group: Group, make: Callable[[], Made]) -> Made:
-    """What `make` gives: in the first process, and then, when the caches it fills are there, in the others."""
+    """Run `make` on rank 0, then, once its caches exist, on the other ranks; its result on each."""
     if group.rank > 0:
         group.barrier()
     made = make()

@@ -240,7 +240,7 @@ def retain(
     """
     config = choose_section(RetainConfig, section, keys, "retain")
     if rows is None and config.dataset is None:
-        raise UserError("retain: it makes its long rows of other rows: give rows, or name a data set in dataset")
+        raise UserError("retain builds its rows from other rows: pass `rows`, or set `dataset`")
     call = _Call("retain", config, out, device, dtype, seed, runs, on_progress)
     return ModelResult(call.make(model, model, rows))
 

@@ -1,4 +1,4 @@
-"""The last lines of a run: what was won, and where it is."""
+"""The last lines of a run: its results, and where they are."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
     """A small table of base, pruned, recovered and the artifacts, and the paths."""
     if report.models:
         bold = {m.role for m in (smallest_artifact(report), final_model(report)) if m is not None}
-        console.print(model_table(report.models, f"{report.name}: what was won", bold))
+        console.print(model_table(report.models, f"{report.name}: results", bold))
         show_tasks(report.models, console)
         show_retrieval(report.models, console)
     for stage in report.stages:
@@ -88,7 +88,7 @@ def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()
     """One row per model: blocks, size, perplexity, agreement, speed."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("blocks", "size", "perplexity", "KL to base", "same choice", "tokens/s"):
+    for column in ("blocks", "size", "perplexity", "KL to base", "top-1 agreement", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for model in models:
         cells = (
@@ -122,7 +122,7 @@ def show_tasks(models: list[ModelEntry], console: Console) -> None:
 
 
 def show_retrieval(models: list[ModelEntry], console: Console) -> None:
-    """What was found again in long prompts: a table per task, a line per model, policy and budget."""
+    """Retrieval from long prompts: a table per task, a line per model, policy and budget."""
     tables: list[Table] = []
     for line in retrieval_lines(models):
         if line.first:

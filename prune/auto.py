@@ -43,15 +43,15 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
         curve.append(point)
         met += [point] if _meets(point, goal) else []
         study.progress.note(
-            f"without {count}: perplexity {point.pruned:.2f} pruned, {point.healed:.2f} healed "
+            f"{count} removed: perplexity {point.pruned:.2f} pruned, {point.healed:.2f} healed "
             f"({point.healed_ratio:.2f} × the base's), {describe(cut)}"
         )
         if not any(_meets(p, goal) for p in curve[-MISSES:]) and goal.perplexity is not None:
             break
     if not met:
         raise UserError(
-            f"prune.goal: not even without {most} blocks are the weights or the time down to what it asks for; "
-            "raise the goal, or goal.at_most"
+            f"prune.goal cannot be reached: with {most} block{'' if most == 1 else 's'} removed the model is still "
+            f"above the target {'size' if goal.size is not None else 'latency'}; raise the target or goal.at_most"
         )
     chosen = tuple(met[-1].dropped)
     if guard := compared.get(len(chosen)):

@@ -89,8 +89,7 @@ class RetainConfig(Section):
         if self.dataset is None and "data" not in sections:
             yield (
                 (),
-                "it makes its rows of the data stage's, and there is none; add a data section, or name a data set in "
-                "dataset",
+                "builds its rows from the data stage, which this recipe lacks: add `data:` or set `retain.dataset`",
             )
 
     def longest(self, positions: int) -> int:

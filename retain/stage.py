@@ -89,7 +89,7 @@ def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) ->
         return users_rows(tokenizer, config.dataset, length, config.rows, config.heldout, context, cache)
     if "data" not in inputs.stages:
         raise UserError(
-            "retain makes its rows of the data stage's, and there is none; name a data set in retain.dataset"
+            "retain builds its rows from the data stage, which this recipe lacks: add `data:` or set `retain.dataset`"
         )
     return made_rows(tokenizer, inputs.stages["data"], length, config.rows, config.heldout, context.seed)
 

@@ -260,7 +260,7 @@ def test_ctrl_c_keeps_what_was_made_and_the_next_run_goes_on(recipe, run, tmp_pa
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err
-    assert err == "stopped; finished work is kept, and the same command goes on from here\n"
+    assert err == "stopped; finished work is kept, and the same command resumes from here\n"
     (part,) = tmp_path.glob("runs/r/.data-*/.work/parts/00000.jsonl")
     assert part.read_text().count("\n") == 4
     code, out, _ = run(*arguments)

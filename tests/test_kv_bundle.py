@@ -201,7 +201,7 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--kv-chunk", 9], "--kv-chunk says how a KV budget is kept: give it with --kv-budget"),
+        (["generate", "--kv-chunk", 9], "--kv-chunk has no effect without --kv-budget; add --kv-budget N"),
         (["generate", "--kv-budget", 30, "--draft-depth", 2], "cannot be combined with drafts or early exit"),
         (["generate", "--kv-budget", 30, "--engine", "llama.cpp", "--kv-policy", "recent"], "use the onnx engine"),
         (["bench", "--kv-budget", 30, "--speculate"], "--speculate drafts"),

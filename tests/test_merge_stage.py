@@ -273,7 +273,7 @@ def test_the_merge_is_exported_measured_and_reported(chain: tuple[Path, Path]) -
         assert saved["eval_perplexity"] == pytest.approx(variant["best"]["eval_perplexity"], rel=1e-3)
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(inspection_table(inspect(merge)))
-    assert re.search(r"went on\W+merge", console.export_text())
+    assert re.search(r"selected\W+merge", console.export_text())
     for path in merge.rglob("*"):
         assert path.is_dir() or path.name == "manifest.json" or str(folder).encode() not in path.read_bytes()
 

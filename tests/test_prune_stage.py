@@ -265,7 +265,7 @@ def test_auto_drops_the_fewest_blocks_that_reach_a_size_or_a_time(stage: Stage) 
     stage(blocks="auto", goal={"size": 1 - 1.5 * block / total}, **AUTO)
     assert len(stage.record["dropped"]) == 2
     assert stage.record["curve"][-1]["size"] == pytest.approx(1 - 2 * block / total)
-    with pytest.raises(UserError, match=r"prune\.goal: not even without 1 blocks"):
+    with pytest.raises(UserError, match=r"prune\.goal cannot be reached: with 1 block removed"):
         stage(blocks="auto", goal={"size": 0.01, "at_most": 1}, **AUTO)
 
 

@@ -352,7 +352,9 @@ def problems(folder: Path, text: str) -> str:
 
 def test_a_recipe_needs_something_to_make_rows_of(tmp_path):
     alone = "name: x\nmodel: random:llama\nretain: {steps: 2}\n"
-    assert "retain: it makes its rows of the data stage's, and there is none" in problems(tmp_path, alone)
+    assert "retain: builds its rows from the data stage, which this recipe lacks: add `data:`" in problems(
+        tmp_path, alone
+    )
     message = problems(tmp_path, "name: x\nmodel: random:llama\nretain: {dataset: {path: a.jsonl, text: t}}\n")
     assert "retain.dataset" in message and "prompts with answers" in message
     late = RECIPE + "sort: {depths: [4, 8]}\n"

@@ -400,7 +400,7 @@ def test_sharded_weights_learn_the_same(world: World) -> None:
     found = world.train("killed", 2, KILLS.format(("Trainer", "_save_rng_state")), True, options)
     assert [code for code, _ in found] == [-signal.SIGKILL] * 2
     found = world.train("killed", 1, "", False, options)
-    assert found[0][0] == 1 and "checkpoint-2 is of a training begun with --shard; go on with it" in found[0][1]
+    assert found[0][0] == 1 and "checkpoint-2 was written with --shard; resume with --shard" in found[0][1]
     world("killed", 2, shard=True, **options)
     assert world.model("killed").read_bytes() == world.model("shards").read_bytes()
     assert world.curves("killed") == world.curves("shards")

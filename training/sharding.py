@@ -91,8 +91,8 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -
     """Read what `save_optimizer` wrote. Raises `UserError` where another number of processes wrote it."""
     if not (folder / _file(group)).exists():
         raise UserError(
-            f"{folder} is of a training that was begun in other ways than --shard with {group.world} processes; go on "
-            "as it was begun, or delete that folder to train from the start"
+            f"{folder} was written with another --shard setting or number of processes than this run's "
+            f"{group.world}; resume with the same, or delete it to start over"
         )
     parameters = [parameter for part in optimizer.param_groups for parameter in part["params"]]
     state: dict[int, dict[str, Tensor]] = {}

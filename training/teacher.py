@@ -39,7 +39,7 @@ class Teacher(Protocol):
     """Where a student's anchor is from."""
 
     def anchor(self, batch: Batch, positions: Tensor) -> Anchor:
-        """What the teacher says at the N positions, flat indices into the batch's (B·T), where targets are
+        """Teacher distributions at the N positions, flat indices into the batch's (B·T), where targets are
         predicted."""
         ...
 

@@ -277,7 +277,7 @@ class DistillTrainer(Trainer):
         if self.sharded:
             load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.group)
         elif not (Path(checkpoint) / OPTIMIZER).exists():
-            raise UserError(f"{checkpoint} is of a training begun with --shard; go on with it, or delete that folder")
+            raise UserError(f"{checkpoint} was written with --shard; resume with --shard, or delete it to start over")
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
 

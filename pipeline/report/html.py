@@ -100,7 +100,7 @@ def torch_models(report: Report) -> list[ModelEntry]:
 
 
 def headline(report: Report) -> list[dict[str, str]]:
-    """What was won, as label, figure and comparison."""
+    """The main results, as label, figure and comparison."""
     base, final, small = report.model("base"), final_model(report), smallest_artifact(report)
     if base is None or final is None:
         return []
@@ -139,7 +139,7 @@ def headline(report: Report) -> list[dict[str, str]]:
 
 
 def students(report: Report) -> list[dict[str, Any]]:
-    """Variants and their merge side by side: what each is, its held-out figures, and whether it went on.
+    """Variants and their merge side by side: what each is, its held-out figures, and whether it was selected.
 
     With a merge the figures are those of the saved checkpoints, else those that training ended with.
     """

@@ -1,4 +1,4 @@
-"""report.json: what was won, measured, and made. Documented in docs/reference/report.md."""
+"""report.json: what a run measured and made. Documented in docs/reference/report.md."""
 
 from __future__ import annotations
 
