@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .distill.config import DistillConfig
     from .evaluation.config import EvaluateConfig
     from .export.config import ExportConfig
+    from .kv.settings import KvBudget
     from .merge.config import MergeConfig
     from .pipeline.benchmark import BenchReport, bench
     from .pipeline.direct import evaluate, export, extract, merge
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from .records.manifest import StageManifest
     from .records.models import ModelEntry
     from .retain.config import RetainConfig
-    from .runtime.kv_budget import KvBudget
     from .runtime.session import Answer, Session, Settings
     from .sort.config import SortConfig
 
@@ -84,7 +84,7 @@ _PLACES = {
     "records.manifest": "StageManifest",
     "records.models": "ModelEntry",
     "retain.config": "RetainConfig",
-    "runtime.kv_budget": "KvBudget",
+    "kv.settings": "KvBudget",
     "runtime.session": "Answer Session Settings",
     "sort.config": "SortConfig",
 }

@@ -29,9 +29,8 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 def measure_cell(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Read and decode once, in this process."""
-    from compress.api import Session
+    from compress.api import KvBudget, Session
     from compress.runtime.generator import Request, Work
-    from compress.runtime.kv_budget import KvBudget
     from compress.runtime.measure import peak_memory
 
     kv = None if values["kv"] is None else KvBudget(**values["kv"])

@@ -1,4 +1,4 @@
-"""Two policies of evaluation/kv_policies.py against kvpress 0.5.5: which entries of a prompt each keeps.
+"""Two policies of kv/policies against kvpress 0.5.5: which entries of a prompt each keeps.
 
     python -m venv build/kvpress
     build/kvpress/bin/pip install torch==2.13.0  # the CPU build will do
@@ -27,8 +27,9 @@ Kept = dict[str, list[list[list[int]]]]  # "family/policy/budget" → block → 
 def ours(out: Path) -> None:
     """Write the models, the prompt and what our cache keeps."""
     import torch
-    from compress.evaluation.kv_cache import CacheSettings, KVCache
-    from compress.evaluation.kv_policies import make_policy
+    from compress.evaluation.kv_cache import KVCache
+    from compress.kv.policies import make
+    from compress.kv.settings import KvBudget
     from compress.modeling.blocks import Decoder
     from compress.modeling.load import load_model
     from compress.modeling.random import random_checkpoint
@@ -42,8 +43,8 @@ def ours(out: Path) -> None:
         decoder = Decoder(load_model(folder))
         for policy in POLICIES:
             for budget in BUDGETS:
-                settings = CacheSettings(budget, chunk=LENGTH, stabilizers=0, local=0)
-                cache = KVCache(decoder, make_policy(policy, decoder, None, 0), settings, LENGTH)
+                settings = KvBudget(budget, chunk=LENGTH, stabilizers=0, local=0, policy=policy)
+                cache = KVCache(decoder, make(settings), settings, LENGTH)
                 cache.read_prompt(prompt)
                 kept[f"{family}/{policy}/{budget}"] = [
                     layer.positions[:, : layer.count].tolist() for layer in cache.layers

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.evaluation.kv_policies import pooled
+from compress.kv.policies.retaining import pooled
+from compress.kv.settings import HeadSettings, read_settings
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.modeling.retaining import RetainingSettings, has_heads, load_heads, read_settings
+from compress.modeling.retaining import has_heads, load_heads
 from compress.modeling.retaining_labels import label_row
 from torch import Tensor
 from transformers import DynamicCache
@@ -78,7 +79,7 @@ def make_row(tokenizer: Any, text: list[int], tokens: int, seed: int) -> tuple[l
 
 
 def find_scores(
-    model: Any, heads: Any, meant: RetainingSettings, ids: Sequence[int], prompt: int, noise: float, seed: int
+    model: Any, heads: Any, meant: HeadSettings, ids: Sequence[int], prompt: int, noise: float, seed: int
 ) -> Tensor:
     """(blocks, KV heads, prompt) float64: a checkpoint's heads', pooled as they were meant, or noisy labels."""
     found: list[Tensor] = []
@@ -86,7 +87,8 @@ def find_scores(
 
     def visit(seen: Any) -> None:
         if heads is not None:
-            found.append(pooled(heads.score(seen.block, seen.inputs).T.double(), meant.pool))
+            raw = heads.score(seen.block, seen.inputs).T.float().cpu().numpy()
+            found.append(torch.from_numpy(pooled(raw, meant.pool)).double())
             return
         labels = seen.labels.T.double()
         spread = labels.std(1, keepdim=True)
@@ -123,7 +125,7 @@ def measure(
     model: Any,
     tokenizer: Any,
     heads: Any,
-    meant: RetainingSettings,
+    meant: HeadSettings,
     text: list[int],
     row: int,
     options: argparse.Namespace,
@@ -168,7 +170,7 @@ def main() -> None:
     folder = options.checkpoint or resolve(MODEL, ROOT / "build" / "sources")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     heads = load_heads(folder, model.config) if has_heads(folder) else None
-    meant = read_settings(folder) if heads is not None else RetainingSettings(pool=1, sinks=0)
+    meant = read_settings(folder) if heads is not None else HeadSettings(pool=1, sinks=0)
     docs = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").rglob("*.md")))
     text = tokenizer(docs, add_special_tokens=False, verbose=False).input_ids
     results: Results = {}

@@ -36,7 +36,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..api import BenchReport
-    from ..runtime.kv_budget import KvBudget
+    from ..kv.settings import KvBudget
     from ..runtime.session import Session, Settings, Usage
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..core.units import duration, megabytes
+from ..kv.settings import HeadSettings
 from ..pipeline.inspection import (
     AdapterInfo,
     BundleInfo,
@@ -18,7 +19,6 @@ from ..pipeline.inspection import (
     RunInfo,
     StageInfo,
 )
-from ..runtime.kv_budget import HEADS_SETTINGS
 
 Rows = list[tuple[str, object]]
 
@@ -116,7 +116,7 @@ def _bundle(found: BundleInfo) -> Rows:
         ("depths", _listed(found.depths)),
     ]
     if found.retaining is not None:
-        used = _listed(f"{name} {getattr(found.retaining, name)}" for name in ("budget", *HEADS_SETTINGS))
+        used = _listed(f"{name} {getattr(found.retaining, name)}" for name in HeadSettings.model_fields)
         rows.append(("retaining heads", f"{found.retaining.path}, width {found.retaining.width}; {used}"))
     for family in found.families:
         size = f"{megabytes(family.bytes)} ({megabytes(family.bytes_without_links)} without links)"

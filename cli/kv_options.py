@@ -14,7 +14,7 @@ import typer
 from ..core.errors import UserError
 
 if TYPE_CHECKING:
-    from ..runtime.kv_budget import KvBudget
+    from ..kv.settings import KvBudget
 
 BudgetOption = Annotated[
     int | None,
@@ -73,7 +73,7 @@ class KvOptions:
                 verb = "has" if len(asked) == 1 else "have"
                 raise UserError(f"{', '.join(asked)} {verb} no effect without --kv-budget; add --kv-budget N")
             return None
-        from ..runtime.kv_budget import choose_budget
+        from ..kv.settings import choose_budget
 
         return choose_budget(bundle, self.kv, **how)
 

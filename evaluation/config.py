@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..core.stage import Section
-from ..core.suggest import similar
+from ..core.suggest import did_you_mean, similar
 
 FORMAT = 4
 BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py
@@ -37,7 +37,7 @@ class HarnessConfig(Section):
     batch: int = Field(default=8, ge=1, description="requests per forward pass of a checkpoint")
 
 
-Policy = Literal["full", "retaining", "recent", "snapkv", "random", "oracle"]
+FULL = "full"  # beside the policies of `kv`: nothing is evicted
 RetrievalTask = Literal["passkey", "keys", "continuation"]
 
 
@@ -54,7 +54,7 @@ class RetrievalConfig(Section):
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="position of a number: 0 is the beginning, 1 the end"
     )
-    policies: list[Policy] = Field(
+    policies: list[str] = Field(
         ["full", "retaining", "recent", "snapkv"],
         min_length=1,
         description="eviction policies. full: no eviction; retaining: trained heads; recent: first and newest tokens; "
@@ -94,12 +94,32 @@ class RetrievalConfig(Section):
                 raise ValueError(f"{name} has {twice[0]!r} twice")
         if "continuation" in self.tasks and self.text is None:
             raise ValueError("the task continuation needs a text: set text")
-        if set(self.policies) - {"full"} and not self.budgets:
+        if set(self.policies) - {FULL} and not self.budgets:
             raise ValueError("policies other than full need budgets")
         wrong = [budget for budget in self.budgets if budget >= 1 and budget != int(budget)]
         if wrong:
             raise ValueError(f"budget {wrong[0]}: give a share below 1, or a whole number of entries")
         return self
+
+    @field_validator("policies")
+    @classmethod
+    def _known_policies(cls, policies: list[str]) -> list[str]:
+        from ..kv.policies import POLICIES
+
+        known = (FULL, *POLICIES.names)
+        unknown = [name for name in policies if name not in known]
+        if unknown:
+            raise ValueError(
+                f"there is no policy {unknown[0]!r}; there are: {', '.join(known)}{did_you_mean(unknown[0], known)}"
+            )
+        return policies
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether a policy goes by retaining heads."""
+        from ..kv.policies import policy
+
+        return any("heads" in policy(name).needs for name in self.policies if name != FULL)
 
     def entries(self, budget: float, length: int) -> int:
         """A budget in entries per block and KV head, for prompts of `length` tokens."""

@@ -1,141 +1,31 @@
-"""A KV cache of fixed size in torch: what is held of a long prompt, per block and KV head, is chosen by a policy.
+"""A KV cache of bounded size in torch, where each KV head of each block keeps its own entries.
 
-The prompt is read in chunks; after each, the `budget` best-scored entries of every head stay, in their original order,
-and after each but the last the newest `stabilizers` are among them whatever their score. The last `local` tokens of a
-prompt are read after that, and nothing of them goes (Locret, arXiv 2410.01805). Shapes are of one row; T tokens are
-read at once, n entries are held by each of G KV heads.
+The rules are those of every runtime (`kv`); here policies are measured, so that all of them run: heads, attention and
+labels are at hand. Shapes are of one row; T tokens are read at once, n entries are held by each of G KV heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..kv.eviction import best, entry_scores
+from ..kv.policy import Floats, Policy, View
+from ..kv.settings import KvBudget
+from ..kv.steps import most_held, read_in_steps, steps
 from ..modeling.attention import Heads, own_attention
 from ..modeling.blocks import Decoder
+from ..modeling.retaining import RetainingHeads
 from ..modeling.rotary import Rotary, check_positions
 from ..modeling.shape import AttentionShape
 
-Positions = Literal["true", "contiguous"]
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """How a prompt is read, and what is held of it. Raises `UserError` for what cannot be."""
-
-    budget: int | None  # entries held per block and KV head before the local tail; None: all
-    chunk: int = 256  # tokens read between evictions
-    stabilizers: int = 64  # newest entries that stay after every chunk but the last
-    local: int = 100  # last tokens of the prompt, read after all evictions
-    positions: Positions = "true"  # contiguous: what is held is rotated anew to 0, 1, 2, …
-    evict_while_decoding: bool = False  # then budget + local entries are held at most; else every new one stays
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1 or self.local < 0 or self.stabilizers < 0:
-            raise UserError("a KV cache needs a chunk of 1 token or more, and no negative numbers")
-        if self.budget is not None and self.budget < max(1, self.stabilizers):
-            raise UserError(
-                f"a KV budget of {self.budget} has no room for {self.stabilizers} stabilizers, which are part of it; "
-                "raise the budget or lower the stabilizers"
-            )
-        if self.evict_while_decoding and (self.budget is None or self.local < 1):
-            raise UserError("eviction while decoding needs a budget, and a local tail of 1 token or more")
-
-
-@dataclass(frozen=True)
-class Step:
-    """Tokens `start` to `end` of a prompt, read in one forward pass."""
-
-    start: int
-    end: int
-    evicts: bool  # afterwards
-    protected: int = 0  # newest entries that stay
-
-
-def steps(length: int, settings: CacheSettings) -> list[Step]:
-    """How a prompt of `length` tokens is read."""
-    body = max(0, length - settings.local)
-    evicts = settings.budget is not None
-    found = []
-    for start in range(0, body, settings.chunk):
-        end = min(start + settings.chunk, body)
-        found.append(Step(start, end, evicts, settings.stabilizers if end < body else 0))
-    return [*found, Step(body, length, False)] if body < length else found
-
-
-def reach(length: int, new: int, settings: CacheSettings) -> tuple[int, int]:
-    """Entries held at most, and the highest rotary position, with up to `new` tokens read after up to `length` of a
-    prompt."""
-    held = most = length
-    if settings.budget is not None:
-        most, held = (min(length, settings.budget + more) for more in (settings.chunk, settings.local))
-    held += new
-    if settings.evict_while_decoding and settings.budget is not None:
-        held = min(held, settings.budget + settings.local)
-    room = max(most, held)
-    return room, (room if settings.positions == "contiguous" else length + new) - 1
-
-
-def shared_steps(prompts: Sequence[Sequence[int]], settings: CacheSettings) -> int:
-    """How many of their first steps all prompts have in common, at least the last of each left out."""
-    plans = [steps(len(prompt), settings)[:-1] for prompt in prompts]
-    count = 0
-    for together in zip(*plans, strict=False):
-        end = together[0].end
-        if any(step != together[0] for step in together) or any(p[:end] != prompts[0][:end] for p in prompts):
-            break
-        count += 1
-    return count
-
-
-@dataclass(frozen=True)
-class View:
-    """What a policy sees of one block when T tokens have been read: T of the n entries are new."""
-
-    heads: Heads  # of the T tokens
-    projections: Tensor | None  # (T, I): q, k, v before norms and rotary positions, where the policy needs them
-    keys: Tensor  # (G, n, d)
-    positions: Tensor  # (G, n): the entries' places in the text
-    scores: Tensor  # (G, n - T) float32, as given before
-    decoding: bool
-
-    @property
-    def new(self) -> Tensor:
-        """Places of the new entries, (G, T)."""
-        return self.positions[:, self.scores.shape[1] :]
-
-
-class Policy(Protocol):
-    """Says what to keep."""
-
-    needs_projections: bool
-
-    def score(self, view: View) -> Tensor:
-        """Scores (G, n), float32, of all entries; the greater ones stay."""
-        ...
-
-
-def best(scores: Tensor, budget: int, protected: int = 0) -> Tensor:
-    """Indices (G, budget), ascending, of the greatest of scores (G, n), n ≥ budget, the last `protected` among them; of
-    equal ones the first."""
-    if protected:
-        scores = scores.clone()
-        scores[:, scores.shape[1] - protected :] = torch.inf
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :budget].sort(1).values
-
-
-def all_but_worst(scores: Tensor, local: int) -> Tensor:
-    """Indices (G, n - 1), ascending, without the smallest of scores (G, n) but the last `local`; of equal ones the last
-    goes."""
-    count = scores.shape[1]
-    worst = count - local - 1 - scores[:, : count - local].flip(1).argmin(1, keepdim=True)
-    index = torch.arange(count - 1, device=scores.device).expand(len(scores), -1)
-    return index + (index >= worst)
+Watch = Callable[[Heads, Tensor, Tensor], None]  # a block's heads; its keys (G, n, d) and their places (G, n)
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -152,7 +42,7 @@ class Layer:
         self.keys, self.values = (like.new_empty((*size, shape.size)) for _ in range(2))
         self.unturned = like.new_empty((*size, shape.size)) if turning else None  # keys without rotary positions
         self.positions = torch.empty(size, dtype=torch.long, device=like.device)
-        self.scores = torch.empty(size, device=like.device)
+        self.scores = np.empty(size, np.float32)
         self.count = 0
 
     def append(self, **parts: Tensor) -> None:
@@ -162,13 +52,15 @@ class Layer:
             getattr(self, name)[:, self.count : self.count + tokens] = part
         self.count += tokens
 
-    def keep(self, index: Tensor) -> None:
-        """Only the entries at `index` (G, m), in that order."""
-        for name, buffer in self._buffers():
+    def keep(self, kept: NDArray[np.int64]) -> None:
+        """Only the entries at `kept` (G, m), in that order."""
+        count = kept.shape[1]
+        self.scores[:, :count] = np.take_along_axis(self.scores[:, : self.count], kept, 1)
+        index = torch.from_numpy(kept).to(self.positions.device)
+        for _, buffer in self._buffers():
             wide = index if buffer.ndim == 2 else index[..., None].expand(-1, -1, buffer.shape[-1])
-            buffer[:, : index.shape[1]] = buffer[:, : self.count].gather(1, wide)
-            setattr(self, name, buffer)
-        self.count = index.shape[1]
+            buffer[:, :count] = buffer[:, : self.count].gather(1, wide)
+        self.count = count
 
     def copy(self) -> Layer:
         twin = object.__new__(Layer)
@@ -176,27 +68,46 @@ class Layer:
             other = torch.empty_like(buffer)
             other[:, : self.count] = buffer[:, : self.count]
             setattr(twin, name, other)
-        twin.count = self.count
+        twin.count, twin.scores = self.count, self.scores.copy()
         if self.unturned is None:
             twin.unturned = None
         return twin
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
-        names = ("keys", "values", "unturned", "positions", "scores")
+        names = ("keys", "values", "unturned", "positions")
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
 
 class KVCache:
     """Reads one prompt with a model, then what follows it. `length` and `new` are the most tokens either has.
 
-    Raises `UserError` where positions go beyond what the model was trained for.
+    `heads` and `labels` (per block (G, N), of the prompt's first N tokens) are for policies that need them. `watch`, if
+    set, sees every block as it is read. Raises `UserError` where positions go beyond what the model was trained for,
+    `ValueError` for a policy without what it needs.
     """
 
-    def __init__(self, decoder: Decoder, policy: Policy, settings: CacheSettings, length: int, new: int = 0):
+    def __init__(
+        self,
+        decoder: Decoder,
+        policy: Policy,
+        settings: KvBudget,
+        length: int,
+        new: int = 0,
+        *,
+        heads: RetainingHeads | None = None,
+        labels: Sequence[Tensor] | None = None,
+    ):
+        missing = policy.needs & {name for name, value in (("heads", heads), ("labels", labels)) if value is None}
+        if missing:
+            raise ValueError(f"the policy {policy} needs {' and '.join(sorted(missing))}")
         self.decoder, self.policy, self.settings = decoder, policy, settings
+        self.heads = None if heads is None else heads.to(decoder.embedding.weight.device)
+        self.labels = None if labels is None else [label.float().cpu().numpy() for label in labels]
+        self.watch: Watch | None = None
         self.rotary = Rotary(decoder) if settings.positions == "contiguous" else None
-        room, last = reach(length, new, settings)
+        room = most_held(settings, length, new)
         hint = "shorten it" + ("" if self.rotary else ", or use contiguous positions with a budget")
+        last = (room if self.rotary else length + new) - 1
         check_positions(decoder, last, f"a prompt of {length} tokens with {new} after it", hint)
         shape, weight = AttentionShape.of(decoder.config), decoder.embedding.weight
         self.layers = [Layer(shape, room, weight, self.rotary is not None) for _ in range(decoder.num_blocks)]
@@ -225,23 +136,18 @@ class KVCache:
         """Read a prompt, or on where it was left: its first `count` steps. Logits (V,) after what was read."""
         if not prompt:
             raise UserError("the prompt has no tokens")
-        hidden = None
-        for step in steps(len(prompt), self.settings)[:count]:
-            if step.start >= self.seen:
-                hidden = self._read(prompt[step.start : step.end], step)
-        if hidden is None:
-            raise ValueError("all of these steps have been read")
-        return self.decoder.head(hidden[-1])
+        plan = [step for step in steps(len(prompt), self.settings)[:count] if step.start >= self.seen]
+        return self.decoder.head(read_in_steps(prompt, plan, self._read, self._evict)[-1])
 
     @torch.inference_mode()
     def read_on(self, ids: Sequence[int]) -> Tensor:
         """Read tokens after the prompt; logits (T, V) after each. One by one where they evict, else in chunks."""
-        size = 1 if self.settings.evict_while_decoding else self.settings.chunk
+        size = 1 if self.settings.evict_decoding else self.settings.chunk
         found = []
         for start in range(0, len(ids), size):
-            if self.settings.evict_while_decoding:
+            if self.settings.evict_decoding:
                 self._make_room()
-            found.append(self.decoder.head(self._read(ids[start : start + size], None)))
+            found.append(self.decoder.head(self._read(ids[start : start + size], decoding=True)))
         return torch.cat(found)
 
     def write(self, logits: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
@@ -253,8 +159,8 @@ class KVCache:
                 logits = self.read_on([token])[0]
         return written
 
-    def _read(self, ids: Sequence[int], step: Step | None) -> Tensor:
-        """Hidden states (T, H) of tokens after those seen; `step` None: after the prompt."""
+    def _read(self, ids: Sequence[int], decoding: bool = False) -> Tensor:
+        """Hidden states (T, H) of tokens after those seen."""
         device = self.decoder.embedding.weight.device
         places = torch.arange(self.seen, self.seen + len(ids), device=device)
         rotary = places if self.rotary is None else places - self.seen + self.held
@@ -273,24 +179,40 @@ class KVCache:
                 mask = visible(places, layer.positions[:, :n], heads.window)
                 mask = mask.repeat_interleave(len(heads.queries) // len(heads.keys), 0)
             found = _attention(heads, layer.keys[:, :n], layer.values[:, :n], mask)
-            before = layer.scores[:, : n - len(ids)]
-            qkv = projected.pop(heads.block)[0] if self.policy.needs_projections else None
-            view = View(heads, qkv, layer.keys[:, :n], layer.positions[:, :n], before, step is None)
-            layer.scores[:, :n] = self.policy.score(view)
-            budget = self.settings.budget
-            if step is not None and step.evicts and budget is not None and n > budget:
-                self._keep(heads.block, best(layer.scores[:, :n], budget, step.protected))
+            if self.watch is not None:
+                self.watch(heads, layer.keys[:, :n], layer.positions[:, :n])
+            qkv = projected.pop(heads.block)[0] if "heads" in self.policy.needs else None
+            scores = entry_scores(self.policy, self._view(heads, layer, places, qkv, decoding))
+            layer.scores[:, n - scores.shape[1] : n] = scores
             return found
 
         self.most = max(self.most, self.held + len(ids))
         tokens = torch.tensor(list(ids), device=device)
-        if self.policy.needs_projections:
+        if "heads" in self.policy.needs:
             with self.decoder.projections() as projected:
                 hidden = own_attention(self.decoder, tokens, rotary, attend)
         else:
             hidden = own_attention(self.decoder, tokens, rotary, attend)
         self.seen += len(ids)
         return hidden
+
+    def _view(self, heads: Heads, layer: Layer, places: Tensor, qkv: Tensor | None, decoding: bool) -> View:
+        """What the policy may ask of a block; its `qkv` (T, I) are before norms and rotary positions."""
+        predicted = labels = None
+        if qkv is not None and self.heads is not None:
+            predicted = self.heads.score(heads.block, qkv).T.float().cpu().numpy()
+        text = places.cpu().numpy()
+        if self.labels is not None:
+            own = self.labels[heads.block]
+            labels = np.where(text < own.shape[1], own[:, np.minimum(text, own.shape[1] - 1)], np.float32(np.inf))
+
+        def attention(window: int) -> Floats:
+            keys, queries = layer.keys[:, : layer.count], heads.queries[:, -window:]
+            seen = visible(places[-window:], layer.positions[:, : layer.count], heads.window)
+            logits = _logits(heads, queries, keys).masked_fill(~seen[:, None], -torch.inf)
+            return logits.softmax(-1).mean(2).cpu().numpy()
+
+        return View(heads.block, len(heads.keys), text, decoding, predicted, attention, labels)
 
     def _shared_mask(self, tokens: int, device: Any) -> Tensor | None:
         """(T, n): what T new tokens see where no window slides, the same for all heads; None: all before them."""
@@ -303,15 +225,45 @@ class KVCache:
         """Evict one entry of every head where the cache is full."""
         assert self.settings.budget is not None
         if self.held >= self.settings.budget + self.settings.local:
-            for block, layer in enumerate(self.layers):
-                self._keep(block, all_but_worst(layer.scores[:, : layer.count], self.settings.local))
+            self._keep(self.held - 1, self.settings.local)
 
-    def _keep(self, block: int, index: Tensor) -> None:
-        layer = self.layers[block]
-        layer.keep(index)
-        if self.rotary is not None and layer.unturned is not None:
-            places = torch.arange(layer.count, device=index.device)
-            layer.keys[:, : layer.count] = self.rotary.turned(block, layer.unturned[:, : layer.count], places)
+    def _evict(self, protected: int) -> None:
+        """Keep the budget's best entries of every head."""
+        if self.settings.budget is not None and self.held > self.settings.budget:
+            self._keep(self.settings.budget, protected)
+
+    def _keep(self, count: int, protected: int) -> None:
+        for block, layer in enumerate(self.layers):
+            layer.keep(best(layer.scores[:, : layer.count], count, protected))
+            if self.rotary is not None and layer.unturned is not None:
+                places = torch.arange(count, device=layer.keys.device)
+                layer.keys[:, :count] = self.rotary.turned(block, layer.unturned[:, :count], places)
+
+
+def _logits(heads: Heads, queries: Tensor, keys: Tensor) -> Tensor:
+    """(G, query heads per G, T, n) float32, before the softmax, of queries (heads, T, d)."""
+    grouped = queries.reshape(len(keys), -1, *queries.shape[1:])
+    return (grouped @ keys[:, None].transpose(-1, -2)).float() * heads.scaling
+
+
+def answer_labels(cache: KVCache, answer: Sequence[int]) -> list[Tensor]:
+    """Labels (G, N) per block of the N prompt tokens that a full cache has read: each key's largest logit, before the
+    softmax, over the true answer's queries, which are read after them. Keys that none of these sees (sliding windows)
+    get -inf."""
+    if cache.held != cache.seen or not answer:
+        raise ValueError("labels need a cache that has evicted nothing, and an answer")
+    prompt = cache.seen
+    labels: dict[int, Tensor] = {}
+
+    def watch(heads: Heads, keys: Tensor, places: Tensor) -> None:
+        seen = visible(places[0, -heads.queries.shape[1] :], places[:, :prompt], heads.window)
+        logits = _logits(heads, heads.queries, keys[:, :prompt]).masked_fill(~seen[:, None], -torch.inf)
+        largest, before = logits.amax((1, 2)), labels.get(heads.block)
+        labels[heads.block] = largest if before is None else torch.maximum(before, largest)
+
+    cache.watch = watch
+    cache.read_on(answer)
+    return [labels[block] for block in range(len(cache.layers))]
 
 
 def _attention(heads: Heads, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,13 +18,15 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.files import read_json_value, read_text, write_json
 from ..core.stage import Advance, Context
+from ..kv.policies import make
+from ..kv.settings import HeadSettings, KvBudget, read_settings
+from ..kv.steps import shared_steps
 from ..modeling.blocks import Decoder
-from ..modeling.retaining import RetainingHeads, RetainingSettings, has_heads, load_heads, read_settings
+from ..modeling.retaining import RetainingHeads, has_heads, load_heads
 from ..records.models import RetrievalResult, RetrievalTask
-from .config import Policy, RetrievalConfig
+from .config import FULL, RetrievalConfig
 from .generation import stops, text_of
-from .kv_cache import CacheSettings, KVCache, shared_steps
-from .kv_policies import Oracle, answer_labels, make_policy
+from .kv_cache import KVCache, answer_labels
 from .retrieval_tasks import Continuation, Filler, Reading, continuation, keys, passkey
 from .statistics import wilson
 
@@ -47,7 +49,7 @@ class Measured:
     length: int
     row: int
     depth: float | None
-    policy: Policy
+    policy: str
     budget: float | None  # as asked for; None: everything is kept
     entries: int | None  # the budget in keys per block and KV head
     bytes: int  # of keys and values, when most were held
@@ -99,11 +101,11 @@ class Retrieval:
             return passkey(self.tokenizer, self.filler, item.length, item.depth, seed)
         return keys(self.tokenizer, self.filler, item.length, self.config.depths, seed)
 
-    def ways(self) -> list[tuple[Policy, float | None]]:
+    def ways(self) -> list[tuple[str, float | None]]:
         """Policies with their budgets, in the order of the configuration."""
-        found: list[tuple[Policy, float | None]] = []
+        found: list[tuple[str, float | None]] = []
         for policy in self.config.policies:
-            budgets: list[float | None] = [None] if policy == "full" else [*self.config.budgets]
+            budgets: list[float | None] = [None] if policy == FULL else [*self.config.budgets]
             for budget in budgets:
                 found.append((policy, budget))
         return found
@@ -132,12 +134,12 @@ class Retrieval:
     ) -> Iterator[Measured]:
         """Measure a model. If a policy needs heads, they come from `checkpoint`: this model's, or those of the deeper
         model that this one is a depth of. Measurements in `done` are skipped."""
-        decoder, heads, meant = Decoder(model), None, RetainingSettings()
+        decoder, heads, meant = Decoder(model), None, HeadSettings()
         if checkpoint is not None and has_heads(checkpoint):
             meant = read_settings(checkpoint)
-        if "retaining" in self.config.policies:
+        if self.config.needs_heads:
             if checkpoint is None:
-                raise ValueError("the policy retaining needs a checkpoint with retaining heads")
+                raise ValueError("these policies need a checkpoint with retaining heads")
             heads = load_heads(checkpoint, model.config)
         for item in self.items():
             todo = [way for way in self.ways() if key(item, *way) not in done]
@@ -161,7 +163,7 @@ class Reader:
         made: Reading | Continuation,
         retrieval: Retrieval,
         heads: RetainingHeads | None,
-        meant: RetainingSettings,
+        meant: HeadSettings,
     ):
         self.decoder, self.made, self.heads, self.meant = decoder, made, heads, meant
         self.config, self.tokenizer, self.seed = retrieval.config, retrieval.tokenizer, retrieval.seed
@@ -171,29 +173,25 @@ class Reader:
         self.new = max(self.config.max_tokens, *map(len, self.answers))
         self.labels: list[Tensor] | None = None
 
-    def settings(self, entries: int | None) -> CacheSettings:
+    def settings(self, policy: str, entries: int | None) -> KvBudget:
         """The configuration's, else as the heads were meant."""
         config, meant = self.config, self.meant
         most = meant.stabilizers if entries is None else min(meant.stabilizers, entries // 4)
-        return CacheSettings(
+        return KvBudget(
             entries,
             meant.chunk if config.chunk is None else config.chunk,
             most if config.stabilizers is None else config.stabilizers,
             meant.local if config.local is None else config.local,
-            config.positions,
+            "recent" if policy == FULL else policy,  # of a full cache nothing is evicted, whatever scores it has
             config.evict_while_decoding and entries is not None,
+            config.positions,
+            meant.pool,
+            meant.sinks,
         )
 
-    def measure(self, item: Item, policy: Policy, budget: float | None) -> Measured:
+    def measure(self, item: Item, policy: str, budget: float | None) -> Measured:
         entries = None if budget is None else self.config.entries(budget, item.length)
-        settings = self.settings(entries)
-        if policy == "oracle":
-            if self.labels is None:
-                self.labels = self._labels()
-            asked = Oracle(self.labels)
-        else:
-            asked = make_policy(policy, self.decoder, self.heads, self.seed, self.meant)
-        caches = self._caches(asked, settings)
+        caches = self._caches(self.settings(policy, entries))
         hits, depths, size, nll = [], [], 0, []
         stop = stops(self.tokenizer)
         for number, (cache, logits) in enumerate(caches):
@@ -209,11 +207,14 @@ class Reader:
         return Measured(**asdict(item), policy=policy, budget=budget, entries=entries, bytes=size, depths=depths,
                         hits=hits, nll=nll, tokens=[len(answer) for answer in self.answers])  # fmt: skip
 
-    def _caches(self, policy: Any, settings: CacheSettings) -> Iterator[tuple[KVCache, Tensor]]:
+    def _caches(self, settings: KvBudget) -> Iterator[tuple[KVCache, Tensor]]:
         """After each prompt: the cache, and the logits (V,). What the prompts share is read once."""
         length = max(map(len, self.prompts))
         common = shared_steps(self.prompts, settings) if len(self.prompts) > 1 else 0
-        first = KVCache(self.decoder, policy, settings, length, self.new)
+        policy = make(settings, self.seed)
+        if "labels" in policy.needs and self.labels is None:
+            self.labels = self._labels()
+        first = KVCache(self.decoder, policy, settings, length, self.new, heads=self.heads, labels=self.labels)
         if common:
             first.read_prompt(self.prompts[0], common)
         for number, prompt in enumerate(self.prompts):
@@ -223,8 +224,7 @@ class Reader:
     def _labels(self) -> list[Tensor]:
         """What the true answers attend to, the most of all questions: the oracle knows all that will be asked."""
         found: list[Tensor] = []
-        full = make_policy("full", self.decoder, None, self.seed)
-        for number, (cache, _) in enumerate(self._caches(full, self.settings(None))):
+        for number, (cache, _) in enumerate(self._caches(self.settings(FULL, None))):
             labels = answer_labels(cache, self.answers[number])
             found = labels if not found else [_greater(a, b) for a, b in zip(found, labels, strict=True)]
         return found

@@ -119,7 +119,7 @@ def retrieving(config: EvaluateConfig, subjects: list[Subject]) -> list[Subject]
     if config.retrieval is None:
         return subjects
     headed = any(subject.heads is not None for subject in subjects)
-    if "retaining" in config.retrieval.policies and not headed:
+    if config.retrieval.needs_heads and not headed:
         raise UserError(
             "evaluate.retrieval.policies has retaining, but no checkpoint has retaining heads: add a `retain` section "
             "to train them, or choose other policies"

@@ -13,17 +13,16 @@ from its graph puts the columns of W1 in that order.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import gguf
 
+from ..kv.settings import FOLDER, GGUF, SETTINGS, read_settings
 from ..modeling.load import load_config
-from ..modeling.retaining import FOLDER, SETTINGS, WEIGHTS, has_heads, load_heads, read_settings
+from ..modeling.retaining import WEIGHTS, has_heads, load_heads
 from ..records.bundle import RetainingEntry
 
 ARCHITECTURE = "compress-retain"
-GGUF = "heads.gguf"
 
 
 def write_heads(checkpoint: Path, bundle: Path) -> RetainingEntry | None:
@@ -37,7 +36,7 @@ def write_heads(checkpoint: Path, bundle: Path) -> RetainingEntry | None:
     for name in (WEIGHTS, SETTINGS):
         shutil.copyfile(checkpoint / FOLDER / name, folder / name)
     writer = gguf.GGUFWriter(folder / GGUF, ARCHITECTURE)
-    numbers = {**asdict(settings), "width": heads.width, "block_count": len(heads.blocks)}
+    numbers = {**settings.numbers(), "width": heads.width, "block_count": len(heads.blocks)}
     for key, value in numbers.items():
         writer.add_uint32(f"compress.retain.{key}", value)
     for name, value in heads.state_dict().items():
@@ -53,5 +52,5 @@ def write_heads(checkpoint: Path, bundle: Path) -> RetainingEntry | None:
         path=f"{FOLDER}/{WEIGHTS}",
         gguf=f"{FOLDER}/{GGUF}",
         width=heads.width,
-        **asdict(settings),
+        **settings.numbers(),
     )

@@ -2,15 +2,13 @@
 
 A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are what the projections give, biases added,
 before any norm of theirs and before rotary positions. What is kept goes by means over neighbours' scores
-(`RetainingSettings.pool`): a fact is several tokens in a row, which are of no use without each other, and what a head
+(`HeadSettings.pool`): a fact is several tokens in a row, which are of no use without each other, and what a head
 says of one token is noisy (SnapKV, 2404.14469, pools for the same reason). Heads lie in a checkpoint's `retaining/`:
 `heads.safetensors` (float32; `blocks.N.w1.weight` (R, I), `blocks.N.w2.weight` (G, R)) and `settings.json`.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
+from ..kv.settings import FOLDER, HeadSettings
 from .linear import Linear
 from .shape import AttentionShape
 
-FOLDER = "retaining"
-WEIGHTS, SETTINGS = "heads.safetensors", "settings.json"
-
-
-@dataclass(frozen=True)
-class RetainingSettings:
-    """How the heads were meant to be used; each can be chosen anew at run time."""
-
-    budget: int = 1024  # keys and values kept per block and KV head
-    chunk: int = 256  # tokens that are read at a time
-    stabilizers: int = 64  # of the newest tokens before a chunk's end, kept whatever their score
-    local: int = 100  # last tokens of a prompt, which are read after all evictions and kept
-    pool: int = 9  # a token's score is the mean over so many neighbours read with it, itself in the middle
-    sinks: int = 4  # first tokens of a text, kept whatever their score
+WEIGHTS = "heads.safetensors"  # in FOLDER
 
 
 class RetainingHead(nn.Module):
@@ -71,25 +57,14 @@ def has_heads(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER / WEIGHTS).is_file()
 
 
-def save_heads(heads: RetainingHeads, settings: RetainingSettings, checkpoint: Path) -> None:
+def save_heads(heads: RetainingHeads, settings: HeadSettings, checkpoint: Path) -> None:
     """Write the heads into a checkpoint's folder; the same bytes each time."""
     from safetensors.torch import save_file
 
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.float().contiguous() for name, value in heads.state_dict().items()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
-
-
-def read_settings(checkpoint: Path) -> RetainingSettings:
-    """How a checkpoint's heads were meant to be used. `UserError` for a missing or broken file."""
-    file = checkpoint / FOLDER / SETTINGS
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        values = {field.name: int(found[field.name]) for field in fields(RetainingSettings)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the retaining heads' settings in {file}: {error}") from error
-    return RetainingSettings(**values)
+    settings.write(checkpoint)
 
 
 def load_heads(checkpoint: Path, config: Any) -> RetainingHeads:

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from ..core.errors import UserError
 from ..core.extras import REPORT, need
 from ..core.files import write_whole
+from ..kv.settings import KvBudget, choose_budget
 from ..records.bundle import BundleManifest
 from ..runtime.bench import DepthFigures, DraftFigures
 from ..runtime.bundle import read_bundle
-from ..runtime.kv_budget import KvBudget, choose_budget
 from .places import check_file_place
 from .progress import OnProgress, as_progress
 from .report.collect import BENCH
@@ -59,21 +59,13 @@ class BenchDraft(_Figures):
     equal: bool  # the text is that of the greatest depth alone
 
 
-class BenchKv(_Figures):
-    """The bounded KV cache that was measured with."""
-
-    model_config = ConfigDict(extra="allow")
-
-    budget: int  # keys and values per block and KV head
-
-
 class BenchReport(_Figures):
     """All figures of a bundle."""
 
     name: str
     depths: list[BenchDepth]
     drafts: list[BenchDraft]
-    kv: BenchKv | None = None
+    kv: KvBudget | None = None  # the bounded KV cache that was measured with
 
 
 def bench(
@@ -127,7 +119,7 @@ def bench(
         name=manifest.name,
         depths=_with_quality(manifest, found),
         drafts=[BenchDraft(**asdict(draft)) for draft in drafts],
-        kv=None if budget is None else BenchKv(**asdict(budget)),
+        kv=budget,
     )
 
 

@@ -48,7 +48,7 @@ class FamilyEntry(Entry):
 
 
 class RetainingEntry(Entry):
-    """Retaining heads, and how they were meant to be used (`kv_budget`)."""
+    """Retaining heads, and how they were meant to be used (`kv.settings`)."""
 
     path: str  # within the bundle: the heads as safetensors
     gguf: str  # the same as a GGUF beside a model's

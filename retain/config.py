@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ..core.stage import Section
 from ..data.config import Columns
+from ..kv.settings import HeadSettings
 
 FORMAT = 4
 LONGEST = 10240  # tokens per row, as published
@@ -25,18 +25,10 @@ class LongRows(Columns):
         return self
 
 
-class RetainConfig(Section):
+class RetainConfig(HeadSettings):
     """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The
     model itself stays as it is."""
 
-    budget: int = Field(1024, ge=1, description="keys and values kept per block and KV head, unless chosen at run time")
-    chunk: int = Field(256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time")
-    stabilizers: int = Field(64, ge=0, description="newest tokens of a chunk that are kept whatever their score")
-    local: int = Field(100, ge=1, description="last tokens of a prompt, which are read last and kept")
-    pool: int = Field(
-        9, ge=1, description="a token's score is the mean over so many neighbours, itself in the middle; published: 1"
-    )
-    sinks: int = Field(4, ge=0, description="first tokens of a text that are kept whatever their score; published: 0")
     width: int | None = Field(None, ge=1, description="of the heads; null: a quarter of the model's hidden size")
     dataset: LongRows | None = Field(
         None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
@@ -66,21 +58,6 @@ class RetainConfig(Section):
     smooth: float = Field(0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
     heldout: int = Field(8, ge=1, description="rows to measure on")
     eval_every: int = Field(100, ge=1, description="steps between measurements on them")
-
-    @model_validator(mode="after")
-    def _stabilizers_fit(self) -> Self:
-        if self.stabilizers > self.budget:
-            raise ValueError(
-                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
-            )
-        return self
-
-    @field_validator("pool")
-    @classmethod
-    def _odd(cls, pool: int) -> int:
-        if pool % 2 == 0:
-            raise ValueError(f"{pool} neighbours have no middle; write an odd number")
-        return pool
 
     def input_files(self) -> list[str]:
         return [self.dataset.path] if self.dataset is not None and self.dataset.local else []

@@ -13,10 +13,11 @@ from ..core.errors import UserError
 from ..core.files import write_whole
 from ..core.stage import WORK, Context, Inputs
 from ..data.readers import DatasetSource, local_file
+from ..kv.settings import HeadSettings
 from ..modeling.blocks import Decoder
 from ..modeling.checkpoint import link_file
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..modeling.retaining import RetainingSettings, save_heads
+from ..modeling.retaining import save_heads
 from ..modeling.source import checkpoint_files
 from .config import RetainConfig, head_width
 from .rows import RetainRows, made_rows, users_rows
@@ -61,10 +62,7 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
     after = {"eval_loss": loss, "eval_recall": shares[1]}
     lines[0]["eval_recall"], lines[-1]["eval_recall"] = shares
     link_model(inputs.model, out_dir / "model")
-    settings = RetainingSettings(
-        config.budget, config.chunk, config.stabilizers, config.local, config.pool, config.sinks
-    )
-    save_heads(heads.cpu(), settings, out_dir / "model")
+    save_heads(heads.cpu(), HeadSettings(**config.numbers()), out_dir / "model")
     write_whole(out_dir / CURVES, "".join(json.dumps(line) + "\n" for line in lines))
     context.progress.note(
         f"of the quarter of a prompt that answers attend to most, the heads keep "

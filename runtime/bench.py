@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..kv.settings import KvBudget
 from .bundle import read_bundle
 from .generator import Request, Work
-from .kv_budget import KvBudget
 from .measure import answer, in_own_process, peak_memory
 from .session import Session, Settings, choose_artifact, depth_artifacts
 

@@ -1,4 +1,4 @@
-"""A text of any length whose cache has a fixed size: what it held is evicted as it is read on (`kv_budget`).
+"""A text of any length whose cache has a fixed size: what it held is evicted as it is read on (`kv`).
 
 Read at one depth, by a chain's parts: a chunk goes through all of them, then every block evicts for itself, each KV
 head its own entries. What comes before the newest tokens cannot be had again, so another text is begun anew, and there
@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import UserError
+from ..kv.eviction import best, entry_scores, worst
+from ..kv.policies import make
+from ..kv.policy import View
+from ..kv.settings import KvBudget
+from ..kv.steps import most_held, read_in_steps, steps
 from .block_chain import BlockChain, bind_array
-from .kv_budget import (
-    KvBudget,
-    best,
-    check_windows,
-    pooled,
-    random_scores,
-    recent_scores,
-    rotary_frequencies,
-    turn,
-    worst,
-)
 from .onnx_engine import PREFILL_CHUNK
+from .rotary import rotary_frequencies, turn
+
+ENDLESS = 2**31  # tokens of a text without an end
 
 
 class BoundedText:
@@ -36,9 +34,13 @@ class BoundedText:
     """
 
     def __init__(self, chain: BlockChain, settings: KvBudget):
+        if settings.budget is None:
+            raise ValueError("a bounded text needs a budget")
+        self.budget = settings.budget
         config = json.loads((chain.folder / "config.json").read_text(encoding="utf-8"))
         check_windows(config)
-        self.chain, self.settings = chain, settings
+        self.chain, self.settings, self.policy = chain, settings, make(settings)
+        self.most = most_held(settings, ENDLESS)  # entries held at most while a prompt is read
         self.frequencies = None
         if settings.positions == "contiguous":
             self.frequencies = rotary_frequencies(config, chain.kv_shape[1])
@@ -59,40 +61,28 @@ class BoundedText:
             return read
         if depth != self.depth:
             self.depth, self.room = depth, 0
-            self._grow(self.settings.reach + 1)  # one for the row that onnx_cut adds
+            self._grow(self.most + 1)  # one for the row that onnx_cut adds
         self.tokens, self.held = [], 0
         return 0
 
     def left(self) -> int:
         """How many tokens more there are positions for."""
         if self.settings.positions == "contiguous":
-            return 2**31 if self.settings.evict_decoding else self.chain.context - self.held
+            return ENDLESS if self.settings.evict_decoding else self.chain.context - self.held
         return self.chain.context - len(self.tokens)
 
     def read_prompt(self, ids: Sequence[int]) -> np.ndarray:
         """Read a prompt, or what comes after the text so far; logits (V,) after it. `UserError` past the context."""
         self._check(len(ids))
-        settings = self.settings
-        body = max(0, len(ids) - settings.local)
-        if self.held + len(ids) - body > settings.budget + settings.local:
-            # Answers were written since the last eviction: short turns alone must not let the cache grow.
-            self._evict(settings.stabilizers if body else 0)
-        states = None
-        for start in range(0, body, settings.chunk):
-            end = min(start + settings.chunk, body)
-            states = self._read(ids[start:end])
-            self._evict(settings.stabilizers if end < body else 0)
-        if body < len(ids):
-            states = self._read(ids[body:])
-        if states is None:
-            raise ValueError("there is nothing to read")
-        return self._logits(states)
+        plan = steps(len(ids), self.settings, self.held)
+        return self._logits(read_in_steps(ids, plan, self._read, self._evict))
 
     def read_token(self, token: int) -> np.ndarray:
         """Read one token that was written; logits (V,) after it."""
-        if self.settings.evict_decoding and self.held >= self.settings.budget + self.settings.local:
+        settings = self.settings
+        if settings.evict_decoding and self.held >= self.budget + settings.local:
             self._drop_one()
-        return self._logits(self._read([token]))
+        return self._logits(self._read([token], decoding=True))
 
     def _check(self, new: int) -> None:
         length, context, settings = len(self.tokens) + new, self.chain.context, self.settings
@@ -101,16 +91,16 @@ class BoundedText:
                 f"a text of {length} tokens is longer than the model's context of {context}: shorten it, or give "
                 "--kv-positions contiguous"
             )
-        if settings.positions == "contiguous" and min(length, max(settings.reach, self.held)) > context:
+        if settings.positions == "contiguous" and min(length, max(self.most, self.held)) > context:
             raise UserError(
-                f"a KV budget of {settings.budget} holds up to {settings.reach} entries at a time, more than the "
+                f"a KV budget of {settings.budget} holds up to {self.most} entries at a time, more than the "
                 f"model's context of {context}: lower --kv-budget or --kv-chunk"
             )
 
     def _logits(self, states: np.ndarray) -> np.ndarray:
         return self.chain.run_head(self._bindings[-1], states[:, -1:])[0]
 
-    def _read(self, ids: Sequence[int]) -> np.ndarray:
+    def _read(self, ids: Sequence[int], decoding: bool = False) -> np.ndarray:
         """Hidden states (1, T, H) of the last tokens of `ids`, after all of them went through the depth's parts."""
         states = None
         if self.held + len(ids) + 1 > self.room:
@@ -118,18 +108,16 @@ class BoundedText:
         for start in range(0, len(ids), PREFILL_CHUNK):
             states = self._pass(ids[start : start + PREFILL_CHUNK])
         assert states is not None
-        if self.settings.policy == "retaining":
-            self._finish_scores(len(ids))
+        self._score(len(ids), decoding)
         return states
 
-    def _finish_scores(self, count: int) -> None:
-        """Pool what the heads say of the newest tokens, which were read together; the text's first ones stay."""
-        sinks = max(0, self.settings.sinks - (len(self.tokens) - count))  # among these
-        if sinks or (count > 1 and self.settings.pool > 1):
-            for scores in self.scores:
-                new = scores[:, self.held - count : self.held]
-                new[:] = pooled(new, self.settings.pool)
-                new[:, :sinks] = np.inf
+    def _score(self, count: int, decoding: bool) -> None:
+        """Let the policy score the newest tokens, which were read together; their heads' predictions are there."""
+        places = np.arange(len(self.tokens) - count, len(self.tokens))
+        for block, buffer in enumerate(self.scores):
+            new = buffer[:, self.held - count : self.held]
+            predicted = new if "heads" in self.policy.needs else None
+            new[:] = entry_scores(self.policy, View(block, len(new), places, decoding, predicted))
 
     def _pass(self, ids: Sequence[int]) -> np.ndarray:
         chain, count, held = self.chain, len(ids), self.held
@@ -140,7 +128,7 @@ class BoundedText:
         tokens = np.asarray([ids], np.int64)
         zeros = np.zeros((1, count, chain.hidden), np.float32)
         states = zeros
-        retaining = self.settings.policy == "retaining"
+        predicting = "heads" in self.policy.needs
         for number, part in enumerate(chain.parts[: chain.depths.index(self.depth) + 1]):
             binding = self._bindings[number]
             residual, addition = np.empty_like(zeros), np.empty_like(zeros)
@@ -155,26 +143,21 @@ class BoundedText:
             assert part.end is not None
             bind_array(binding.bind_output, part.end.residual, residual)
             bind_array(binding.bind_output, part.end.addition, addition)
-            if retaining:
+            if predicting:
                 for block, array in zip(range(part.first, part.last), scores, strict=True):
                     bind_array(binding.bind_output, f"retaining_scores.{block}", array)
             chain.sessions[number].run_with_iobinding(binding)
             states = residual + addition
-            for block, array in zip(range(part.first, part.last), scores, strict=True):
-                self.scores[block][:, held : held + count] = array[0].T if retaining else self._made_up(block, count)
+            if predicting:
+                for block, array in zip(range(part.first, part.last), scores, strict=True):
+                    self.scores[block][:, held : held + count] = array[0].T
         self.tokens += [int(i) for i in ids]
         self.held += count
         return states
 
-    def _made_up(self, block: int, count: int) -> np.ndarray:
-        """Scores (G, T) of the next tokens by a policy that needs no heads."""
-        places = np.arange(len(self.tokens), len(self.tokens) + count)
-        heads = self.chain.kv_shape[0]
-        return recent_scores(heads, places) if self.settings.policy == "recent" else random_scores(block, heads, places)
-
     def _evict(self, protected: int) -> None:
         """Keep the budget's best entries of every block and head."""
-        budget = self.settings.budget
+        budget = self.budget
         if self.held <= budget:
             return
         for block in range(self.depth):
@@ -190,7 +173,7 @@ class BoundedText:
         """Let the worst entry of every block and head go, the `local` newest left out."""
         end = self.held
         for block in range(self.depth):
-            for head, gone in enumerate(worst(self.scores[block][:, : end - self.settings.local])):
+            for head, gone in enumerate(worst(self.scores[block][:, :end], self.settings.local)):
                 for buffer in (self.keys[block][0], self.values[block][0], self.scores[block]):
                     buffer[head, gone : end - 1] = buffer[head, gone + 1 : end]  # numpy minds the overlap
                 if self.frequencies is not None:
@@ -217,3 +200,17 @@ class BoundedText:
                     # One buffer for past and present: the kernel writes new entries into it and copies nothing.
                     bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
                     bind_array(binding.bind_output, f"present.{block}.{name}", cache)
+
+
+def check_windows(config: dict[str, Any]) -> None:
+    """`UserError` for a model (its config.json) whose attention slides a window.
+
+    The kernel counts a window in entries held, which are no longer the text's tokens once some were evicted.
+    """
+    window, family = config.get("sliding_window"), config.get("model_type")
+    kinds = config.get("layer_types") or ["sliding_attention"] * (family in ("mistral", "phi3"))
+    if window and window < config["max_position_embeddings"] and "sliding_attention" in kinds:
+        raise UserError(
+            f"a KV budget cannot be kept for a model whose attention slides a window of {window} tokens: ONNX Runtime "
+            "counts it in entries held, not in tokens of the text; run it without --kv-budget"
+        )

@@ -11,8 +11,6 @@ from typing import Literal, Self
 from ..core.errors import UserError
 
 Finish = Literal["stop", "length"]
-KvPolicy = Literal["retaining", "recent", "random"]  # what says which entries of a bounded cache stay
-KvPositions = Literal["true", "contiguous"]
 Tokens = abc.Generator[int, None, None]
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_byte, c_char, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,17 @@ _WARN = 3  # ggml_log_level; errors are 4
 _EVAL = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
-Observe = Callable[[bytes, NDArray[np.float32]], None]
+
+class Observer(Protocol):
+    """Sees what is computed while tokens are read."""
+
+    def wanted(self, name: bytes, operation: str) -> bool:
+        """Whether a tensor of the graph is to be handed out."""
+        ...
+
+    def observe(self, name: bytes, values: NDArray[np.float32]) -> None:
+        """A tensor that is wanted, (tokens, width), in the order of computing."""
+        ...
 
 
 class _ModelParams(ctypes.Structure):
@@ -210,27 +220,19 @@ class Model:
 class Cache:
     """A model's KV cache of at least `cells` tokens, at any positions, and what reads tokens into it.
 
-    `observe(name, values)` is given every matrix (tokens, width) float32 that `wanted(name, operation)` accepts, in
-    the order of computing. Whatever it raises, `decode` raises.
+    Whatever the observer raises, `decode` raises.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        cells: int,
-        batch: int,
-        threads: int,
-        wanted: Callable[[bytes, str], bool],
-        observe: Observe,
-    ):
+    def __init__(self, model: Model, cells: int, batch: int, threads: int, observer: Observer | None):
         self.model, self._library, self.batch = model, model.library, batch
-        self._wanted, self._observe, self._error = wanted, observe, None
+        self._observer, self._error = observer, None
         self._operations: dict[int, str] = {}
         llama = self._library.llama
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_outputs_max = cells, batch, batch, 1
         params.n_threads = params.n_threads_batch = threads
-        params.cb_eval = self._callback = _EVAL(self._evaluated)  # kept: C holds a bare pointer to it
+        if observer is not None:
+            params.cb_eval = self._callback = _EVAL(self._evaluated)  # kept: C holds a bare pointer to it
         self.handle = llama.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise UserError(f"llama.cpp has no room for a cache of {cells} tokens: {self._library.reason()}")
@@ -275,10 +277,11 @@ class Cache:
         """`ask`: whether to compute up to this tensor and stop there; else it is computed. An exception must not
         leave: C would go on with whatever value ctypes then returns."""
         try:
+            assert self._observer is not None
             tensor = _Tensor.from_address(address)
             if ask:
-                return self._wanted(tensor.name, self._operation(tensor.op))
-            self._observe(tensor.name, self._read(tensor))
+                return self._observer.wanted(tensor.name, self._operation(tensor.op))
+            self._observer.observe(tensor.name, self._read(tensor))
             return True
         except BaseException as error:
             self._error = error

@@ -1,7 +1,8 @@
-"""Writing text with llama.cpp and a KV cache of bounded size: retaining heads say which tokens stay.
+"""Writing text with llama.cpp and a KV cache of bounded size: a policy says which tokens stay (`kv`).
 
-While llama.cpp reads tokens, its evaluation callback hands out every block's queries, keys and values as the
-projections give them; the heads score them here, in numpy. Positions stay what they were in the text.
+Where it needs retaining heads, llama.cpp's evaluation callback hands out every block's queries, keys and values as the
+projections give them while it reads tokens; the heads score them here, in numpy. Positions stay what they were in the
+text.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from numpy.typing import NDArray
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
 from ..core.machine import cores
+from ..kv.policies import make
+from ..kv.policy import Floats, check_needs
+from ..kv.settings import KvBudget
+from ..kv.steps import most_held, read_in_steps, steps
+from ..kv.tokens import HeldTokens
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
-from .kv_budget import KvBudget, pooled
 from .llama_library import Cache, Model
-from .token_eviction import HeldTokens, most_tokens
 
-HEADS = "heads.gguf"  # in a bundle's folder of retaining heads
 BATCH = 512  # tokens read at once at most; a chunk may take several
-Floats = NDArray[np.float32]
 _PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
 # What the projections give is a product or, with a bias, a sum; norms and rotations of the same name come later.
 _PROJECTIONS = ("MUL_MAT", "ADD")
@@ -40,8 +42,7 @@ class TokenScorer:
 
     def __init__(self, file: Path, header: Mapping[str, Any], blocks: int, pairs_adjacent: bool):
         name = header["general.architecture"]
-        heads = header[f"{name}.attention.head_count"]
-        groups = header.get(f"{name}.attention.head_count_kv", heads)
+        heads, groups = header[f"{name}.attention.head_count"], _kv_heads(header)
         size = header.get(f"{name}.attention.key_length", header[f"{name}.embedding_length"] // heads)
         order = _columns(heads, groups, size, pairs_adjacent)
         weights = read_heads(file)
@@ -51,7 +52,6 @@ class TokenScorer:
             if w1 is None or w2 is None or w1.shape[1] != len(order) or w2.shape != (groups, w1.shape[0]):
                 raise UserError(f"the retaining heads in {file} do not fit the model: see its block {block}")
             self._weights.append((np.ascontiguousarray(w1[:, order].T), np.ascontiguousarray(w2.T)))
-        self.heads = blocks * groups
         self._block, self._parts = 0, {}
         self._scores: list[Floats] = []
 
@@ -112,7 +112,8 @@ def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArra
 
 
 class LlamaCppKvGenerator(Generator):
-    """`files` maps depths to GGUF files, `heads` is the bundle's `heads.gguf`; of the depths one is open at a time.
+    """`files` maps depths to GGUF files; of the depths one is open at a time. `heads` is the bundle's `heads.gguf`,
+    read if the policy needs it.
 
     The memory of the cache depends on `limits` and the tokens to write, not on the prompt. A text that goes on where
     the one before it ended is read on; any other is read from its beginning, since what was dropped is missing.
@@ -121,50 +122,59 @@ class LlamaCppKvGenerator(Generator):
     runtime = "llama.cpp"
 
     def __init__(self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0):
-        if limits.policy != "retaining" or limits.positions != "true":
+        if limits.positions != "true":
             raise UserError(
-                f"llama.cpp keeps a KV budget by retaining heads and at true positions only, not by {limits.policy} at "
-                f"{limits.positions} ones: use the onnx engine"
+                f"llama.cpp keeps a KV budget at true positions only, not {limits.positions} ones: use the onnx engine"
             )
+        self._policy = make(limits)
+        check_needs(self._policy, {"heads"}, "llama.cpp")
         self.depths = tuple(sorted(files))
         self._files, self._heads, self.limits = files, heads, limits
         self._threads = threads or cores()
         self._lock = threading.Lock()
-        self._depth = 0
+        self._depth = self._kv_heads = 0  # of the model that is open
         self._model: Model | None = None
         self._scorer: TokenScorer | None = None
         self._cache: Cache | None = None
-        self._text: BoundedText | None = None
+        self._text: LlamaCppText | None = None
         self._open(self.depths[-1])
         self.context = min(_longest_text(path) for path in files.values())
 
-    def _open(self, depth: int) -> tuple[Model, TokenScorer]:
-        if self._model is None or self._scorer is None or depth != self._depth:
+    def _open(self, depth: int) -> Model:
+        if self._model is None or depth != self._depth:
             self.close()
             file = self._files[depth]
             split_files(file)  # names a part that is missing; llama.cpp finds them by itself
             model = self._model = Model(file)
-            self._scorer = TokenScorer(self._heads, read_header(file), depth, model.pairs_adjacent)
-            self._depth = depth
-        return self._model, self._scorer
+            header = read_header(file)
+            if "heads" in self._policy.needs:
+                self._scorer = TokenScorer(self._heads, header, depth, model.pairs_adjacent)
+            self._depth, self._kv_heads = depth, _kv_heads(header)
+        return self._model
 
-    def _begin(self, request: Request, cells: int) -> BoundedText:
+    def _begin(self, request: Request, cells: int) -> LlamaCppText:
         """The text before, if it is the beginning of this one; else an empty one."""
         text = self._text
         if text is not None and request.depth == self._depth and text.cells >= cells and text.begins(request.ids):
             return text
         self._text = None
-        model, scorer = self._open(request.depth)
-        scorer.forget()
+        model, scorer = self._open(request.depth), self._scorer
+        if scorer is not None:
+            scorer.forget()
         if self._cache is not None and self._cache.cells < cells:
             self._cache.close()
             self._cache = None
         if self._cache is None:
             batch = min(BATCH, max(self.limits.chunk, self.limits.local))
-            self._cache = Cache(model, cells, batch, self._threads, scorer.wanted, scorer.observe)
+            self._cache = Cache(model, cells, batch, self._threads, scorer)
         self._cache.clear()
-        self._text = BoundedText(self._cache, scorer, self.limits)
+        held = HeldTokens(self._policy, self._depth, self._kv_heads)
+        self._text = LlamaCppText(self._cache, scorer, held, self.limits)
         return self._text
+
+    def cells(self, new: int) -> int:
+        """The most tokens that are ever held of a text, `new` of them written at a time."""
+        return min(self.context, most_held(self.limits, self.context, new))
 
     def check(self, request: Request) -> None:
         super().check(request)
@@ -176,7 +186,7 @@ class LlamaCppKvGenerator(Generator):
         with self._lock:
             room = self.context - len(request.ids) + 1
             limit = min(request.max_tokens, room)
-            text = self._begin(request, most_tokens(self.limits, limit, self.context))
+            text = self._begin(request, self.cells(limit))
             work.reused = len(text.tokens)
             random = np.random.default_rng(request.seed)
             logits = text.read_prompt([int(token) for token in request.ids[work.reused :]])
@@ -197,13 +207,14 @@ class LlamaCppKvGenerator(Generator):
         self._cache = self._model = self._scorer = self._text = None
 
 
-class BoundedText:
+class LlamaCppText:
     """One text in a cache that holds the tokens of it worth keeping."""
 
-    def __init__(self, cache: Cache, scorer: TokenScorer, limits: KvBudget):
-        self._cache, self._scorer, self._limits = cache, scorer, limits
-        self.cells = cache.cells
-        self.held = HeldTokens(scorer.heads, limits.sinks)
+    def __init__(self, cache: Cache, scorer: TokenScorer | None, held: HeldTokens, limits: KvBudget):
+        if limits.budget is None:
+            raise ValueError("a bounded text needs a budget")
+        self._cache, self._scorer, self.held = cache, scorer, held
+        self._limits, self._budget, self.cells = limits, limits.budget, cache.cells
         self.tokens: list[int] = []  # that were read
         self._whole = True  # no read was broken off
 
@@ -215,40 +226,37 @@ class BoundedText:
     def read_prompt(self, ids: list[int]) -> Floats:
         """Read a prompt, or what comes after the text so far, chunk by chunk and then its local tail; the logits (V,)
         after it."""
-        limits = self._limits
-        body = max(len(ids) - limits.local, 0)
-        if len(self.held) + len(ids) - body > limits.budget + limits.local:
-            # Answers were written since the last eviction: short turns alone must not let the cache grow.
-            self._evict(limits.budget, limits.stabilizers if body else 0)
-        logits: Floats = np.empty(0, np.float32)
-        for start in range(0, body, limits.chunk):
-            end = min(start + limits.chunk, body)
-            logits = self._read(ids[start:end])
-            self._evict(limits.budget, limits.stabilizers if end < body else 0)
-        return self._read(ids[body:]) if body < len(ids) else logits
+        plan = steps(len(ids), self._limits, len(self.held))
+        return read_in_steps(ids, plan, self._read, lambda protected: self._evict(self._budget, protected))
 
     def read_one(self, token: int) -> Floats:
         """Read a token that was written; the logits (V,) after it."""
         limits = self._limits
         if limits.evict_decoding:
-            self._evict(limits.budget + limits.local - 1, limits.local)
-        return self._read([token])
+            self._evict(self._budget + limits.local - 1, limits.local)
+        return self._read([token], decoding=True)
 
-    def _read(self, ids: list[int]) -> Floats:
+    def _read(self, ids: Sequence[int], decoding: bool = False) -> Floats:
         logits: Floats = np.empty(0, np.float32)
         self._whole = False
-        first, scores = len(self.tokens), []
+        first, predicted = len(self.tokens), []
         for start in range(0, len(ids), self._cache.batch):
             piece = ids[start : start + self._cache.batch]
             logits = self._cache.decode(piece, len(self.tokens))
-            scores.append(self._scorer.take())
+            if self._scorer is not None:
+                predicted.append(self._scorer.take())
             self.tokens += piece
-        self.held.add(range(first, len(self.tokens)), pooled(np.concatenate(scores).T, self._limits.pool).T)
+        self.held.read(range(first, len(self.tokens)), np.concatenate(predicted) if predicted else None, decoding)
         self._whole = True
         return logits
 
     def _evict(self, budget: int, newest: int) -> None:
         self._cache.drop(self.held.evict(budget, newest))
+
+
+def _kv_heads(header: Mapping[str, Any]) -> int:
+    name = header["general.architecture"]
+    return header.get(f"{name}.attention.head_count_kv", header[f"{name}.attention.head_count"])
 
 
 def _longest_text(file: Path) -> int:

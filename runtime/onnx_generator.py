@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import UserError
+from ..kv.policies import make
+from ..kv.policy import check_needs
+from ..kv.settings import KvBudget
 from .block_chain import BlockChain, CachedText
 from .bounded_text import BoundedText
 from .early_exit import choose_at_first_confident
 from .engine import pick
 from .generator import Generator, Request, Tokens, Work
-from .kv_budget import KvBudget
 from .speculative import DraftModel, write_verified
 
 
@@ -96,7 +98,9 @@ class BoundedGenerator(Generator):
     runtime = "onnxruntime"
 
     def __init__(self, folder: Path, depths: Sequence[int], settings: KvBudget, threads: int = 0):
-        self._chain = BlockChain(folder, depths, threads, scores=settings.policy == "retaining")
+        policy = make(settings)
+        check_needs(policy, {"heads"}, "ONNX Runtime")
+        self._chain = BlockChain(folder, depths, threads, scores="heads" in policy.needs)
         self._text = BoundedText(self._chain, settings)
         self._lock = threading.Lock()
         self.depths = self._chain.depths

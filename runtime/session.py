@@ -12,11 +12,11 @@ from typing import Any, Literal, Self
 
 from ..core.errors import UserError
 from ..core.suggest import did_you_mean
+from ..kv.settings import FOLDER, GGUF, KvBudget, choose_budget
 from ..records.bundle import ArtifactEntry, BundleManifest
 from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, Work, check_depth
-from .kv_budget import FOLDER, KvBudget, choose_budget
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -132,13 +132,13 @@ class Session:
             raise UserError("a KV budget cannot be combined with a draft: evicted entries do not come back")
         if self.engine == "llama.cpp":
             from .llamacpp_generator import LlamaCppGenerator
-            from .llamacpp_kv import HEADS, LlamaCppKvGenerator
+            from .llamacpp_kv import LlamaCppKvGenerator
 
             if draft is not None:
                 raise UserError("another bundle can draft for the onnx engine only; for llama.cpp name a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
             if self.kv is not None:
-                return LlamaCppKvGenerator(files, self.path / FOLDER / HEADS, self.kv, threads)
+                return LlamaCppKvGenerator(files, self.path / FOLDER / GGUF, self.kv, threads)
             return LlamaCppGenerator(files, threads, context)
         from .onnx_generator import BoundedGenerator, OnnxGenerator
 

@@ -24,20 +24,20 @@ from compress.export.config import ExportConfig
 from compress.export.extract import extract
 from compress.export.onnx import write_onnx
 from compress.export.stage import export_checkpoint
+from compress.kv.settings import HeadSettings, KvBudget, choose_budget
 from compress.modeling.blocks import Decoder
 from compress.modeling.checkpoint import link_files
 from compress.modeling.load import load_config, load_model
-from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
+from compress.modeling.retaining import RetainingHeads, load_heads, save_heads
 from compress.modeling.shape import AttentionShape
 from compress.runtime.bundle import read_bundle
-from compress.runtime.kv_budget import KvBudget, choose_budget
 from compress.runtime.onnx_engine import OnnxEngine
 from compress.runtime.session import Session, Settings, depth_artifacts
 from rich.console import Console
 from safetensors.numpy import load_file
 
 IDS = [(37 * i) % 440 + 3 for i in range(60)]
-MADE_FOR = RetainingSettings(24, 12, 6, 8)
+MADE_FOR = HeadSettings(budget=24, chunk=12, stabilizers=6, local=8)
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +192,8 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
             assert same[0] == same[1]
         with pytest.raises(UserError, match="--kv-positions contiguous"):
             tight.complete("the way of many people " * 200)
-    with pytest.raises(UserError, match="retaining heads and at true positions only"):
-        Session(kv_bundle, "llama.cpp", kv_budget=replace(kv, policy="recent"))
+    with pytest.raises(UserError, match="at true positions only"):
+        Session(kv_bundle, "llama.cpp", kv_budget=replace(kv, positions="contiguous"))
     with pytest.raises(UserError, match="cannot be combined with a draft"):
         Session(kv_bundle, "onnx", kv_budget=kv, draft=kv_bundle)
 
@@ -203,7 +203,12 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
     [
         (["generate", "--kv-chunk", 9], "--kv-chunk has no effect without --kv-budget; add --kv-budget N"),
         (["generate", "--kv-budget", 30, "--draft-depth", 2], "cannot be combined with drafts or early exit"),
-        (["generate", "--kv-budget", 30, "--engine", "llama.cpp", "--kv-policy", "recent"], "use the onnx engine"),
+        (
+            ["generate", "--kv-budget", 30, "--engine", "llama.cpp", "--kv-positions", "contiguous"],
+            "use the onnx engine",
+        ),
+        (["generate", "--kv-budget", 30, "--kv-policy", "newest"], "no KV policy 'newest'. There are: "),
+        (["generate", "--kv-budget", 30, "--kv-policy", "snapkv"], "attention, which ONNX Runtime does not give"),
         (["bench", "--kv-budget", 30, "--speculate"], "--speculate drafts"),
     ],
     ids=str,

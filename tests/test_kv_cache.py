@@ -7,21 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress.core.errors import UserError
-from compress.evaluation.kv_cache import CacheSettings, KVCache, Step, all_but_worst, best, shared_steps, steps
-from compress.evaluation.kv_policies import (
-    SINKS,
-    Full,
-    Oracle,
-    Random,
-    Recent,
-    Retaining,
-    SnapKV,
-    answer_labels,
-    make_policy,
-)
+from compress.evaluation.kv_cache import KVCache, answer_labels
+from compress.kv.eviction import best, worst
+from compress.kv.policies import make
+from compress.kv.policies.oracle import Oracle
+from compress.kv.policies.random import Random
+from compress.kv.policies.recent import SINKS, Recent
+from compress.kv.policies.retaining import Retaining
+from compress.kv.policies.snapkv import SnapKV
+from compress.kv.settings import KvBudget
+from compress.kv.steps import Step, shared_steps, steps
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
@@ -61,9 +60,9 @@ def heads_for(decoder: Decoder, seed: int = 3) -> RetainingHeads:
     return heads.requires_grad_(False)
 
 
-def read(decoder: Decoder, policy: Any, settings: CacheSettings, ids: list[int] = TOKENS) -> Tensor:
+def read(decoder: Decoder, policy: Any, settings: KvBudget, heads: RetainingHeads | None = None) -> Tensor:
     """Logits (NEW, V): after the prompt, and after each new token but the last."""
-    cache = KVCache(decoder, policy, settings, LENGTH, NEW)
+    ids, cache = TOKENS, KVCache(decoder, policy, settings, LENGTH, NEW, heads=heads)
     first = cache.read_prompt(ids[:LENGTH])
     return torch.cat([first[None], cache.read_on(ids[LENGTH:-1])])
 
@@ -98,7 +97,7 @@ def masked_pass(decoder: Decoder, ids: list[int], hidden_from: list[Tensor], wat
         decoder.config._attn_implementation = "sdpa"
 
 
-def reference(decoder: Decoder, scores_of: Callable[..., Any], settings: CacheSettings, while_decoding: bool) -> Tensor:
+def reference(decoder: Decoder, scores_of: Callable[..., Any], settings: KvBudget, while_decoding: bool) -> Tensor:
     """Logits as `read` gives them. `scores_of(block, group, held, newest, seen)` → a score per held position."""
     count, groups = LENGTH + NEW - 1, AttentionShape.of(decoder.config).kv_heads
     never = 10**9
@@ -139,8 +138,8 @@ def test_a_budget_as_large_as_the_context_changes_nothing(decoders, family, posi
     with torch.no_grad():
         wanted = decoder.model(torch.tensor([TOKENS])).logits[0, LENGTH - 1 : -1]
     for budget in (LENGTH - 10, None):  # the local tail comes on top
-        settings = CacheSettings(budget, chunk, 4, 10, positions)
-        found = read(decoder, Random(1), settings)
+        settings = KvBudget(budget, chunk, 4, 10, positions=positions)
+        found = read(decoder, Random(seed=1), settings)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert decoder.config._attn_implementation == "sdpa"
 
@@ -153,11 +152,11 @@ def test_eviction_is_a_mask_over_the_whole_text(decoders, family):
     def scores_of(block: int, group: int, held: list[int], _watched: Any, qkv: Tensor) -> list[float]:
         return heads.score(block, qkv[held])[:, group].tolist()
 
-    settings = CacheSettings(12, 16, 4, 10)
-    found = read(decoder, Retaining(heads), settings)
+    settings = KvBudget(12, 16, 4, 10)
+    found = read(decoder, Retaining(), settings, heads)
     wanted = reference(decoder, scores_of, settings, False)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found, read(decoder, Full(), CacheSettings(None, 16, 0, 10)), atol=1e-2)
+    assert not torch.allclose(found, read(decoder, Recent(), KvBudget(None, 16, 0, 10)), atol=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,11 +172,11 @@ def test_scores_are_means_over_neighbours_read_together_and_the_first_tokens_sta
             found.append(math.inf if place < 3 else sum(raw[p] for p in near) / len(near))
         return found
 
-    settings = CacheSettings(12, chunk, 4, 10)
-    found = read(decoder, Retaining(heads, pool=5, sinks=3), settings)
+    settings = KvBudget(12, chunk, 4, 10)
+    found = read(decoder, Retaining(pool=5, sinks=3), settings, heads)
     torch.testing.assert_close(found, reference(decoder, scores_of, settings, False), atol=1e-4, rtol=1e-4)
-    for other in (Retaining(heads), Retaining(heads, 5), Retaining(heads, 1, 3)):
-        assert not torch.allclose(found, read(decoder, other, settings), atol=1e-2)
+    for other in (Retaining(), Retaining(pool=5), Retaining(sinks=3)):
+        assert not torch.allclose(found, read(decoder, other, settings, heads), atol=1e-2)
 
 
 def test_eviction_goes_on_while_decoding(decoders):
@@ -187,11 +186,11 @@ def test_eviction_goes_on_while_decoding(decoders):
     def scores_of(block: int, group: int, held: list[int], _watched: Any, qkv: Tensor) -> list[float]:
         return heads.score(block, qkv[held])[:, group].tolist()
 
-    settings = CacheSettings(8, 16, 2, 5, evict_while_decoding=True)
-    found = read(decoder, Retaining(heads), settings)
+    settings = KvBudget(8, 16, 2, 5, evict_decoding=True)
+    found = read(decoder, Retaining(), settings, heads)
     torch.testing.assert_close(found, reference(decoder, scores_of, settings, True), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found, read(decoder, Retaining(heads), CacheSettings(8, 16, 2, 5)), atol=1e-2)
-    cache = KVCache(decoder, Retaining(heads), settings, LENGTH, NEW)
+    assert not torch.allclose(found, read(decoder, Retaining(), KvBudget(8, 16, 2, 5), heads), atol=1e-2)
+    cache = KVCache(decoder, Retaining(), settings, LENGTH, NEW, heads=heads)
     cache.read_prompt(TOKENS[:LENGTH])
     for token in TOKENS[LENGTH:]:
         cache.read_on([token])
@@ -222,17 +221,17 @@ def test_snapkv_is_what_a_chunk_s_last_queries_attend_to(decoders, family):
                 total[i] += sum(near) / kernel / per
         return [*total, *[math.inf] * window]
 
-    settings = CacheSettings(12, 16, 4, 10)
-    found = read(decoder, SnapKV(window, kernel), settings)
+    settings = KvBudget(12, 16, 4, 10)
+    found = read(decoder, SnapKV(window=window, kernel=kernel), settings)
     torch.testing.assert_close(found, reference(decoder, scores_of, settings, False), atol=1e-4, rtol=1e-4)
 
 
 def test_recent_and_random_as_masks(decoders):
     decoder = decoders("llama")
-    settings = CacheSettings(12, 16, 0, 10)
+    settings = KvBudget(12, 16, 0, 10)
     recent = reference(decoder, lambda _b, _g, held, *_: [math.inf if p < SINKS else p for p in held], settings, False)
     torch.testing.assert_close(read(decoder, Recent(), settings), recent, atol=1e-4, rtol=1e-4)
-    found = [read(decoder, Random(seed), settings) for seed in (1, 1, 2)]
+    found = [read(decoder, Random(seed=seed), settings) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
@@ -241,8 +240,8 @@ def test_contiguous_positions_are_those_of_keys_rotated_there_at_once(decoders, 
     """One eviction, then one pass: keys of a first chunk, taken before their rotation, at 0, 1, 2, …"""
     decoder = decoders(family)
     body, budget = 40, 9
-    settings = CacheSettings(budget, body, 0, LENGTH - body, "contiguous")
-    cache = KVCache(decoder, Random(4), settings, LENGTH, NEW)
+    settings = KvBudget(budget, body, 0, LENGTH - body, positions="contiguous")
+    cache = KVCache(decoder, Random(seed=4), settings, LENGTH, NEW)
     cache.read_prompt(TOKENS[:LENGTH], 1)
     kept = [layer.positions[:, : layer.count].clone() for layer in cache.layers]
     values = [layer.values[:, : layer.count].clone() for layer in cache.layers]
@@ -287,11 +286,11 @@ def test_contiguous_positions_carry_a_model_past_its_trained_length(decoders):
     trained = decoder.config.max_position_embeddings
     prompt = (TOKENS * 20)[: trained + 50]
     with pytest.raises(UserError, match=f"trained for {trained}; .*contiguous"):
-        KVCache(decoder, Random(1), CacheSettings(32, 16, 4, 10), len(prompt))
-    cache = KVCache(decoder, Random(1), CacheSettings(32, 16, 4, 10, "contiguous"), len(prompt))
+        KVCache(decoder, Random(seed=1), KvBudget(32, 16, 4, 10), len(prompt))
+    cache = KVCache(decoder, Random(seed=1), KvBudget(32, 16, 4, 10, positions="contiguous"), len(prompt))
     assert torch.isfinite(cache.read_prompt(prompt)).all() and cache.most == 48
     with pytest.raises(UserError, match="trained for"):
-        KVCache(decoder, Full(), CacheSettings(None, 16, 4, 10, "contiguous"), len(prompt))
+        KVCache(decoder, Recent(), KvBudget(None, 16, 4, 10, positions="contiguous"), len(prompt))
 
 
 def test_longrope_ends_where_its_frequencies_change(shaken):
@@ -299,8 +298,8 @@ def test_longrope_ends_where_its_frequencies_change(shaken):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     decoder = Decoder(load_model(shaken("phi3", blocks=2, rope_parameters=rope, original_max_position_embeddings=32)))
     with pytest.raises(UserError, match="longrope"):
-        KVCache(decoder, Full(), CacheSettings(None), 40)
-    cache = KVCache(decoder, Full(), CacheSettings(None, 5), 32)
+        KVCache(decoder, Recent(), KvBudget(None), 40)
+    cache = KVCache(decoder, Recent(), KvBudget(None, 5), 32)
     with torch.no_grad():
         wanted = decoder.model(torch.tensor([TOKENS[:32]])).logits[0, -1]
     torch.testing.assert_close(cache.read_prompt(TOKENS[:32]), wanted, atol=1e-5, rtol=1e-5)
@@ -308,7 +307,7 @@ def test_longrope_ends_where_its_frequencies_change(shaken):
 
 def test_labels_are_the_largest_logits_of_the_answer(decoders):
     decoder = decoders("llama")
-    cache = KVCache(decoder, Full(), CacheSettings(None, 16), LENGTH, NEW)
+    cache = KVCache(decoder, Recent(), KvBudget(None, 16), LENGTH, NEW)
     cache.read_prompt(TOKENS[:LENGTH])
     labels = answer_labels(cache, TOKENS[LENGTH:])
     watch: dict[int, Any] = {}
@@ -323,37 +322,38 @@ def test_labels_are_the_largest_logits_of_the_answer(decoders):
                     for t in range(LENGTH, LENGTH + NEW)
                 )
                 assert float(labels[block][group, position]) == pytest.approx(wanted, abs=1e-4)
-    settings = CacheSettings(12, 16, 0, 10)
-    kept = KVCache(decoder, Oracle(labels), settings, LENGTH)
+    settings = KvBudget(12, 16, 0, 10)
+    kept = KVCache(decoder, Oracle(), settings, LENGTH, labels=labels)
     kept.read_prompt(TOKENS[:LENGTH], len(steps(LENGTH, settings)) - 1)
     one = labels[0][1, : LENGTH - 10]
     assert kept.layers[0].positions[1, :12].tolist() == sorted(one.argsort(descending=True)[:12].tolist())
 
 
 def test_steps_set_the_tail_aside_and_protect_all_but_the_last_chunk():
-    settings = CacheSettings(20, 16, 5, 10)
+    settings = KvBudget(20, 16, 5, 10)
     assert steps(45, settings) == [Step(0, 16, True, 5), Step(16, 32, True, 5), Step(32, 35, True), Step(35, 45, False)]
     assert steps(42, settings) == [Step(0, 16, True, 5), Step(16, 32, True), Step(32, 42, False)]
     assert steps(10, settings) == [Step(0, 10, False)] and steps(3, settings) == [Step(0, 3, False)]
-    assert steps(17, CacheSettings(20, 16, 5, 0)) == [Step(0, 16, True, 5), Step(16, 17, True)]
-    assert [step.evicts for step in steps(40, CacheSettings(None, 16))] == [False]
+    assert steps(17, KvBudget(20, 16, 5, 0)) == [Step(0, 16, True, 5), Step(16, 17, True)]
+    assert [step.evicts for step in steps(40, KvBudget(None, 16))] == [False]
 
 
 def test_choices_by_score():
-    scores = torch.tensor([[1.0, 5.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
+    scores = np.array([[1.0, 5.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]], np.float32)
     assert best(scores, 2).tolist() == [[1, 2], [0, 1]]
     assert best(scores, 3, protected=1).tolist() == [[1, 2, 4], [0, 1, 4]]
-    assert all_but_worst(scores, 1).tolist() == [[1, 2, 3, 4], [0, 1, 2, 4]]
+    assert best(scores, 4, 1).tolist() == [[1, 2, 3, 4], [0, 1, 2, 4]]
+    assert worst(scores, 1).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("budget", [1, 3])
 def test_the_smallest_budgets_and_prompts(decoders, budget):
     decoder = decoders("llama")
     for length in (1, 2, 5, 9):
-        cache = KVCache(decoder, Random(1), CacheSettings(budget, 2, 0, 3), length, 2)
+        cache = KVCache(decoder, Random(seed=1), KvBudget(budget, 2, 0, 3), length, 2)
         assert cache.read_prompt(TOKENS[:length]).shape == (decoder.vocab_size,)
         assert cache.held == (length if length <= 3 else min(length, budget + 3)) and cache.seen == length
-    short = KVCache(decoder, Random(1), CacheSettings(budget, 2, 0, 3), 3)
+    short = KVCache(decoder, Random(seed=1), KvBudget(budget, 2, 0, 3), 3)
     with torch.no_grad():
         wanted = decoder.model(torch.tensor([TOKENS[:3]])).logits[0, -1]
     torch.testing.assert_close(short.read_prompt(TOKENS[:3]), wanted, atol=1e-5, rtol=1e-5)
@@ -361,36 +361,36 @@ def test_the_smallest_budgets_and_prompts(decoders, budget):
 
 def test_what_cannot_be_is_refused(decoders):
     with pytest.raises(UserError, match="no tokens"):
-        KVCache(decoders("llama"), Full(), CacheSettings(None), 0).read_prompt([])
+        KVCache(decoders("llama"), Recent(), KvBudget(None), 0).read_prompt([])
     with pytest.raises(UserError, match="budget of 10 has no room for 20 stabilizers"):
-        CacheSettings(10, 16, 20)
+        KvBudget(10, 16, 20)
     with pytest.raises(UserError, match="budget of 0"):
-        CacheSettings(0, 16, 0)
+        KvBudget(0, 16, 0)
     with pytest.raises(UserError, match="while decoding"):
-        CacheSettings(None, evict_while_decoding=True)
+        KvBudget(None, evict_decoding=True)
     with pytest.raises(ValueError, match="heads"):
-        make_policy("retaining", decoders("llama"), None, 0)
+        KVCache(decoders("llama"), make(KvBudget(4, 4, 0)), KvBudget(4, 4, 0), 8)
 
 
 def test_a_copy_reads_on_as_if_the_text_had_been_read_anew(decoders):
     decoder = decoders("qwen3")
     other = [*TOKENS[:58], *TOKENS[:12]]
     for positions in ("true", "contiguous"):
-        settings = CacheSettings(12, 16, 4, 10, positions)
+        settings = KvBudget(12, 16, 4, 10, positions=positions)
         count = shared_steps([TOKENS, other], settings)
         assert count == 3  # of 16 tokens each: the fourth chunk is the last, and differs
-        cache = KVCache(decoder, Random(1), settings, len(other), 1)
+        cache = KVCache(decoder, Random(seed=1), settings, len(other), 1)
         cache.read_prompt(TOKENS, count)
         found = [cache.copy().read_prompt(ids) for ids in (TOKENS, other)]
         for ids, logits in zip((TOKENS, other), found, strict=True):
-            assert torch.equal(logits, KVCache(decoder, Random(1), settings, len(ids), 1).read_prompt(ids))
+            assert torch.equal(logits, KVCache(decoder, Random(seed=1), settings, len(ids), 1).read_prompt(ids))
 
 
 def test_memory_is_flat_in_the_length_of_the_prompt(decoders):
     decoder = decoders("llama")
     sizes = []
     for length in (100, 300):
-        cache = KVCache(decoder, Recent(), CacheSettings(32, 16, 4, 10), length)
+        cache = KVCache(decoder, Recent(), KvBudget(32, 16, 4, 10), length)
         cache.read_prompt((TOKENS * 5)[:length])
         assert cache.layers[0].keys.shape[1] == 48
         sizes.append(cache.bytes)

@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 from compress.core.errors import UserError
-from compress.evaluation.kv_cache import CacheSettings, KVCache
-from compress.evaluation.kv_policies import make_policy
+from compress.evaluation.kv_cache import KVCache
 from compress.export.onnx import write_onnx
+from compress.kv.eviction import best, worst
+from compress.kv.policies import make
+from compress.kv.settings import HeadSettings, KvBudget
+from compress.kv.steps import most_held
 from compress.modeling.blocks import Decoder
 from compress.modeling.checkpoint import link_files
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_config, load_model
-from compress.modeling.retaining import RetainingHeads, RetainingSettings, load_heads, save_heads
+from compress.modeling.retaining import RetainingHeads, load_heads, save_heads
 from compress.modeling.shape import AttentionShape
 from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bounded_text import BoundedText
 from compress.runtime.generator import Request, Work
-from compress.runtime.kv_budget import KvBudget, best, worst
 from compress.runtime.onnx_generator import BoundedGenerator, OnnxGenerator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,7 +49,7 @@ def with_heads(checkpoint: Path, folder: Path, width: int = 24) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         heads = RetainingHeads(config.num_hidden_layers, AttentionShape.of(config), width)
-    save_heads(heads, RetainingSettings(64, 16, 8, 8), folder)
+    save_heads(heads, HeadSettings(budget=64, chunk=16, stabilizers=8, local=8), folder)
     return folder
 
 
@@ -200,10 +202,8 @@ def test_torch_and_the_runtime_hold_the_same(exported, policy, positions, evict)
     text = BoundedText(BlockChain(folder, (2, 4), 1, scores=policy == "retaining"), settings)
     text.begin(IDS, 4)
     decoder = Decoder(load_model(checkpoint))
-    meant = RetainingSettings(pool=3, sinks=2)
-    rules = make_policy(policy, decoder, load_heads(checkpoint, decoder.config), seed=0, meant=meant)
-    limits = CacheSettings(12, chunk=9, stabilizers=4, local=5, positions=positions, evict_while_decoding=evict)
-    cache = KVCache(decoder, rules, limits, 45, len(IDS) - 45)
+    heads = load_heads(checkpoint, decoder.config)
+    cache = KVCache(decoder, make(settings), settings, 45, len(IDS) - 45, heads=heads)
     found, expected = [text.read_prompt(IDS[:45])], [cache.read_prompt(IDS[:45]).numpy()]
     for token in (None, *IDS[45:]):
         if token is not None:
@@ -211,7 +211,7 @@ def test_torch_and_the_runtime_hold_the_same(exported, policy, positions, evict)
             expected.append(cache.read_on([token])[0].numpy())
         assert text.held == cache.held
         for block, layer in enumerate(cache.layers):
-            scores = layer.scores[:, : cache.held].numpy()
+            scores = layer.scores[:, : cache.held]
             np.testing.assert_allclose(text.scores[block][:, : text.held], scores, atol=1e-5)
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
 
@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_text(exported):
         sizes.append([array.nbytes for array in (*text.keys, *text.values, *text.scores)])
         assert text.held == settings.budget + settings.local
     assert sizes[0] == sizes[1] == sizes[2] and len(sizes[0]) == 12
-    assert sizes[0][0] == 2 * (settings.reach + 1) * 16 * 4
+    assert sizes[0][0] == 2 * (most_held(settings, 10**6) + 1) * 16 * 4
     turns = BoundedGenerator(folder, (4,), replace(SETTINGS, positions="contiguous"), 1)
     ids = list(IDS)
     for _ in range(100):  # short turns, whose tokens are all local
@@ -345,7 +345,7 @@ def test_ties_fall_to_the_first():
         ({"budget": 3}, "no room for 4 stabilizers"),
         ({"budget": 0, "stabilizers": 0}, "no room"),
         ({"chunk": 0}, "a chunk of 1 token or more"),
-        ({"policy": "best"}, "there are: retaining, recent, random"),
+        ({"policy": "best"}, "There are: retaining, recent, random"),
         ({"positions": "none"}, "there are: true, contiguous"),
         ({"local": 0, "evict_decoding": True}, "--kv-local"),
     ],

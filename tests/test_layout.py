@@ -16,14 +16,15 @@ ROOT = Path(str(compress.__file__)).parent
 NO_CODE = {"tests", "benchmarks", "docs", "build", "runs", "dist", "node_modules"}
 FOREIGN = {"optimum.commands.register": "cli/optimum"}  # a namespace of another package to which we add a file
 # Rooms from the ground up: each may import from those before it. Stages stand side by side.
-GROUND = ("core", "records", "modeling", "runtime", "data", "training")
+GROUND = ("core", "records", "kv", "modeling", "runtime", "data", "training")
 STAGES = ("prune", "distill", "merge", "sort", "retain", "export", "evaluation")
 TOP = ("pipeline", "api", "cli", "__main__")
 MAY_IMPORT = {
     **{room: set(GROUND[:number]) for number, room in enumerate(GROUND)},
     **{stage: set(GROUND) for stage in STAGES},
     **{room: {*GROUND, *STAGES, "recipes", *TOP[:number]} for number, room in enumerate(TOP)},
-    "runtime": {"core", "records"},  # runs where torch is not installed
+    "kv": {"core"},
+    "runtime": {"core", "records", "kv"},  # runs where torch is not installed
     "recipes": set(),
     "__init__": set(),
 }
@@ -94,6 +95,7 @@ def test_imports_run_one_way():
         ("prune/x.py", "from ..distill.variants import choose"),
         ("modeling/x.py", "from ..data import rows"),
         ("runtime/x.py", "def f():\n    from ..modeling.load import resolve"),
+        ("kv/x.py", "from ..modeling.blocks import Decoder"),
         ("data/x.py", "from ..pipeline.store import lock"),
         ("evaluation/x.py", "from .. import export"),
         ("sort/x.py", "from ..distill.stage import run"),
@@ -263,7 +265,11 @@ def test_recipes_plans_and_command_line_load_without_torch():
 
 
 def test_the_runtime_loads_without_torch_and_transformers():
-    names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in (ROOT / "runtime").glob("*.py")]
+    names = [
+        ".".join(f.relative_to(ROOT).with_suffix("").parts)
+        for room in ("kv", "runtime")
+        for f in (ROOT / room).rglob("*.py")
+    ]
     code = (
         "import importlib, sys\n"
         f"for name in {sorted(names)}:\n"

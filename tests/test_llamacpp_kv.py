@@ -22,14 +22,16 @@ import torch
 from compress.core.errors import UserError
 from compress.export.gguf import write_gguf
 from compress.export.gguf_family import write_family
+from compress.kv.policies.retaining import Retaining
+from compress.kv.settings import KvBudget
+from compress.kv.steps import most_held
+from compress.kv.tokens import HeldTokens
 from compress.modeling.blocks import Decoder, without_blocks
 from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
 from compress.modeling.shape import AttentionShape
 from compress.runtime import llama_library
-from compress.runtime.kv_budget import KvBudget
 from compress.runtime.llamacpp_engine import LlamaCppEngine
-from compress.runtime.token_eviction import HeldTokens, most_tokens
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
 LIMITS = KvBudget(budget=12, chunk=7, stabilizers=3, local=5, pool=3, sinks=2)
@@ -85,13 +87,12 @@ import numpy as np
 from pathlib import Path
 from compress.runtime.generator import Request, Work
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
-from compress.runtime.kv_budget import KvBudget
-from compress.runtime.token_eviction import most_tokens
+from compress.kv.settings import KvBudget
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     limits, depth, ids = KvBudget(**job["limits"]), job["depth"], job["ids"]
     kv = LlamaCppKvGenerator({depth: Path(job["model"])}, Path(job["heads"]), limits, threads=1)
-    text = kv._begin(Request(ids, job["new"], depth), most_tokens(limits, job["new"], kv.context))
+    text = kv._begin(Request(ids, job["new"], depth), kv.cells(job["new"]))
     cache, scorer = text._cache, text._scorer
     scores, logits, held, most = [], [], [], 0
     take, decode = scorer.take, cache.decode
@@ -255,9 +256,9 @@ def test_llama_cpp_with_a_bounded_cache_is_the_torch_model_without_those_tokens(
 @pytest.mark.parametrize("name", CASES)
 def test_memory_does_not_grow_with_the_prompt(runs, name):
     found, case = runs[name], CASES[name]
-    assert found["most"] <= most_tokens(case.limits, NEW, 4096) <= found["cells"]
+    assert found["most"] <= most_held(case.limits, 4096, NEW) <= found["cells"]
     if case.prompt > 256:  # llama.cpp makes caches of multiples of 256 cells
-        assert found["cells"] == 256 * -(-most_tokens(case.limits, NEW, 4096) // 256)
+        assert found["cells"] == 256 * -(-most_held(case.limits, 4096, NEW) // 256)
     if case.limits.evict_decoding:
         assert found["most"] <= case.limits.budget + max(case.limits.chunk, case.limits.local + 1)
 
@@ -286,8 +287,7 @@ from compress.core.errors import UserError
 from compress.runtime import llama_library
 from compress.runtime.generator import Request, Work
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
-from compress.runtime.kv_budget import KvBudget
-from compress.runtime.token_eviction import most_tokens
+from compress.kv.settings import KvBudget
 
 model, heads, others, broken, second = map(Path, sys.argv[1:6])
 
@@ -305,7 +305,7 @@ refused(model, others, 4, "do not fit the model")
 refused(model, heads, 5, "do not fit the model")
 refused(model, model, 4, "holds no retaining heads")
 refused(model, heads, 4, "at true positions only", positions="contiguous")
-refused(model, heads, 4, "by retaining heads", policy="recent")
+refused(model, heads, 4, "attention, which llama.cpp does not give", policy="snapkv")
 kv = LlamaCppKvGenerator({4: model}, heads, KvBudget(4, 4, 0, 2), threads=1)
 for options in ({"draft_depth": 4}, {"exits": {4: 0.5}}, {"depth": 3}):
     try:
@@ -360,7 +360,7 @@ def test_what_cannot_work_is_refused(runs, shaken, tmp_path):
 SESSIONS = """
 import sys
 from pathlib import Path
-from compress.runtime.kv_budget import choose_budget
+from compress.kv.settings import choose_budget
 from compress.runtime.session import Session, Settings
 
 bundle, prompt = Path(sys.argv[1]), "the way of many people is which model " * 12
@@ -415,7 +415,7 @@ def test_the_missing_extra_is_named(monkeypatch):
 
 
 def held(scores: list[list[float]]) -> HeldTokens:
-    tokens = HeldTokens(len(scores[0]))
+    tokens = HeldTokens(Retaining(), 1, len(scores[0]))
     tokens.add(range(len(scores)), np.asarray(scores, np.float32))
     return tokens
 
@@ -445,7 +445,7 @@ def test_of_equals_the_lower_position_stays_and_the_last_token_always():
 def test_scores_stand_out_from_all_that_were_read_held_or_not():
     """However the tokens came: the same as from all of them at once."""
     scores = np.random.default_rng(1).normal(1000, 3, (60, 5)).astype(np.float32)
-    tokens, start = HeldTokens(5), 0
+    tokens, start = HeldTokens(Retaining(), 1, 5), 0
     for count in (1, 20, 9, 30):
         tokens.add(range(start, start + count), scores[start : start + count])
         start += count
@@ -453,4 +453,4 @@ def test_scores_stand_out_from_all_that_were_read_held_or_not():
         read = scores[:start].astype(np.float64)
         spread = np.where(read.std(0) > 0, read.std(0), 1)
         np.testing.assert_allclose(tokens.combined(), ((read - read.mean(0)) / spread).max(1)[tokens.positions], 1e-4)
-    assert len(tokens) == 8 and HeldTokens(3).combined().shape == (0,)
+    assert len(tokens) == 8 and HeldTokens(Retaining(), 1, 3).combined().shape == (0,)

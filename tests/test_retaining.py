@@ -15,11 +15,12 @@ from compress.core.cost import Setting
 from compress.core.errors import UserError
 from compress.core.stage import WORK, Context, Inputs, Progress
 from compress.data.rows import Row, write_rows
+from compress.kv.settings import HeadSettings, read_settings
 from compress.modeling.blocks import Decoder
 from compress.modeling.families import FAMILIES
 from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_model, load_tokenizer
-from compress.modeling.retaining import RetainingHead, RetainingSettings, load_heads, read_settings
+from compress.modeling.retaining import RetainingHead, load_heads
 from compress.modeling.retaining_labels import BlockLabels, detrended, label_row
 from compress.pipeline.recipe import Recipe
 from compress.pipeline.runner import Options, execute, plan_run
@@ -238,7 +239,7 @@ def test_heads_learn_in_every_family(tiny, talks, tmp_path, family):
     assert heads.width == found["width"] == 16
     assert found["trainable_parameters"] == sum(p.numel() for p in heads.parameters())
     assert all(p.dtype == torch.float32 for p in heads.parameters())
-    assert read_settings(model) == RetainingSettings(77, 50, 3, 9)
+    assert read_settings(model) == HeadSettings(budget=77, chunk=50, stabilizers=3, local=9)
     inside = content(model)
     assert content(base).items() <= inside.items()  # the model itself is as it was
     assert inside.keys() - content(base).keys() == {"retaining/heads.safetensors", "retaining/settings.json"}

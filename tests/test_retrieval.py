@@ -19,9 +19,10 @@ from compress.evaluation.retrieval import Item, Retrieval, check, summarised
 from compress.evaluation.retrieval_tasks import Filler, RetrievalQuestion, continuation, hide, keys, passkey
 from compress.evaluation.stage import checkpoints, evaluate_path, retrieving
 from compress.evaluation.statistics import wilson
+from compress.kv.settings import HeadSettings
 from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.modeling.random import build_tokenizer
-from compress.modeling.retaining import RetainingHeads, RetainingSettings, save_heads
+from compress.modeling.retaining import RetainingHeads, save_heads
 from compress.modeling.shape import AttentionShape
 from compress.pipeline.report.html import render
 from compress.pipeline.report.retrieval import heat_map, memory_plot, retrieval_lines
@@ -54,7 +55,7 @@ def headed(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny(blocks=2, max_positions=1024), folder)
     torch.manual_seed(0)
     heads = RetainingHeads(2, AttentionShape.of(load_config(folder)), 16)
-    save_heads(heads, RetainingSettings(budget=64, chunk=64, stabilizers=16, local=48), folder)
+    save_heads(heads, HeadSettings(budget=64, chunk=64, stabilizers=16, local=48), folder)
     return folder
 
 

@@ -11,22 +11,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .kv_budget import KvBudget
-
-Floats = NDArray[np.float32]
-
-
-def most_tokens(limits: KvBudget, new: int, context: int) -> int:
-    """The most tokens that are ever held of a text of at most `context` tokens, `new` of them written at a time."""
-    return min(context, limits.budget + max(limits.chunk, limits.local + (1 if limits.evict_decoding else new)))
+from .policy import Floats, Policy, View
 
 
 class HeldTokens:
-    """The tokens in a cache: their positions, ascending, and the scores (heads,) that each was given when it was
-    read, which are never computed again."""
+    """The tokens in a cache: their places in the text, ascending, and the scores (heads,) of all blocks' KV heads that
+    each was given when it was read, which are never computed again."""
 
-    def __init__(self, heads: int, sinks: int = 0):
-        self.sinks = sinks  # first tokens of the text, which are never dropped
+    def __init__(self, policy: Policy, blocks: int, kv_heads: int):
+        self.policy, self.blocks, self.kv_heads = policy, blocks, kv_heads
+        heads = blocks * kv_heads
         self.positions: NDArray[np.int64] = np.empty(0, np.int64)
         self._scores: Floats = np.empty((0, heads), np.float32)
         self._read = 0  # tokens, held or not: of their scores
@@ -34,6 +28,15 @@ class HeldTokens:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def read(self, positions: range, predicted: Floats | None, decoding: bool) -> None:
+        """Tokens that were read together; `predicted` (tokens, heads) where the policy needs it."""
+        places, scores = np.asarray(positions, np.int64), np.empty((len(positions), self._scores.shape[1]), np.float32)
+        for block in range(self.blocks):
+            own = slice(block * self.kv_heads, (block + 1) * self.kv_heads)
+            said = None if predicted is None else predicted[:, own].T
+            scores[:, own] = self.policy.score(View(block, self.kv_heads, places, decoding, said)).T
+        self.add(positions, scores)
 
     def add(self, positions: range, scores: Floats) -> None:
         """Tokens that were read, with scores (tokens, heads)."""
@@ -53,7 +56,8 @@ class HeldTokens:
         return ((self._scores - self._mean) / spread).max(1).astype(np.float32)
 
     def evict(self, budget: int, newest: int) -> NDArray[np.int64]:
-        """Keep the `budget` best; the `newest` tokens count as infinitely good. Returns the positions dropped.
+        """Keep the `budget` best; the `newest` tokens and the policy's first ones count as infinitely good. Returns the
+        positions dropped.
 
         Of equals the lower position wins. The very last token always stays: llama.cpp goes on from there only.
         """
@@ -61,7 +65,7 @@ class HeldTokens:
             return np.empty(0, np.int64)
         scores = self.combined()
         scores[len(scores) - newest :] = np.inf
-        scores[self.positions < self.sinks] = np.inf
+        scores[self.positions < self.policy.first] = np.inf
         best = np.argsort(-scores[:-1], kind="stable")[: max(budget, 1) - 1]
         kept = np.zeros(len(scores), bool)
         kept[best], kept[-1] = True, True

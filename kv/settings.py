@@ -1,0 +1,134 @@
+"""The settings of a KV cache of fixed size (Locret, arXiv 2410.01805).
+
+`HeadSettings` are what retaining heads were trained for: keys of a recipe's `retain` section, the `settings.json`
+beside the heads in a checkpoint or bundle, and numbers in the bundle's manifest. `KvBudget` are what one cache
+runs with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from ..core.errors import UserError
+from ..core.stage import Section
+from ..core.suggest import did_you_mean
+
+FOLDER, SETTINGS = "retaining", "settings.json"  # in a checkpoint or bundle with retaining heads
+GGUF = "heads.gguf"  # the heads as llama.cpp's runtime reads them, in a bundle's FOLDER
+Positions = Literal["true", "contiguous"]
+
+
+class HeadSettings(Section):
+    """How retaining heads are meant to be used; each value can be chosen anew at run time."""
+
+    budget: int = Field(
+        default=1024, ge=1, description="keys and values kept per block and KV head, unless chosen at run time"
+    )
+    chunk: int = Field(
+        default=256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time"
+    )
+    stabilizers: int = Field(
+        default=64, ge=0, description="newest tokens of a chunk that are kept whatever their score"
+    )
+    local: int = Field(default=100, ge=1, description="last tokens of a prompt, which are read last and kept")
+    pool: int = Field(
+        default=9,
+        ge=1,
+        description="a token's score is the mean over so many neighbours, itself in the middle; published: 1",
+    )
+    sinks: int = Field(
+        default=4, ge=0, description="first tokens of a text that are kept whatever their score; published: 0"
+    )
+
+    @model_validator(mode="after")
+    def _stabilizers_fit(self) -> Self:
+        if self.stabilizers > self.budget:
+            raise ValueError(
+                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
+            )
+        return self
+
+    @field_validator("pool")
+    @classmethod
+    def _odd(cls, pool: int) -> int:
+        if pool % 2 == 0:
+            raise ValueError(f"{pool} neighbours have no middle; write an odd number")
+        return pool
+
+    def numbers(self) -> dict[str, int]:
+        """These six values alone, by name, also of a section that has more."""
+        return {name: getattr(self, name) for name in HeadSettings.model_fields}
+
+    def write(self, model: Path) -> None:
+        """Write them beside the heads of a checkpoint."""
+        (model / FOLDER / SETTINGS).write_text(json.dumps(self.numbers(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(model: Path) -> HeadSettings:
+    """What the heads of a checkpoint or bundle were trained for. `UserError` for a missing or broken file."""
+    file = model / FOLDER / SETTINGS
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return HeadSettings(**{name: int(values[name]) for name in HeadSettings.model_fields})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the retaining heads' settings in {file}: {error}") from error
+
+
+@dataclass(frozen=True)
+class KvBudget:
+    """How one cache reads a prompt, and what it holds per block and KV head. `UserError` for what cannot be."""
+
+    budget: int | None  # entries held before the local tail; None: all
+    chunk: int = 256  # tokens read between evictions
+    stabilizers: int = 64  # newest entries that stay after every chunk but the last
+    local: int = 100  # last tokens of a prompt, read after all evictions
+    policy: str = "retaining"  # which scores decide: a name that `policies` knows
+    evict_decoding: bool = False  # then budget + local entries are held at most; else every new one stays
+    positions: Positions = "true"  # contiguous: what is held is rotated anew to 0, 1, 2, …
+    pool: int = 1  # retaining: a score is the mean over so many neighbours read together; odd
+    sinks: int = 0  # retaining: first tokens of a text that stay whatever their score
+
+    def __post_init__(self) -> None:
+        from .policies import policy  # numpy, which reading a recipe does not need
+
+        policy(self.policy)
+        if self.positions not in get_args(Positions):
+            known = get_args(Positions)
+            there = f"{', '.join(known)}{did_you_mean(self.positions, known)}"
+            raise UserError(f"there are no KV positions {self.positions!r}; there are: {there}")
+        if self.chunk < 1 or self.local < 0 or self.stabilizers < 0:
+            raise UserError("a KV budget needs a chunk of 1 token or more, and no negative numbers")
+        if self.budget is not None and self.budget < max(1, self.stabilizers):
+            raise UserError(
+                f"a KV budget of {self.budget} has no room for {self.stabilizers} stabilizers, which are part of it: "
+                "raise the budget or lower the stabilizers (--kv-stabilizers)"
+            )
+        if self.evict_decoding and (self.budget is None or self.local < 1):
+            raise UserError(
+                "eviction while decoding needs a budget, and a local tail of 1 token or more (--kv-budget, --kv-local)"
+            )
+
+
+def choose_budget(bundle: Path, budget: int, **values: Any) -> KvBudget:
+    """A budget for a bundle; what is None of `values` is as its heads were made for, else as by default.
+
+    `UserError` where the policy needs heads and the bundle has none.
+    """
+    from .policies import make
+
+    given = {key: value for key, value in values.items() if value is not None}
+    if (bundle / FOLDER / SETTINGS).is_file():
+        made_for = read_settings(bundle).numbers()
+        return replace(KvBudget(None), **(made_for | given | {"budget": budget}))
+    settings = KvBudget(budget, **given)
+    if "heads" in make(settings).needs:
+        raise UserError(
+            f"{bundle} has no retaining heads, so nothing says what to keep: train them with a recipe's `retain` "
+            "section, or choose --kv-policy recent or random"
+        )
+    return settings
