@@ -19,6 +19,7 @@ from ..kv.policies import make
 from ..kv.policy import View
 from ..kv.settings import KvBudget
 from ..kv.steps import most_held, read_in_steps, steps
+from ..modeling.shape import sliding_blocks
 from .block_chain import BlockChain, bind_array
 from .onnx_engine import PREFILL_CHUNK
 from .rotary import rotary_frequencies, turn
@@ -43,7 +44,7 @@ class BoundedText:
         self.most = most_held(settings, ENDLESS)  # entries held at most while a prompt is read
         self.frequencies = None
         if settings.positions == "contiguous":
-            self.frequencies = rotary_frequencies(config, chain.kv_shape[1])
+            self.frequencies = rotary_frequencies(config)
         self.depth = 0
         self.tokens: list[int] = []
         self.held = 0
@@ -207,9 +208,8 @@ def check_windows(config: dict[str, Any]) -> None:
 
     The kernel counts a window in entries held, which are no longer the text's tokens once some were evicted.
     """
-    window, family = config.get("sliding_window"), config.get("model_type")
-    kinds = config.get("layer_types") or ["sliding_attention"] * (family in ("mistral", "phi3"))
-    if window and window < config["max_position_embeddings"] and "sliding_attention" in kinds:
+    window = config.get("sliding_window")
+    if any(sliding_blocks(config)) and window < config["max_position_embeddings"]:
         raise UserError(
             f"a KV budget cannot be kept for a model whose attention slides a window of {window} tokens: ONNX Runtime "
             "counts it in entries held, not in tokens of the text; run it without --kv-budget"

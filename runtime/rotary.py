@@ -7,31 +7,22 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import UserError
+from ..modeling.shape import llama3_slowdown, rope_settings, rotated_size, wavelengths
 
 
-def rotary_frequencies(config: dict[str, Any], head_size: int) -> np.ndarray:
+def rotary_frequencies(config: dict[str, Any]) -> np.ndarray:
     """Radians (r/2,) float64 by which a position turns each pair of a head's dimensions, by a model's config.json.
 
     `UserError` for scalings other than linear and llama3: contiguous positions would need more than a turn.
     """
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-    }
-    rope = rope.get("full_attention", rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    size = int(head_size * rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0))
-    found = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
+    rope, size = rope_settings(config), rotated_size(config)
+    kind, frequencies = rope["rope_type"], 2 * np.pi / wavelengths(rope["rope_theta"], size)
     if kind == "default":
-        return found
+        return frequencies
     if kind == "linear":
-        return found / rope["factor"]
+        return frequencies / rope["factor"]
     if kind == "llama3":
-        # Slow turns are `factor` times slower, fast ones as they are, a blend between.
-        turns = rope["original_max_position_embeddings"] * found / (2 * np.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        blend = np.clip((turns - low) / (high - low), 0, 1)
-        return (1 - blend) * found / rope["factor"] + blend * found
+        return frequencies / llama3_slowdown(rope, size)
     raise UserError(f"contiguous KV positions do not work with rope scaling {kind!r}: use --kv-positions true")
 
 
