@@ -15,7 +15,8 @@ from compress.core.stage import Context, Inputs, Progress
 from compress.modeling.load import load_config, load_model
 from compress.pipeline.options import checked
 from compress.prune import stage
-from compress.prune.config import PruneConfig, RefitHeal
+from compress.prune.config import PruneConfig
+from compress.prune.heals.refit import RefitHeal
 
 CALIBRATION = {"tokens": 256, "length": 32, "scoring": 32, "held_out": 32, "batch": 2}
 NAMES = "Recipe run plan load_model prune heal distill merge export evaluate Session".split()
