@@ -9,7 +9,7 @@
     with Session("work/bundle") as session:
         print(session.generate("Why is the sky blue?", max_tokens=64).text)
 
-A whole recipe is one call: `run("smollm2_135m_24L", set=["prune.blocks=4"])`; `plan` says beforehand what it takes.
+A whole recipe is one call: `run("smollm2_135m_24L", set=["prune.blocks=4"])`; `plan` estimates its cost beforehand.
 
 Models are what a recipe takes (a Hub id, a folder, a .gguf file, package:NAME/FILE, random:FAMILY), a `Model`, or a
 folder that a step made. What the user can put right is a `UserError` with one clear message, which names options as

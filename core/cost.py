@@ -1,7 +1,7 @@
-"""What a stage takes, told from configuration alone: the contract of every stage's `cost.py`. No torch.
+"""A stage's cost, estimated from configuration alone: the contract of every stage's `cost.py`. No torch.
 
 `<area>/cost.py` has a `COST: StageCost`, whose functions are given the stage's section and the `Setting` that the
-stages before it leave. `compress plan` goes through a recipe's stages in their order and adds up what they say.
+stages before it leave. `compress plan` goes through a recipe's stages in order and adds up their estimates.
 Constants that a stage's code and its costs share stand in its `cost.py`, and the code takes them from there.
 
 On a CPU memory is the resident set, as a run measures it: weights of a safetensors file count once they were touched,

@@ -1,4 +1,4 @@
-"""Libraries that a plain `pip install llm-compress` leaves out, and the one line that asks for them.
+"""Libraries that a plain `pip install llm-compress` leaves out, and the message that says how to install them.
 
 The plain installation runs bundles on a device. Whatever needs more says so through `need` or `load_library`, so that
 every such message has the same form and names an extra that exists; tests compare `EXTRAS` with pyproject.toml.
@@ -77,7 +77,7 @@ def load_library(what: str, module: str) -> ModuleType:
 
 
 def missing(what: str, error: ModuleNotFoundError) -> UserError | None:
-    """The line for an import that failed while `what` was at work; None where no extra has that library."""
+    """The message for an import that failed in `what`; None where no extra has that library."""
     module = (error.name or "").partition(".")[0]
     return _missing(what, module) if any(module in names for names in EXTRAS.values()) else None
 

@@ -1,4 +1,4 @@
-"""Memory that is given back to the system between the steps of a long run."""
+"""Returning freed memory to the system between the steps of a long run."""
 
 from __future__ import annotations
 

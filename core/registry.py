@@ -91,7 +91,7 @@ class Registry(Generic[M]):
         if name in self.unusable:
             raise UserError(self.unusable[name])
         meant = did_you_mean(name, self.names) or "."
-        raise UserError(f"there is no {self._noun} {name!r}{meant} There are: {', '.join(self.names)}")
+        raise UserError(f"unknown {self._noun} {name!r}{meant} Known: {', '.join(self.names)}")
 
     def union(self) -> Any:
         """The type of a recipe's key that takes one of the methods: a name, or a mapping with `kind` and options."""
@@ -107,7 +107,7 @@ class Registry(Generic[M]):
         return Annotated[Union[kinds], Field(discriminator="kind"), BeforeValidator(usable)]  # noqa: UP007
 
     def listed(self) -> str:
-        """The names as a sentence has them: sft, dft or kd."""
+        """The names as part of a sentence: sft, dft or kd."""
         return " or ".join(part for part in (", ".join(self.names[:-1]), self.names[-1]) if part)
 
     def _of_module(self, module: str, name: str) -> type[M]:

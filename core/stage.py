@@ -1,12 +1,12 @@
-"""The stage contract: what a stage is given, and what it gives back.
+"""The stage contract: a stage's inputs and its output.
 
 A stage is a folder with three modules. `config.py` has its configuration class (a `Section`) and `FORMAT: int`, bumped
-when the meaning of its output changes; `cost.py` what it takes (core/cost.py); both are importable without torch.
+when the meaning of its output changes; `cost.py` estimates its cost (core/cost.py); both are importable without torch.
 `stage.py` has these functions:
 
-    ready(config, context) -> None                         optional; refuses what is not installed, before the model is
-                                                           fetched
-    check(config, base, context) -> None                   optional; cheap refusals before any work is done
+    ready(config, context) -> None                         optional; `UserError` for missing libraries, before the model
+                                                           is fetched
+    check(config, base, context) -> None                   optional; cheap checks before any work is done
                                                            (base: the unpruned model's checkpoint folder)
     run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
 
@@ -71,7 +71,7 @@ class Progress:
         yield advance
 
     def note(self, text: str) -> None:
-        """One line worth reading: a count, a choice made, a figure."""
+        """Report one line: a count, a choice, a figure."""
 
 
 class Group:
@@ -81,8 +81,8 @@ class Group:
     world: int = 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it, and none
-        goes on before all have."""
+        """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it; each
+        waits for the others."""
         return [value]
 
     def share(self, value: Any) -> Any:

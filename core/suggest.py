@@ -1,4 +1,4 @@
-"""What was probably meant by a misspelt name: one rule for recipes, options and choices."""
+"""Suggestions for misspelt names: one rule for recipes, options and choices."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def megabytes(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, none of them pretended."""
+    """A number with four significant digits."""
     if value is None:
         return "–"
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"

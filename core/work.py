@@ -1,4 +1,4 @@
-"""Arithmetic, bytes to be read, and what running a model takes of both. No torch.
+"""Operations and bytes read, and how many of both running a model takes. No torch.
 
 Counted are the matrix products (2 operations per weight and token) and attention (4 × heads × head size per pair of
 tokens). Decoding has to read all weights for every step.
@@ -14,8 +14,8 @@ from .geometry import Geometry
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic, and bytes that are read anew for steps too small to keep the processor busy; the same of what runs on
-    the processors beside a card."""
+    """Operations, and bytes read again for steps too small to keep the processor busy; on the device, and on the host's
+    processors."""
 
     flops: float = 0.0
     read: float = 0.0
@@ -33,7 +33,7 @@ class Work:
         return self.flops + self.double + self.host_flops + self.host_double
 
     def beside(self) -> Work:
-        """The same, done by the processors beside the card."""
+        """The same work, all of it on the host's processors."""
         flops, double = self.flops + self.host_flops, self.double + self.host_double
         return Work(host_flops=flops, host_double=double, host_read=self.read + self.host_read)
 

@@ -84,7 +84,7 @@ def bench(
 ) -> BenchReport:
     """Time every depth of a bundle in every engine and type, or the ones named, each in a process of its own.
 
-    The best of `repeat` turns counts. `speculate` also measures each lesser depth as a draft of the deepest,
+    The best of `repeat` runs counts. `speculate` also measures each shallower depth as a draft for the deepest,
     `draft_tokens` at a time. `kv_budget` bounds the KV cache, as for a `Session`. Raises `UserError` for engines and
     types that the bundle lacks.
     """
@@ -95,7 +95,7 @@ def bench(
     bundle, progress = Path(bundle), as_progress(on_progress)
     budget = choose_budget(bundle, kv_budget) if isinstance(kv_budget, int) else kv_budget
     if budget is not None and speculate:
-        raise UserError("--speculate drafts, which a KV budget cannot be combined with: give one of them")
+        raise UserError("--speculate cannot be combined with --kv-budget: leave one of them out")
     found = measure_all(
         bundle,
         engine or (None if budget is None else "onnx"),
@@ -157,7 +157,7 @@ def write_bench(report: BenchReport, out: Path) -> None:
 def keep_in_run(report: BenchReport, bundle: Path, note: Callable[[str], None]) -> list[Path]:
     """Where the bundle lies in a finished run, put the figures into the run's report; what was written.
 
-    Where the report cannot be drawn here, `note` is told why, and the figures are kept all the same. With a KV
+    Where the report cannot be drawn here, `note` gets the reason, and the figures are kept all the same. With a KV
     budget nothing is written: the run's report sets speed against quality, which a budget changes.
     """
     stage = bundle.resolve().parent

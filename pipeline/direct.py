@@ -1,6 +1,6 @@
 """Merging, exporting and evaluating checkpoints, without a recipe: what `compress.api` offers beside the single stages.
 
-`**keys` are those of the recipe's section of the same name, refused in the same words where they are wrong.
+`**keys` are those of the recipe's section of the same name, checked with the same messages.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def export(
 def extract(bundle: str | Path, out: str | Path, *, type: str, depth: int | None = None) -> str:
     """Write one depth of a bundle's `type` as a .gguf file or ONNX folder of its own; all blocks without `depth`.
 
-    What became of the bundle's retaining heads is returned, as a remark for people; empty where it has none. Raises
+    Returns a remark on where the bundle's retaining heads are; empty where it has none. Raises
     `UserError` for a type or depth that the bundle lacks.
     """
     bundle, out = Path(bundle), Path(out)
@@ -133,8 +133,8 @@ def extract(bundle: str | Path, out: str | Path, *, type: str, depth: int | None
     if retaining is None:
         return ""
     if artifact.format == "gguf":
-        return f"the retaining heads are not in it, but in {bundle / retaining.gguf}"
-    return "it gives retaining scores"
+        return f"the retaining heads are in a file of their own, {bundle / retaining.gguf}"
+    return "it includes the retaining heads' scores"
 
 
 def evaluate(

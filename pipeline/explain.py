@@ -1,4 +1,4 @@
-"""Errors of libraries and of the system as the one line that a user reads."""
+"""Errors of libraries and of the system, turned into one line for the user."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BROKEN = {
 }
 _LONGEST = 600  # characters
 _NO_CODE = (
-    "Code that comes with a model is never run: where the checkpoint has a tokenizer.json, take auto_map out of its "
+    "Code that comes with a model is never run: if the checkpoint has a tokenizer.json, remove auto_map from its "
     "tokenizer_config.json."
 )
 
 
 @contextmanager
 def readable_errors(where: str) -> Iterator[None]:
-    """What the machine lacks (disk, memory, a right) as `UserError`, however the libraries put it."""
+    """Turn a full disk, too little memory or a missing permission into a `UserError`, whichever library raised it."""
     try:
         yield
     except UserError:
@@ -42,7 +42,7 @@ def readable_errors(where: str) -> Iterator[None]:
 
 
 def readable(error: Exception, where: str) -> UserError | None:
-    """The `UserError` for what the machine lacks; None for all else."""
+    """The `UserError` for a full disk, too little memory or a missing permission; None for other errors."""
     text, number = str(error), getattr(error, "errno", None)
     if number in FULL or any(os.strerror(code) in text for code in FULL):
         return UserError(f"the disk is full ({where}); free some space and run the same command again")
@@ -54,7 +54,7 @@ def readable(error: Exception, where: str) -> UserError | None:
 
 
 def explained(error: Exception, where: str) -> UserError | None:
-    """The `UserError` for what a file, a name or the machine can be the cause of; None for errors of the program."""
+    """The `UserError` for an error caused by a file, a name or the machine; None for a bug in the program."""
     if known := readable(error, where):
         return known
     if isinstance(error, OSError):
@@ -67,7 +67,7 @@ def explained(error: Exception, where: str) -> UserError | None:
     if isinstance(error, UnicodeEncodeError):
         found = ascii(error.object[error.start : error.end])
         return UserError(
-            f"a text has {found}, which is no character and cannot be written as {error.encoding} ({where})"
+            f"a text contains {found}, which is not a character and cannot be written as {error.encoding} ({where})"
         )
     if isinstance(error, json.JSONDecodeError):
         return UserError(f"a file that was read is not valid JSON: {error} ({where})")
@@ -85,7 +85,7 @@ def _file(error: OSError) -> str:
 
 
 def one_line(text: str) -> str:
-    """A library's message in one line, and not endless."""
+    """A library's message in one line, cut to a readable length."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
 

@@ -1,7 +1,7 @@
 """Several processes that run one recipe, as `torchrun` and `accelerate launch` start them.
 
 The two set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Training talks over NCCL on GPUs and over gloo on
-CPUs; what the processes tell each other about the run goes over gloo as JSON.
+CPUs; what the processes exchange about the run goes over gloo as JSON.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..core.stage import Group
 JOINING = timedelta(minutes=10)
 TIMEOUT = timedelta(days=7)  # stages that are not shared may take long; a process that died is noticed at once
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What accelerate launch may be told to do that here the recipe or an option decides: where it says no, what to use.
+# Settings of accelerate launch that the recipe or an option decides here: (its value for "off", what to use instead).
 FOREIGN = {
     "ACCELERATE_USE_FSDP": ("false", "--shard"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "--shard"),
     "ACCELERATE_MIXED_PRECISION": ("no", "--dtype"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "none of that"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "no compiler backend"),
     "ACCELERATE_USE_CPU": ("false", "--device cpu"),
 }
 Made = TypeVar("Made")
@@ -52,7 +52,7 @@ class Processes(Group):
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
     def first_to_fail(self) -> bool:
-        """Whether no other process has failed before: that one tells the user."""
+        """Whether this process is the first to fail: the first one reports the error."""
         try:
             return self.store.add("compress/failed", 1) == 1
         except RuntimeError:  # the store went with the process that kept it
@@ -60,7 +60,7 @@ class Processes(Group):
 
 
 def is_first() -> bool:
-    """Whether this process is the one of its run that talks to people."""
+    """Whether this process is rank 0, which prints for the user."""
     return int(os.environ.get("WORLD_SIZE") or 1) <= 1 or os.environ.get("RANK", "0") == "0"
 
 
@@ -68,7 +68,7 @@ def is_first() -> bool:
 def processes(device: str) -> Iterator[tuple[Group, str]]:
     """The run's processes and this one's device (`cuda` becomes the GPU of its local rank); alone without a launcher.
 
-    An error in one process ends all: the others cannot go on, and leave without a word and with exit code 2.
+    An error in one process ends all: the others cannot continue, and exit silently with code 2.
     Raises `UserError` for a device that several processes cannot use.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) <= 1:
@@ -77,7 +77,7 @@ def processes(device: str) -> Iterator[tuple[Group, str]]:
         return
     group = _join(device)
     try:
-        group.barrier()  # all are here, before any of them can refuse
+        group.barrier()  # all have joined before any of them can raise
         _check_launcher(device)
         yield group, _own_device(device)
         group.barrier()
@@ -86,7 +86,7 @@ def processes(device: str) -> Iterator[tuple[Group, str]]:
             os._exit(2)
         if _is_lost(error):
             raise UserError(
-                "another process of this run has ended; what is finished is kept, and the same command goes on from "
+                "another process of this run has failed; finished work is kept, and the same command resumes from "
                 f"here ({_first_line(error)})"
             ) from error
         raise
@@ -106,7 +106,7 @@ def in_turn(group: Group, make: Callable[[], Made]) -> Made:
 
 
 def check_shared(folder: Path, group: Group) -> None:
-    """Refuse processes that do not see the same folder; makes it."""
+    """Make the folder; `UserError` unless all processes see it."""
     if group.world == 1:
         return
     if group.rank == 0:
@@ -127,7 +127,7 @@ def check_shared(folder: Path, group: Group) -> None:
 
 
 def check_same(what: str, value: Any, group: Group) -> None:
-    """Refuse processes that would not do the same."""
+    """`UserError` unless all processes have the same value."""
     found = group.gather(value)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
@@ -161,7 +161,7 @@ def _join(device: str) -> Processes:
         )
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the run's other processes cannot be reached by {place}: {_first_line(error)}") from error
+        raise UserError(f"cannot reach the run's other processes at {place}: {_first_line(error)}") from error
     return Processes(rank, world, store)
 
 
@@ -170,8 +170,8 @@ def _check_launcher(device: str) -> None:
         asked = os.environ.get(name, no)
         if asked.lower() != no and not (name == "ACCELERATE_USE_CPU" and device == "cpu"):
             raise UserError(
-                f"accelerate launch asks for {name}={asked}, which is decided here: use {own}, and launch with "
-                "--mixed_precision no --dynamo_backend no and nothing else but how many processes run where"
+                f"accelerate launch sets {name}={asked}, which compress decides itself: use {own}, and launch with "
+                "--mixed_precision no --dynamo_backend no and only the options that set processes and machines"
             )
 
 
@@ -182,7 +182,7 @@ def _own_device(device: str) -> str:
         return device
     local = int(os.environ["LOCAL_RANK"])
     if device != "cuda":
-        raise UserError(f"--device {device}: several processes run on cpu, or on cuda, each on the GPU of its number")
+        raise UserError(f"--device {device}: with several processes use cpu, or cuda (the GPU of each local rank)")
     if local >= torch.cuda.device_count():
         raise UserError(
             f"--device cuda: there are more processes on {socket.gethostname()} than its "
@@ -193,7 +193,7 @@ def _own_device(device: str) -> str:
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether this is how torch says that another process is gone."""
+    """Whether this is torch's error for a lost process."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

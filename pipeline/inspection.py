@@ -25,7 +25,7 @@ class _Info(BaseModel):
 
 
 class HeadsInfo(BaseModel):
-    """Retaining heads beside a checkpoint, and the settings that they were made for."""
+    """Retaining heads of a checkpoint, and the settings they were trained for."""
 
     blocks: int
     width: int
@@ -33,7 +33,7 @@ class HeadsInfo(BaseModel):
 
 
 class CheckpointInfo(_Info):
-    """A checkpoint folder; what its config.json does not have, or has as no number, is null."""
+    """A checkpoint folder; values that its config.json lacks, or that are not numbers there, are null."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     family: str | None
@@ -156,7 +156,7 @@ def inspect(
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there is nothing at {path}")
+        raise UserError(f"{path} does not exist")
     for matches, describe in (
         (path.suffix == ".gguf" and path.is_file(), _gguf),
         ((path / "last-run.json").is_file() or (path / "recipe.yaml").is_file(), _run),
@@ -168,7 +168,7 @@ def inspect(
     ):
         if matches:
             return describe(path)
-    raise UserError(f"{path} is no checkpoint, GGUF file, ONNX folder, bundle, stage or run folder")
+    raise UserError(f"{path} is not a checkpoint, GGUF file, ONNX folder, bundle, stage or run folder")
 
 
 def _has(file: Path, key: str) -> bool:

@@ -53,7 +53,7 @@ def make_stage(
     anew: bool = False,
     work: Work | None = None,
 ) -> None:
-    """Make one stage, resuming what was begun; with `anew` from scratch where it was complete.
+    """Make one stage, resuming an unfinished one; with `anew` a complete one is made again from scratch.
 
     `work` is done in place of the stage's `run`.
 
@@ -133,7 +133,7 @@ def check_saved(model: Path, stage: str) -> None:
     from ..modeling.soundness import check_checkpoint
 
     if not (model / "config.json").is_file():
-        raise UserError(f"the stage {stage} left no model in {model}; nothing behind it was begun")
+        raise UserError(f"the stage {stage} left no model in {model}; no later stage was started")
     try:
         check_checkpoint(model, finite=True)
         load_tokenizer(model)
@@ -166,12 +166,12 @@ def _existing(stage: str, path: Path) -> list[Path]:
 
 
 def shown_name(source: ModelSource) -> str:
-    """What an artifact made from a model is named after: a Hub id whole, else what a file may be named."""
+    """The name that artifacts of a model get: the whole Hub id, or a valid file name."""
     return source.title if source.kind == "hub" else bundle_name(source.title)
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
+    """Installed versions of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -182,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     import psutil
 
     torch = sys.modules.get("torch")

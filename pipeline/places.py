@@ -1,6 +1,6 @@
 """What was typed on the command line, checked before any work: names, texts, and places to write to and read from.
 
-The checks of places try them out, and leave nothing behind.
+Places are checked by writing to them; nothing is left behind.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def check_name(name: str, option: str = "--name") -> None:
     """`UserError` unless a file may be named so on every system."""
     if not re.fullmatch(NAME, name) or len(name) > LONGEST_NAME:
         raise UserError(
-            f"{option} {name!r}: a name is made of letters, digits, '.', '_' and '-', begins with a letter or a digit, "
-            f"and has {LONGEST_NAME} characters at most; where it goes is said by --out"
+            f"{option} {name!r}: a name consists of letters, digits, '.', '_' and '-', begins with a letter or "
+            f"a digit, and has at most {LONGEST_NAME} characters; give the folder with --out"
         )
 
 
 def bundle_name(name: str) -> str:
-    """A file's or folder's name as a bundle's: what no file should be named is a '-'."""
+    """A bundle's name from a file's or folder's: characters that file names should not have become '-'."""
     plain = re.sub(r"[^\w.+()\[\] -]", "-", name).strip(" .-")[:LONGEST_NAME]
     return plain or "model"
 
@@ -72,10 +72,10 @@ def check_file(path: Path, option: str) -> None:
 def check_new(path: Path, option: str = "--out") -> None:
     """`UserError` unless a file or folder can be made at `path`, where nothing or an empty folder is."""
     if path.name in ("", ".."):
-        raise UserError(f"{option} {path}: name what is to be made")
+        raise UserError(f"{option} {path}: give the name of the file or folder to create")
     with _refusing(path, option):
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{option} {path}: it is a link to what is not there; choose another")
+            raise UserError(f"{option} {path}: it is a broken link; choose another path")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists already; give another {option}, or remove it")
         with _made([*_missing(path.parent), path.with_name(f".{path.name}.partial")]) as partial:
@@ -85,7 +85,7 @@ def check_new(path: Path, option: str = "--out") -> None:
 def check_file_place(path: Path, option: str = "--out") -> None:
     """`UserError` unless a file can be written at `path`, over an older one."""
     if path.name in ("", "..") or path.is_dir():
-        raise UserError(f"{option} {path}: name a file to be written")
+        raise UserError(f"{option} {path}: give the name of a file")
     with _refusing(path, option), _made([*_missing(path.parent), path.with_name(f"{path.name}.probe")]) as probe:
         _write_in(probe)
 

@@ -1,4 +1,4 @@
-"""What a recipe takes, for callers in Python and for the command line."""
+"""Estimates for a recipe, for callers in Python and for the command line."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def plan(
 
     >>> plan("llama8b_26L", device="rtx-4090").seconds / 3600
 
-    `device` is a named one such as cpu-2core, rtx-4090 or a100-80g; without it there are no times. `memory` is what
-    there is to fit in, bytes or a text such as "24GB"; the device's if not given. `dtype` is float32 on a CPU, else
-    bfloat16. Full tuning is spread over `shards` processes; `cards` of the device share what stages can share.
+    `device` is a named one such as cpu-2core, rtx-4090 or a100-80g; without it there are no times. `memory` is the
+    memory available, in bytes or as a text such as "24GB"; the device's if not given. `dtype` is float32 on a CPU, else
+    bfloat16. Full tuning is sharded over `shards` processes; `cards` devices share the stages that can run in parallel.
 
     Memory and disk are in bytes, times in seconds. Raises `UserError` for a wrong recipe, an unknown device, and where
-    the model's configuration cannot be had.
+    the model's configuration cannot be read.
     """
     named = find_device(device) if device else None
     dtype = dtype or (named.dtype if named else "float32")

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, where, and what was probably meant."""
+"""Problems of a recipe: what is wrong, where, and the likely intended key."""
 
 from __future__ import annotations
 

@@ -41,24 +41,26 @@ class ModelSpec(Section):
     source: str = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     config: str | None = Field(
         None,
-        description="a local config.json with the model's shape, for `compress plan` where the Hub is out of reach",
+        description="a local config.json with the model's shape, for `compress plan` where the Hub cannot be reached",
     )
 
 
 class RecipeKeys(Section):
-    """A whole pipeline: what is done to which model. Stages run in the order in which the file has them."""
+    """A whole pipeline: the model, and the stages that work on it. Stages run in the file's order."""
 
     model_config = ConfigDict(title="Recipe")
 
-    name: str = Field(pattern=NAME, max_length=LONGEST_NAME, description="names the run's folder and the artifacts")
+    name: str = Field(
+        pattern=NAME, max_length=LONGEST_NAME, description="name of the run's folder and of the artifacts"
+    )
     model: str | ModelSpec = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
-    seed: int = Field(0, ge=0, description="every random draw of the run derives from it")
+    seed: int = Field(0, ge=0, description="random seed of the whole run")
     data: DataConfig | None = Field(None, description="rows to calibrate on, learn from and measure with")
-    prune: PruneConfig | None = Field(None, description="which blocks go and how the gap is healed")
-    distill: DistillConfig | None = Field(None, description="recovery by learning from the unpruned model")
-    merge: MergeConfig | None = Field(None, description="the recovered variants become one model")
-    sort: SortConfig | None = Field(None, description="one set of weights learns to run at several depths")
-    retain: RetainConfig | None = Field(None, description="heads that say which keys and values to keep")
+    prune: PruneConfig | None = Field(None, description="which blocks are removed and how the gap is healed")
+    distill: DistillConfig | None = Field(None, description="recovery by distillation from the unpruned model")
+    merge: MergeConfig | None = Field(None, description="merging of the recovered variants into one model")
+    sort: SortConfig | None = Field(None, description="training of one set of weights to run at several depths")
+    retain: RetainConfig | None = Field(None, description="heads that score which keys and values the KV cache keeps")
     export: ExportConfig | None = Field(None, description="GGUF and ONNX artifacts in one bundle")
     evaluate: EvaluateConfig | None = Field(None, description="measurements for the report")
 

@@ -79,12 +79,12 @@ def run(
     >>> result = run("smollm2_135m_24L", set=["prune.blocks=4"], until="export")
     >>> result.bundle
 
-    Complete stages are skipped; a killed run goes on where it was. `until` ends with a stage, `start` makes a stage and
-    all that follow it again. `device` is cpu, cuda, cuda:1 or mps; `dtype` float32, bfloat16 or float16. Under torchrun
-    or accelerate launch every process calls this, and they share the work; `shard` then spreads full tuning (FSDP2).
-    The result is the same in all of them.
+    Complete stages are skipped; an interrupted run resumes where it stopped. `until` is the last stage to run, `start`
+    redoes a stage and all that follow it. `device` is cpu, cuda, cuda:1 or mps; `dtype` float32, bfloat16 or float16.
+    Under torchrun or accelerate launch every process calls this, and they share the work; `shard` then shards full
+    tuning (FSDP2). The result is the same in all of them.
 
-    Raises `UserError` for a wrong recipe, and for what the machine or a file lacks.
+    Raises `UserError` for a wrong recipe, a missing file, and a machine that cannot run it.
     """
     need("compress run", *FULL)
     options = Options(Path(runs), device, dtype, until, start, shard)

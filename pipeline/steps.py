@@ -2,10 +2,10 @@
 
 Every step reads folders and writes one new folder `out`, which is a stage's folder: a manifest with seeds, versions and
 hashes, and for stages that make a model a checkpoint in `out`/model. It appears when it is whole; a step that was
-killed goes on where it was when it is called again with the same settings.
+killed resumes when it is called again with the same settings.
 
 `section` and `**keys` are the recipe's section of the same name: an object such as `PruneConfig(blocks=6)`, or its keys
-as arguments. Wrong keys, types and values are refused before any weight is read, in the words of a recipe's problems.
+as arguments. Wrong keys, types and values are refused before any weight is read, with the messages of a recipe.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StageResult:
 
     @cached_property
     def manifest(self) -> StageManifest:
-        """What it was made from and how, what that took, and its files with their sha256."""
+        """Inputs, configuration, time, memory, and files with their sha256."""
         return StageManifest.read(self.folder)
 
     @property
@@ -79,7 +79,7 @@ class PruneResult(ModelResult):
 
     @property
     def dropped(self) -> list[int]:
-        """The blocks that went, by their numbers in the model that was pruned."""
+        """The removed blocks, by their numbers in the model that was pruned."""
         return self.metrics["dropped"]
 
 
@@ -104,7 +104,7 @@ def collect_rows(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> StageResult:
-    """Rows to calibrate on, learn and measure with: what the unpruned `model` writes, or a data set.
+    """Rows for calibration, training and measurement: written by the unpruned `model`, or from a data set.
 
     >>> rows = collect_rows(model, "rows", source="magpie", rows=92)
 
@@ -128,12 +128,12 @@ def prune(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> PruneResult:
-    """Measure blocks, choose which go, heal the gap and save what is left.
+    """Measure blocks, choose which to remove, heal the gap and save the pruned model.
 
     >>> prune(model, "pruned", rows=rows, blocks=6, search="greedy", heal="refit").dropped
 
-    `rows`, of `collect_rows` or a run's data stage, are what is calibrated on, unless `calibration` names a text.
-    `keys` are those of the recipe's `prune` section. Raises `UserError` for more blocks than can go, and too few rows.
+    `rows`, of `collect_rows` or a run's data stage, are the calibration rows, unless `calibration` names a text.
+    `keys` are those of the recipe's `prune` section. Raises `UserError` for too many blocks or too few rows.
     """
     config = choose_section(PruneConfig, section, keys, "prune")
     call = _Call("prune", config, out, device, dtype, seed, runs, on_progress)
@@ -159,7 +159,7 @@ def heal(
     >>> heal("pruned/model", "healed", "refit", base=model, rows=rows)
 
     `method` and `calibration` are the keys `heal` and `calibration` of the recipe's `prune` section. Training of
-    `model` since the cut is lost: its weights are not read. Raises `UserError` where no block has gone.
+    `model` since the cut is lost: its weights are not read. Raises `UserError` where no block was removed.
     """
     config = checked(PruneConfig, {"blocks": 0, "heal": method, "calibration": calibration})
     call = _Call("prune", config, out, device, dtype, seed, runs, on_progress)
@@ -232,7 +232,7 @@ def retain(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> ModelResult:
-    """Train retaining heads, which say what a KV cache of fixed size keeps; the model's own weights stay.
+    """Train retaining heads, which score what a KV cache of fixed size keeps; the model's own weights do not change.
 
     >>> retain(model, "headed", rows=rows, budget=1024)
 

@@ -48,7 +48,7 @@ class StageFolder:
     def manifest(self, hashes: Path | None = None) -> StageManifest:
         """The manifest of a complete stage; `UserError` if the folder was damaged since.
 
-        With a folder for known `hashes`, every file is compared to the last bit; else by its size alone.
+        With a folder for known `hashes`, every file is compared by its hash; else by its size alone.
         """
         try:
             manifest = StageManifest.read(self.path)
@@ -130,7 +130,7 @@ def fingerprint(
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """One process per run folder; a second one is told who holds it. The lock ends with its process."""
+    """One process per run folder; a second one gets a `UserError` naming the holder. The lock ends with its process."""
     run.mkdir(parents=True, exist_ok=True)
     holder = run / ".lock-holder.json"
     guard = FileLock(run / ".lock")

@@ -29,12 +29,12 @@ class Calibration(Section):
     scoring: int = Field(
         default=4096,
         ge=2,
-        description="of these tokens, how many cuts are scored on (greedy, beam, auto; perplexity, kl, taylor)",
+        description="how many of these tokens cuts are scored on (greedy, beam, auto; perplexity, kl, taylor)",
     )
     held_out: int = Field(
         default=4096,
         ge=2,
-        description="of these tokens, how many greedy, beam and auto keep back to compare what they found on",
+        description="how many of these tokens greedy, beam and auto hold out to compare their results on",
     )
 
 
@@ -48,18 +48,21 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Goal(Section):
-    """What `blocks: auto` is after: exactly one of these."""
+    """The goal of `blocks: auto`: exactly one of these."""
 
     perplexity: Annotated[float, Field(ge=1)] | None = Field(
-        default=None, description="drop as many blocks as leave the healed perplexity within so many times the base's"
+        default=None,
+        description="remove as many blocks as keep the healed perplexity within this multiple of the base's",
     )
     size: Share | None = Field(
-        default=None, description="drop as few blocks as bring the weights down to this share of the unpruned model's"
+        default=None, description="remove as few blocks as bring the weights down to this share of the unpruned model's"
     )
     latency: Share | None = Field(
-        default=None, description="the same for the time per generated token, measured where the run is"
+        default=None, description="the same for the time per generated token, measured on the machine of the run"
     )
-    at_most: int | None = Field(default=None, ge=1, description="never drop more; null: half of the blocks")
+    at_most: int | None = Field(
+        default=None, ge=1, description="maximum number of blocks to remove; null: half of them"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Goal:
@@ -69,10 +72,10 @@ class Goal(Section):
 
 
 class PruneConfig(Section):
-    """Which blocks go, and how the gap is closed."""
+    """Which blocks are removed, and how the gap is healed."""
 
     blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        description="how many blocks to drop; auto: as the goal asks for"
+        description="number of blocks to remove; auto: as the goal requires"
     )
     goal: Goal | None = Field(default=None, description="for blocks: auto; null: perplexity within 1.2 × the base's")
     importance: AnyMetric = Field(
@@ -80,16 +83,16 @@ class PruneConfig(Section):
         description=f"what blocks are compared by where search is window or lowest: {METRICS.listed()}",
     )
     position: Literal["last", "all"] = Field(
-        default="all", description="measured on every token, or on the last token of each row"
+        default="all", description="where importance is measured: on every token, or on the last token of each row"
     )
     search: AnySearch = Field(default_factory=Window, description=f"how blocks are chosen: {SEARCHES.listed()}")
-    heal: AnyHeal = Field(default_factory=LinearHeal, description=f"how the gap is closed: {HEALS.listed()}")
+    heal: AnyHeal = Field(default_factory=LinearHeal, description=f"how the gap is healed: {HEALS.listed()}")
     calibration: Calibration = Field(default_factory=Calibration, description="the tokens to measure and heal on")
 
     @model_validator(mode="after")
     def _goal_of_auto(self) -> PruneConfig:
         if self.goal is not None and self.blocks != "auto":
-            raise ValueError("a goal is for blocks: auto; give the one or the other")
+            raise ValueError("goal needs `blocks: auto`; set that, or remove goal")
         return self
 
     @property

@@ -294,7 +294,7 @@ def test_misused_commands_are_explained(run, arguments, message):
         (["run", "tiny_random", "--device", "meteor"], "--device meteor cannot be used here"),
         (["export", "random:llama", "--out", "x"], "name at least one type under gguf or onnx"),
         (["export", "random:llama", "--out", "x", "--gguf", "Q5"], "gguf.0"),
-        (["inspect", "no/such/place"], "there is nothing at no/such/place"),
+        (["inspect", "no/such/place"], "no/such/place does not exist"),
         (["report", "no/such/run"], "no/such/run is not the folder of a finished run"),
     ],
 )
@@ -352,7 +352,7 @@ def test_inspect_says_what_each_thing_is(products, tiny, run, refused):
         plain = "".join(out.replace("│", "").split())  # however long paths are broken into lines
         assert [word for word in words if word.replace(" ", "") not in plain] == [], plain
     for nonsense in (products["root"] / "c.txt", products["root"]):
-        assert "is no checkpoint, GGUF file, ONNX folder, bundle" in refused("inspect", nonsense)
+        assert "is not a checkpoint, GGUF file, ONNX folder, bundle" in refused("inspect", nonsense)
 
 
 def test_exports_never_overwrite(products, tiny, refused, tmp_path):

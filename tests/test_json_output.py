@@ -141,7 +141,7 @@ def test_figures(printed, tiny, bundle, tmp_path):
             ("validate", "tiny_random", "--set", "prune.block=1", "--set", "seed=x"),
             "has 2 problems: --set prune.block=1",
         ),
-        (("inspect", "nowhere"), "there is nothing at nowhere"),
+        (("inspect", "nowhere"), "nowhere does not exist"),
         (("eval", "random:llama", "--text", "nowhere.txt"), "--text: nowhere.txt could not be read"),
         (("eval", "random:llama", "--text", "t", "--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
         (("bench", "nowhere"), "nowhere is no bundle"),

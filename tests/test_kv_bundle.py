@@ -166,7 +166,7 @@ def test_an_extracted_onnx_folder_keeps_its_scores(kv_bundle, tmp_path):
     with OnnxEngine(tmp_path / "m", 1) as engine:
         assert len(engine.retaining_scores(IDS)) == 2
     assert "the retaining heads are not in it" in api.extract(kv_bundle, tmp_path / "m.gguf", type="F16", depth=2)
-    assert "gives retaining scores" in api.extract(kv_bundle, tmp_path / "n", type="int4", depth=4)
+    assert "includes the retaining heads' scores" in api.extract(kv_bundle, tmp_path / "n", type="int4", depth=4)
 
 
 def test_heads_say_how_they_are_used_unless_the_user_does(kv_bundle, tmp_path):

@@ -81,7 +81,7 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundles_name_is_no_path(name, refused, idle, tiny, tmp_path):
     said = refused("export", tiny(), "--gguf", "Q8_0", "--out", tmp_path / "out", "--name", name)
-    assert f"--name {name!r}: a name is made of" in said and files(tmp_path) == []
+    assert f"--name {name!r}: a name consists of" in said and files(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-1", "a" * 100, "0"])
@@ -111,10 +111,10 @@ PLACES = {
     "a file far above": ("file/a/b/out", "Not a directory"),
     "too long a name": ("x" * 250, "File name too long"),
     "too long a name above": ("y" * 300 + "/out", "File name too long"),
-    "a link to nothing": ("dangling", "it is a link to what is not there"),
+    "a link to nothing": ("dangling", "it is a broken link"),
     "below a link to nothing": ("dangling/out", "No such file or directory"),
     "a system folder": ("/proc/nowhere/out", ""),
-    "no name": ("..", "name what is to be made"),
+    "no name": ("..", "give the name of the file or folder to create"),
     "something there": ("full", "exists already"),
     "a file there": ("file", "exists already"),
 }
@@ -244,7 +244,7 @@ def test_a_key_that_is_not_utf8(refused, bundle):
 
 
 def test_names_of_files_that_are_no_text_print_and_are_written(refused, tmp_path, tiny, capfd):
-    assert "there is nothing at bad \\udcff byte" in refused("inspect", NOT_UTF8)
+    assert "bad \\udcff byte does not exist" in refused("inspect", NOT_UTF8)
     folder = tmp_path / NOT_UTF8
     folder.symlink_to(tiny())
     with pytest.raises(SystemExit) as stopped:
@@ -273,7 +273,10 @@ def test_a_model_in_a_folder_of_any_name_is_exported(tmp_path, tiny, capfd):
         (OSError("Can't load\n  it"), "here: Can't load it"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"f\xff"), "f\udcff: No such file"),
         (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte"), "is not utf-8 text: invalid start byte at"),
-        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), r"a text has '\udcff', which is no"),
+        (
+            UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
+            r"a text contains '\udcff', which is not",
+        ),
         (json.JSONDecodeError("Expecting value", "x", 0), "is not valid JSON: Expecting value"),
         (jinja2.TemplateSyntaxError("unexpected '}'", 3), "a chat template that was read is broken: unexpected '}'"),
         (SafetensorError("header too large"), "a safetensors file that was read is broken: header too large (here)"),
@@ -311,7 +314,7 @@ def test_nobody_is_told_to_run_a_models_code():
     )
     said = without_foreign_advice(message)
     assert "trust_remote_code" not in said and "\n" not in said and "inspect" not in said
-    assert said.startswith("the tokenizer in t could not be loaded: ") and "take auto_map out" in said
+    assert said.startswith("the tokenizer in t could not be loaded: ") and "remove auto_map from" in said
     assert without_foreign_advice("two\nlines") == "two\nlines"
 
 
@@ -332,4 +335,4 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_asking(tiny, refuse
     code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tok.Own", None]}}
     file.write_text(json.dumps(json.loads(file.read_text()) | code))
     said = refused("export", folder, "--gguf", "Q8_0", "--out", tmp_path / "out")
-    assert "trust_remote_code" not in said and "take auto_map out of its tokenizer_config.json" in said
+    assert "trust_remote_code" not in said and "remove auto_map from its tokenizer_config.json" in said

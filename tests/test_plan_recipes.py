@@ -96,13 +96,13 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return " ".join(capsys.readouterr().out.split())
 
     out = said("llama8b_26L", "--on", "rtx-4090")
-    assert "every stage fits in 25.77 GB" in out and "in all on rtx-4090: 8 h" in out
-    assert "of the machine's own memory: prune 22.55 GB" in out and "2.10 GB" in out
+    assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 8 h" in out
+    assert "host memory: prune 22.55 GB" in out and "2.10 GB" in out
     out = said("llama70b_64L", "--on", "h100-80g", "--cards", "8")
     assert "8 of them sharing data, distill and sort" in out
     assert "on the machine's processors (--device cpu) it takes" in out
     out = said("tiny_random", "--on", "cpu-2core", "--set", "prune.search=beam")
-    assert "in all on cpu-2core: ?, for prune cannot be told from the recipe" in out
+    assert "total time on cpu-2core: unknown; the recipe does not determine it for prune" in out
 
 
 # From docs/research/log.md, 2026-11-29, on two cores; `evaluate` is planned with answers as long as they may be.

@@ -172,7 +172,7 @@ def test_the_page_shows_every_model_and_its_figures(report):
         "6.2",
         "1 min 1 s",
         "resumed",
-        "84 rows",
+        "84 training rows",
         "3 empty",
     ):
         assert figure in text, figure

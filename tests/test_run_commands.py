@@ -48,7 +48,7 @@ def test_generate_reads_standard_input_and_raw_text(bundle):
         (["--depth", "9"], "there is no depth 9 here; there are: 2, 3, 4"),
         (["--depth", "deep"], "--depth deep: must be a number or auto"),
         (["--depth", "auto"], "--latency-ms, --memory-mb"),
-        (["--latency-ms", "5"], "give them with --depth auto"),
+        (["--latency-ms", "5"], "no effect without --depth auto"),
         (["--engine", "tensorrt"], "there is no engine 'tensorrt'"),
         (["--type", "Q8_0"], "the bundle has nothing for Q8_0; it has: onnx fp32, llama.cpp F16"),
         (["--early-exit", "often"], "--early-exit often: must be a probability"),

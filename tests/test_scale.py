@@ -139,7 +139,7 @@ def kill(runs: Path, where: str, name: str) -> None:
     hurt = KILLS.format((where, name))
     found = launch(runs, 2, COMMAND, lambda rank: (arguments(runs), hurt if rank == 1 else ""))
     assert [code for code, _ in found] == [2, -signal.SIGKILL]
-    assert found[0][1].count("error: another process of this run has ended; what is finished is kept") == 1
+    assert found[0][1].count("error: another process of this run has failed; finished work is kept") == 1
     assert "Traceback" not in found[0][1]
 
 

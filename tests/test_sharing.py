@@ -54,7 +54,7 @@ def together(world: int, work: Callable[[Group], Any]) -> list[Any]:
     ("options", "world", "dtype", "message"),
     [
         ({"tune": "full"}, 1, "float32", "needs several processes"),
-        ({}, 2, "float32", r"which distill\.tune: lora has little of"),
+        ({}, 2, "float32", r"of which distill\.tune: lora has few"),
         ({"tune": "full", "optimizer": "adamw_8bit"}, 2, "float32", "use adamw"),
         ({"tune": "full"}, 2, "float16", "use --dtype bfloat16"),
     ],
@@ -121,7 +121,9 @@ def test_steps_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     config = DistillConfig(accumulate=6)
     for world in (1, 2, 3, 6):
         stage.check(config, tmp_path, Context(group=Threads(0, world, threading.Barrier(1), [])))
-    with pytest.raises(UserError, match=r"distill\.accumulate is 6: .* by 4 processes; make it a multiple"):
+    with pytest.raises(
+        UserError, match=r"distill\.accumulate is 6, .* the 4 processes that share each step; make it a multiple"
+    ):
         stage.check(config, tmp_path, Context(group=Threads(0, 4, threading.Barrier(1), [])))
 
 
@@ -141,7 +143,7 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) 
     [
         ("ACCELERATE_USE_FSDP", "true", "cpu", "--shard"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "cpu", "--dtype"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "cpu", "none of that"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "cpu", "no compiler backend"),
         ("ACCELERATE_USE_CPU", "true", "cuda", "--device cpu"),
     ],
 )
@@ -153,7 +155,7 @@ def test_what_accelerate_would_do_otherwise_is_refused(
     with processes(device):
         pass
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"asks for {name}={value}, .* use {use}"), processes(device):
+    with pytest.raises(UserError, match=f"sets {name}={value}, .* use {use}"), processes(device):
         pass
 
 
@@ -166,7 +168,7 @@ def test_a_plan_of_shards_is_smaller_by_what_is_spread(tmp_path: Path) -> None:
     spread = 16 * 6.72e9  # weights, gradients and Adam's states, in float32
     assert two - eight == pytest.approx(spread * (1 / 2 - 1 / 8), rel=1e-3)
     assert eight < one / 3
-    with pytest.raises(UserError, match="only full tuning is spread"):
+    with pytest.raises(UserError, match="only full tuning can be sharded"):
         memory(2)
 
 

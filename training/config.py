@@ -22,14 +22,14 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear",
-        description="names of the linear layers to adapt, such as [q_proj, v_proj]; the head never is",
+        description="names of the linear layers to adapt, such as [q_proj, v_proj]; never the head",
     )
     quantize_base: Literal["nf4"] | None = Field(
         default=None,
         description="hold the frozen weights in 4 bits while training (QLoRA); the merge uses the full ones",
     )
     train_norm: bool = Field(default=False, description="train the final norm too")
-    train_head: bool = Field(default=False, description="train the head too; where it is tied, the embedding with it")
+    train_head: bool = Field(default=False, description="train the head too; with tied weights, also the embedding")
 
 
 class Full(Section):
@@ -42,9 +42,7 @@ class Copy(Section):
     """A frozen copy of the unpruned model runs beside the student."""
 
     kind: Literal["copy"] = "copy"
-    quantize: Literal["nf4", "int8"] | None = Field(
-        default=None, description="hold the copy in fewer bits (bitsandbytes)"
-    )
+    quantize: Literal["nf4", "int8"] | None = Field(default=None, description="quantize the copy (bitsandbytes)")
 
 
 class Shared(Section):
@@ -69,7 +67,7 @@ else:
 
 
 class TrainingConfig(Section):
-    """How a student is trained: what it learns, what of it is trained, from whom, and for how long."""
+    """How a student is trained: objective, trained weights, teacher, and duration."""
 
     stage: ClassVar[str]  # the section's name in a recipe
     sorts: ClassVar[bool] = False  # trains several depths, which the checkpoint then records
@@ -77,9 +75,9 @@ class TrainingConfig(Section):
     objective: AnyObjective = Field(default_factory=Asft, description=f"{OBJECTIVES.listed()}; on response tokens only")
     tune: Tune = Field(default_factory=Lora, description="lora or full")
     teacher: Teacher = Field(
-        default_factory=Copy, description="copy, shared or cached: where the unpruned model's part is from"
+        default_factory=Copy, description="where the teacher's distributions come from: copy, shared or cached"
     )
-    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps comes before it")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps takes precedence")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
     schedule: Schedule = "cosine"
@@ -87,7 +85,7 @@ class TrainingConfig(Section):
     batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
     accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
     length: int = Field(default=512, ge=8, description="tokens per packed sequence")
-    chunk: int = Field(default=256, ge=1, description="positions whose logits exist at once")
+    chunk: int = Field(default=256, ge=1, description="positions whose logits are held in memory at once")
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
@@ -95,7 +93,7 @@ class TrainingConfig(Section):
     eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
     save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
     select: Literal["kl", "perplexity", "loss", "last"] = Field(
-        default="kl", description="which held-out figure chooses the checkpoint that is kept; last keeps the final one"
+        default="kl", description="held-out metric that selects the checkpoint to keep; last keeps the final one"
     )
 
     @model_validator(mode="after")

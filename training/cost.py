@@ -55,7 +55,7 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
     optimizer = trained * (GRADIENT + MOMENTS[config.optimizer])
     if at.shards > 1:
         if not isinstance(config.tune, Full):
-            raise UserError(f"--shards: only full tuning is spread ({config.stage}.tune: full)")
+            raise UserError(f"--shards: only full tuning can be sharded ({config.stage}.tune: full)")
         # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
         whole = (2 * shape.block_parameters + shape.parameters(0)) * at.size
         weights, optimizer = weights // at.shards + whole, optimizer // at.shards

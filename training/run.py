@@ -34,8 +34,8 @@ def check(config: TrainingConfig, base: Path, context: Context) -> None:
     """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
     if config.accumulate % context.world:
         raise UserError(
-            f"{config.stage}.accumulate is {config.accumulate}: so many forward passes per step cannot be shared "
-            f"evenly by {context.world} processes; make it a multiple of that, or start fewer processes"
+            f"{config.stage}.accumulate is {config.accumulate}, which is not a multiple of the "
+            f"{context.world} processes that share each step; make it a multiple, or start fewer processes"
         )
     for own in config.students:
         _check_shard(own, context)
@@ -51,9 +51,9 @@ def _check_shard(config: TrainingConfig, context: Context) -> None:
         (context.world == 1, "needs several processes: start them with torchrun or accelerate launch"),
         (
             isinstance(config.tune, Lora),
-            f"spreads what is trained, which {config.stage}.tune: lora has little of; leave it out",
+            f"shards trained weights, of which {config.stage}.tune: lora has few; leave --shard out",
         ),
-        (config.optimizer != "adamw", f"cannot spread the states of {config.stage}.optimizer: adamw_8bit; use adamw"),
+        (config.optimizer != "adamw", f"cannot shard the states of {config.stage}.optimizer: adamw_8bit; use adamw"),
         (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
     ):
         if context.shard and wrong:

@@ -47,7 +47,9 @@ class Preparation:
         bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
         if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
             shared = SharedTeacher(self.inputs.base, self.inputs.model, tune, job.context)
-            job.context.progress.note(f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters held twice")
+            job.context.progress.note(
+                f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters are held twice"
+            )
             held_out = self._look(f"shared {bits}", lambda: shared)
             return as_student(shared.model, shared.decoder, config), shared, held_out
         how = way if isinstance(way, Copy) else Copy(quantize=bits)

@@ -1,4 +1,4 @@
-"""Named machines for `compress plan --on NAME`: what they have, and what of it is reached.
+"""Named machines for `compress plan --on NAME`: their peak figures, and the share of them that is reached.
 
 Peaks and bandwidths are the vendors' (dense, no sparsity; tensor cores with 32-bit accumulation). What is reached of
 them is an assumption for GPUs, marked so in the plan, and so is all of the processors beside them, on which stock

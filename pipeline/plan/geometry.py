@@ -1,4 +1,4 @@
-"""The shape of a recipe's model from its configuration file: what every estimate is made of. Reads no weights."""
+"""The shape of a recipe's model from its configuration file: the basis of every estimate. Reads no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..recipe import ModelSpec, Recipe
 
 
 def read_geometry(loaded: Recipe, cache: Path) -> Geometry:
-    """The shape of a recipe's model. Raises `UserError` where its configuration cannot be had."""
+    """The shape of a recipe's model. Raises `UserError` where its configuration cannot be read."""
     return geometry_of(_read_config(loaded, cache))
 
 
@@ -49,7 +49,7 @@ def _source_config(source: ModelSource, loaded: Recipe, cache: Path) -> dict[str
         raise
     except Exception as error:
         raise UserError(
-            f"the configuration of {source.text} could not be had from the Hub ({type(error).__name__}); "
+            f"the configuration of {source.text} could not be fetched from the Hub ({type(error).__name__}); "
             "name a local copy under model.config"
         ) from error
 

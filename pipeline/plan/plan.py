@@ -52,13 +52,13 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """All stages, each where it fits; None where one cannot be told."""
+        """Time of all stages, each where it fits; None where one is unknown."""
         found = [stage.beside.seconds if stage.beside else stage.seconds for stage in self.stages]
         return None if None in found else sum(s for s in found if s is not None)
 
     @property
     def disk(self) -> int:
-        """What all stages leave, and the most that one of them writes meanwhile."""
+        """Bytes that all stages leave, plus the most that one of them writes temporarily."""
         left = sum(stage.found.disk for stage in self.stages)
         return left + max((stage.found.scratch for stage in self.stages), default=0)
 

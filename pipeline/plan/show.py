@@ -20,7 +20,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     before, after = (_count(number) for number in (plan.parameters, plan.parameters_after))
     console.print(f"{plan.source}: {before} parameters in {plan.blocks[0]} blocks → {after} in {plan.blocks[1]}")
     console.print(_stages_table(plan))
-    console.print("peak memory is made of")
+    console.print("peak memory by part:")
     for stage in plan.stages:
         parts = stage.found.parts
         listed = ", ".join(f"{name} {megabytes(parts[name])}" for name in PARTS if name in parts)
@@ -30,25 +30,25 @@ def show_plan(plan: Plan, console: Console) -> None:
             console.print(_lack(stage, plan))
     hosts = [f"{stage.name} {megabytes(stage.found.host)}" for stage in plan.stages if stage.found.host]
     if hosts:
-        console.print(f"of the machine's own memory: {', '.join(hosts)}")
+        console.print(f"host memory: {', '.join(hosts)}")
     if plan.memory is not None and all(stage.fits for stage in plan.stages):
         console.print(f"every stage fits in {megabytes(plan.memory)}")
     if plan.device is not None:
         console.print(_in_all(plan, plan.device))
         console.print(_assumptions(plan, plan.device))
     most = max(stage.found.scratch for stage in plan.stages) if plan.stages else 0
-    scratch = f", {megabytes(most)} of it while it works" if most else ""
+    scratch = f", of which {megabytes(most)} are temporary" if most else ""
     console.print(f"disk: {megabytes(plan.disk)}{scratch}; free here: {megabytes(shutil.disk_usage('.').free)}")
 
 
 def _in_all(plan: Plan, device: Device) -> str:
     *others, last = (name for name, stage in STAGES.items() if stage.parallel)
     shared = f"{', '.join(others)} and {last}"
-    cards = f", {plan.cards} of them sharing {shared}" if plan.cards > 1 else ""
+    cards = f", {plan.cards} cards sharing {shared}" if plan.cards > 1 else ""
     if plan.seconds is None:
         unknown = [stage.name for stage in plan.stages if stage.seconds is None]
-        return f"in all on {device.name}{cards}: ?, for {', '.join(unknown)} cannot be told from the recipe"
-    return f"in all on {device.name}{cards}: {spell(plan.seconds)}"
+        return f"total time on {device.name}{cards}: unknown; the recipe does not determine it for {', '.join(unknown)}"
+    return f"total time on {device.name}{cards}: {spell(plan.seconds)}"
 
 
 def _assumptions(plan: Plan, device: Device) -> str:
@@ -56,13 +56,13 @@ def _assumptions(plan: Plan, device: Device) -> str:
     host = ""
     if device.host is not None:
         host = (
-            f"; beside it {device.host.flops / 1e12:.3g} TFLOPS and {device.host.bandwidth / 1e9:.0f} GB/s for what "
-            "runs on the processors (assumed)"
+            f"; on the host CPU {device.host.flops / 1e12:.3g} TFLOPS and {device.host.bandwidth / 1e9:.0f} GB/s "
+            "(assumed)"
         )
     return (
         f"time: {device.reached:.0%} of {device.flops[plan.dtype] / 1e12:.3g} TFLOPS and "
         f"{device.reached_bandwidth:.0%} of {device.bandwidth / 1e9:.0f} GB/s are reached ({reached}){host}; every row "
-        "is as long as it may be; tasks of lm-eval, downloads and loading come on top"
+        "has the maximum length; lm-eval tasks, downloads and loading are not included"
     )
 
 
@@ -87,11 +87,11 @@ def _lack(stage: StagePlan, plan: Plan) -> str:
     if stage.beside is not None:
         seconds = "" if stage.beside.seconds is None else f" and {spell(stage.beside.seconds)}"
         memory = megabytes(stage.beside.memory)
-        return f"{lacks}; on the machine's processors (--device cpu) it takes {memory} of its memory{seconds}"
+        return f"{lacks}; on the host CPU (--device cpu) it takes {memory} of memory{seconds}"
     if stage.change is None:
-        return f"{lacks}, and no change known here makes it fit"
+        return f"{lacks}, and no known change makes it fit"
     options = " ".join(f"--set {override}" for override in stage.change.overrides)
-    return f"{lacks}; the smallest change: {options} ({megabytes(stage.change.memory)})"
+    return f"{lacks}; smallest change: {options} ({megabytes(stage.change.memory)})"
 
 
 def _operations(stage: StagePlan) -> str:
@@ -108,7 +108,7 @@ def _time(stage: StagePlan) -> str:
 
 
 def spell(seconds: float) -> str:
-    """A time, in hours and minutes where it is one of hours."""
+    """A time; in hours and minutes from one hour on."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else duration(seconds)
 

@@ -1,4 +1,4 @@
-"""What was found again in long prompts: a heat map, memory against context, and lines of a table."""
+"""Retrieval from long prompts: a heat map, memory against context, and lines of a table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .schema import Report
 
 Way = tuple[str, float | None]  # policy and budget
 TITLES = {
-    "passkey": "one number in the text, found; nats per token of the true answer",
-    "keys": "a number at each depth, found; nats per token of the true answer",
-    "continuation": "perplexity of what follows",
+    "passkey": "share of prompts with one number in the text retrieved; nats per token of the true answer",
+    "keys": "share of numbers retrieved, one at each depth; nats per token of the true answer",
+    "continuation": "perplexity of the continuation",
 }
 
 

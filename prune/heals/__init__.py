@@ -37,10 +37,10 @@ class LeastSquares(Heal):
     ridge: list[Annotated[float, Field(ge=0)]] = Field(
         default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
         min_length=1,
-        description="candidates for the ridge, as a share of the features' mean square; held-out rows choose",
+        description="candidate ridge strengths, as a share of the features' mean square; selected on held-out rows",
     )
     held_out: float = Field(
-        default=HELD_OUT, gt=0, le=0.5, description="share of calibration rows that choose the ridge"
+        default=HELD_OUT, gt=0, le=0.5, description="share of calibration rows held out to select the ridge"
     )
 
     @property

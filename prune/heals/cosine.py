@@ -26,7 +26,7 @@ class CosineHeal(LeastSquares):
     """The same map for the cosine objective (ReplaceMe), by a few rounds of weighted least squares."""
 
     kind: Literal["cosine"] = "cosine"
-    iterations: int = Field(default=4, ge=1, description="rounds, each one pass; the best counts")
+    iterations: int = Field(default=4, ge=1, description="rounds, one pass each; the best one is kept")
 
     @property
     def rounds(self) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RefitHeal(LeastSquares):
-    """The preceding `down_proj` fitted anew on what it is given, each token's error weighed by its length."""
+    """The preceding `down_proj` refitted on its inputs, each token's error weighted by its length."""
 
     kind: Literal["refit"] = "refit"
     fits_down_proj: ClassVar[bool] = True

@@ -29,7 +29,7 @@ class Search(Method):
 
 
 class Scored(Search):
-    """Cuts are tried out on the scoring rows."""
+    """Cuts are scored on the scoring rows."""
 
     score: Literal["kl", "perplexity"] = Field(
         default="kl", description="what a cut is scored by: KL(unpruned ‖ cut), or the perplexity of the rows"
@@ -41,8 +41,8 @@ class Scored(Search):
         default=0.0,
         ge=0,
         le=1,
-        description="share of the rows cuts are tried on in which a text is read twice, so that cuts which can no "
-        "longer copy from what they have read score worse",
+        description="share of the scoring rows in which a text is repeated, so that cuts which can no longer "
+        "copy from the context score worse",
     )
     guard: bool = Field(
         default=True, description="take the angular window or the lowest influence where held-out rows find it better"

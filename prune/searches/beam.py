@@ -23,9 +23,9 @@ class Beam(Scored):
     """The best few cuts of each size, then exchanges of a dropped block for a kept one."""
 
     kind: Literal["beam"] = "beam"
-    width: int = Field(default=3, ge=1, description="cuts kept of each size")
+    width: int = Field(default=3, ge=1, description="beam width: cuts kept of each size")
     patience: int = Field(
-        default=1, ge=0, description="rounds of exchanges that may go by without held-out rows finding the cut better"
+        default=1, ge=0, description="rounds of exchanges without improvement on held-out rows before the search stops"
     )
 
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
