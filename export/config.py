@@ -20,28 +20,28 @@ class Verify(Section):
     window: int = Field(default=96, ge=8, description="tokens per probe text")
     kl: dict[GgufType | OnnxPrecision, float] = Field(
         default_factory=dict,
-        description="limits on the mean KL(checkpoint ‖ artifact) by type, such as {Q4_K_M: 0.05}, over the defaults",
+        description="limit on the mean KL(checkpoint ‖ artifact) per type, such as {Q4_K_M: 0.05}; overrides defaults",
     )
 
 
 class ExportConfig(Section):
-    """What is written into the bundle."""
+    """Which artifacts the bundle holds, and how they are quantized and checked."""
 
-    gguf: list[GgufType] = Field(default_factory=list, description="F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
-    onnx: list[OnnxPrecision] = Field(default_factory=list, description="int4, int8, fp32")
+    gguf: list[GgufType] = Field(default_factory=list, description="GGUF types: F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
+    onnx: list[OnnxPrecision] = Field(default_factory=list, description="ONNX precisions: int4, int8, fp32")
     depths: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
         min_length=1,
-        description="numbers of blocks that can be chosen from, ascending, the last one all blocks, such as "
-        "[12, 18, 24]; null: those that the model was sorted for, else all blocks",
+        description="depths to export, in blocks, ascending and ending with all blocks, such as [12, 18, 24]; null: "
+        "the depths the model was trained for, else its full depth alone",
     )
     imatrix: bool | None = Field(
         default=None,
-        description="weigh rounding errors by activations on the data stage's rows; null: where there is one",
+        description="weight rounding errors by an importance matrix from the data stage's rows; null: if there is one",
     )
-    imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is collected on")
-    verify: Verify = Field(default_factory=Verify, description="comparison with the checkpoint; it cannot be left out")
-    threads: int = Field(default=0, ge=0, description="0: all cores")
+    imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is computed from")
+    verify: Verify = Field(default_factory=Verify, description="comparison with the checkpoint; always runs")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
 
     @model_validator(mode="after")
     def _something(self) -> ExportConfig:
@@ -49,7 +49,7 @@ class ExportConfig(Section):
             raise ValueError("name at least one type under gguf or onnx")
         for values in (self.gguf, self.onnx):
             if len(set(values)) != len(values):
-                raise ValueError(f"{values} names a type twice")
+                raise ValueError(f"{values} lists a type twice")
         if self.depths is not None and sorted(set(self.depths)) != self.depths:
-            raise ValueError(f"depths {self.depths} do not ascend")
+            raise ValueError(f"depths {self.depths} must be in ascending order, each once")
         return self

@@ -65,8 +65,8 @@ def further_ends(checkpoint: Path, eos: int | None) -> list[int]:
     found = [number for number in end_tokens(checkpoint) if number != eos and number not in known]
     if len(found) > 2:
         raise UserError(
-            f"{checkpoint}: {len(found) + 1} tokens end a text ({GENERATION} and tokenizer), and a GGUF file can name "
-            f"three; take ids {found[2:]} out of {GENERATION}'s eos_token_id, or export ONNX alone"
+            f"{checkpoint}: {len(found) + 1} tokens end a text ({GENERATION} and tokenizer), but a GGUF file can name "
+            f"only three; remove ids {found[2:]} from eos_token_id in {GENERATION}, or export only ONNX"
         )
     return found
 
@@ -105,9 +105,9 @@ def check_onnx_texts(folder: Path, checkpoint: Path) -> None:
 def _same_ends(where: Path, found: set[Any], checkpoint: Path) -> None:
     wanted = set(end_tokens(checkpoint))
     if wanted and found != wanted:
-        raise UserError(f"{where}: texts would end at the tokens {sorted(found)}, elsewhere at {sorted(wanted)}")
+        raise UserError(f"{where}: its end-of-text tokens are {sorted(found)}, the checkpoint's are {sorted(wanted)}")
 
 
 def _same_template(where: Path, found: str | None, checkpoint: Path) -> None:
     if found != chat_templates(checkpoint).get("default"):
-        raise UserError(f"{where}: its chat template is not the checkpoint's")
+        raise UserError(f"{where}: its chat template differs from the checkpoint's")

@@ -74,21 +74,21 @@ def _unlike_llamacpp(config: Any) -> Iterator[str]:
     family, name = family_of(config), config.model_type
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation not in family.activations:
-        yield f"its MLP computes {activation}, llama.cpp's {name} {family.activations[0]}"
+        yield f"its MLP uses {activation}, llama.cpp's {name} graph {family.activations[0]}"
     if getattr(config, "attn_logit_softcapping", None):
         yield "its attention is soft-capped (attn_logit_softcapping), llama.cpp's is not"
     if getattr(config, "use_bidirectional_attention", None):
-        yield "its attention looks ahead (use_bidirectional_attention), llama.cpp's does not"
+        yield "its attention is bidirectional (use_bidirectional_attention), llama.cpp's is causal"
     if family.gguf.windows == "blocks" and rope_settings(config, "sliding_attention")["rope_type"] != "default":
-        yield "the positions of its sliding blocks are scaled, llama.cpp scales those of full attention alone"
+        yield "its sliding-window blocks use rope scaling, llama.cpp scales full-attention blocks only"
     rope = rope_settings(config)
     kind, turned = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
     if turned != 1 and not family.partial_rotary:
-        yield f"its positions turn {turned:g} of each head (partial_rotary_factor), llama.cpp's all"
+        yield f"it rotates {turned:g} of each head (partial_rotary_factor), llama.cpp all of it"
     if kind not in ROPES:
         yield f"rope scaling {kind!r} is not one of llama.cpp's ({', '.join(ROPES)})"
     elif kind not in family.gguf.ropes:
-        yield f"llama.cpp has no rope scaling {kind!r} for {name}"
+        yield f"llama.cpp does not support rope scaling {kind!r} for {name}"
     if kind == "yarn":
         yield from _unlike_yarn(rope)
 
@@ -128,8 +128,8 @@ class Conversion:
         self.progress = progress or Progress()
         if context_length(self.config) < self.config.max_position_embeddings:
             self.progress.note(
-                f"llama.cpp runs {self.config.model_type} with full attention: its context is limited to the sliding "
-                f"window, {context_length(self.config)} tokens"
+                f"llama.cpp has no sliding window for {self.config.model_type}: in the GGUF its context is limited to "
+                f"the window's {context_length(self.config)} tokens"
             )
         self.source = GgufSource(checkpoint, self.config)
         self.tensors = [Tensor(n, shape, self._type(n, shape)) for n, shape in self.source.shapes.items()]

@@ -126,10 +126,12 @@ def check_family(folder: Path, depths: Sequence[int]) -> None:
         names = [name for file in files for name in read_tensor_names(file)]
         wanted = {name for name in tensors if (block_of(name) or 0) < depth}
         if header[f"{header['general.architecture']}.block_count"] != depth or sorted(names) != sorted(wanted):
-            raise UserError(f"{files[0]} and its parts are no model of {depth} blocks: they were written wrongly")
+            raise UserError(
+                f"{files[0]} and its parts do not make up a model of {depth} blocks: they were written wrongly"
+            )
         for file, same in zip(files[1:], deepest[1:], strict=False):
             if not file.samefile(same) and not filecmp.cmp(file, same, shallow=False):
-                raise UserError(f"{file} differs from {same.name}, which it is to be the same as")
+                raise UserError(f"{file} should be identical to {same.name} and is not: it was written wrongly")
 
 
 def measure_gguf(file: Path) -> Size:

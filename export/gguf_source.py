@@ -26,7 +26,9 @@ class GgufSource:
                 continue
             target = names[name]
             if target is None:
-                raise UserError(f"{tensor.file} holds {name}, which has no place in a {config.model_type} GGUF")
+                raise UserError(
+                    f"{tensor.file} holds {name}, which llama.cpp does not know in a {config.model_type} model"
+                )
             self.originals[target] = name
             self.shapes[target] = tensor.shape
         self._check_whole(checkpoint)

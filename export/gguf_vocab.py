@@ -23,7 +23,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     """The parsed tokenizer.json of a checkpoint folder; `UserError` if there is none."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"{folder} has no tokenizer.json; GGUF export reads nothing else")
+        raise UserError(f"{folder} has no tokenizer.json, the only tokenizer format that GGUF export reads")
     return read_json(file)
 
 
@@ -31,15 +31,15 @@ def vocabulary_kind(tokenizer: dict[str, Any], where: Path) -> tuple[str, str]:
     """("gpt2", pre-tokenizer name) or ("llama", "default"); `UserError` for tokenizers llama.cpp cannot reproduce."""
     model = tokenizer["model"]
     if model.get("type") != "BPE":
-        raise UserError(f"{where}: a {model.get('type')} tokenizer cannot be exported to GGUF (only BPE kinds can)")
+        raise UserError(f"{where}: a {model.get('type')} tokenizer cannot be exported to GGUF (only BPE can)")
     if model.get("byte_fallback"):
         return "llama", "default"
     name = recognise(tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer"))
     if name is None:
         described = json.dumps(tokenizer.get("pre_tokenizer"), ensure_ascii=False)
         raise UserError(
-            f"{where}: llama.cpp knows pre-tokenizers by name, and this one matches none of "
-            f"{', '.join(sorted(PRE_TOKENIZERS))}: {described[:300]}"
+            f"{where}: llama.cpp selects pre-tokenizers by name, and this tokenizer's matches none of the supported "
+            f"ones, {', '.join(sorted(PRE_TOKENIZERS))}: {described[:300]}"
         )
     return "gpt2", name
 
@@ -52,7 +52,7 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
     size = max([*vocabulary.values(), *added], default=-1) + 1
     if size > vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {size} tokens, the model only {vocab_size} embeddings")
+        raise UserError(f"{folder}: the tokenizer has {size} tokens, but the model has only {vocab_size} embeddings")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for token, number in vocabulary.items():

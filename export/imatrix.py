@@ -56,7 +56,7 @@ def collect(model: Any, batches: Iterable[Batch], advance: Advance | None = None
         for handle in handles:
             handle.remove()
     if not tokens:
-        raise UserError("an importance matrix needs calibration rows, and there are none")
+        raise UserError("an importance matrix needs calibration rows, but the data stage has none")
     return {name: (total / tokens).float().cpu().numpy() for name, total in sorted(sums.items())}
 
 

@@ -195,7 +195,7 @@ class ExportJob:
         free = shutil.disk_usage(self.work).free
         if need > free:
             raise UserError(
-                f"exporting {self.name} needs about {need / 1e9:.1f} GB in {self.bundle.parent}, where "
+                f"exporting {self.name} needs about {need / 1e9:.1f} GB in {self.bundle.parent}, but only "
                 f"{free / 1e9:.1f} GB are free; free some space or export fewer types"
             )
 
@@ -233,8 +233,8 @@ class ExportJob:
         context = context_length(model.config) if form == "gguf" else longest
         if context < SHORTEST:
             raise UserError(
-                f"llama.cpp runs {model.config.model_type} with full attention, which within a sliding window of "
-                f"{context} tokens alone is the same: that is too little for a GGUF. Export ONNX, which has the window"
+                f"llama.cpp has no sliding window for {model.config.model_type}, so a GGUF would be limited to the "
+                f"window's {context} tokens, which is too short. Export ONNX, which supports the window"
             )
         data = self.inputs.stages.get("data")
         windows = probe_windows(tokenizer, data, settings.tokens, min(settings.window, context))

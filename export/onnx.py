@@ -72,7 +72,7 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
     if family not in builders:
         raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(builders))}")
     if values.get("quantization_config"):
-        raise UserError("ONNX export reads plain weights; this checkpoint is quantized already")
+        raise UserError("this checkpoint is already quantized; ONNX export needs float weights")
     for key, what in LEFT_OUT.items():
         if values.get(key):
             raise UserError(f"ONNX export of attention that {what} ({key}) is not supported")
@@ -81,7 +81,7 @@ def check_onnx(config: Any, precision: str = "int4") -> None:
         raise UserError(f"ONNX export of {family} with rope scaling {kind!r} is not supported")
     if turned % 16:
         raise UserError(
-            f"ONNX Runtime's attention needs rotary embeddings of a multiple of 16 dimensions, this model has {turned}"
+            f"ONNX Runtime's attention rotates a multiple of 16 dimensions per head; this model rotates {turned}"
         )
 
 
@@ -116,7 +116,7 @@ def write_onnx(
     config = _read_config(checkpoint)
     check_onnx(config, precision)
     if out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir} exists and is not empty; ONNX export writes a new folder")
+        raise UserError(f"{out_dir} exists and is not empty; name a new folder for the ONNX export")
     work = out_dir.with_name(f"{out_dir.name}.partial")
     with _work_folder(work), _disk_errors(out_dir):
         if built is None:
@@ -216,7 +216,7 @@ def _offline() -> dict[str, str]:
 
 def _builder_error(checkpoint: Path, log: Path) -> UserError | OSError:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else "it ended without a word (out of memory?)"
+    last = lines[-1] if lines else "it ended without an error message (out of memory?)"
     if "No space left" in last or "os error 28" in last:
         return OSError(errno.ENOSPC, "No space left on device")
     return UserError(f"onnxruntime-genai's model builder could not export {checkpoint}: {last[:300]}")

@@ -132,7 +132,7 @@ def check_family(family: Path, depths: Sequence[int]) -> None:
         graph = graph_of(family / depth_folder(depth, depths))
         for name, place in weights_read(graph).items():
             if deepest.get(name) != place:
-                raise UserError(f"{graph} reads {name} otherwise than {GRAPH} does: it was written wrongly")
+                raise UserError(f"{graph} and {GRAPH} read different data for {name}: the graph was written wrongly")
 
 
 def measure_onnx(folder: Path, parameters: int) -> Size:

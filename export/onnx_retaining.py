@@ -53,7 +53,7 @@ def check_heads(folder: Path, checkpoint: Path) -> None:
     for name, value in load_heads(checkpoint, load_config(checkpoint)).state_dict().items():
         tensor = there.get(f"retaining.{name}")
         if tensor is None or not np.array_equal(to_array(tensor, str(folder)).T, value.numpy()):
-            raise UserError(f"{folder}: the retaining head {name} is not the checkpoint's: it was written wrongly")
+            raise UserError(f"{folder}: retaining head {name} differs from the checkpoint's: it was written wrongly")
 
 
 def head_bytes(places: Mapping[str, tuple[Any, ...]]) -> int:

@@ -87,7 +87,7 @@ def quantize(
             int(kind), values.ctypes.data, out.ctypes.data, first * columns, count, columns, pointer
         )
         if written != count * out.shape[1]:
-            raise RuntimeError(f"ggml wrote {written} bytes where {count * out.shape[1]} were due")
+            raise RuntimeError(f"ggml wrote {written} bytes instead of {count * out.shape[1]}")
 
     with ThreadPoolExecutor(threads or cores()) as pool:
         list(pool.map(work, range(0, rows, step)))

@@ -28,7 +28,9 @@ def check(config: ExportConfig, base: Path, context: Context) -> None:
     for precision in config.onnx:
         _check_format(partial(check_onnx, model, precision), "GGUF", lambda: check_gguf(base))
     if config.depths and config.depths[-1] > model.num_hidden_layers:
-        raise UserError(f"export.depths names {config.depths[-1]} blocks; {base} has {model.num_hidden_layers}")
+        raise UserError(
+            f"export.depths asks for {config.depths[-1]} blocks, but {base} has only {model.num_hidden_layers}"
+        )
 
 
 def _check_format(check: Callable[[], None], other: str, check_other: Callable[[], None]) -> None:
@@ -39,14 +41,16 @@ def _check_format(check: Callable[[], None], other: str, check_other: Callable[[
         try:
             check_other()
         except UserError as theirs:
-            raise UserError(f"{error}. {other} is no way out: {theirs}") from error
+            raise UserError(f"{error}. {other} is not possible either: {theirs}") from error
         raise UserError(f"{error}. Export {other} instead") from error
 
 
 def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `bundle/`; after a kill, artifacts that were verified are kept."""
     if config.imatrix and "data" not in inputs.stages:
-        raise UserError("export.imatrix is true, but the recipe has no data stage to collect it on")
+        raise UserError(
+            "export.imatrix is true, but the recipe has no data stage to compute it from; add `data:` or remove the key"
+        )
     provenance: dict[str, Any] = {
         # The folder of a stage is named after its fingerprint.
         "stages": {name: folder.name.rpartition("-")[2] for name, folder in inputs.stages.items()},

@@ -172,9 +172,9 @@ def check_retaining(what: str, kind: str, reference: Reference, found: Sequence[
     off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
     if not least >= RETAINING_LIMITS[kind] or (kind == "fp32" and not off <= RETAINING_ERROR):
         raise UserError(
-            f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest, with a "
-            f"correlation of {least:.4f}, where {RETAINING_LIMITS[kind]:g} is the limit for {kind}: the "
-            "graph was written wrongly"
+            f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest score and "
+            f"correlate with them by {least:.4f} (at least {RETAINING_LIMITS[kind]:g} required for {kind}): the graph "
+            "was written wrongly"
         )
     return _rounded(least)
 
@@ -197,8 +197,8 @@ def check_weights(what: str, errors: Iterator[tuple[str, str, float]]) -> float:
     for tensor, kind, error in errors:
         if not error <= LIMITS[kind]:
             raise UserError(
-                f"{what}: tensor {tensor} ({kind}) differs from the checkpoint by {error:.3g} of a row's norm, "
-                f"where {LIMITS[kind]:g} is the limit: the file is damaged or was written wrongly"
+                f"{what}: tensor {tensor} ({kind}) differs from the checkpoint by {error:.3g} of a row's norm "
+                f"(limit {LIMITS[kind]:g}): the file is damaged or was written wrongly"
             )
         worst = max(worst, error)
     return worst
@@ -212,9 +212,9 @@ def check_runtime(
     limit = (KL_LIMITS | limits)[kind]
     if not found["kl"] <= limit:
         raise UserError(
-            f"{what}: rounding to {kind} takes its predictions in {engine.runtime} {found['kl']:.4f} nats (mean KL) "
-            f"from the checkpoint's, where {limit:g} is the limit; perplexity {found['perplexity']:.3f} against "
-            f"{found['checkpoint_perplexity']:.3f}. Take a finer type, or let a data stage give an importance matrix"
+            f"{what}: quantized to {kind}, its predictions in {engine.runtime} are {found['kl']:.4f} nats (mean KL) "
+            f"from the checkpoint's (limit {limit:g}); perplexity {found['perplexity']:.3f} against "
+            f"{found['checkpoint_perplexity']:.3f}. Use a type with more bits, or add `data:` for an importance matrix"
         )
     return Verification(
         runtime=engine.runtime,
@@ -264,9 +264,9 @@ def _compared(
 def _graph_within(form: str, kind: str, engine: Engine, found: float, where: str) -> None:
     if not found <= GRAPH_LIMITS[kind]:
         raise UserError(
-            f"{form}: the model that {engine.runtime} computes{where} is not the checkpoint: at {kind}, where rounding "
-            f"makes less than {GRAPH_LIMITS[kind]:g}, its predictions are {found:.4f} nats (mean KL) away. "
-            "Something in config.json is not what the runtime does for this family; nothing of this kind is exported"
+            f"{form}: {engine.runtime} does not compute the checkpoint's model{where}: at {kind} its predictions are "
+            f"{found:.4f} nats (mean KL) away, more than rounding explains (limit {GRAPH_LIMITS[kind]:g}). A setting "
+            "in config.json is not implemented by the runtime for this family; this format was not exported"
         )
 
 
@@ -280,8 +280,8 @@ def check_tokens(what: str, ids: Sequence[int], expected: Sequence[int]) -> None
     if list(ids) != list(expected):
         place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
         raise UserError(
-            f"{what}: llama.cpp tokenizes the probe text otherwise than the checkpoint's tokenizer (first at token "
-            f"{place}); its pre-tokenizer is not the right one for this model"
+            f"{what}: llama.cpp and the checkpoint's tokenizer split the probe text differently (first at token "
+            f"{place}); llama.cpp's pre-tokenizer is wrong for this model"
         )
 
 
@@ -289,4 +289,4 @@ def check_ends(what: str, engine: LlamaCppEngine, ends: Sequence[int]) -> None:
     """`UserError` where stock llama.cpp would write on behind a token that ends a text."""
     for token in ends:
         if not engine.ends_at(token):
-            raise UserError(f"{what}: llama.cpp does not end a text at token {token}, which ends it in other runtimes")
+            raise UserError(f"{what}: llama.cpp does not end a text at token {token}, other runtimes do")

@@ -35,6 +35,6 @@ def merge_adapter(adapter: Path, base: Path, folder: Path) -> None:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter {adapter} ({kind}) cannot be merged into {base}: {reason}") from error
+        raise UserError(f"adapter {adapter} ({kind}) cannot be merged into {base}: {reason}") from error
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else base)
     save_checkpoint(merged, tokenizer, folder)

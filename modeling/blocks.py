@@ -138,7 +138,10 @@ class Decoder:
             turned = map.double().diag() if map.ndim == 1 else map.double().T
             return {p: turned @ p.detach().double() for p in self.down_proj(block).parameters()}  # weight and bias
         if map.ndim != 1:
-            raise ValueError(f"a {self.config.model_type} model takes a scale per channel behind its MLP, no matrix")
+            raise ValueError(
+                f"a {self.config.model_type} model's MLP output can only be scaled per channel, not multiplied by a "
+                "matrix"
+            )
         norm = self._adding(block)[1]
         return {norm.weight: self._scaled_norm(norm, map.double())}
 

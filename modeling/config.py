@@ -42,7 +42,7 @@ def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
         return
     kind = described_quantization(found)
     method = found.get("quant_method", "") if isinstance(found, dict) else ""
-    way = "take the float checkpoint that it was made from"
+    way = "use the float checkpoint it was made from"
     if method == "bitsandbytes":
         way += ", or load it with transformers and save it after `model.dequantize()`"
     elif method in ("fp8", "compressed-tensors", "mxfp4"):
@@ -51,22 +51,22 @@ def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
             + ("`run_compressed=False`" if method == "compressed-tensors" else "`dequantize=True`")
             + ", and save it"
         )
-    raise UserError(f"{where} is quantized already ({kind}), and only float weights are read: {way}")
+    raise UserError(f"{where} is already quantized ({kind}), and only float weights can be read: {way}")
 
 
 def described_quantization(found: Any) -> str:
     """The method and the bits of a quantization_config, in words."""
     if not isinstance(found, dict):
-        return "quantization_config is set"
+        return "it has a quantization_config"
     bits = found.get("bits") or (4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None)
-    return str(found.get("quant_method", "no method named")) + (f", {bits} bits" if bits else "")
+    return str(found.get("quant_method", "method not named")) + (f", {bits} bits" if bits else "")
 
 
 def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
     for name in SHAPE:
         number = values.get(name)
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise UserError(f"{path}: {name} is {number!r}, where a whole number above 0 is needed")
+            raise UserError(f"{path}: {name} is {number!r}, but must be a whole number above 0")
     blocks = values.get("num_hidden_layers")
     if blocks is None:
         return values, []
@@ -77,17 +77,17 @@ def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[
         if entries is None:
             continue
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, kind) for entry in entries):
-            raise UserError(f"{path}: {name} is no list with a {'text' if kind is str else 'number'} per block")
+            raise UserError(f"{path}: {name} must be a list with one {'string' if kind is str else 'number'} per block")
         if len(entries) == blocks:
             continue
         if len(set(entries)) > 1:
             raise UserError(
-                f"{path}: {name} has {len(entries)} entries for {blocks} blocks (num_hidden_layers), and they differ, "
-                f"so which are those of the blocks that are there cannot be told; give it {blocks} entries"
+                f"{path}: {name} has {len(entries)} differing entries for {blocks} blocks (num_hidden_layers), so it "
+                f"is not clear which entry belongs to which block; give it {blocks} entries"
             )
         values[name] = [entries[0]] * blocks
         notes.append(
-            f"{name} had {len(entries)} entries for {blocks} blocks, all {entries[0]}: taken as {blocks} of them"
+            f"{name} has {len(entries)} entries for {blocks} blocks, all {entries[0]}: read as {blocks} entries"
         )
     for name in RECORDS:
         record = values.get(name)
@@ -98,7 +98,7 @@ def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[
         )
         if not fits:
             del values[name]
-            notes.append(f"{name} is of a model with another number of blocks than {blocks}, and is left out")
+            notes.append(f"{name} belongs to a model whose number of blocks is not {blocks}: ignored")
     return values, notes
 
 

@@ -108,14 +108,14 @@ class Values:
     def __init__(self, metadata: Mapping[str, Any], file: Path):
         self.metadata, self.file = metadata, file
         if metadata.get("general.type", "model") != "model":
-            raise UserError(f"{file}: general.type is {metadata['general.type']!r}; only whole models are read")
+            raise UserError(f"{file}: general.type is {metadata['general.type']!r}; only whole models can be read")
         self.architecture = str(metadata.get("general.architecture"))
         family = read_as(self.architecture)
         if family is None:
             known = sorted({family.gguf.architecture for family in FAMILIES.values()})
             raise UserError(
-                f"{file} is of llama.cpp's architecture {self.architecture!r}, which is not read; those that are: "
-                f"{', '.join(known)}. Give the original checkpoint"
+                f"{file} has llama.cpp's architecture {self.architecture!r}, which is not supported; supported: "
+                f"{', '.join(known)}. Use the original checkpoint"
             )
         self.family: Family = family
 
@@ -127,17 +127,17 @@ class Values:
         name = f"{self.architecture}.{key}"
         value = self.metadata.get(name, default)
         if value is None:
-            raise UserError(f"{self.file} has no {name}, so it is not a whole model")
+            raise UserError(f"{self.file} has no {name}, so the model is incomplete")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             what = "a value per block" if isinstance(value, list) else repr(value)
-            raise UserError(f"{self.file}: {name} is {what}, where one number is read")
+            raise UserError(f"{self.file}: {name} is {what}, but must be a single number")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
         value = self.number(key, default)
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.file}: {self.architecture}.{key} is {value}, where a whole number above 0 is read")
+            raise UserError(f"{self.file}: {self.architecture}.{key} is {value}, but must be a whole number above 0")
         return value
 
 
@@ -148,11 +148,11 @@ def _tensors(files: list[Path], metadata: Mapping[str, Any]) -> dict[str, Tensor
             raise UserError(f"{file} is not part {number + 1} of {files[0].name}")
         for name, place in read_tensors(file).items():
             if name in found:
-                raise UserError(f"{name} is in {found[name].file.name} and in {file.name}")
+                raise UserError(f"tensor {name} is in both {found[name].file.name} and {file.name}")
             found[name] = place
     count = metadata.get("split.tensors.count", len(found))
     if count != len(found):
-        raise UserError(f"{files[0]} and its parts hold {len(found)} tensors, where {count} are announced")
+        raise UserError(f"{files[0]} and its parts hold {len(found)} tensors, but the header says {count}")
     return found
 
 
@@ -163,9 +163,9 @@ def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
     heads, hidden = values.count("attention.head_count"), values.count("embedding_length")
     size = values.count("attention.key_length", hidden // heads)
     if values.count("attention.value_length", hidden // heads) != size:
-        raise UserError(f"{values.file}: keys and values have heads of different sizes, which is not read")
+        raise UserError(f"{values.file}: key and value heads have different sizes, which is not supported")
     if "token_embd.weight" not in tensors:
-        raise UserError(f"{values.file} has no token_embd.weight, so it is not a whole model")
+        raise UserError(f"{values.file} has no token_embd.weight, so the model is incomplete")
     family = values.family
     settings: dict[str, Any] = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -181,7 +181,9 @@ def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
     if family.head_dim:
         settings["head_dim"] = size
     elif size * heads != hidden:
-        raise UserError(f"{values.file}: heads of {size} do not make up a width of {hidden}, which is not read")
+        raise UserError(
+            f"{values.file}: {heads} heads of {size} do not add up to the hidden size {hidden}: not supported"
+        )
     for name, parts in family.gguf.biases.items():
         settings[name] = any(tensor.endswith(tuple(f".{part}.bias" for part in parts)) for tensor in tensors)
     settings |= _special(values.metadata)
@@ -221,7 +223,9 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
     turned = values.count("rope.dimension_count", size)
     if turned != size:
         if not values.family.partial_rotary:
-            raise UserError(f"{values.file}: {turned} of {size} dimensions of a head are rotated, which is not read")
+            raise UserError(
+                f"{values.file}: {turned} of a head's {size} dimensions are rotated, which is not supported"
+            )
         rope["partial_rotary_factor"] = turned / size
     kind = str(values.metadata.get(f"{values.architecture}.rope.scaling.type", "none"))
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
@@ -232,8 +236,8 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
         found = llama3_parameters(read_tensor(tensors[FACTORS]), rope["rope_theta"], size)
         if found is None or kind not in ("none", "linear") or factor not in (0.0, 1.0):
             raise UserError(
-                f"{values.file}: its rotary factors ({FACTORS}) follow no rule that is known here (Llama 3's); give "
-                "the original checkpoint"
+                f"{values.file}: its rotary factors ({FACTORS}) do not follow Llama 3's rule, the only one supported; "
+                "use the original checkpoint"
             )
         return rope | found
     if LONG_FACTORS in tensors or SHORT_FACTORS in tensors or kind == "longrope":
@@ -247,12 +251,12 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
     if kind == "yarn":
         _attention_is_plain(values, attention)
         return rope | {"rope_type": "yarn", "factor": _decimal(factor), "original_max_position_embeddings": original}
-    raise UserError(f"{values.file}: rope scaling {kind!r} is not read; give the original checkpoint")
+    raise UserError(f"{values.file}: rope scaling {kind!r} is not supported; use the original checkpoint")
 
 
 def _attention_is_plain(values: Values, factor: float) -> None:
     if factor != 1.0:
-        raise UserError(f"{values.file}: {values.architecture}.rope.scaling.attn_factor is {factor}, which is not read")
+        raise UserError(f"{values.file}: {values.architecture}.rope.scaling.attn_factor {factor} is not supported")
 
 
 def _longrope(
@@ -313,8 +317,8 @@ def _check_keys(values: Values) -> None:
             continue
         shown = f"{len(value)} entries" if isinstance(value, list) else repr(value)
         raise UserError(
-            f"{values.file}: {key} ({shown[:60]}) has no place in a {values.family.model_type} checkpoint, and "
-            "without it the model would be another; give the original checkpoint"
+            f"{values.file}: {key} ({shown[:60]}) cannot be expressed in a {values.family.model_type} checkpoint, and "
+            "dropping it would change the model; use the original checkpoint"
         )
 
 
@@ -332,17 +336,17 @@ def _places(
         elif family.gguf.biases and name.endswith(".bias"):
             found[name] = None  # transformers knows biases of all projections or of none
         else:
-            raise UserError(f"{file} lacks {theirs or name}, so it is not a whole model")
+            raise UserError(f"{file} lacks {theirs or name}, so the model is incomplete")
     used = {place[0] for place in found.values() if place is not None} | {FACTORS, LONG_FACTORS, SHORT_FACTORS}
     surplus = next((name for name in tensors if name not in used), None)
     if surplus is not None:
         raise UserError(
-            f"{file} holds {surplus}, which has no place in a {config.model_type} checkpoint, and without it the model "
-            "would be another; give the original checkpoint"
+            f"{file} holds {surplus}, which cannot be expressed in a {config.model_type} checkpoint, and dropping it "
+            "would change the model; use the original checkpoint"
         )
     for place in found.values():
         if place is not None and place[1].file.stat().st_size < place[1].offset + _bytes(place[1], file):
-            raise UserError(f"{place[1].file} is cut short: {place[0]} does not end in it")
+            raise UserError(f"{place[1].file} is truncated within tensor {place[0]}; copy or download it again")
     return found
 
 
@@ -350,7 +354,7 @@ def _bytes(place: TensorPlace, file: Path) -> int:
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(place.kind)]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{file}: a tensor is of ggml's type {place.kind}, which is not read") from error
+        raise UserError(f"{file}: a tensor has ggml type {place.kind}, which is not supported") from error
     return place.size // block * size
 
 
@@ -362,7 +366,7 @@ def read_tensor(place: TensorPlace) -> np.ndarray:
     try:
         values = gguf.dequantize(np.asarray(data).reshape(rows, -1), kind)
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"{place.file}: weights of type {kind.name} are not read: {error}") from error
+        raise UserError(f"{place.file}: weights of type {kind.name} are not supported: {error}") from error
     return np.ascontiguousarray(values, np.float32).reshape(place.shape)
 
 
@@ -375,10 +379,10 @@ def _weight(
         return np.zeros(shape, np.float32)
     theirs, place = found
     if place.shape != shape:
-        raise UserError(f"{place.file}: {theirs} has the shape {list(place.shape)}, the metadata ask for {list(shape)}")
+        raise UserError(f"{place.file}: {theirs} has shape {list(place.shape)}, but the metadata ask for {list(shape)}")
     values = read_tensor(place)
     if not np.isfinite(values).all():
-        raise UserError(f"{place.file}: {theirs} holds numbers that are not finite (NaN or infinity)")
+        raise UserError(f"{place.file}: {theirs} contains NaN or infinity")
     return from_gguf(theirs, values, config)
 
 

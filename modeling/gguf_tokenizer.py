@@ -53,16 +53,16 @@ def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) ->
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(tokens) > vocab_size:
-        raise UserError(f"{file} has no list of tokens that fits its {vocab_size} embeddings")
+        raise UserError(f"{file} has no token list, or one longer than its {vocab_size} embeddings")
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
-        raise UserError(f"{file} has {len(types)} types for {len(tokens)} tokens")
+        raise UserError(f"{file} has {len(types)} token types for {len(tokens)} tokens")
     if kind == "gpt2":
         parts = _byte_level(metadata, tokens, types, file)
     elif kind == "llama":
         parts = _sentence_pieces(metadata, tokens, types, file)
     else:
-        raise UserError(f"{file}: tokenizers of the kind {kind!r} are not read; give the original checkpoint folder")
+        raise UserError(f"{file}: tokenizer model {kind!r} is not supported; use the original checkpoint folder")
     special = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -116,8 +116,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     name = ALIASES.get(name, name)
     if name not in PRE_TOKENIZERS:
         raise UserError(
-            f"{file}: its pre-tokenizer {name!r} is not known here (known: {', '.join(sorted(PRE_TOKENIZERS))}); "
-            "give the original checkpoint folder"
+            f"{file}: pre-tokenizer {name!r} is not supported (supported: {', '.join(sorted(PRE_TOKENIZERS))}); "
+            "use the original checkpoint folder"
         )
     normalizer, pre_tokenizer = PRE_TOKENIZERS[name]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

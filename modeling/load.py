@@ -151,7 +151,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     for kind in ("missing_keys", "unexpected_keys"):
         names = sorted(name for name in info[kind] if not name.endswith("rotary_emb.inv_freq"))
         if names:
-            lacks = "lacks" if kind == "missing_keys" else "has, where its configuration knows none of them,"
+            lacks = "lacks" if kind == "missing_keys" else "has, unknown to its configuration,"
             raise UserError(f"{folder} {lacks} {len(names)} weights, {names[0]} among them: the checkpoint is broken")
     if "quantization_config" not in options:
         model = model.to(device)

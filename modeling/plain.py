@@ -74,8 +74,8 @@ def _settled(folder: Path, values: dict[str, Any]) -> tuple[dict[str, str], list
     if tied != bool(config.tie_word_embeddings):
         values["tie_word_embeddings"] = tied
         notes.append(
-            "config.json says that head and embedding are one matrix (tie_word_embeddings), but lm_head.weight differs "
-            "from the embedding: the file's own head is used, everywhere"
+            "config.json says that the head is tied to the embedding (tie_word_embeddings), but lm_head.weight differs "
+            "from the embedding: lm_head.weight is used"
         )
     templates = chat_templates(folder)
     if templates and not (folder / TEMPLATE).is_file():
@@ -91,8 +91,8 @@ def _strays(folder: Path, files: Mapping[str, Path]) -> list[str]:
     notes = []
     if (folder / ADAPTER_CONFIG).is_file():
         notes.append(
-            f"the adapter beside the model ({ADAPTER_CONFIG}) is not applied; merge it into the model first if it is "
-            "meant (peft's merge_and_unload)"
+            f"the folder's adapter ({ADAPTER_CONFIG}) is not applied; to include it, merge it into the model first "
+            "(peft's merge_and_unload)"
         )
     weights = {file.name for file in weight_files(folder)}
     others = sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors" and f.name not in weights)
@@ -100,7 +100,7 @@ def _strays(folder: Path, files: Mapping[str, Path]) -> list[str]:
     if others:
         shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
         decides = INDEX if (folder / INDEX).is_file() else SINGLE
-        notes.append(f"{shown} {'is' if len(others) == 1 else 'are'} not read: the weights are those of {decides}")
+        notes.append(f"{shown} {'is' if len(others) == 1 else 'are'} ignored: the weights are read from {decides}")
     return notes
 
 

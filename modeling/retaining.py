@@ -85,10 +85,10 @@ def load_heads(checkpoint: Path, config: Any) -> RetainingHeads:
     wanted = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
     wrong = next((name for name, size in wanted.items() if name not in weights or weights[name].shape != size), None)
     if wrong is not None or not len(first):
-        there = tuple(weights[wrong].shape) if wrong in weights else "not there"
+        there = f"has {tuple(weights[wrong].shape)}" if wrong in weights else "is missing"
         raise UserError(
-            f"the retaining heads in {checkpoint / FOLDER} do not fit a model of {blocks} blocks: {wrong} should be "
-            f"{wanted.get(wrong or '')} and is {there}"
+            f"the retaining heads in {checkpoint / FOLDER} do not fit a model of {blocks} blocks: {wrong} should have "
+            f"shape {wanted.get(wrong or '')}, but {there}"
         )
     heads.load_state_dict({name: weights[name] for name in wanted})
     return heads

@@ -52,8 +52,8 @@ def check_positions(decoder: Decoder, last: int, what: str, hint: str) -> None:
     limit = Rotary(decoder).limit
     if limit is not None and limit < trained and last >= limit:
         raise UserError(
-            f"{what} goes up to position {last}, but the model changes its rotary frequencies at {limit} (longrope), "
-            f"which keys in a cache cannot follow; {hint}"
+            f"{what} goes up to position {last}, but the model changes its rotary frequencies at position {limit} "
+            f"(longrope), which invalidates the keys in a cache; {hint}"
         )
     if last >= trained:
-        raise UserError(f"{what} goes up to position {last}, but the model was trained for {trained}; {hint}")
+        raise UserError(f"{what} goes up to position {last}, but the model was trained for {trained} positions; {hint}")

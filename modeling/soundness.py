@@ -39,7 +39,7 @@ def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
 def check_finite(name: str, tensor: Any, where: object) -> None:
     """`UserError` for a tensor with infinities or what is no number."""
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-        raise UserError(f"{where}: {name} holds numbers that are not finite (NaN or infinity): the weights are damaged")
+        raise UserError(f"{where}: {name} contains NaN or infinity: the weights are damaged")
 
 
 def decide_tied(folder: Path, config: Any) -> bool:
@@ -53,9 +53,9 @@ def decide_tied(folder: Path, config: Any) -> bool:
     if HEAD not in headers:
         if not tied:
             raise UserError(
-                f"{folder} has no {HEAD}, and its config.json says that the head is a matrix of its own "
-                '(tie_word_embeddings). If it is the embedding, add "tie_word_embeddings": true to config.json; '
-                "else the checkpoint is not whole"
+                f"{folder} has no {HEAD}, but its config.json says that the head is not tied to the embedding. "
+                'If it is, add "tie_word_embeddings": true to config.json; '
+                "otherwise the checkpoint is incomplete"
             )
         return True
     if not tied or EMBEDDING not in headers:
@@ -69,8 +69,8 @@ def _check_types(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
     for name, tensor in headers.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
-                f"{folder}: {name} is {tensor.dtype}, which is no type of float weights: the checkpoint is quantized "
-                "already; take the float checkpoint that it was made from"
+                f"{folder}: {name} has type {tensor.dtype}, not float: the checkpoint is already quantized; use the "
+                "float checkpoint it was made from"
             )
 
 
@@ -86,8 +86,8 @@ def _check_names(folder: Path, config: Any, headers: Mapping[str, TensorHeader])
     for name in sorted(wanted):
         if wanted[name] != there[name]:
             raise UserError(
-                f"{folder}: {name} has the shape {list(there[name])}, config.json asks for {list(wanted[name])}: they "
-                "are not of the same model"
+                f"{folder}: {name} has shape {list(there[name])}, but config.json asks for {list(wanted[name])}: they "
+                "belong to different models"
             )
 
 
@@ -96,25 +96,25 @@ def _difference(folder: Path, config: Any, missing: list[str], surplus: list[str
     wanted = config.num_hidden_layers
     if blocks and blocks != wanted:
         return (
-            f"{folder}: the weights are of {blocks} blocks, config.json says {wanted} (num_hidden_layers): write the "
-            "number that is right there, or copy the checkpoint again"
+            f"{folder}: the weights have {blocks} blocks, but config.json says {wanted} (num_hidden_layers): correct "
+            "the number there, or copy the checkpoint again"
         )
     adapters = [name for name in surplus if ".lora_" in name or ".base_layer." in name]
     if adapters:
         return (
-            f"{folder}: {adapters[0]} is of an adapter that was saved without being merged; merge it first (peft's "
+            f"{folder}: {adapters[0]} belongs to an adapter that was saved unmerged; merge it first (peft's "
             "merge_and_unload) and save the model"
         )
     parts = []
     if surplus:
         parts.append(
-            f"{surplus[0]}, which a {config.model_type} model of this configuration does not have"
+            f"{surplus[0]}, which a {config.model_type} model with this configuration does not have"
             + (f", nor {len(surplus) - 1} more" if len(surplus) > 1 else "")
         )
     if missing:
         lacks = f"no {missing[0]}" + (f", nor {len(missing) - 1} more that it needs" if len(missing) > 1 else "")
         parts.append(lacks)
-    return f"{folder} holds {', and '.join(parts)}: its weights and its config.json are not of the same model"
+    return f"{folder} holds {', and '.join(parts)}: its weights and its config.json belong to different models"
 
 
 def _blocks(names: Mapping[str, object]) -> int:
@@ -134,5 +134,5 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"no {config.model_type} model can be made of this configuration: {reason}") from error
+        raise UserError(f"no {config.model_type} model can be built from this configuration: {reason}") from error
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -79,7 +79,7 @@ def _local(text: str, path: Path) -> ModelSource:
             raise UserError(f"model {text!r}: {error}") from error
         return ModelSource("folder", text, path)
     if path.suffix != ".gguf":
-        raise UserError(f"model {text!r}: {path} is a file but no .gguf; give {FORMS}")
+        raise UserError(f"model {text!r}: {path} is a file, but not a .gguf; give {FORMS}")
     return ModelSource("gguf", text, path)
 
 
@@ -112,8 +112,8 @@ def base_of_adapter(folder: Path, base_dir: Path) -> ModelSource:
         return parse_source(base, base_dir)
     except UserError as error:
         raise UserError(
-            f"{folder} holds an adapter alone, and its base model {base!r} is not there; write where it is into "
-            f"{ADAPTER_CONFIG} (base_model_name_or_path), or merge the adapter (peft's merge_and_unload) and give the "
+            f"{folder} holds only an adapter, and its base model {base!r} was not found; correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}, or merge the adapter (peft's merge_and_unload) and give the "
             "merged folder"
         ) from error
 

@@ -64,8 +64,8 @@ def weight_files(folder: Path) -> list[Path]:
             "the checkpoint with `save_pretrained` first"
         )
     raise UserError(
-        f"{folder} has neither {SINGLE} nor {INDEX}, so which of its files hold the weights is not known "
-        f"(there is {', '.join(others[:3])}); download the checkpoint again, or save it with `save_pretrained`"
+        f"{folder} has neither {SINGLE} nor {INDEX}, so it is not clear which files hold the weights "
+        f"(it has {', '.join(others[:3])}); download the checkpoint again, or save it with `save_pretrained`"
     )
 
 
@@ -119,7 +119,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     for file in weight_files(folder):
         for name, entry in safetensors_header(file).items():
             if name in found:
-                raise UserError(f"{folder}: {name} stands in {found[name].file.name} and in {file.name}")
+                raise UserError(f"{folder}: tensor {name} is in both {found[name].file.name} and {file.name}")
             found[name] = TensorHeader(file, entry["dtype"], tuple(entry["shape"]))
     return found
 

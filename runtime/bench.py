@@ -148,7 +148,7 @@ def choose_depth(
     limits = [f"{latency_ms:g} ms per token"] if latency_ms is not None else []
     limits += [f"{memory_bytes / 1e6:.0f} MB"] if memory_bytes is not None else []
     figures = "; ".join(f"depth {f.depth}: {f.latency_ms:.1f} ms, {f.peak_memory_bytes / 1e6:.0f} MB" for f in tried)
-    raise UserError(f"no depth of {bundle} in {engine} {kind} fits {' and '.join(limits)} ({figures})")
+    raise UserError(f"no depth of {bundle} in {engine} {kind} meets {' and '.join(limits)} (measured: {figures})")
 
 
 def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def read_bundle(bundle: Path, *, hashes: bool = False) -> BundleManifest:
     Raises `UserError` naming what is missing or changed.
     """
     if not (bundle / BundleManifest.FILE).is_file():
-        raise UserError(f"{bundle} is no bundle: it has no {BundleManifest.FILE}")
+        raise UserError(f"{bundle} is not a bundle: it has no {BundleManifest.FILE}")
     manifest = BundleManifest.read(bundle)
     compared: dict[tuple[int, int], str] = {}  # a file with several names, as depths share weights, is read once
     for entry in manifest.files:

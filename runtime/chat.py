@@ -59,7 +59,7 @@ class ChatTemplate:
             seen = self._render(marked, answer, variables)
             missing = next((what for mark, what in marks if mark not in seen), None)
             if missing is not None:
-                raise UserError(f"the model's chat template does not write {missing}: leave it out of the conversation")
+                raise UserError(f"the model's chat template ignores {missing}: remove it from the conversation")
         return text
 
     def _render(self, messages: Messages, answer: bool, variables: Mapping[str, Any] | None) -> str:

@@ -134,7 +134,7 @@ def distributions(
     Raises `UserError` for logits that are no numbers.
     """
     if np.isnan(logits).any():
-        raise UserError("the predictions are no numbers (NaN): the weights are damaged or out of range")
+        raise UserError("the predictions are NaN: the weights are damaged or out of range")
     vocabulary = np.arange(logits.shape[-1], dtype=np.int64)
     found = []
     for row, position in zip(logits, positions, strict=True):

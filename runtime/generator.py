@@ -66,13 +66,13 @@ class Generator(ABC):
         if request.draft_depth is not None:
             check_depth(request.draft_depth, self.depths)
             if request.draft_depth >= request.depth:
-                raise UserError(f"a draft at depth {request.draft_depth} is no shallower than depth {request.depth}")
+                raise UserError(f"draft depth {request.draft_depth} must be less than depth {request.depth}")
             if request.draft_tokens < 1:
-                raise UserError(f"{request.draft_tokens} draft tokens: there must be at least one")
+                raise UserError(f"draft tokens must be at least 1, not {request.draft_tokens}")
         for depth, confidence in request.exits.items():
             check_depth(depth, self.depths)
             if not 0 <= confidence <= 1:
-                raise UserError(f"an exit at depth {depth} needs a probability between 0 and 1, not {confidence}")
+                raise UserError(f"the exit probability at depth {depth} must be between 0 and 1, not {confidence}")
         if request.exits and request.draft_depth is not None:
             raise UserError("drafting and early exit cannot be combined: choose one")
 

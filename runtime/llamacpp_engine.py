@@ -168,7 +168,7 @@ class LlamaCppEngine(Engine):
         if found and any(
             value is None for entry in (found, *found.get("top_logprobs", ())) for value in entry.values()
         ):
-            raise UserError(f"{self.path} predicts what is no number (NaN): its weights are damaged or out of range")
+            raise UserError(f"{self.path} predicts NaN: its weights are damaged or out of range")
         return found
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:

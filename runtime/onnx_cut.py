@@ -63,7 +63,7 @@ def cut_model(file: Path, depths: Sequence[int], blocks: int, scores: bool = Fal
     try:
         graph = _Graph(file.read_bytes())
     except (ValueError, IndexError) as error:
-        raise UserError(f"ONNX Runtime cannot load {file}: it is not a whole ONNX model ({error})") from error
+        raise UserError(f"ONNX Runtime cannot load {file}: it is not a complete ONNX model ({error})") from error
     cuts = {depth: graph.cut(depth, blocks) for depth in (*depths, blocks)}
     missing = [depth for depth, cut in cuts.items() if cut is None]
     if missing:

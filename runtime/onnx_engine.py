@@ -26,14 +26,14 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "genai_config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no genai_config.json, so it is not an exported ONNX folder")
+        raise UserError(f"{folder} has no genai_config.json, so it is not an exported ONNX folder")
     try:
         config = read_json(path)
         decoder = config["model"]["decoder"]
         graph = folder / decoder["filename"]
         for file in (graph, graph.with_name(WEIGHTS)):
             if not file.is_file():
-                raise UserError(f"{folder} lacks {file.relative_to(folder)}: the export is not whole, export it again")
+                raise UserError(f"{folder} lacks {file.relative_to(folder)}: the export is incomplete; export it again")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a valid genai_config.json: {error}") from error
     return config

@@ -110,7 +110,7 @@ class BoundedGenerator(Generator):
         super().check(request)
         if request.draft_depth is not None or request.exits:
             raise UserError(
-                "a KV budget cannot be combined with drafts or early exit: evicted entries do not come back"
+                "a KV budget cannot be combined with drafts or early exit: evicted cache entries cannot be restored"
             )
 
     def generate(self, request: Request, work: Work) -> Tokens:

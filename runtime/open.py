@@ -27,6 +27,6 @@ def open_engine(path: Path, threads: int = 0, context: int = 1024, runtime: str 
 
         return GenaiEngine(path, threads)
     if not path.exists():
-        raise UserError(f"there is no artifact at {path}")
+        raise UserError(f"no artifact found at {path}")
     where = f" in {runtime}" if runtime else ""
     raise UserError(f"{path} cannot be opened{where}: give a .gguf file or an ONNX folder")

@@ -39,13 +39,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise UserError(f"max tokens: {self.max_tokens} is too few; at least 1")
+            raise UserError(f"max tokens must be at least 1, not {self.max_tokens}")
         if self.temperature < 0:
-            raise UserError(f"temperature: {self.temperature} is below 0")
+            raise UserError(f"temperature must be at least 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top p: {self.top_p} is not above 0 and at most 1")
+            raise UserError(f"top p must be above 0 and at most 1, not {self.top_p}")
         if self.seed < 0:
-            raise UserError(f"seed: {self.seed} is below 0")
+            raise UserError(f"seed must be at least 0, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ class Session:
 
     def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
         if self.kv is not None and draft is not None:
-            raise UserError("a KV budget cannot be combined with a draft: evicted entries do not come back")
+            raise UserError("a KV budget cannot be combined with a draft: evicted cache entries cannot be restored")
         if self.engine == "llama.cpp":
             from .llamacpp_generator import LlamaCppGenerator
             from .llamacpp_kv import LlamaCppKvGenerator
 
             if draft is not None:
-                raise UserError("another bundle can draft for the onnx engine only; for llama.cpp name a draft depth")
+                raise UserError("only the onnx engine can draft with another bundle; for llama.cpp give a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
             if self.kv is not None:
                 return LlamaCppKvGenerator(files, self.path / FOLDER / GGUF, self.kv, threads)
@@ -190,7 +190,7 @@ class Session:
         if raw and isinstance(prompt, str):
             pieces = self.complete(prompt, settings)
         elif raw:
-            raise UserError("raw: a conversation needs the template; give a text")
+            raise UserError("raw takes plain text; a conversation needs the chat template")
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             pieces = self.chat(messages, settings)
@@ -217,7 +217,9 @@ class Session:
             return self._write(self.tokenizer.encode(prompt, begin=True), settings)
         unknown = next((number for number in prompt if not 0 <= number < self.tokenizer.size), None)
         if unknown is not None:
-            raise UserError(f"the prompt has the token {unknown}; the model has 0 to {self.tokenizer.size - 1}")
+            raise UserError(
+                f"the prompt has token id {unknown}, but the model's ids go from 0 to {self.tokenizer.size - 1}"
+            )
         return self._write(list(prompt), settings)
 
     def prompt(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -226,12 +228,12 @@ class Session:
 
     def _write(self, ids: list[int], settings: Settings) -> Pieces:
         if not ids:
-            raise UserError("the prompt is empty: there is nothing to go on from")
+            raise UserError("the prompt is empty: there is nothing to continue")
         if len(ids) > self.context:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the context has room for {self.context}: shorten it"
-                + (", or give --kv-positions contiguous" if self.kv is not None else "")
-                + ("" if self.engine == "onnx" else ", or give a greater --context")
+                + (", or use --kv-positions contiguous" if self.kv is not None else "")
+                + ("" if self.engine == "onnx" else ", or use a larger --context")
             )
         depth = self.depth if settings.depth is None else settings.depth
         request = Request(
@@ -296,7 +298,7 @@ def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | No
     wanted = " ".join(part for part in (engine, kind) if part)
     types = [each for name, each in found if engine in (None, name)]
     meant = did_you_mean(kind, types) if kind else ""
-    raise UserError(f"the bundle has nothing for {wanted}; it has: {listed or 'no artifacts'}{meant}")
+    raise UserError(f"the bundle has no artifact for {wanted}; it has: {listed or 'no artifacts'}{meant}")
 
 
 def depth_artifacts(manifest: BundleManifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:

@@ -23,11 +23,13 @@ class Tokenizer:
 
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{folder} has no tokenizer.json, so texts cannot be read")
+            raise UserError(f"{folder} has no tokenizer.json, so text cannot be tokenized")
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{file} is not a tokenizer: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(
+                f"{file} could not be loaded as a tokenizer: {' '.join(str(error).split())[:200]}"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -40,7 +42,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text is not Unicode: character {error.start + 1} is half of a surrogate pair"
+                f"the text is not valid Unicode: character {error.start + 1} is half of a surrogate pair"
             ) from error
         return self._tokenizer.encode(text, add_special_tokens=begin).ids
 

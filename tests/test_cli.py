@@ -147,7 +147,7 @@ def test_inspecting_and_planning_what_is_broken(broken, recipe, refused, kind):
         ("word", "is not a Hub id (owner/name), a local folder"),
         ("random:mamba", "no random model of family 'mamba'; there are: gemma3_text, llama"),
         ("nobody/nothing", "the Hub cannot be reached"),
-        ("./r.yaml", "is a file but no .gguf"),
+        ("./r.yaml", "is a file, but not a .gguf"),
         (".", "has no config.json, so it is not a checkpoint folder"),
     ],
 )

@@ -360,7 +360,10 @@ def test_the_command_line_takes_depths(shaken, tmp_path, monkeypatch):
     cli.app([*line, "--depths", "2, 4"], standalone_mode=False)
     cli.app(line, standalone_mode=False)
     assert [config.depths for config in asked] == [[2, 4], None]
-    for depths, message in (("2,x", r"depths\.1: Input should be a valid integer"), ("4,2", r"\[4, 2\] do not ascend")):
+    for depths, message in (
+        ("2,x", r"depths\.1: Input should be a valid integer"),
+        ("4,2", r"\[4, 2\] must be in ascending order"),
+    ):
         with pytest.raises(UserError, match=message):
             cli.app([*line, "--depths", depths], standalone_mode=False)
 

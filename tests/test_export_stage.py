@@ -237,7 +237,7 @@ def test_impossible_wishes_are_refused_before_any_work(shaken, tmp_path, context
         export_checkpoint(shaken(), tmp_path / "there", config(gguf=["F16"]), context)
     with pytest.raises(UserError, match="needs a recipe with a data stage"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], imatrix=True), context)
-    with pytest.raises(UserError, match="no data stage to collect it on"):
+    with pytest.raises(UserError, match="no data stage to compute it from"):
         run(config(gguf=["F16"], imatrix=True), Inputs(shaken(), shaken()), tmp_path, context)
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)

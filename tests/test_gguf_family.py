@@ -178,7 +178,7 @@ def test_wrong_and_missing_parts_are_found(tiny, tmp_path):
         return tmp_path / "g" / "f"
 
     other = broken(lambda f: shutil.copy(f / names[4][3], f / names[2][2]))
-    with pytest.raises(UserError, match=r"d2-00001-of-00004\.gguf and its parts are no model of 2 blocks"):
+    with pytest.raises(UserError, match=r"d2-00001-of-00004\.gguf and its parts do not make up a model of 2 blocks"):
         check_family(other, [1, 2, 4])
     other = broken(lambda f: shutil.copy(f / names[2][0], f / names[1][0]))
     with pytest.raises(UserError, match=r"is the first of 4 parts, but its name says 3"):

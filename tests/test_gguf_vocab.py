@@ -240,5 +240,5 @@ def test_other_tokenizers_are_refused(tmp_path):
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path):
     folder = random_checkpoint(tmp_path / "model", blocks=1, vocab_size=300)
-    with pytest.raises(UserError, match=r"tokens, the model only 300 embeddings"):
+    with pytest.raises(UserError, match=r"tokens, but the model has only 300 embeddings"):
         write_gguf(folder, tmp_path / "model.gguf", "F16")

@@ -65,7 +65,7 @@ def test_a_head_that_is_another_is_found_under_four_bits(shaken, tmp_path, conte
         return read(self, "token_embd.weight" if name == "output.weight" else name, depth)
 
     monkeypatch.setattr(gguf_export.Source, "read", tied)
-    with pytest.raises(UserError, match=r"gguf: the model that llama\.cpp computes is not the checkpoint: at F16"):
+    with pytest.raises(UserError, match=r"gguf: llama\.cpp does not compute the checkpoint's model: at F16"):
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=[quantized]), context)
     assert not (tmp_path / "b").exists()
 
@@ -98,7 +98,7 @@ def test_a_wrong_onnx_graph_is_found_under_four_bits(
         return made
 
     monkeypatch.setattr(job, "build_graph", wrong)
-    with pytest.raises(UserError, match="onnx: the model that onnxruntime computes is not the checkpoint: at fp32"):
+    with pytest.raises(UserError, match="onnx: onnxruntime does not compute the checkpoint's model: at fp32"):
         export_checkpoint(shaken(**LARGE), tmp_path / "b", config(onnx=["int4"], depths=depths), context)
 
 
@@ -112,7 +112,7 @@ def test_no_recipe_raises_the_limit_of_the_graph(shaken, tmp_path, context, monk
 
 def test_rounding_past_its_limit_advises_a_finer_type(shaken, tmp_path, context, monkeypatch):
     monkeypatch.setattr("compress.export.verify.KL_LIMITS", {"Q4_0": 1e-9})
-    with pytest.raises(UserError, match=r"gguf-Q4_0: rounding to Q4_0 takes .* Take a finer type") as refused:
+    with pytest.raises(UserError, match=r"gguf-Q4_0: quantized to Q4_0, .* Use a type with more bits") as refused:
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["Q4_0"]), context)
     assert "export.verify" not in str(refused.value)
 
@@ -208,11 +208,23 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gelu": ("llama", {"hidden_act": "gelu"}, "MLP computes gelu, llama.cpp's llama silu. Export ONNX instead"),
     "exact gelu": ("gemma3_text", {"hidden_activation": "gelu"}, "computes gelu, llama.cpp's gemma3_text gelu_pytorch"),
-    "soft cap": ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attention is soft-capped.* ONNX is no way out"),
-    "both ways": ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead.* ONNX is no way out"),
-    "part of a head": ("llama", {"rope_parameters": PARTIAL}, r"positions turn 0\.5 of each head.* ONNX is no way out"),
+    "soft cap": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 30.0},
+        "attention is soft-capped.* ONNX is not possible either",
+    ),
+    "both ways": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        "is bidirectional.* ONNX is not possible either",
+    ),
+    "part of a head": (
+        "llama",
+        {"rope_parameters": PARTIAL},
+        r"rotates 0\.5 of each head.* ONNX is not possible either",
+    ),
     "dynamic": ("llama", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "'dynamic' is not one of llama.cpp's"),
-    "llama3 in qwen": ("qwen2", {"rope_parameters": LLAMA3}, "no rope scaling 'llama3' for qwen2"),
+    "llama3 in qwen": ("qwen2", {"rope_parameters": LLAMA3}, "does not support rope scaling 'llama3' for qwen2"),
     "yarn's limits": ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast 16, llama.cpp's 32"),
     "yarn's factor": ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor 1.0"),
 }
@@ -230,7 +242,7 @@ def test_the_advice_to_export_gguf_is_given_where_gguf_takes_the_model(tiny, con
     scaled = {"rope_parameters": LINEAR}
     with pytest.raises(UserError, match=r"rope scaling 'linear' is not supported. Export GGUF instead"):
         check(config(onnx=["int4"]), tiny("llama", **scaled), context)
-    with pytest.raises(UserError, match=r"'linear' is not supported. GGUF is no way out: .* computes gelu"):
+    with pytest.raises(UserError, match=r"'linear' is not supported. GGUF is not possible either: .* uses gelu"):
         check(config(onnx=["int4"]), tiny("llama", **scaled, hidden_act="gelu"), context)
 
 
@@ -241,7 +253,7 @@ def test_a_sliding_window_bounds_the_probe_of_llamacpp(shaken, tmp_path, context
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=["F16"], verify={"tokens": 192}), context)
         assert read_metadata(next((tmp_path / "b").rglob("*.gguf")))["llama.context_length"] == 64
         return
-    with pytest.raises(UserError, match=r"a sliding window of 8 tokens .* too little for a GGUF. Export ONNX"):
+    with pytest.raises(UserError, match=r"limited to the window's 8 tokens, which is too short. Export ONNX"):
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=["F16"]), context)
 
 
@@ -303,7 +315,7 @@ def test_a_file_that_says_otherwise_fails_the_export(shaken, tmp_path, context, 
         return info
 
     monkeypatch.setattr(artifacts, "write_onnx", changed)
-    with pytest.raises(UserError, match=r"texts would end at the tokens|its chat template is not the checkpoint's"):
+    with pytest.raises(UserError, match=r"its end-of-text tokens are|its chat template differs from the checkpoint's"):
         export_checkpoint(shaken(), tmp_path / "b", config(onnx=["fp32"]), context)
 
 

@@ -144,7 +144,7 @@ def test_figures(printed, tiny, bundle, tmp_path):
         (("inspect", "nowhere"), "nowhere does not exist"),
         (("eval", "random:llama", "--text", "nowhere.txt"), "--text: nowhere.txt could not be read"),
         (("eval", "random:llama", "--text", "t", "--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
-        (("bench", "nowhere"), "nowhere is no bundle"),
+        (("bench", "nowhere"), "nowhere is not a bundle"),
     ],
 )
 def test_errors_are_one_line_on_standard_error(run, arguments, message):

@@ -138,7 +138,7 @@ def test_a_wrong_graph_is_not_delivered(checkpoint, tmp_path, inline_builder, mo
         return value
 
     monkeypatch.setattr(onnx_retaining, "_weight", rounded)
-    with pytest.raises(UserError, match=r"the retaining head blocks\.0\.w1\.weight is not the checkpoint's"):
+    with pytest.raises(UserError, match=r"retaining head blocks\.0\.w1\.weight differs from the checkpoint's"):
         export_checkpoint(checkpoint, tmp_path / "b", config, Context())
 
 

@@ -404,7 +404,7 @@ def test_another_ggml_in_the_process_is_noticed():
         "    print(error)\n"
     )
     done = run_python(code)
-    assert "another library of ggml" in done.stdout, done.stderr
+    assert "another version of ggml" in done.stdout, done.stderr
 
 
 def test_the_missing_extra_is_named(monkeypatch):

@@ -210,7 +210,7 @@ def test_importance_reaches_the_matrix_it_belongs_to(tiny, tmp_path, inline_buil
     [
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "llama with rope scaling 'yarn' is not supported"),
         ("llama", {"rope_parameters": LINEAR}, "llama with rope scaling 'linear'"),
-        ("llama", {"head_dim": 24}, "a multiple of 16 dimensions, this model has 24"),
+        ("llama", {"head_dim": 24}, "a multiple of 16 dimensions per head; this model rotates 24"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attention that is soft-capped"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention that looks ahead"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantized already"),

@@ -142,7 +142,7 @@ def test_all_problems_are_reported_at_once(write):
         ("data:\n  source: magpie\n  path: x.jsonl", 5, "data.path: unknown key 'path'"),
         ("data: {source: dataset, path: x, text: t, messages: m}", 3, "data: give only one of: prompt and response"),
         ("export: {}", 3, "export: name at least one type under gguf or onnx"),
-        ("export: {gguf: [F16, F16]}", 3, "names a type twice"),
+        ("export: {gguf: [F16, F16]}", 3, "lists a type twice"),
         ("export:\n  gguf:\n  - F16\n  - q8_0", 6, "export.gguf.1: must be 'F16', 'Q8_0'"),
         ("distill: {}", 3, "distill: the stage distill needs a stage data before it"),
         ("prune: {blocks: 1}\ndata: {source: magpie}", 3, "reads what data makes, so data must come before it"),

@@ -50,10 +50,10 @@ def test_generate_reads_standard_input_and_raw_text(bundle):
         (["--depth", "auto"], "--latency-ms, --memory-mb"),
         (["--latency-ms", "5"], "no effect without --depth auto"),
         (["--engine", "tensorrt"], "there is no engine 'tensorrt'"),
-        (["--type", "Q8_0"], "the bundle has nothing for Q8_0; it has: onnx fp32, llama.cpp F16"),
+        (["--type", "Q8_0"], "the bundle has no artifact for Q8_0; it has: onnx fp32, llama.cpp F16"),
         (["--early-exit", "often"], "--early-exit often: must be a probability"),
         (["--max-tokens", "0"], "at least 1"),
-        (["--seed", "-4"], "seed: -4 is below 0"),
+        (["--seed", "-4"], "seed must be at least 0, not -4"),
     ],
 )
 def test_misuse_is_one_message(bundle, arguments, message):
@@ -64,7 +64,7 @@ def test_misuse_is_one_message(bundle, arguments, message):
 
 def test_no_bundle(tmp_path):
     done = compress("chat", tmp_path)
-    assert done.returncode == 2 and "is no bundle" in done.stderr
+    assert done.returncode == 2 and "is not a bundle" in done.stderr
 
 
 def test_chat_goes_on_and_ends(bundle):

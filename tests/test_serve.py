@@ -250,7 +250,7 @@ def test_an_answer_and_an_empty_turn_can_be_sent_back(served, expected):
     assert found.choices[0].message.content == joined(expected(plain, max_tokens=12))
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     talk[4] = {"role": "assistant", "content": None, "tool_calls": [call]}
-    with pytest.raises(openai.BadRequestError, match="does not write the tool calls of message 4") as caught:
+    with pytest.raises(openai.BadRequestError, match="ignores the tool calls of message 4") as caught:
         served.client.chat.completions.create(model="tiny", messages=talk, **GREEDY)
     assert caught.value.param == "messages"
 
@@ -260,7 +260,9 @@ def test_a_completion_of_tokens_is_that_of_their_text(served, expected, bundle):
         ids, size = session.tokenizer.encode("the way of", begin=True), session.tokenizer.size
     found = served.client.completions.create(model="tiny", prompt=ids, **GREEDY)
     assert found.choices[0].text == joined(expected("the way of", max_tokens=12))
-    with pytest.raises(openai.BadRequestError, match=f"the prompt has the token {size}; the model has 0 to {size - 1}"):
+    with pytest.raises(
+        openai.BadRequestError, match=f"the prompt has token id {size}, but the model's ids go from 0 to {size - 1}"
+    ):
         served.client.completions.create(model="tiny", prompt=[1, size])
     with pytest.raises(openai.BadRequestError, match="has no variable enable_thinking") as caught:
         served.client.chat.completions.create(
@@ -374,9 +376,9 @@ def refused(*arguments: object) -> str:
 def test_misuse_is_one_message(bundle, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port} of 127.0.0.1 is taken" in refused(bundle, "--port", port)
+        assert f"port {port} on 127.0.0.1 is in use" in refused(bundle, "--port", port)
     assert "there is no depth 9 here; there are: 2, 3, 4" in refused(bundle, "--port", 0, "--depth", 9)
-    assert "is no bundle" in refused(tmp_path, "--port", 0)
+    assert "is not a bundle" in refused(tmp_path, "--port", 0)
     for arguments, message in ((("nowhere.invalid", 0), "cannot listen on"), (("127.0.0.1", 70000), "0 and 65535")):
         with pytest.raises(UserError, match=message):
             listen(*arguments)

@@ -73,40 +73,40 @@ def test_options_that_ask_for_nothing_change_nothing(fields):
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"n": 2}, "n", "one answer is written per request"),
+        ({"n": 2}, "n", "only one answer per request"),
         ({"n": True}, "n", "one answer"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "penalties are not served"),
-        ({"presence_penalty": -0.1}, "presence_penalty", "penalties are not served"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "biases are not served"),
-        ({"tools": [TOOL]}, "tools", "tools are not called here"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "penalties are not supported"),
+        ({"presence_penalty": -0.1}, "presence_penalty", "penalties are not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "biases are not supported"),
+        ({"tools": [TOOL]}, "tools", "tool calls are not supported"),
         ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "tool_choice: none"),
-        ({"tool_choice": "required"}, "tool_choice", "tools are not called"),
-        ({"logprobs": True, "top_logprobs": 2}, "logprobs", "probabilities of tokens are not given"),
+        ({"tool_choice": "required"}, "tool_choice", "tool calls are not supported"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs", "token log-probabilities are not supported"),
         ({"top_logprobs": 2}, "top_logprobs", "probabilities"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only plain text"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "structured output is not supported"),
         ({"verbosity": "low"}, "verbosity", "only medium"),
         ({"modalities": ["text", "audio"]}, "modalities", "only text"),
-        ({"store": True}, "store", "not stored"),
+        ({"store": True}, "store", "storing answers is not supported"),
         ({"top_k": 40}, "top_k", "temperature and top_p are"),
-        ({"min_p": 0.05}, "min_p", "this way of drawing"),
+        ({"min_p": 0.05}, "min_p", "this sampling option is not supported"),
         ({"repeat_penalty": 1.1}, "repeat_penalty", "only 1 is"),
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats", "at the end"),
         ({"stream_options": {"include_usages": 1}}, "stream_options.include_usages", "did you mean include_usage"),
         ({"stream_options": True}, "stream_options", ""),
-        ({"max_token": 5}, "max_token", "there is no such parameter here; did you mean max_tokens?"),
-        ({"horoscope": 5}, "horoscope", "there is no such parameter here; leave it out"),
+        ({"max_token": 5}, "max_token", "unknown parameter; did you mean max_tokens?"),
+        ({"horoscope": 5}, "horoscope", "unknown parameter; leave it out"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"max_tokens": -1}, "max_tokens", "leave it out for as many as the context has room for"),
+        ({"max_tokens": -1}, "max_tokens", "leave it out to use all the room in the context"),
         ({"max_completion_tokens": 2.5}, "max_completion_tokens", "valid integer"),
         ({"temperature": "0.5"}, "temperature", "valid number"),
         ({"temperature": 2.1}, "temperature", "must be less than or equal to 2"),
         ({"top_p": -1}, "top_p", "greater than or equal to 0"),
         ({"seed": "x"}, "seed", "integer"),
-        ({"stop": 5}, "stop", "a text or a list of texts"),
-        ({"stop": ["a", 5]}, "stop", "a text or a list of texts"),
+        ({"stop": 5}, "stop", "a string or a list of strings"),
+        ({"stop": ["a", 5]}, "stop", "a string or a list of strings"),
         ({"stream": "yes"}, "stream", "boolean"),
-        ({"model": None}, "model", "this field is needed"),
-        ({"messages": None}, "messages", "this field is needed"),
+        ({"model": None}, "model", "this field is required"),
+        ({"messages": None}, "messages", "this field is required"),
     ],
     ids=str,
 )
@@ -168,16 +168,16 @@ def test_tool_calls_come_as_templates_read_them():
     ("message", "param", "reason"),
     [
         ({"role": "user"}, "messages.0.content", "it has none"),
-        ({"role": "user", "content": None}, "messages.0.content", "a message of the role user needs a text"),
-        ({"role": "tool", "content": None}, "messages.0.content", "a message of the role tool needs a text"),
-        ({"role": "user", "content": 5}, "messages.0.content", "a text or a list of text parts"),
+        ({"role": "user", "content": None}, "messages.0.content", "a message with role user needs content"),
+        ({"role": "tool", "content": None}, "messages.0.content", "a message with role tool needs content"),
+        ({"role": "user", "content": 5}, "messages.0.content", "a string or a list of text parts"),
         ({"role": "user", "content": ["hi"]}, "messages.0.content.0", "must be a part"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
             "messages.0.content.0.type",
-            "only parts of the type text are read here, not 'image_url'",
+            "only parts of type text are supported, not 'image_url'",
         ),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text", "must be a text"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text", "must be a string"),
         ({"role": "robot", "content": "x"}, "messages.0.role", "must be one of system, developer, user"),
         ({"content": "x"}, "messages.0.role", "must be one of"),
         ("hi", "messages.0", "must be an object"),
@@ -211,7 +211,7 @@ def test_a_wrong_message_is_named_to_the_field(message, param, reason):
         (b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}]}', "messages.0.content", "surrogate"),
         (b'{"model":"m","messages":[],"\\udc00":1}', "the body", "surrogate"),
         (json.dumps(ASK).encode("utf-16"), None, "not UTF-8"),
-        (b'{"temperature": NaN}', None, "NaN is no number"),
+        (b'{"temperature": NaN}', None, "NaN is not a JSON number"),
         (b"[" * 100_000, None, "not valid JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", None, "not valid JSON"),
         (b"[]", None, "must be a JSON object"),
@@ -241,15 +241,15 @@ def test_prompts_of_completions(prompt, found):
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"prompt": ["a", "b"]}, "prompt", "one prompt is answered per request, not 2"),
+        ({"prompt": ["a", "b"]}, "prompt", "only one prompt per request is supported, not 2"),
         ({"prompt": [[1], [2]]}, "prompt", "one prompt"),
-        ({"prompt": [1, "a"]}, "prompt", "must be a text, a list of token ids"),
-        ({"prompt": [True]}, "prompt", "must be a text, a list of token ids"),
-        ({"prompt": None}, "prompt", "this field is needed"),
-        ({"echo": True, "max_tokens": 0}, "echo", "not repeated"),
+        ({"prompt": [1, "a"]}, "prompt", "must be a string, a list of token ids"),
+        ({"prompt": [True]}, "prompt", "must be a string, a list of token ids"),
+        ({"prompt": None}, "prompt", "this field is required"),
+        ({"echo": True, "max_tokens": 0}, "echo", "repeating the prompt in the answer is not supported"),
         ({"logprobs": 1}, "logprobs", "probabilities"),
-        ({"suffix": "x"}, "suffix", "not filled in"),
-        ({"best_of": 2}, "best_of", "none is chosen from"),
+        ({"suffix": "x"}, "suffix", "before a suffix is not supported"),
+        ({"best_of": 2}, "best_of", "only one answer per request"),
     ],
     ids=str,
 )
@@ -282,10 +282,10 @@ def template(folder: Path, text: str) -> ChatTemplate:
 def test_a_template_that_leaves_tools_out_refuses_them(tmp_path):
     written = template(tmp_path, WITH_TOOLS).render(TALK)
     assert written == '<user>a</><assistant>look({"city": "Ulm"})</><tool>rain</>'
-    with pytest.raises(UserError, match="does not write the tool calls of message 1"):
+    with pytest.raises(UserError, match="ignores the tool calls of message 1"):
         template(tmp_path, CHATML).render(TALK)
     deaf = "{% for m in messages if m.role != 'tool' %}" + WITH_TOOLS.partition("%}")[2]
-    with pytest.raises(UserError, match="does not write the tool's result in message 2"):
+    with pytest.raises(UserError, match="ignores the tool's result in message 2"):
         template(tmp_path, deaf).render(TALK)
 
 

@@ -325,7 +325,7 @@ def test_early_exit(onnx, checkpoint):
 def test_wrong_requests_are_named(bundle, session, tmp_path):
     with pytest.raises(UserError, match="there is no depth 7 here; there are: 2, 3, 4"):
         session.chat(TALK, Settings(depth=7))
-    with pytest.raises(UserError, match="a draft at depth 4 is no shallower than depth 4"):
+    with pytest.raises(UserError, match="draft depth 4 must be less than depth 4"):
         session.chat(TALK, Settings(draft_depth=4))
     with pytest.raises(UserError, match="the prompt is empty"):
         session.complete("", Settings())
@@ -335,9 +335,9 @@ def test_wrong_requests_are_named(bundle, session, tmp_path):
         session.chat([], Settings())
     with pytest.raises(UserError, match="drafting and early exit cannot be combined"):
         session.chat(TALK, Settings(draft_depth=2, exits={2: 0.5}))
-    with pytest.raises(UserError, match="needs a probability between 0 and 1, not 3"):
+    with pytest.raises(UserError, match="must be between 0 and 1, not 3"):
         session.chat(TALK, Settings(exits={2: 3}))
-    with pytest.raises(UserError, match="temperature: -1 is below 0"):
+    with pytest.raises(UserError, match="temperature must be at least 0, not -1"):
         Settings(temperature=-1)
     if session.engine == "llama.cpp":
         with pytest.raises(UserError, match=r"llama\.cpp has no early exit"):
@@ -347,11 +347,11 @@ def test_wrong_requests_are_named(bundle, session, tmp_path):
 def test_wrong_bundles_are_named(bundle, tmp_path):
     with pytest.raises(UserError, match=r"no engine 'torch'; there are: onnx, llama\.cpp"):
         Session(bundle, "torch")
-    with pytest.raises(UserError, match=r"has nothing for onnx F16; it has: onnx fp32, llama.cpp F16"):
+    with pytest.raises(UserError, match=r"has no artifact for onnx F16; it has: onnx fp32, llama.cpp F16"):
         Session(bundle, "onnx", "F16")
     with pytest.raises(UserError, match="no depth 5 here"):
         Session(bundle, "onnx", deepest=5)
-    with pytest.raises(UserError, match=r"is no bundle: it has no manifest\.json"):
+    with pytest.raises(UserError, match=r"is not a bundle: it has no manifest\.json"):
         Session(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
@@ -364,7 +364,7 @@ def test_wrong_bundles_are_named(bundle, tmp_path):
     with pytest.raises(UserError, match=r"model\.onnx has changed since the bundle was made"):
         Session(broken, "onnx")
     replace(broken, str(graph.relative_to(broken)), b"\x0a" * size)
-    with pytest.raises(UserError, match="is not a whole ONNX model"):
+    with pytest.raises(UserError, match="is not a complete ONNX model"):
         Session(broken, "onnx")
 
 

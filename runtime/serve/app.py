@@ -91,7 +91,7 @@ class _Endpoint:
         return await self._answer(request, body, False, self._session.complete, body.prompt, settings)
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
-        """What the chat template is told; `Refused` where it would not listen."""
+        """Variables for the chat template; `Refused` for one that the template does not use."""
         found = body.variables()
         known = self._session.template.variables if found else frozenset()
         for name, (value, field) in found.items():
@@ -121,7 +121,7 @@ class _Endpoint:
         if model not in self._models:
             listed = ", ".join(self._models)
             raise Refused(
-                404, f"there is no model {model!r} here; there are: {listed}", param="model", code="model_not_found"
+                404, f"model {model!r} is not served; available: {listed}", param="model", code="model_not_found"
             )
         return self._models[model]
 
@@ -138,7 +138,7 @@ async def _whole(job: AnswerJob, answer: ResponseBuilder) -> Response:
                 return JSONResponse(answer.whole(text, piece.finish, cast(Usage, piece.usage)))
     except (UserError, Stopping) as error:
         raise _as_refusal(error) from error
-    raise AssertionError("an answer ended without saying why")
+    raise AssertionError("an answer ended without a finish reason")
 
 
 async def _events(job: AnswerJob, answer: ResponseBuilder, counted: bool) -> AsyncIterator[str]:
@@ -170,7 +170,7 @@ def _as_refusal(error: Exception) -> Refused:
     if isinstance(error, UserError):
         return Refused(500, str(error))  # the request was in order: a file of the bundle is not
     _log.error("an answer failed", exc_info=error)
-    return Refused(500, "internal error; the server's own output says more")
+    return Refused(500, "internal error; see the server's log")
 
 
 class _Stream(StreamingResponse):
@@ -208,7 +208,7 @@ async def _body(request: Request) -> bytes:
     # A web page may send a form, plain text or what has no type anywhere without asking; JSON it may not.
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind not in ("application/json", "text/json") and not kind.endswith("+json"):
-        said = f"not {kind}" if kind else "which is missing"
+        said = f"not {kind}" if kind else "but the header is missing"
         raise Refused(400, f"the body must be JSON, with the header Content-Type: application/json, {said}")
     body = b""
     async for chunk in request.stream():
@@ -259,4 +259,4 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 async def _fail(_: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
-    return JSONResponse(Refused(500, "internal error; the server's own output says more").body(), 500)
+    return JSONResponse(Refused(500, "internal error; see the server's log").body(), 500)

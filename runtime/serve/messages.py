@@ -38,7 +38,7 @@ def _message(value: Any, at: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role, "content": _content(value.get("content"), given, f"{at}.content")}
     if role == "assistant":
         if value.get("audio"):
-            raise wrong(f"{at}.audio", "only text is read here")
+            raise wrong(f"{at}.audio", "only text is supported")
         if isinstance(value.get("refusal"), str) and not message["content"]:
             message["content"] = value["refusal"]
         if calls := _tool_calls(value, at):
@@ -52,9 +52,9 @@ def _content(value: Any, role: str, at: str) -> str:
     if value is None:
         if role in _OPTIONAL:
             return ""
-        raise wrong(at, f"a message of the role {role} needs a text, or a list of text parts; it has none")
+        raise wrong(at, f"a message with role {role} needs content: a string or a list of text parts")
     if not isinstance(value, list):
-        raise wrong(at, "must be a text or a list of text parts")
+        raise wrong(at, "must be a string or a list of text parts")
     return "".join(_part(part, f"{at}.{number}") for number, part in enumerate(value))
 
 
@@ -63,9 +63,9 @@ def _part(value: Any, at: str) -> str:
         raise wrong(at, 'must be a part such as {"type": "text", "text": "…"}')
     kind = value.get("type")
     if kind not in ("text", "refusal"):
-        raise wrong(f"{at}.type", "only parts of the type text are read here" + _not(kind))
+        raise wrong(f"{at}.type", "only parts of type text are supported" + _not(kind))
     if not isinstance(value.get(kind), str):
-        raise wrong(f"{at}.{kind}", "must be a text")
+        raise wrong(f"{at}.{kind}", "must be a string")
     return value[kind]
 
 
@@ -83,7 +83,7 @@ def _tool_call(value: Any, at: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(at, "must be an object with a function")
     if value.get("type", "function") != "function":
-        raise wrong(f"{at}.type", "only calls of the type function are read here" + _not(value["type"]))
+        raise wrong(f"{at}.type", "only calls of type function are supported" + _not(value["type"]))
     call: dict[str, Any] = {"type": "function", "function": _function(value.get("function"), f"{at}.function")}
     return call | ({"id": value["id"]} if isinstance(value.get("id"), str) else {})
 

@@ -1,7 +1,7 @@
-"""The options that clients send and that are not served: which values of them ask for nothing, and are taken.
+"""Unsupported options that clients send, and which of their values have no effect and so are accepted.
 
-A value that would change the answer is refused by name and with the reason. So is an option that nobody knows here,
-for it might.
+A value that would change the answer is refused by name, with the reason. So is an unknown option, which might change
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .refusal import wrong
 
 @dataclass(frozen=True)
 class Unserved:
-    """An option that is not served; null and empty values of it ask for nothing, and so do those in `nothing`."""
+    """An unsupported option. Null, empty and the values in `nothing` have no effect and are accepted."""
 
     why: str
     nothing: tuple[Any, ...] = ()
@@ -27,26 +27,26 @@ LABELS = frozenset(
     "user metadata safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier "
     "prediction cache_prompt cache_salt id_slot slot_id keep_alive ttl priority request_id".split()
 )
-# How far, how fast, from which on something works that an option beside it switches on.
+# They only tune something that another option switches on.
 DETAILS = frozenset(
     "repeat_last_n dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold mirostat_tau "
     "mirostat_eta dynatemp_exponent parallel_tool_calls".split()
 )
-_PENALTY = Unserved("penalties are not served; only 0 is", (0,))
-_REPETITION = Unserved("penalties are not served; only 1 is", (1,))
+_PENALTY = Unserved("penalties are not supported; only 0 is", (0,))
+_REPETITION = Unserved("penalties are not supported; only 1 is", (1,))
 _TOOLS = Unserved(
-    "tools are not called here; leave them out, or say tool_choice: none, and the model answers in plain text"
+    "tool calls are not supported; leave tools out, or send tool_choice: none for an answer in plain text"
 )
-_SAMPLER = "this way of drawing tokens is not served (temperature and top_p are)"
-_FORM = "answers of a prescribed form are not served; only plain text is"
-_MEDIA = "only text is read and written here"
+_SAMPLER = "this sampling option is not supported (temperature and top_p are)"
+_FORM = "structured output is not supported; answers are plain text"
+_MEDIA = "only text input and output are supported"
 
 BOTH: dict[str, Unserved] = {
-    "n": Unserved("one answer is written per request; send the request again for another", (1,)),
-    "best_of": Unserved("one answer is written per request, and none is chosen from", (1,)),
+    "n": Unserved("only one answer per request is supported; send the request again for another", (1,)),
+    "best_of": Unserved("only one answer per request is supported", (1,)),
     "frequency_penalty": _PENALTY,
     "presence_penalty": _PENALTY,
-    "logit_bias": Unserved("biases are not served"),
+    "logit_bias": Unserved("logit biases are not supported"),
     # Options of other servers, which clients send at their defaults.
     "top_k": Unserved(_SAMPLER, (0, -1)),
     "min_p": Unserved(_SAMPLER, (0,)),
@@ -58,22 +58,22 @@ BOTH: dict[str, Unserved] = {
     "xtc_probability": Unserved(_SAMPLER, (0,)),
     "dynatemp_range": Unserved(_SAMPLER, (0,)),
     "smoothing_factor": Unserved(_SAMPLER, (0,)),
-    "use_beam_search": Unserved("beams are not searched", (False,)),
-    "early_stopping": Unserved("beams are not searched", (False,)),
-    "length_penalty": Unserved("beams are not searched", (1,)),
+    "use_beam_search": Unserved("beam search is not supported", (False,)),
+    "early_stopping": Unserved("beam search is not supported", (False,)),
+    "length_penalty": Unserved("beam search is not supported", (1,)),
     "repetition_penalty": _REPETITION,
     "repeat_penalty": _REPETITION,
     "dry_multiplier": _PENALTY,
     "no_repeat_ngram_size": _PENALTY,
-    "n_predict": Unserved("name it max_tokens", (-1,)),
-    "n_probs": Unserved("probabilities of tokens are not given", (0,)),
-    "prompt_logprobs": Unserved("probabilities of tokens are not given"),
-    "return_tokens_as_token_ids": Unserved("answers are text", (False,)),
-    "min_tokens": Unserved("an answer ends where the model ends it", (0,)),
-    "ignore_eos": Unserved("an answer ends where the model ends it", (False,)),
-    "include_stop_str_in_output": Unserved("an answer ends before a stop text", (False,)),
-    "skip_special_tokens": Unserved("special tokens are left out of answers", (True,)),
-    "spaces_between_special_tokens": Unserved("special tokens are left out of answers", (True, False)),
+    "n_predict": Unserved("use max_tokens instead", (-1,)),
+    "n_probs": Unserved("token log-probabilities are not supported", (0,)),
+    "prompt_logprobs": Unserved("token log-probabilities are not supported"),
+    "return_tokens_as_token_ids": Unserved("answers are text, not token ids", (False,)),
+    "min_tokens": Unserved("an answer always ends where the model ends it", (0,)),
+    "ignore_eos": Unserved("an answer always ends where the model ends it", (False,)),
+    "include_stop_str_in_output": Unserved("stop strings are never part of the answer", (False,)),
+    "skip_special_tokens": Unserved("special tokens are always left out of answers", (True,)),
+    "spaces_between_special_tokens": Unserved("special tokens are always left out of answers", (True, False)),
     "guided_json": Unserved(_FORM),
     "guided_regex": Unserved(_FORM),
     "guided_choice": Unserved(_FORM),
@@ -83,43 +83,45 @@ BOTH: dict[str, Unserved] = {
     "json_schema": Unserved(_FORM),
 }
 CHAT: dict[str, Unserved] = BOTH | {
-    "store": Unserved("answers are not stored", (False,)),
-    "logprobs": Unserved("probabilities of tokens are not given", (False,)),
-    "top_logprobs": Unserved("probabilities of tokens are not given", (0,)),
+    "store": Unserved("storing answers is not supported", (False,)),
+    "logprobs": Unserved("token log-probabilities are not supported", (False,)),
+    "top_logprobs": Unserved("token log-probabilities are not supported", (0,)),
     "tools": _TOOLS,
     "functions": _TOOLS,
-    "tool_choice": Unserved("tools are not called here", ("none", "auto")),
-    "function_call": Unserved("tools are not called here", ("none", "auto")),
+    "tool_choice": Unserved("tool calls are not supported", ("none", "auto")),
+    "function_call": Unserved("tool calls are not supported", ("none", "auto")),
     "response_format": Unserved(_FORM, ({"type": "text"},)),
     "modalities": Unserved(_MEDIA, (["text"],)),
     "audio": Unserved(_MEDIA),
-    "web_search_options": Unserved("nothing is searched here"),
-    "moderation": Unserved("answers are not moderated"),
-    "verbosity": Unserved("models do not know it here; only medium is taken", ("medium",)),
-    "echo": Unserved("the conversation is not repeated in the answer", (False,)),
-    "add_generation_prompt": Unserved("an answer is always begun", (True,)),
-    "continue_final_message": Unserved("an answer is a message of its own", (False,)),
-    "include_reasoning": Unserved("the answer is the model's whole text", (True,)),
-    "documents": Unserved("documents are not put into the prompt"),
-    "chat_template": Unserved("the model's own template is used"),
+    "web_search_options": Unserved("web search is not supported"),
+    "moderation": Unserved("moderation is not supported"),
+    "verbosity": Unserved("only medium is supported", ("medium",)),
+    "echo": Unserved("repeating the conversation in the answer is not supported", (False,)),
+    "add_generation_prompt": Unserved("an answer always starts a new turn", (True,)),
+    "continue_final_message": Unserved(
+        "continuing the last message is not supported; an answer is a new message", (False,)
+    ),
+    "include_reasoning": Unserved("the answer always includes the model's reasoning", (True,)),
+    "documents": Unserved("documents are not supported; put their text into a message"),
+    "chat_template": Unserved("a custom template is not supported; the model's own is used"),
 }
 COMPLETION: dict[str, Unserved] = BOTH | {
-    "echo": Unserved("the prompt is not repeated in the answer", (False,)),
-    "logprobs": Unserved("probabilities of tokens are not given", (False,)),
-    "suffix": Unserved("text is not filled in before a suffix"),
-    "store": Unserved("answers are not stored", (False,)),
+    "echo": Unserved("repeating the prompt in the answer is not supported", (False,)),
+    "logprobs": Unserved("token log-probabilities are not supported", (False,)),
+    "suffix": Unserved("filling in text before a suffix is not supported"),
+    "store": Unserved("storing answers is not supported", (False,)),
 }
 STREAM: dict[str, Unserved] = {
     # Pads OpenAI's own streams against eavesdroppers.
     "include_obfuscation": Unserved("", (True, False)),
-    "continuous_usage_stats": Unserved("usage is counted once, at the end", (False,)),
+    "continuous_usage_stats": Unserved("usage is only reported once, at the end", (False,)),
 }
 
 
 def served(
     values: Mapping[str, Any], known: Collection[str], unserved: Mapping[str, Unserved], within: str = ""
 ) -> dict[str, Any]:
-    """The options that are served: those of `known` that are not null. `Refused` for any other that asks for something.
+    """The supported options: those of `known` that are not null. `Refused` for any other that would have an effect.
 
     `within` is the path of the field that holds them, with a dot.
     """
@@ -136,7 +138,7 @@ def served(
 
 
 def _without_tools_that_nobody_calls(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where no tool may be called, tools ask for nothing."""
+    """Where no tool may be called, tools have no effect."""
     if "none" not in (values.get("tool_choice"), values.get("function_call")):
         return values
     return {name: value for name, value in values.items() if name not in ("tools", "functions")}
@@ -159,4 +161,4 @@ def _why(name: str, value: Any, known: Collection[str], unserved: Mapping[str, U
     if name in unserved:
         return unserved[name].why
     near = similar(name, [*known, *unserved], least=0.8)
-    return "there is no such parameter here" + (f"; did you mean {near[0]}?" if near else "; leave it out")
+    return "unknown parameter" + (f"; did you mean {near[0]}?" if near else "; leave it out")

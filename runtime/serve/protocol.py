@@ -112,7 +112,9 @@ class CompletionRequest(_Request):
         if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
             return value
         if len(value) > 1:
-            raise wrong("prompt", f"one prompt is answered per request, not {len(value)}; send each by itself")
+            raise wrong(
+                "prompt", f"only one prompt per request is supported, not {len(value)}; send each in its own request"
+            )
         return value[0]
 
     def limit(self) -> int:
@@ -144,18 +146,18 @@ _TYPES = ("str", "int")
 
 def _says(path: str, detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
-        return "this field is needed"
+        return "this field is required"
     if path in ("max_tokens", "max_completion_tokens") and detail["type"] == "greater_than_equal":
-        return "must be at least 1; leave it out for as many as the context has room for"
+        return "must be at least 1; leave it out to use all the room in the context"
     if path == "stop" or path.startswith("stop."):
-        return "must be a text or a list of texts"
+        return "must be a string or a list of strings"
     if path == "prompt" or path.startswith("prompt."):
-        return "must be a text, a list of token ids, or a list with one of them"
+        return "must be a string, a list of token ids, or a list with one of them"
     return detail["msg"].replace("Input should be", "must be")
 
 
 def read_body(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. `Refused` where it is none, and where a text in it is no text."""
+    """The JSON object in a body. `Refused` if it is not one, or a string in it is not valid Unicode."""
     try:
         values = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
     except UnicodeDecodeError as error:
@@ -167,12 +169,12 @@ def read_body(body: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Refused(400, "the body must be a JSON object")
     if path := _broken_text(values):
-        raise wrong(path, "it has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+        raise wrong(path, "it has half of a surrogate pair (\\ud800 to \\udfff), which is not a valid character")
     return values
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _broken_text(body: dict[str, Any]) -> str | None:

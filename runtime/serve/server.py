@@ -24,11 +24,11 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except UnicodeError as error:
-        raise UserError(f"--host {host}: is no name of a machine: {error}") from error
+        raise UserError(f"--host {host}: not a valid host name: {error}") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"port {port} of {host} is taken: end what listens there, or give another --port"
+                f"port {port} on {host} is in use: stop the process listening there, or choose another --port"
             ) from error
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
