@@ -1,4 +1,4 @@
-"""Which tokens a cache of bounded size keeps, where a token is kept or dropped in all heads at once.
+"""Choosing the tokens that a cache of bounded size keeps, when a token is kept or dropped in all heads at once.
 
 A retaining head predicts, for every KV head, the greatest logit with which a later token will attend to this one
 (Locret, arXiv 2410.01805). Logits of different heads have no common scale. Standard scores have: by how many of the
@@ -50,7 +50,7 @@ class HeldTokens:
         self._squares += np.square(scores - mean).sum(0) + np.square(off) * before * new / self._read
 
     def combined(self) -> Floats:
-        """One score per token held: how far it stands out, in the head where it does most."""
+        """One score per token held: its standard score in the head where it is greatest."""
         spread = np.sqrt(self._squares / max(self._read, 1))
         spread[spread == 0] = 1  # all the same: none stands out
         return ((self._scores - self._mean) / spread).max(1).astype(np.float32)
@@ -59,7 +59,7 @@ class HeldTokens:
         """Keep the `budget` best; the `newest` tokens and the policy's first ones count as infinitely good. Returns the
         positions dropped.
 
-        Of equals the lower position wins. The very last token always stays: llama.cpp goes on from there only.
+        Of equal scores the lower position wins. The last token always stays: llama.cpp can only continue from there.
         """
         if len(self) <= max(budget, 1):
             return np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""How far a model is from another on response tokens: KL, and the likelihood of what was said, token by token."""
+"""How much two models disagree on response tokens: KL and the targets' log-likelihood, token by token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Anchor(Protocol):
 
 
 class Whole:
-    """Whole distributions, worked out once for however many students."""
+    """Full distributions, computed once for any number of students."""
 
     def __init__(self, logits: Tensor):
         self.log_probs = logits.log_softmax(-1)  # (n, V)
@@ -54,7 +54,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class States:
-    """The teacher's whole distributions, as its hidden states after the final norm and its head."""
+    """The teacher's full distributions, computed from its hidden states after the final norm and its head."""
 
     hidden: Tensor  # (N, H')
     head: Head
@@ -66,7 +66,7 @@ class States:
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What an objective knows of n tokens: of the student, which carries gradients, and of the teacher."""
+    """What an objective is computed from, of n tokens: the student (with gradients) and the teacher."""
 
     nll: Tensor  # (n,) −log π(y)
     kl: Tensor  # (n,) KL(teacher ‖ student); zero without a teacher
@@ -76,7 +76,7 @@ class TokenTerms:
 
 
 def token_terms(logits: Tensor, targets: Tensor, teacher: Spoken | None) -> TokenTerms:
-    """The terms of n tokens from logits (n, V), targets (n,) and what the teacher says at the same positions."""
+    """The terms of n tokens from logits (n, V), targets (n,) and the teacher's predictions at the same positions."""
     log_probs = logits.log_softmax(-1)
     nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
     kl = torch.zeros_like(nll) if teacher is None else teacher.kl(log_probs)
@@ -86,8 +86,8 @@ def token_terms(logits: Tensor, targets: Tensor, teacher: Spoken | None) -> Toke
 def response_positions(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where targets are predicted, as flat indices into (B·T), and the targets themselves; (N,) each.
 
-    `loss_mask[b, t]` marks token t as a target; it is predicted at t − 1. A mark at t = 0 would have no
-    predecessor and counts as none.
+    `loss_mask[b, t]` marks token t as a target; it is predicted at t − 1. A mark at t = 0 has no
+    predecessor and is ignored.
     """
     marked = loss_mask[:, 1:].nonzero()
     rows, columns = marked[:, 0], marked[:, 1]

@@ -1,7 +1,7 @@
-"""The attention of every block during a forward pass: watched, or computed by the caller.
+"""Observing, or replacing, the attention of every block during a forward pass.
 
-transformers finds attention by name. `watched_attention` wraps the function of the model's name; `own_attention`
-registers one name of ours, under which no masks are made, and the function of the pass comes with its arguments.
+transformers finds attention by name. `watched_attention` wraps the function registered under the model's name;
+`own_attention` registers a name of its own, for which no masks are made, and the forward pass carries the function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "compress_own_attention"
 
 @dataclass(frozen=True)
 class Heads:
-    """What one block attends with, of one row: after its norms and rotary positions."""
+    """One block's queries, keys and values for one row, after norms and rotary positions."""
 
     block: int
     queries: Tensor  # (heads, T, d)
@@ -36,7 +36,7 @@ Attend = Callable[[Heads], Tensor]  # → (heads, T, d)
 def own_attention(decoder: Decoder, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
     """Hidden states after the final norm, (T, H), of one row: tokens (T,) at rotary positions (T,).
 
-    `attend` is called in every block and gives what its heads have attended to; nothing is cached or masked otherwise.
+    `attend` is called in every block and returns its heads' attention output; there is no other cache or mask.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 

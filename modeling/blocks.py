@@ -1,7 +1,7 @@
-"""The one view of a decoder: embedding, blocks, final norm, head, and what changes when blocks go.
+"""A uniform view of a decoder: embedding, blocks, final norm, head, and what changes when blocks are removed.
 
-With the records in `families` it is all that knows where modules are and which configuration values exist once per
-block. Everything else in the package speaks of blocks, hidden states and the head.
+Only this module and the records in `families` know where modules are and which configuration values exist once per
+block. Everything else in the package works with blocks, hidden states and the head.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Decoder:
 
     @property
     def can_fuse_after_mlp(self) -> bool:
-        """Whether any linear map of what the MLP adds can be fused into `down_proj`; else only a scale per channel."""
+        """Whether any linear map of the MLP's output fits into `down_proj`; if not, only a scale per channel."""
         return self.family.block.added_norms is None
 
     def down_proj(self, block: int) -> nn.Linear:
@@ -85,7 +85,7 @@ class Decoder:
         return [self.blocks[block].get_submodule(path) for path in paths]
 
     def _scaled_norm(self, norm: Any, factor: Tensor | float) -> Tensor:
-        """The weight (float64) with which a norm gives `factor` times as much."""
+        """The weight (float64) that makes a norm's output `factor` times as large."""
         offset = self.family.norm_offset
         return (offset + norm.weight.detach().double()) * factor - offset
 
@@ -129,7 +129,7 @@ class Decoder:
                 handle.remove()
 
     def fused(self, block: int, map: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Parameters of a block and the values (float64) with which its MLP adds u·T where it added u.
+        """Parameters of a block and the values (float64) that make its MLP add u·T instead of u.
 
         `map` is T, (H, H), or (H,) for a scale per channel. Raises `ValueError` for a full map in families that
         normalise what the MLP adds.
@@ -146,7 +146,7 @@ class Decoder:
         return {norm.weight: self._scaled_norm(norm, map.double())}
 
     def rescaled(self, block: int, factor: float) -> dict[nn.Parameter, Tensor]:
-        """Parameters of a block and the values (float64) with which everything it adds is `factor` times as much."""
+        """Parameters of a block and the values (float64) that scale everything it adds by `factor`."""
         modules = self._adding(block)
         if self.can_fuse_after_mlp:
             return {p: factor * p.detach().double() for linear in modules for p in linear.parameters()}
@@ -158,7 +158,7 @@ class Decoder:
 
     def hidden_at(self, depths: Sequence[int], **inputs: Any) -> list[Tensor]:
         """Hidden states (B, T, H) after the first d blocks and the final norm, for each depth d: those of the models
-        that are cut off there, from one forward pass. `depths` ascend; the last is the number of blocks."""
+        truncated there, from one forward pass. `depths` ascend; the last is the number of blocks."""
         if depths[-1] != self.num_blocks:
             raise ValueError(f"depths {list(depths)} must end with the model's {self.num_blocks} blocks")
         seen: dict[int, Tensor] = {}
@@ -175,7 +175,7 @@ class Decoder:
         return [*(self.norm(seen[depth]) for depth in depths[:-1]), deepest]
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """The hidden states that the first block is given, (B, T, H)."""
+        """The first block's input hidden states, (B, T, H)."""
         return self.embedding(input_ids)
 
     def run(self, hidden: Tensor, blocks: Sequence[int], position_ids: Tensor) -> Tensor:
@@ -200,33 +200,33 @@ class Decoder:
 
 
 def kept_blocks(config: Any) -> list[int]:
-    """Numbers, in the unpruned model, of the blocks this model has."""
+    """The indices, in the unpruned model, of this model's blocks."""
     kept = getattr(config, KEPT_BLOCKS, None)
     return list(kept) if kept is not None else list(range(config.num_hidden_layers))
 
 
 def depths(config: Any) -> list[int]:
-    """Depths the model was trained to run at, ascending: its first so many blocks, then the final norm and the head.
-    Of a model that was not trained for several, the number of its blocks."""
+    """Depths the model was trained to run at, ascending: its first d blocks, then the final norm and the head.
+    For a model not trained for several depths, only its number of blocks."""
     found = getattr(config, DEPTHS, None)
     return list(found) if found is not None else [config.num_hidden_layers]
 
 
 def forget_depths(config: Any) -> None:
-    """Take back `record_depths`: of a model that was trained further at its full depth alone."""
+    """Undo `record_depths`, for a model that was trained further at its full depth only."""
     if hasattr(config, DEPTHS):
         delattr(config, DEPTHS)
 
 
 def record_depths(config: Any, found: Sequence[int]) -> None:
-    """Note in a configuration at which depths its model runs; the deepest must be all of its blocks."""
+    """Record in a configuration the depths its model runs at; the deepest must be all of its blocks."""
     if sorted(set(found)) != list(found) or found[0] < 1 or found[-1] != config.num_hidden_layers:
         raise ValueError(f"depths {list(found)} must ascend to the model's {config.num_hidden_layers} blocks")
     setattr(config, DEPTHS, list(found))
 
 
 def config_at(config: Any, depth: int) -> Any:
-    """A copy of a configuration for the model's first `depth` blocks; all of them: for it as it is."""
+    """A copy of a configuration for the model's first `depth` blocks, or for the whole model."""
     if not 1 <= depth <= config.num_hidden_layers:
         raise ValueError(f"a model of {config.num_hidden_layers} blocks has no depth {depth}")
     found = copy.deepcopy(config)
@@ -238,8 +238,8 @@ def config_at(config: Any, depth: int) -> Any:
 def drop_blocks(model: Any, dropped: Collection[int]) -> None:
     """Remove blocks in place; re-index the rest and every per-block configuration value.
 
-    The numbers are the model's current ones. The kept blocks' numbers in the unpruned model are recorded in the
-    configuration. Raises `UserError` for numbers that are not there and when no block would be left.
+    Indices are the model's current ones. The kept blocks' indices in the unpruned model are recorded in the
+    configuration. Raises `UserError` for indices out of range and when no block would be left.
     """
     count = model.config.num_hidden_layers
     _check_dropped(dropped, count)
@@ -251,8 +251,8 @@ def drop_blocks(model: Any, dropped: Collection[int]) -> None:
 
 @contextmanager
 def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """The model with some parameters replaced inside the context, which is given the values that were there; restored
-    exactly afterwards."""
+    """The model with some parameters replaced inside the context, which yields the previous values; restored exactly
+    afterwards."""
     before = {parameter: parameter.data for parameter in values}
     try:
         for parameter, value in values.items():
@@ -274,7 +274,7 @@ def without_blocks(model: Any, dropped: Collection[int]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The blocks a model has, and every configuration value that goes with them."""
+    """A model's blocks, and every configuration value that depends on them."""
 
     blocks: nn.ModuleList
     values: dict[str, Any]
@@ -282,7 +282,7 @@ class Arrangement:
 
 
 def arrangement(model: Any) -> Arrangement:
-    """How a model is arranged now."""
+    """A model's current arrangement."""
     values = {name: getattr(model.config, name) for name in _per_block_names(model.config)}
     records = {name: getattr(model.config, name) for name in RECORDS if hasattr(model.config, name)}
     return Arrangement(model.model.layers, values, records)
@@ -323,13 +323,13 @@ def _only(model: Any, kept: list[int]) -> Iterator[None]:
 
 
 def dropped_since(config: Any, base: Any) -> list[int]:
-    """Which blocks of the model `base` is the configuration of are no longer in the one `config` is of."""
+    """The blocks of the model with configuration `base` that the model with configuration `config` lacks."""
     kept = set(kept_blocks(config))
     return [number for number, block in enumerate(kept_blocks(base)) if block not in kept]
 
 
 def name_before(name: str, kept: Sequence[int]) -> str:
-    """A weight's name in the model that all blocks but `kept` were dropped from, by its name in what is left."""
+    """A weight's name before all blocks but `kept` were dropped, from its name after."""
     number = block_number(name)
     if number is None:
         return name

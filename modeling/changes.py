@@ -1,4 +1,4 @@
-"""What sets a pruned checkpoint apart from the model it was cut from, besides the blocks it lacks."""
+"""How a pruned checkpoint differs from the model it was cut from, besides the blocks it lacks."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Changes:
 
     @property
     def parameters(self) -> int:
-        """How many numbers have to be held beside the base's."""
+        """How many numbers have to be stored in addition to the base's."""
         return sum(tensor.numel() for tensor in self.replaced.values())
 
 
 def find_changes(base: Path, pruned: Path, dtype: str = "float32") -> Changes:
     """Compare two checkpoint folders tensor by tensor, both in `dtype`.
 
-    Healing changes few tensors, and multiplies some by one number: a linear layer whose weight and bias did nothing
-    else (to the rounding of `dtype`) counts as scaled, all else that differs as replaced.
+    Healing changes few tensors, and multiplies some by one number: a linear layer whose weight and bias changed in
+    no other way (to the rounding of `dtype`) counts as scaled, any other difference as replaced.
     """
     config, whole = load_config(pruned), load_config(base)
     dropped = dropped_since(config, whole)
@@ -72,7 +72,7 @@ def _factor(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
 
 
 def _pieces(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The numbers of all pairs in float64, so many at a time."""
+    """The numbers of all pairs in float64, in chunks."""
     for old, new in pairs:
         for a, b in zip(old.flatten().split(_PIECE), new.flatten().split(_PIECE), strict=True):
             yield a.double(), b.double()

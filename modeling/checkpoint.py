@@ -1,4 +1,4 @@
-"""Saving checkpoints: what plain `AutoModelForCausalLM.from_pretrained` loads, with the same bytes each time."""
+"""Saving checkpoints that plain `AutoModelForCausalLM.from_pretrained` loads, with the same bytes each time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PLACES = ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "l
 
 @contextlib.contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """transformers without its warnings, for as long as the context lasts.
+    """Silence transformers' warnings inside the context.
 
-    Unless `bars`, nothing at all is written to stderr meanwhile: some of transformers' bars obey no switch.
+    Unless `bars`, nothing at all is written to stderr meanwhile: some of its progress bars cannot be switched off.
     """
     from transformers.utils import logging
 
@@ -49,7 +49,7 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder in a cache that runs may share: filled by `make` unless it is there, whole or not at all."""
+    """A folder in a cache that runs may share: filled by `make` if missing, completely or not at all."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -66,7 +66,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write weights (safetensors), configuration, generation defaults and tokenizer into `folder`; a model or tokenizer
     that is None is left out.
 
-    The bytes depend on the weights and the configuration alone: no path and no time enters them.
+    The bytes depend only on the weights and the configuration, not on paths or times.
     Raises `UserError` when the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 def write_shards(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], NDArray[np.float32]]
 ) -> None:
-    """Write float32 weights, read one by one, as safetensors in `folder`: one file, or several of `SHARD` bytes with
+    """Write float32 weights, read one by one, as safetensors in `folder`: one file, or shards of `SHARD` bytes with
     their index. Raises `UserError` when the disk is full."""
     from safetensors.numpy import save_file
 

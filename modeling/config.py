@@ -1,7 +1,7 @@
-"""A checkpoint's config.json as it is meant: what other tools left wrong is put right where that is clear.
+"""Reading a checkpoint's config.json: other tools' mistakes are corrected where the intent is clear.
 
-Everything here works on the file's values alone; no torch, no transformers. Commands that read no weights (plan,
-inspect) see what the others see.
+Works on the file's values only, without torch or transformers, so commands that read no weights (plan, inspect) see the
+same values as the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The values of a checkpoint folder's config.json, and a line on each that was put right.
+    """The values of a checkpoint folder's config.json, and a note on each correction.
 
-    Raises `UserError` for a file that is missing or damaged, a model that is quantized already, and per-block lists
-    that do not fit the number of blocks where what was meant is not clear.
+    Raises `UserError` for a file that is missing or damaged, a model that is already quantized, and per-block lists
+    whose length differs from the number of blocks, unless the intent is clear.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
-    """`UserError` for a model whose weights are integers or 8-bit floats already, with the ways out."""
+    """`UserError` for a model whose weights are already integers or 8-bit floats, saying what to do instead."""
     found = values.get("quantization_config")
     if not found:
         return

@@ -1,4 +1,4 @@
-"""What parts of the model's own code hold at once. No torch."""
+"""Peak memory of parts of the modeling code. No torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ LABEL_QUERIES, LABEL_KEYS = 128, 1024  # whose logits exist at once where retain
 
 
 def labelling_bytes(shape: Geometry) -> int:
-    """Of the logits that exist at once, and of their scaled copy, where retaining heads get their labels."""
+    """Bytes of the logits held at once, and their scaled copy, while labels for retaining heads are computed."""
     return 2 * shape.heads * LABEL_QUERIES * LABEL_KEYS * 4

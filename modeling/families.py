@@ -1,7 +1,7 @@
-"""Every supported family of models, each as one record: what the toolkit must know of it and cannot read elsewhere.
+"""Every supported model family as one record: what the toolkit must know about it and cannot read elsewhere.
 
-A record holds names, kinds and flags; what is done with them is done in one place for all families. So a family that
-differs from one that is here by its names alone is a record in `FAMILIES` and nothing else. Defaults are Llama's.
+A record holds names, types and flags; the code that uses them is shared by all families. So a family that differs from
+a supported one only by its names needs a record in `FAMILIES` and nothing else. Defaults are Llama's.
 Classes are named, not imported: neither torch nor transformers is loaded here.
 """
 
@@ -38,7 +38,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Gguf:
-    """How llama.cpp holds and runs a family."""
+    """How llama.cpp stores and runs a family."""
 
     architecture: str
     ropes: tuple[str, ...] = ("default", "linear", "yarn")  # kinds of rotary positions that its graph computes
@@ -57,7 +57,7 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Onnx:
-    """How onnxruntime-genai's model builder takes a family, and what Optimum makes of the graph."""
+    """How onnxruntime-genai's model builder exports a family, and how Optimum reads the graph."""
 
     architecture: str  # the name that the builder knows
     ropes: tuple[str, ...] = ("default", "linear")  # built as transformers computes them; others silently are not
@@ -167,7 +167,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any, where: object = "the model") -> Family:
     """The family of a configuration: transformers' object, or the values of a config.json.
 
-    Raises `UserError` naming `where` if it is not a supported one.
+    Raises `UserError` naming `where` if it is not supported.
     """
     name = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     if not isinstance(name, str) or name not in FAMILIES:
@@ -186,5 +186,5 @@ def block_number(name: str) -> int | None:
 
 
 def read_as(architecture: str) -> Family | None:
-    """The family that a GGUF file of llama.cpp's `architecture` is read as: of several, the first."""
+    """The family that a GGUF file of llama.cpp's `architecture` is read as; the first if there are several."""
     return next((family for family in FAMILIES.values() if family.gguf.architecture == architecture), None)

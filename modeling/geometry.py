@@ -13,7 +13,7 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def geometry_of(config: dict[str, Any]) -> Geometry:
-    """The shape in a config.json; `UserError` for a number that is missing or is none."""
+    """The shape in a config.json; `UserError` for a missing or invalid number."""
     for key in (*NEEDED, *OPTIONAL):
         value = config.get(key)
         if not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL):

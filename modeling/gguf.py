@@ -1,7 +1,7 @@
-"""Reading a GGUF file into a checkpoint folder: all of it, or not at all.
+"""Reading a GGUF file into a checkpoint folder: completely, or not at all.
 
-Every metadata key that llama.cpp gives a meaning is used here or must say that nothing is out of the ordinary; every
-tensor has its place in the model, and every place its tensor. A file that says more is refused by naming what.
+Every metadata key with a meaning to llama.cpp is either used or must have its neutral value; tensors and the model's
+weights must match one to one. A file with anything else is refused, naming it.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ MEANING = ("tokenizer.", "adapter.", "clip.", "diffusion.", "xielu.", "dflash.")
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model in a GGUF file (in all its parts), dequantized to float32, as a checkpoint with its tokenizer.
 
-    One tensor is in memory at a time, and what a shard holds. Raises `UserError` naming the first key or tensor that
-    has no place in a checkpoint, and the first one that is missing or not finite.
+    Memory holds one tensor and one shard at a time. Raises `UserError` naming the first key or tensor that
+    a checkpoint cannot express, or the first that is missing or not finite.
     """
     files = split_files(file)
     metadata = read_metadata(files[0])
@@ -123,7 +123,7 @@ class Values:
         return f"{self.architecture}.{key}" in self.metadata
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A single number; `default` where the key is not there, unless that is None."""
+        """A single number; `default` if the key is missing, or `UserError` if that is None."""
         name = f"{self.architecture}.{key}"
         value = self.metadata.get(name, default)
         if value is None:
@@ -304,7 +304,7 @@ def _windows(values: Values, settings: dict[str, Any], rope: dict[str, Any]) -> 
 
 
 def _check_keys(values: Values) -> None:
-    """Refuse the first key that has a meaning and was not read."""
+    """Refuse the first key that has a meaning and was not used."""
     prefix = f"{values.architecture}."
     known = READ | READ_OF_WINDOWS[values.family.gguf.windows]
     known |= {"final_logit_softcapping"} if values.family.softcap else set()
@@ -325,8 +325,7 @@ def _check_keys(values: Values) -> None:
 def _places(
     config: Any, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorPlace], file: Path
 ) -> dict[str, tuple[str, TensorPlace] | None]:
-    """transformers' name → llama.cpp's and where the tensor lies; None for a bias that is zero, because it is not
-    there."""
+    """transformers' name → llama.cpp's and where the tensor lies; None for a missing bias, which is zero."""
     family = family_of(config)
     names = tensor_names(family, config.num_hidden_layers, list(wanted))
     found: dict[str, tuple[str, TensorPlace] | None] = {}

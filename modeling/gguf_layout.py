@@ -1,6 +1,6 @@
-"""How llama.cpp lays a model out, both ways: names, the order of rows, and rotary factors.
+"""Converting between transformers' and llama.cpp's layout: names, row order and rotary factors.
 
-What writes GGUF files (`export`) and what reads them (`modeling.gguf`) share it, so that one undoes the other.
+Shared by the GGUF writer (`export`) and reader (`modeling.gguf`), so that each is the inverse of the other.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TOLERANCE = 1e-5  # relative, of rotary factors that are worked out anew
 
 
 def name_map(family: Family, blocks: int) -> gguf.TensorNameMap:
-    """What gives llama.cpp's names of a model's weights."""
+    """The map from transformers' weight names to llama.cpp's."""
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(numbers[family.gguf.architecture], blocks)
 
 
 def tensor_names(family: Family, blocks: int, names: Sequence[str]) -> dict[str, str | None]:
-    """transformers' name of each weight → llama.cpp's; None where it has no place there."""
+    """transformers' name of each weight → llama.cpp's; None if llama.cpp has none."""
     known = name_map(family, blocks)
     return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
 
@@ -41,7 +41,7 @@ def part_of(name: str) -> str:
 
 
 def to_gguf(name: str, values: Array, config: Any, depth: int) -> Array:
-    """A weight as llama.cpp's file has it, by llama.cpp's name, for a model of `depth` blocks."""
+    """A weight as stored in a GGUF file, under llama.cpp's name, for a model of `depth` blocks."""
     family = family_of(config)
     if family.gguf.adjacent_pairs and part_of(name) in ("attn_q", "attn_k"):
         return interleave(values, _heads(name, config))
@@ -82,8 +82,8 @@ def deinterleave(values: Array, heads: int) -> Array:
 
 
 def own_query_scalar(hidden: int, heads: int, size: int, blocks: int) -> float:
-    """The number by whose root llama.cpp divides Gemma-3's queries: the head size, or for 62 blocks the width per
-    head."""
+    """The number whose square root llama.cpp divides Gemma-3's queries by: the head size, or for 62 blocks the hidden
+    size per head."""
     return hidden / heads if blocks == 62 else size
 
 
@@ -109,7 +109,7 @@ def rope_tensors(config: Any) -> dict[str, Array]:
 
 
 def llama3_factors(rope: dict[str, Any], size: int) -> Array:
-    """How much slower each pair of dimensions turns, as llama.cpp's files hold it."""
+    """How much slower each pair of dimensions rotates, as stored in GGUF files."""
     return llama3_slowdown(rope, size).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, as the tokenizer.json it was made from."""
+"""Rebuilding tokenizer.json from a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOKENIZER_KEYS = {
 
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The tokens that a file says end a text: end of text, of a turn, of a message."""
+    """The tokens that end a text according to the file: end of text, of a turn, of a message."""
     found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return list(dict.fromkeys(int(number) for number in found if number is not None))
 
@@ -48,7 +48,7 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
 def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its chat templates.
 
-    Raises `UserError` for kinds of tokenizers, and pre-tokenizers, that are not known here, and for damaged ones.
+    Raises `UserError` for unsupported tokenizers and pre-tokenizers, and for damaged ones.
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -103,7 +103,7 @@ def _added(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, A
 
 
 def _vocabulary(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
-    """Token → id, without the names that stand for no token."""
+    """Token → id, without placeholder names."""
     return {
         token: number
         for number, (token, token_type) in enumerate(zip(tokens, types, strict=True))
@@ -203,7 +203,7 @@ def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 
 
 def _ends(metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str], inner: Any) -> Any:
-    """The post-processor: what is put before and after a text."""
+    """The post-processor, which adds tokens before and after a text."""
     first = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)) else None
     last = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if first is None and last is None:
@@ -219,7 +219,7 @@ def _ends(metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Seque
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:
-    """What llama.cpp does where the file does not say."""
+    """llama.cpp's default if the file does not say."""
     return metadata.get("tokenizer.ggml.model") == "llama"
 
 

@@ -24,14 +24,14 @@ SMALLEST = 1 << 16  # weights below which a call costs more than the product
 
 
 class Linear(nn.Linear):
-    """torch's own, multiplied by `linear`."""
+    """torch's linear layer, computed by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def speed_up(model: nn.Module) -> None:
-    """Have every plain linear layer of a model multiply by `linear`; what it holds stays as it is."""
+    """Have every plain linear layer of a model compute with `linear`; its parameters are unchanged."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -1,4 +1,4 @@
-"""Bringing a model source into a plain checkpoint folder, and loading from such a folder."""
+"""Turning a model source into a plain checkpoint folder, and loading from such a folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight
 def resolve(text: str, cache: Path, *, base_dir: Path | None = None, progress: Progress | None = None) -> Path:
     """The plain checkpoint folder of a model source: config.json, safetensors and tokenizer.
 
-    A local folder is used where it lies, unless other files in it would be taken for the model's (`plain_folder`); a
-    Hub repository is downloaded into the Hub's own cache; what GGUF files, random models and adapters make is written
-    once into `cache`. Raises `UserError` for what is missing, broken or unsupported, and for weights that are not of
-    the model that the configuration describes.
+    A local folder is used in place, unless libraries could mistake other files in it for the model's (`plain_folder`);
+    a Hub repository is downloaded into the Hub's own cache; GGUF files, random models and adapters are converted once
+    into `cache`. Raises `UserError` for missing, broken or unsupported models, and for weights that do not fit the
+    configuration.
     """
     from .plain import plain_folder
 
@@ -61,7 +61,7 @@ def _make(source: ModelSource, folder: Path, cache: Path, base_dir: Path, progre
 
 
 def _download(source: ModelSource) -> Path:
-    """A Hub repository's model in the Hub's cache: what stands beside the weights first, which says what they are."""
+    """A Hub repository's model in the Hub's cache; the small files first, since they list the weight files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,9 +1,9 @@
-"""A checkpoint folder as every library reads it alike: its own files and nothing else.
+"""A checkpoint folder that every library reads the same way: the model's files and nothing else.
 
 People's folders hold more than a model: a vendor's copy of the weights, an adapter that transformers would attach by
-itself, chat templates in the three places where they have stood over the years, a configuration that another tool left
-half changed. What is read wrongly by one library and rightly by the next makes wrong models, so such a folder is not
-used where it lies: a plain folder of links to its files, with what was put right, takes its place.
+itself, chat templates in any of three historical places, a configuration that another tool left half changed. If
+libraries read such a folder differently, they make different models, so it is not used in place but replaced by a plain
+folder of links to its files, with the corrections.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ FORMAT = 1  # of the folders made here
 
 
 def plain_folder(folder: Path, cache: Path, progress: Progress) -> Path:
-    """The checkpoint folder itself where it is plain, else a plain one in `cache`, of links to its files.
+    """The checkpoint folder itself if it is plain, else a plain one in `cache`, of links to its files.
 
-    What was put right is noted. Raises `UserError` for a folder that is not the model its configuration describes.
+    Corrections are noted. Raises `UserError` for a folder that is not the model its configuration describes.
     """
     values, notes = read_config(folder)
     changes, more = _settled(folder, values)
@@ -87,7 +87,7 @@ def _settled(folder: Path, values: dict[str, Any]) -> tuple[dict[str, str], list
 
 
 def _strays(folder: Path, files: Mapping[str, Path]) -> list[str]:
-    """A line on the weights and adapters in the folder that are no part of the model but that libraries take for it."""
+    """Notes on weights and adapters in the folder that libraries could mistake for part of the model."""
     notes = []
     if (folder / ADAPTER_CONFIG).is_file():
         notes.append(

@@ -1,6 +1,6 @@
-"""Byte-level BPE pre-tokenizers, by the names GGUF files know them by.
+"""Byte-level BPE pre-tokenizers, by their names in GGUF files.
 
-A GGUF file stores only a name (`tokenizer.ggml.pre`); `tokenizer.json` stores the thing itself. This table
+A GGUF file stores only a name (`tokenizer.ggml.pre`); `tokenizer.json` stores the full definition. This table
 translates both ways by structure, so it does not depend on the vocabulary.
 """
 
@@ -54,7 +54,7 @@ def recognise(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] |
 
 
 def _plain(part: dict[str, Any] | None) -> str | None:
-    """A canonical text of what decides the split: offsets trimming does not."""
+    """A canonical text of everything that affects the split, so without offset trimming."""
     if part is None:
         return None
 

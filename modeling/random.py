@@ -85,7 +85,7 @@ def random_model(
 ) -> Any:
     """A random model of a real architecture class, float32, in evaluation mode; the same for the same arguments.
 
-    Its end-of-turn token has a probability of roughly one in ten, so that what it writes ends.
+    Its end-of-turn token has a probability of roughly one in ten, so that generated texts end.
     `overrides` go to the configuration class.
     """
     if family not in FAMILIES:

@@ -1,9 +1,9 @@
-"""Retaining heads (Locret, arXiv 2410.01805): a score for every token, block and KV head, that says what to keep.
+"""Retaining heads (Locret, arXiv 2410.01805): a score per token, block and KV head that a bounded cache keeps by.
 
-A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are what the projections give, biases added,
-before any norm of theirs and before rotary positions. What is kept goes by means over neighbours' scores
-(`HeadSettings.pool`): a fact is several tokens in a row, which are of no use without each other, and what a head
-says of one token is noisy (SnapKV, 2404.14469, pools for the same reason). Heads lie in a checkpoint's `retaining/`:
+A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are the projections' outputs, biases added,
+before their norms and rotary positions. Tokens are kept by scores averaged over neighbours (`HeadSettings.pool`): a
+fact spans several adjacent tokens, useless without each other, and the score of a single token is noisy (SnapKV,
+2404.14469, pools for the same reason). Heads are stored in a checkpoint's `retaining/`:
 `heads.safetensors` (float32; `blocks.N.w1.weight` (R, I), `blocks.N.w2.weight` (G, R)) and `settings.json`.
 """
 
@@ -68,7 +68,7 @@ def save_heads(heads: RetainingHeads, settings: HeadSettings, checkpoint: Path) 
 
 
 def load_heads(checkpoint: Path, config: Any) -> RetainingHeads:
-    """A checkpoint's heads, on the CPU, for a model of this configuration, which may be a lesser depth of it.
+    """A checkpoint's heads, on the CPU, for a model of this configuration, which may be one of its smaller depths.
 
     `UserError` if there are none, or they do not fit.
     """

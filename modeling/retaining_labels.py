@@ -21,7 +21,7 @@ from .cost import LABEL_QUERIES as QUERIES
 
 @dataclass(frozen=True)
 class BlockLabels:
-    """One block's part of a row: what its head is given, and what it is to say of the N prompt positions."""
+    """One block's part of a row: its head's inputs and labels for the N prompt positions."""
 
     block: int
     inputs: Tensor  # (N, I): q, k and v, concatenated, in the model's precision
@@ -31,10 +31,10 @@ class BlockLabels:
 
 def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int | None = None) -> tuple[Tensor, int]:
     """Labels (N, G), float32, of N keys (G, N, d), from the queries (heads, M, d) of the M positions after them; and
-    the first position that any of these sees.
+    the first position visible to any of them.
 
     With a window, a query sees only the `window` newest positions, its own among them. A label counts only queries that
-    see the key. Keys that none sees get their head's lowest label: nothing that an answer needs is lost with them.
+    see the key. Keys that no query sees get their head's lowest label: the answer does not need them.
     """
     groups, count, size = keys.shape
     answers = queries.shape[1]
@@ -58,12 +58,11 @@ def attention_labels(queries: Tensor, keys: Tensor, scaling: float, window: int 
 
 
 def detrended(labels: Tensor) -> Tensor:
-    """Labels (N, G) without what comes of distance alone: per head, less the cubic in the logarithm of the distance to
-    the answer that fits them best (least squares).
+    """Labels (N, G) with the effect of distance removed: per head, the least-squares cubic in the logarithm of the
+    distance to the answer is subtracted.
 
-    Rotary positions make a key the likelier to have a large logit the nearer it is, whatever it says. A head is not
-    told where a token stands, so to it that is noise beside what it can learn; and when keys compete for the cache,
-    the answer may be far from all of them.
+    Rotary positions give nearer keys larger logits, whatever their content. A head does not see a token's position, so
+    for it that is noise; and when keys compete for the cache, the answer may be far from all of them.
     """
     count = len(labels)
     distance = torch.arange(count, 0, -1, dtype=torch.float64, device=labels.device)
@@ -76,10 +75,10 @@ def detrended(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def label_row(decoder: Decoder, ids: Sequence[int], prompt: int, visit: Callable[[BlockLabels], None]) -> None:
-    """Run a model over a row, the first `prompt` of whose tokens are the prompt and the others the answer, and hand
-    each block's inputs and labels to `visit`, in the blocks' order, while the pass goes on.
+    """Run a model over a row, whose first `prompt` tokens are the prompt and the rest the answer, and hand each
+    block's inputs and labels to `visit`, in the blocks' order, during the forward pass.
 
-    One pass over the whole row: what a block was given is held only until `visit` returns, so memory is that of a
+    One pass over the whole row: a block's inputs are held only until `visit` returns, so memory is that of a
     forward pass without logits and without a KV cache. `visit` runs without gradients unless it enables them.
     """
     if not 0 < prompt < len(ids):

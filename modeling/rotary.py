@@ -1,4 +1,4 @@
-"""Rotary positions of single keys, and how far a model's reach."""
+"""Rotary positions of single keys, and the positions a model supports."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .shape import by_length, original_context
 
 
 class Rotary:
-    """Turns keys from one rotary position to another, in float32; for all families, partial rotary too."""
+    """Rotates keys from one rotary position to another, in float32; for all families, partial rotary too."""
 
     def __init__(self, decoder: Decoder):
         self.module, self.config = decoder.model.model.rotary_emb, decoder.config
 
     @property
     def limit(self) -> int | None:
-        """Positions from this one on change the frequencies of all others (longrope); None where none do."""
+        """The first position that changes the frequencies of all others (longrope); None if there is none."""
         return original_context(self.config) if by_length(self.config) else None
 
     def turned(self, block: int, keys: Tensor, positions: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Rotary:
         return _rotated(keys, *self._angles(block, positions))
 
     def unturned(self, block: int, keys: Tensor, positions: Tensor) -> Tensor:
-        """Keys (..., T, d) as they were before the model rotated them to positions (T,)."""
+        """Keys (..., T, d) before the model rotated them to positions (T,)."""
         cos, sin = self._angles(block, positions)
         scale = cos**2 + sin**2  # 1, but where the rotation scales too (yarn)
         return _rotated(keys, cos / scale, -sin / scale)

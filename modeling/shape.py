@@ -17,7 +17,7 @@ from .families import family_of
 
 
 def setting(config: Any, name: str, default: Any = None) -> Any:
-    """A configuration's value; `default` where it has none."""
+    """A configuration's value; `default` if it has none."""
     return config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
 
 
@@ -62,7 +62,7 @@ def rope_kinds(config: Any) -> list[dict[str, Any]]:
 
 
 def rope_settings(config: Any, kind: str = "full_attention") -> dict[str, Any]:
-    """A model's rotary parameters; of one with several kinds of blocks those of one kind."""
+    """A model's rotary parameters; with several kinds of blocks, those of one kind."""
     nested = (setting(config, "rope_parameters") or {}).get(kind)
     return _named(nested) if nested else rope_kinds(config)[0]
 
@@ -77,7 +77,7 @@ def rotated_size(config: Any) -> int:
 
 
 def by_length(config: Any) -> bool:
-    """Whether rotary frequencies go by the length of the text."""
+    """Whether rotary frequencies depend on the length of the text."""
     return any(rope["rope_type"] == "longrope" for rope in rope_kinds(config))
 
 
@@ -89,8 +89,8 @@ def scaled(config: Any) -> bool:
 def original_context(config: Any) -> int:
     """The context that the model had before its rotary positions were scaled, or all of it.
 
-    Where none is named transformers' scalings start from `max_position_embeddings`; but for the linear one, whose
-    `max_position_embeddings` is what the context was stretched to.
+    If the configuration does not name it, transformers' scalings start from `max_position_embeddings`, except the
+    linear one, whose `max_position_embeddings` is the stretched context.
     """
     rope = next((rope for rope in rope_kinds(config) if rope["rope_type"] != "default"), {})
     named = rope.get("original_max_position_embeddings") or setting(config, "original_max_position_embeddings")
@@ -99,8 +99,8 @@ def original_context(config: Any) -> int:
 
 
 def llama3_slowdown(rope: dict[str, Any], size: int) -> NDArray[np.float64]:
-    """How much slower each pair of dimensions turns under Llama 3's scaling, (size / 2,): 1 for fast ones, `factor` for
-    slow ones, a blend between."""
+    """How much slower each pair of dimensions rotates under Llama 3's scaling, (size / 2,): 1 for fast ones, `factor`
+    for slow ones, a blend between."""
     factor, context = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     blend = np.clip((context / wavelengths(rope["rope_theta"], size) - low) / (high - low), 0, 1)
@@ -108,5 +108,5 @@ def llama3_slowdown(rope: dict[str, Any], size: int) -> NDArray[np.float64]:
 
 
 def wavelengths(theta: float, size: int) -> NDArray[np.float64]:
-    """Tokens in which each pair of dimensions turns once, (size / 2,)."""
+    """Wavelength of each pair of dimensions in tokens, (size / 2,)."""
     return 2 * math.pi * theta ** (np.arange(0, size, 2) / size)

@@ -1,7 +1,7 @@
-"""Whether a checkpoint folder is the model that its configuration describes, told before it is used.
+"""Checking, before use, that a checkpoint folder is the model its configuration describes.
 
-Names, types and shapes of all tensors are compared with what the configuration wants, both ways: transformers fills
-what is missing with random numbers and passes over what it does not know.
+Names, types and shapes of all tensors are compared with the configuration's, both ways: transformers fills missing
+tensors with random numbers and ignores unknown ones.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and
 
 
 def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
-    """`UserError` naming the first tensor of a checkpoint folder that is missing, not wanted, of another shape than its
-    configuration says, or no float.
+    """`UserError` naming the first tensor of a checkpoint folder that is missing, unexpected, not of the shape its
+    configuration asks for, or not float.
 
-    With `finite`, every number is read as well: the first tensor that holds one that is not finite is named.
+    With `finite`, all values are read as well, and the first tensor with NaN or infinity is named.
     """
     from .load import load_config
 
@@ -37,16 +37,16 @@ def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
 
 
 def check_finite(name: str, tensor: Any, where: object) -> None:
-    """`UserError` for a tensor with infinities or what is no number."""
+    """`UserError` for a tensor with NaN or infinity."""
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
         raise UserError(f"{where}: {name} contains NaN or infinity: the weights are damaged")
 
 
 def decide_tied(folder: Path, config: Any) -> bool:
-    """Whether head and embedding are one matrix: decided by the file.
+    """Whether head and embedding are tied, decided by the weight files.
 
-    Where both are in it they are two, unless equal. Raises `UserError` where the configuration says two and the file
-    has no head.
+    If the files have both, they are tied only when equal. Raises `UserError` if the configuration says untied and the
+    files have no head.
     """
     headers = tensor_headers(folder)
     tied = bool(config.tie_word_embeddings)
@@ -118,7 +118,7 @@ def _difference(folder: Path, config: Any, missing: list[str], surplus: list[str
 
 
 def _blocks(names: Mapping[str, object]) -> int:
-    """How many blocks the tensors are of; 0 where their numbers have gaps."""
+    """How many blocks the tensors belong to; 0 if their numbers have gaps."""
     numbers = {number for name in names if (number := block_number(name)) is not None}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 

@@ -42,7 +42,7 @@ class ModelSource:
 
     @property
     def title(self) -> str:
-        """What people know the model by: a Hub id whole, else the short name."""
+        """The name people know the model by: the full Hub id, else the short name."""
         return self.text if self.kind == "hub" else self.name
 
 
@@ -100,7 +100,7 @@ def _in_package(text: str) -> Path:
 def base_of_adapter(folder: Path, base_dir: Path) -> ModelSource:
     """The base model that an adapter names: a Hub id, or a folder relative to `base_dir` or beside the adapter's.
 
-    Raises `UserError` where it names none, or one that is not there.
+    Raises `UserError` if it names none, or the model is not found.
     """
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -119,10 +119,10 @@ def base_of_adapter(folder: Path, base_dir: Path) -> ModelSource:
 
 
 def fingerprint_source(source: ModelSource, cache: Path, base_dir: Path | None = None) -> str:
-    """A hash of the source's content: weights and configuration, not where they lie.
+    """A hash of the source's content: weights and configuration, not its location.
 
     File hashes are kept in `cache`/hashes.json by size and modification time, so that a second look is instant.
-    A Hub repository counts by its commit.
+    A Hub repository is identified by its commit.
     """
     if source.kind == "random":
         from importlib.metadata import version
@@ -145,8 +145,7 @@ def fingerprint_source(source: ModelSource, cache: Path, base_dir: Path | None =
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that make up the model: its weight files, and beside them configuration,
-    tokenizer and chat template."""
+    """The files of a checkpoint folder that make up the model: weights, configuration, tokenizer and chat template."""
     beside = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.name not in NOT_OF_THE_MODEL]
     weights = weight_files(folder)
     indexed = [folder / INDEX] if (folder / INDEX).is_file() else []

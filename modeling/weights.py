@@ -1,8 +1,8 @@
-"""A checkpoint folder's weight files: which they are, what their headers say, and reading single tensors.
+"""A checkpoint folder's weight files: finding them, reading their headers, and reading single tensors.
 
 Which files hold the weights is decided here for the whole package: those that `model.safetensors.index.json` lists,
-else `model.safetensors`. Anything else that ends in .safetensors (a vendor's `consolidated.safetensors`, an adapter)
-is no part of the model.
+else `model.safetensors`. Any other .safetensors file (a vendor's `consolidated.safetensors`, an adapter) is not part of
+the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as its file's header has it."""
+    """A tensor's entry in its file's header."""
 
     file: Path
     dtype: str  # as safetensors writes it, such as BF16
@@ -43,7 +43,7 @@ class TensorHeader:
 def weight_files(folder: Path) -> list[Path]:
     """The files with a checkpoint's weights, in order.
 
-    Raises `UserError` where there are none, where the index is damaged, and where a file that it lists is missing.
+    Raises `UserError` if there are none, the index is damaged, or a file that it lists is missing.
     """
     index = folder / INDEX
     if index.is_file():
@@ -70,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file name, as an index has it. `UserError` where it is damaged, or names what is no file beside it."""
+    """Tensor → file name, from an index. `UserError` if it is damaged or names a file outside its folder."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} has no weight_map of tensor names to files; download the checkpoint again")
@@ -113,7 +113,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
 def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor of a checkpoint folder by name, from the headers of its weight files.
 
-    Raises `UserError` for a tensor that stands in two of them.
+    Raises `UserError` for a tensor that is in two of them.
     """
     found: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
@@ -125,9 +125,9 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 class Tensors:
-    """A checkpoint folder's tensors by name, read one at a time; nothing is held.
+    """A checkpoint folder's tensors by name, read one at a time and not kept.
 
-    Raises `KeyError` for a name that is not there.
+    Raises `KeyError` for an unknown name.
     """
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""Speed and memory of a bundle at one depth, and what a draft wins; each in a process of its own."""
+"""Speed and memory of a bundle at one depth, and the speed-up of a draft; each measured in its own process."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def measure_depth(
     threads: int = 0,
     kv: KvBudget | None = None,
 ) -> DepthFigures:
-    """Open the bundle in a fresh process at this depth alone and time it; the best of the repetitions counts.
+    """Open the bundle in a fresh process at this depth only and time it; the best repetition counts.
 
     `kv` bounds the cache.
     """
@@ -105,7 +105,7 @@ def measure_all(
     done: Callable[[DepthFigures], None] = lambda _: None,
     **settings: Any,
 ) -> list[DepthFigures]:
-    """Every engine, type and depth of the bundle, as far as they are not named; `settings` as for `measure_depth`."""
+    """Every engine, type and depth of the bundle, or the given ones; `settings` as for `measure_depth`."""
     manifest = read_bundle(bundle)
     choose_artifact(manifest, engine, kind)  # says what there is
     formats = {"gguf": "llama.cpp", "onnx": "onnx"}
@@ -129,7 +129,7 @@ def choose_depth(
 ) -> DepthFigures:
     """The deepest depth that decodes a token in `latency_ms` and fits in `memory_bytes`, measured on the spot.
 
-    Raises `UserError` with the figures where none does.
+    Raises `UserError` with the measurements if none does.
     """
     if latency_ms is None and memory_bytes is None:
         raise UserError("--depth auto needs a limit to choose by: --latency-ms, --memory-mb, or both")

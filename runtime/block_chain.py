@@ -1,8 +1,8 @@
 """An ONNX model run part by part (`onnx_cut`): all depths from one set of weights, in ONNX Runtime on the CPU.
 
-A text is read lazily. Each part keeps the hidden states it gave, and how far it has read; parts that a depth leaves out
-lag behind, and when a greater depth is asked for, they read what they missed in one batch. So a block's keys and values
-are always those of a whole pass over the same tokens, to the last bit, whichever depths have been asked for before.
+A text is read lazily. Each part keeps its output hidden states and how far it has read; parts that a depth skips lag
+behind, and when a greater depth is requested, they read what they missed in one batch. So a block's keys and values are
+always bit-identical to those of a full pass over the same tokens, whichever depths were requested before.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class BlockChain:
 
 
 class CachedText:
-    """Tokens that a chain has read, its keys and values, and the hidden states where its parts end."""
+    """Tokens that a chain has read, its keys and values, and the hidden states between its parts."""
 
     def __init__(self, chain: BlockChain):
         self.chain = chain
@@ -91,8 +91,8 @@ class CachedText:
         self._grow(_SMALLEST_CACHE)
 
     def keep(self, ids: Sequence[int]) -> int:
-        """Forget all behind what the text has in common with `ids`, whose last token is to be read anew; the rest's
-        length."""
+        """Forget everything after the prefix shared with `ids`, whose last token is always read again; returns the
+        length kept."""
         most = min(len(self.tokens), len(ids) - 1)
         common = next((i for i in range(most) if self.tokens[i] != ids[i]), max(most, 0))
         self.cut(common)
@@ -104,7 +104,7 @@ class CachedText:
         self._read = [min(read, length) for read in self._read]
 
     def add(self, ids: Sequence[int]) -> None:
-        """Go on with these tokens; they are read when logits are asked for. `UserError` past the context."""
+        """Append these tokens; they are read when logits are requested. `UserError` past the context."""
         self.tokens += [int(i) for i in ids]
         if len(self.tokens) > self.chain.context:
             length = len(self.tokens)
@@ -124,7 +124,7 @@ class CachedText:
         return self.chain.run_head(self._bindings[-1], self._states[last][None, length - count : length])
 
     def _run(self, number: int, available: int) -> None:
-        """Have a part read what it has not read of the first `available` tokens, at most a chunk."""
+        """Have a part read its unread tokens among the first `available`, at most a chunk."""
         part, binding, start = self.chain.parts[number], self._bindings[number], self._read[number]
         end = min(available, start + PREFILL_CHUNK)
         if end <= start:
@@ -150,7 +150,7 @@ class CachedText:
         self._read[number] = end
 
     def _grow(self, wanted: int) -> None:
-        """Make room for so many tokens, at least doubling it, and bind the caches anew."""
+        """Make room for so many tokens, at least doubling the capacity, and rebind the caches."""
         room = min(max(wanted, 2 * self._room), max(wanted, self.chain.context + 1))
         heads, size = self.chain.kv_shape
         caches = [np.zeros((1, heads, room, size), np.float32) for _ in range(2 * self.chain.depths[-1])]
@@ -169,5 +169,5 @@ class CachedText:
 
 
 def bind_array(bind: Any, name: str, array: np.ndarray) -> None:
-    """Bind an array to an input or output; only its address is handed on, so it must live until the run is over."""
+    """Bind an array to an input or output; only its address is passed on, so it must live until the run ends."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

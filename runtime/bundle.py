@@ -1,4 +1,4 @@
-"""Opening a bundle: its manifest, and whether its files are what the manifest says."""
+"""Opening a bundle: reading its manifest and checking its files against it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SMALL = 50 * 10**6  # bytes: tokenizers, configurations and templates are less, 
 
 
 def read_bundle(bundle: Path, *, hashes: bool = False) -> BundleManifest:
-    """The manifest of a bundle whose files are all there and of their size.
+    """The manifest of a bundle, once all its files were found to exist and have the right size.
 
-    Those of up to 50 MB, or with `hashes` all of them, are unchanged to the last bit.
+    Files of up to 50 MB, or with `hashes` all of them, are also checked by hash.
 
     Raises `UserError` naming what is missing or changed.
     """

@@ -1,4 +1,4 @@
-"""A conversation as the model's chat template writes it: what transformers' `apply_chat_template` gives, without it."""
+"""Rendering a conversation with the model's chat template, as transformers' `apply_chat_template` does, without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 
 class ChatTemplate:
-    """The chat template of a bundle or checkpoint folder. `UserError` where it has none, or a broken one."""
+    """The chat template of a bundle or checkpoint folder. `UserError` if it has none, or a broken one."""
 
     def __init__(self, folder: Path):
         config = read_json_if_there(folder / TOKENIZER_CONFIG)
@@ -48,8 +48,8 @@ class ChatTemplate:
     def render(self, messages: Messages, *, answer: bool = True, variables: Mapping[str, Any] | None = None) -> str:
         """The conversation as text; with `answer`, up to where the assistant's next turn begins.
 
-        `variables` are the template's own, such as enable_thinking. Raises `UserError` where the template refuses the
-        conversation, or would leave out a tool call or its result.
+        `variables` are the template's own, such as enable_thinking. Raises `UserError` if the template refuses the
+        conversation, or would omit a tool call or its result.
         """
         if not messages:
             raise UserError("a conversation needs at least one message")
@@ -72,7 +72,7 @@ class ChatTemplate:
 
 
 def _marked(messages: Messages) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The conversation with marks in place of what tools are asked and what they say; (mark, what it stands for)."""
+    """The conversation with marks in place of tool calls and results; (mark, what it stands for)."""
     marks: list[tuple[str, str]] = []
 
     def mark(what: str) -> str:
@@ -96,7 +96,7 @@ def _marked_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}, by which templates mark an assistant's words; rendered as it stands."""
+    """{% generation %} … {% endgeneration %}, which marks an assistant's words in templates; rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,7 +1,7 @@
-"""What exported files weigh, and what asking stock llama.cpp and ONNX Runtime for predictions takes. No torch.
+"""Sizes of exported files, and the cost of predictions by stock llama.cpp and ONNX Runtime. No torch.
 
-They run on the processors beside a card. llama.cpp is asked position by position: each costs one decoded token, of
-which several texts' are decoded together.
+Both run on the CPU. llama.cpp is queried position by position: each costs one decoded token, batched over
+several texts.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ BITS = GGUF_BITS | ONNX_BITS
 
 
 def artifact_bytes(kind: str, parameters: int) -> float:
-    """Of an exported file of a type, as is to be expected."""
+    """Expected size of an exported file of a type."""
     return parameters * BITS[kind].typical / 8
 
 
 def scoring(shape: Geometry, kind: str, depth: int, tokens: int, window: int) -> Work:
-    """An artifact's predictions at `tokens` positions, in texts of `window` tokens."""
+    """Cost of an artifact's predictions at `tokens` positions, in texts of `window` tokens."""
     steps = 1.0 if kind in ONNX_BITS else tokens / SLOTS
     weights = artifact_bytes(kind, shape.parameters(depth))
     return Work(forward(shape, depth, tokens, window / 2), steps * weights).beside()
 
 
 def writing(shape: Geometry, kind: str, depth: int, rows: int, prompt: int, new: int) -> Work:
-    """An artifact's texts of `new` tokens after `prompt` tokens, one after another; its cache is in half precision."""
+    """Cost of generating texts of `new` tokens after `prompt` tokens, one by one; the cache is in half precision."""
     weights = artifact_bytes(kind, shape.parameters(depth))
     return decoding(shape, depth, rows, 1, prompt, new, weights, 2).beside()

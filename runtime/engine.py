@@ -1,4 +1,4 @@
-"""What every runtime engine offers, and the few shared pieces of arithmetic. numpy only: no torch, no transformers."""
+"""The interface of every runtime engine, and the arithmetic they share. numpy only: no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALLEST = -1e4  # stands for the logarithm of a probability that underflowed in
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a model predicts after `ids[:position]`."""
+    """A model's next-token distribution after `ids[:position]`."""
 
     position: int
     target: int  # ids[position], the token that really follows
@@ -35,7 +35,7 @@ class Distribution:
 
 
 class ScoringWindow(NamedTuple):
-    """A text, and the positions (1 ≤ p < len(ids), ascending) at which its next token is to be predicted."""
+    """A text, and the positions (1 ≤ p < len(ids), ascending) at which to predict the next token."""
 
     ids: Sequence[int]
     positions: Sequence[int]
@@ -73,13 +73,13 @@ class Engine(ABC):
         """The predictions of every window at its positions.
 
         `top_k` None asks for the whole vocabulary (free in ONNX Runtime; llama.cpp sends every token as JSON: ask it
-        for 64). `done(n)` is told of n more positions scored.
+        for 64). `done(n)` is called after n more positions are scored.
         """
 
     def next_token_logprobs(
         self, ids: Sequence[int], positions: Sequence[int] | None = None, top_k: int | None = None
     ) -> list[Distribution]:
-        """The predictions of one text, at every position unless some are named."""
+        """The predictions of one text, at every position unless some are given."""
         window = ScoringWindow.of(ids) if positions is None else ScoringWindow(ids, positions)
         return self.score([window], top_k)[0]
 
@@ -111,7 +111,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the model's memory back; closing twice does nothing."""
+        """Free the model's memory; closing twice does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +131,7 @@ def distributions(
 ) -> list[Distribution]:
     """Distributions from logits (N, V) whose row i is the prediction after `ids[:positions[i]]`.
 
-    Raises `UserError` for logits that are no numbers.
+    Raises `UserError` for NaN logits.
     """
     if np.isnan(logits).any():
         raise UserError("the predictions are NaN: the weights are damaged or out of range")
@@ -154,7 +154,7 @@ def divergence(reference: Distribution, other: Distribution) -> float:
     """KL(reference ‖ other) in nats; `reference` must be complete.
 
     Where `other` holds only its K most probable tokens, they and the target are compared one by one and all the
-    rest as one token: a lower bound (data processing inequality), close to the whole for K ≥ 64.
+    rest as one token: a lower bound (data processing inequality), close to the full KL for K ≥ 64.
     """
     if not reference.complete:
         raise ValueError("the reference distribution must cover the whole vocabulary")
@@ -183,7 +183,7 @@ def perplexity(scores: Iterable[Distribution]) -> float:
 
 
 def pick(logits: np.ndarray, temperature: float, top_p: float, random: np.random.Generator) -> int:
-    """A token from logits (V,): the greatest at temperature 0, else drawn from the smallest set of mass `top_p`."""
+    """A token from logits (V,): the greatest at temperature 0, else sampled from the smallest set of mass `top_p`."""
     if temperature == 0:
         return int(np.argmax(logits))
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)

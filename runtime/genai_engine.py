@@ -1,4 +1,4 @@
-"""An ONNX folder, open in stock onnxruntime-genai."""
+"""An ONNX folder opened in stock onnxruntime-genai."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What writes text at several depths in one process, whatever the runtime. Speaks token ids only."""
+"""The interface for generating text at several depths in one process, whatever the runtime. Works on token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tokens = abc.Generator[int, None, None]
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens to go on from, and how."""
+    """The tokens to continue, and how."""
 
     ids: Sequence[int]
     max_tokens: int
@@ -32,7 +32,7 @@ class Request:
 
 @dataclass
 class Work:
-    """What a request took; filled while it is worked on."""
+    """A request's time and token counts; filled while it is worked on."""
 
     finish: Finish = "length"
     reused: int = 0  # tokens of the prompt whose keys and values were there already
@@ -52,16 +52,15 @@ class Generator(ABC):
     def generate(self, request: Request, work: Work) -> Tokens:
         """Up to `max_tokens` new tokens, as they are made.
 
-        What a text has in common with the one before it is not read again. Raises `UserError` for depths that are
-        not there.
+        The prefix shared with the previous text is not read again. Raises `UserError` for unknown depths.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back; closing twice does nothing."""
+        """Free the memory; closing twice does nothing."""
 
     def check(self, request: Request) -> None:
-        """Raise `UserError` for depths that are not there."""
+        """Raise `UserError` for invalid options and unknown depths."""
         check_depth(request.depth, self.depths)
         if request.draft_depth is not None:
             check_depth(request.draft_depth, self.depths)

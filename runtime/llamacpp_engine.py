@@ -1,9 +1,9 @@
-"""A GGUF file, open in stock llama.cpp through xllamacpp.
+"""A GGUF file opened in stock llama.cpp through xllamacpp.
 
 llama.cpp's server gives the log-probabilities of the next token, not the logits of a whole text, and only of the
-most probable tokens and of the one it sampled. A bias that forces the sampled token makes it tell the exact,
-unbiased log-probability of any token. A text is scored position by position; what a slot has already seen stays in
-its cache, so that each position costs one decoded token, and several slots are decoded in one batch.
+most probable tokens and of the one it sampled. A bias that forces the sampled token makes it return the
+exact, unbiased log-probability of any token. A text is scored position by position; what a slot has already read stays
+in its cache, so each position costs one decoded token, and several slots are decoded in one batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the
 class LlamaCppEngine(Engine):
     """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
-    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time while text is written.
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation.
     Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
     """
 
@@ -115,11 +115,11 @@ class LlamaCppEngine(Engine):
         return Distribution(position, target, max(logprob, SMALLEST), tokens, logprobs, complete)
 
     def _predict_fragment(self, slot: int, prompt: list[int], target: int, count: int) -> tuple[dict[str, Any], float]:
-        """The prediction where `target` is a piece of a UTF-8 character.
+        """The prediction if `target` is part of a UTF-8 character.
 
         The server reports no probabilities for such a token when it samples it. So a plain token is forced instead;
         if the target is not among the most probable, both are lifted above all others, the plain one higher by a
-        known margin, and the ratio of their probabilities tells the target's.
+        known margin, and the ratio of their probabilities gives the target's.
         """
         plain = self._plain_token(slot, prompt)
         answer = self._force(slot, prompt, plain, count)
@@ -149,7 +149,7 @@ class LlamaCppEngine(Engine):
         raise RuntimeError(f"llama.cpp gave no probability of token {target}")
 
     def _plain_token(self, slot: int, prompt: list[int]) -> int:
-        """A token whose text is whole characters; looked for once."""
+        """A token whose text is whole characters; searched for once."""
         candidates = range(self._vocabulary) if self._plain is None else [self._plain]
         for token in candidates:
             if self._force(slot, prompt, token, 1) is not None:
@@ -158,7 +158,7 @@ class LlamaCppEngine(Engine):
         raise UserError(f"no token of {self.path} is whole characters: its vocabulary is broken")
 
     def _force(self, slot: int, prompt: list[int], token: int, count: int) -> dict[str, Any] | None:
-        """What the server says of `token` after `prompt`, with the `count` most probable tokens."""
+        """The server's log-probability of `token` after `prompt`, with the `count` most probable tokens."""
         return self._ask(slot, prompt, n_probs=count, logit_bias=[[token, FORCE]], samplers=[], temperature=-1.0)
 
     def _ask(self, slot: int, prompt: list[int], **options: Any) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ class LlamaCppEngine(Engine):
         seed: int = 0,
         stop: Collection[int] = (),
     ) -> Iterator[int]:
-        """As in every engine; drawn by llama.cpp's own sampler."""
+        """As in every engine; sampled by llama.cpp's own sampler."""
         return self.write(ids, max_tokens, temperature, top_p, seed, stop)
 
     def write(
@@ -197,7 +197,7 @@ class LlamaCppEngine(Engine):
         stop: Collection[int],
         note: Callable[[dict[str, Any]], None] | None = None,
     ) -> Iterator[int]:
-        """`generate`; `note` is told the timings that the server gives with each few tokens."""
+        """`generate`; `note` receives the timings that the server sends every few tokens."""
         sampling: dict[str, Any] = {"samplers": ["top_k"], "top_k": 1}
         if temperature > 0:
             sampling = {"samplers": ["temperature", "top_p"], "temperature": temperature, "top_p": top_p}
@@ -217,7 +217,7 @@ class LlamaCppEngine(Engine):
             made, turn = made + len(answer["tokens"]), turn + 1
 
     def measure_speed(self, prompt_tokens: int = 128, new_tokens: int = 64) -> Speed:
-        """By llama.cpp's own clock."""
+        """Measured by llama.cpp itself."""
         prompt = [(7 * i) % 97 + 3 for i in range(prompt_tokens)]
         settings = {"id_slot": 0, "samplers": [], "temperature": -1.0, "ignore_eos": True, "cache_prompt": False}
         self._send({"prompt": prompt[:8], "n_predict": 2, **settings})
@@ -240,7 +240,7 @@ class LlamaCppEngine(Engine):
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Over HTTP: what the server answers in this process names no token ids."""
+        """Over HTTP: the in-process call does not return token ids."""
         return checked(post(self._server, path, request), self.path)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Writing text with llama.cpp: one server per depth asked for, in this process."""
+"""Generating text with llama.cpp: one server per requested depth, in this process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .llamacpp_engine import LlamaCppEngine
 
 
 class LlamaCppGenerator(Generator):
-    """`files` maps depths to GGUF files. A depth is opened when it is first asked for, and stays open.
+    """`files` maps depths to GGUF files. A depth is opened when first requested, and stays open.
 
     llama.cpp has no way to stop at a depth, so each has a cache of its own. It maps files into memory: what the files
-    of two depths share on disk they share in memory too, except matrices that it lays out anew for the processor.
+    of two depths share on disk they also share in memory, except matrices that it repacks for the CPU.
     """
 
     runtime = "llama.cpp"

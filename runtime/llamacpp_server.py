@@ -1,4 +1,4 @@
-"""llama.cpp's server in this process, through xllamacpp: what running and sampling a GGUF file share. No torch."""
+"""llama.cpp's server in this process, through xllamacpp, for both scoring and sampling a GGUF file. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any
 def open_server(
     file: Path, threads: int, slots: int, context: int, draft: Path | None = None, draft_tokens: int = 4
 ) -> Any:
-    """An `xllamacpp.Server` on `file` that answers, with `slots` places for texts of `context` tokens each.
+    """A ready `xllamacpp.Server` on `file`, with `slots` slots of `context` tokens each.
 
     `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time. Raises `UserError`, with
     llama.cpp's own reason, where a file is missing or broken.
@@ -60,7 +60,7 @@ def open_server(
 
 
 def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:
-    """What the server answers over HTTP, an error under "error". Never through a proxy: it is this process."""
+    """The server's answer over HTTP, an error under "error". Never through a proxy: it is this process."""
     address = urlsplit(server.listening_address)
     assert address.hostname is not None
     # A connection each: kept open, every answer would wait 40 ms for the acknowledgement of its header.
@@ -74,7 +74,7 @@ def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(answer: dict[str, Any], what: object) -> dict[str, Any]:
-    """A server's answer; `UserError` where it refused `what`, with its reason."""
+    """A server's answer; `UserError` with its reason if it refused `what`."""
     if "error" in answer:
         raise UserError(f"llama.cpp refused {what}: {answer['error'].get('message', answer['error'])}")
     return answer
@@ -82,7 +82,7 @@ def checked(answer: dict[str, Any], what: object) -> dict[str, Any]:
 
 @contextmanager
 def short_spins() -> Iterator[None]:
-    """Load a library of llama.cpp in here.
+    """Load a llama.cpp library inside this context.
 
     GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
     machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
@@ -121,8 +121,8 @@ def _reason(xllamacpp: Any, parameters: Any) -> str:
 
 
 def _settled(descriptor: int, marker: str) -> str:
-    """What is in a file once it has the marker and grows no more: llama.cpp writes from a thread of its own, which on a
-    busy machine may be late. Without a marker after `LOG_SECONDS`, what there is."""
+    """A file's contents once it has the marker and stops growing: llama.cpp writes from a thread of its own, which may
+    be late on a busy machine. Without a marker after `LOG_SECONDS`, what there is."""
     text, end = "", time.monotonic() + LOG_SECONDS
     while time.monotonic() < end:
         before, text = text, os.pread(descriptor, 1 << 20, 0).decode(errors="replace")  # the writer's place stays

@@ -1,4 +1,4 @@
-"""Speed and memory of an artifact, measured in a process of its own: the memory is then the runtime's alone."""
+"""Speed and memory of an artifact, measured in a separate process so that its memory is only the runtime's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measure(
     threads: int = 0,
     runtime: str | None = None,
 ) -> Measurement:
-    """Open the artifact in a fresh process and time it; the best of the repetitions counts.
+    """Open the artifact in a fresh process and time it; the best repetition counts.
 
     Raises `UserError` as `open_engine` does.
     """
@@ -58,7 +58,7 @@ def in_own_process(module: str, path: Path, settings: dict[str, Any]) -> dict[st
 
 
 def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
-    """The main program of such a process: print what `work` finds, or what is wrong, as JSON."""
+    """The main program of such a process: print the result of `work`, or the error, as JSON."""
     try:
         found = work(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except UserError as error:

@@ -1,14 +1,14 @@
-"""Cutting an exported ONNX graph at depths: blocks a … b-1 as a graph of their own, and the head as another.
+"""Cutting an exported ONNX graph at depths: blocks a … b-1 as one graph each, and the head as another.
 
-ONNX Runtime gives nothing but a graph's declared outputs and runs all of it. Parts that hand hidden states on can be
-run one at a time, over the same external weights file, so that every depth is served by one set of weights. The
-graph is taken apart at the level of protobuf's wire format: its nodes and tensors are copied byte by byte, and the
-runtime needs no `onnx` package.
+ONNX Runtime always runs a whole graph and returns only its declared outputs. Parts that pass hidden states on can be
+run one at a time, over the same external weights file, so that one set of weights serves every depth. The graph is
+split at the level of protobuf's wire format: its nodes and tensors are copied byte by byte, and the runtime needs no
+`onnx` package.
 
-Every attention gets one row of zeros behind the real ones, cut off again after it. ONNX Runtime multiplies one row by
-another kernel than several, which rounds otherwise; with int4, whose activations are rounded to 8 bits, that is enough
-to change logits by half a unit. With the added row no pass has a single row, and a token's logits are the same bits
-whether it is read alone or among others: drafts can be verified, and skipped blocks filled in, without a difference.
+Every attention gets one extra row of zeros, removed again after it. ONNX Runtime uses a different kernel for one row
+than for several, with different rounding; with int4, whose activations are rounded to 8 bits, that is enough to change
+logits by half a unit. With the extra row no pass has a single row, and a token's logits are bit-identical whether it is
+read alone or among others: drafts can be verified, and skipped blocks filled in, without a difference.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _ROW = {"added_row.pads": (0, 0, 0, 0, 1, 0), "added_row.start": (0,), "added_ro
 
 
 class Cut(NamedTuple):
-    """Where a block begins: its first norm adds these two tensors (1, T, H), the residual stream so far and what the
-    block before adds to it."""
+    """Where a block begins: its first norm adds these two tensors (1, T, H), the residual stream so far and the
+    previous block's output."""
 
     residual: str
     addition: str
@@ -55,10 +55,10 @@ class _Node:
 
 
 def cut_model(file: Path, depths: Sequence[int], blocks: int, scores: bool = False) -> list[Part]:
-    """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, and behind them the head.
+    """The parts of an ONNX file of `blocks` blocks between the ascending `depths`, followed by the head.
 
-    With `scores` they also give `retaining_scores.N` of their blocks, which are left uncomputed otherwise. Raises
-    `UserError` for files whose graph is not as `compress export` writes it.
+    With `scores` they also output their blocks' `retaining_scores.N`, which are not computed otherwise. Raises
+    `UserError` for files whose graph was not written by `compress export`.
     """
     try:
         graph = _Graph(file.read_bytes())
@@ -115,11 +115,11 @@ class _Graph:
         return None
 
     def gives(self, name: str) -> bool:
-        """Whether an output of that name is declared."""
+        """Whether an output of this name is declared."""
         return name in self._named[_OUTPUT]
 
     def part(self, outputs: Sequence[str], given: Iterable[str]) -> bytes:
-        """The model that computes `outputs` from the tensors `given` and the inputs that it needs."""
+        """The model that computes `outputs` from the tensors `given` and the inputs it needs."""
         given = list(given)
         wanted: set[int] = set()
         used: dict[str, None] = {}
@@ -194,7 +194,7 @@ def _node(message: bytes, raw: bytes) -> _Node:
 
 
 def _with_added_row(message: bytes, node: _Node) -> list[_Node]:
-    """An attention between Pad and Slice; any other node as it is."""
+    """An attention between Pad and Slice; any other node unchanged."""
     if _text(message, 4) != "GroupQueryAttention":
         return [node]
     given = [name for name in node.inputs[:3] if name]  # q, k and v, or all three as one

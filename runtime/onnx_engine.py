@@ -1,4 +1,4 @@
-"""An ONNX folder, open in stock ONNX Runtime."""
+"""An ONNX folder opened in stock ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = "model.onnx.data"  # lies beside the graph; graphs of several depths r
 def read_genai_config(folder: Path) -> dict[str, Any]:
     """The `genai_config.json` of an ONNX folder; `UserError` when the folder is not one.
 
-    The graph it names may lie in a folder below, with the weights.
+    The graph it names may be in a subfolder, with the weights.
     """
     path = folder / "genai_config.json"
     if not path.is_file():
@@ -83,7 +83,7 @@ class OnnxEngine(Engine):
         return result[0][0].astype(np.float32), result[1:]
 
     def retaining_scores(self, ids: Sequence[int]) -> list[np.ndarray]:
-        """Scores (T, KV heads) float32 per block of a text read in one pass; `UserError` where the graph gives none."""
+        """Scores (T, KV heads) float32 per block of a text read in one pass; `UserError` if the graph has none."""
         names = [f"retaining_scores.{i}" for i in range(self._blocks)]
         if names[-1] not in {value.name for value in self._session.get_outputs()}:
             raise UserError(f"{self.path} gives no retaining scores: its checkpoint had no retaining heads")
@@ -151,5 +151,5 @@ class OnnxEngine(Engine):
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, for a message."""
+    """The first line of an error, for a message."""
     return str(error).strip().splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Writing text with ONNX Runtime: at any depth, with early exit, or with a shallow draft."""
+"""Generating text with ONNX Runtime: at any depth, with early exit, or with a shallow draft."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .speculative import DraftModel, write_verified
 class OnnxGenerator(Generator):
     """`folder`'s ONNX model at the ascending `depths`, whose last is the greatest that is loaded.
 
-    All depths share the weights and what has been read. `draft`, another generator of the same vocabulary, drafts
-    where a request names no draft depth of its own. One request at a time: another's first token waits until this one's
-    are read to the end, or its iterator is closed.
+    All depths share the weights and the tokens read so far. `draft`, another generator of the same vocabulary, drafts
+    for requests without a draft depth. One request at a time: the next one's first token waits until this one is read
+    to the end, or its iterator is closed.
     """
 
     runtime = "onnxruntime"
@@ -89,10 +89,10 @@ def _write_singly(
 
 
 class BoundedGenerator(Generator):
-    """As `OnnxGenerator`, with a cache of fixed size: how much memory a text takes does not depend on its length.
+    """As `OnnxGenerator`, with a cache of fixed size: memory does not depend on the length of the text.
 
-    A request that extends the text before it goes on from there; any other, and another depth, is read from its
-    beginning. No drafts, no early exits.
+    A request that extends the previous text continues from it; any other request, or depth, is read from the start. No
+    drafts, no early exits.
     """
 
     runtime = "onnxruntime"

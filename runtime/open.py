@@ -1,4 +1,4 @@
-"""Opening an exported artifact without knowing what it is."""
+"""Opening an exported artifact of any format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .engine import Engine
 def open_engine(path: Path, threads: int = 0, context: int = 1024, runtime: str | None = None) -> Engine:
     """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
 
-    `context` is the longest text wanted of llama.cpp, which reserves its cache in advance.
+    `context` is the longest text for llama.cpp, which allocates its cache in advance.
     """
     path = Path(path)
     if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):

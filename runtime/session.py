@@ -1,4 +1,4 @@
-"""A bundle, open to write text: conversations or plain text in, pieces of text out. No torch, no transformers."""
+"""Generating text with a bundle: conversations or plain text in, pieces of text out. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS: dict[str, str] = {"onnx": "onnx", "llama.cpp": "gguf"}  # engine -> the
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is to be written."""
+    """Generation settings of one answer."""
 
     max_tokens: int = 256
     depth: int | None = None  # None: the deepest
@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer took."""
+    """An answer's token counts and timings."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -62,7 +62,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one more token, often none; the last piece of an answer says why it ended and what it took."""
+    """The text of one more token, often none; the last piece has the finish reason and the usage."""
 
     text: str
     finish: Finish | None = None  # "stop": the model ended it; "length": max_tokens or the context did
@@ -84,11 +84,11 @@ Pieces = abc.Generator[Piece, None, None]
 class Session:
     """A bundle in one engine and one type, at any of its depths; `context` bounds llama.cpp's cache, in tokens.
 
-    `engine` None takes llama.cpp where the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
-    `deepest` leaves greater depths out of memory. `draft` names another bundle whose deepest model drafts (onnx only).
-    `depth` is what runs where a request names none: the deepest, if not given. `kv_budget` bounds the cache, so that
-    any text takes the same memory: so many keys and values per block and KV head, or a `KvBudget` with more settings;
-    the engine of None is onnx then.
+    `engine` None takes llama.cpp if the bundle has a GGUF, else onnx; `kind` None the engine's first artifact.
+    Depths greater than `deepest` are not loaded. `draft` names another bundle whose deepest model drafts (onnx only).
+    `depth` is used by requests that name none (default: the deepest). `kv_budget` bounds the cache, so that texts of
+    any length take the same memory: the number of keys and values per block and KV head, or a `KvBudget` with more
+    settings; `engine` None is then onnx.
 
     >>> with Session("bundle", depth=18, kv_budget=1024) as session:
     ...     print(session.generate("Why is the sky blue?", max_tokens=64).text)
@@ -183,8 +183,8 @@ class Session:
     ) -> Answer:
         """A whole answer to a question, or to a conversation of {"role", "content"}, in the model's own template.
 
-        With `raw` the text goes on as it stands. A `temperature` of 0 is greedy. `on_text` is called with each piece of
-        text as it is written; `chat` and `complete` give the pieces themselves, and take all `Settings`.
+        With `raw` the text is continued without a template. A `temperature` of 0 is greedy. `on_text` is called with
+        each piece of text as it is generated; `chat` and `complete` yield the pieces, and take all `Settings`.
         """
         settings = Settings(max_tokens, depth, temperature, top_p, seed, tuple(stop))
         if raw and isinstance(prompt, str):
@@ -207,12 +207,12 @@ class Session:
     ) -> Pieces:
         """The assistant's answer to a conversation of {"role", "content"}, in the model's own template.
 
-        `variables` are what the template reads beside the conversation.
+        `variables` are further variables of the template.
         """
         return self._write(self.prompt(messages, variables), settings)
 
     def complete(self, prompt: str | Sequence[int], settings: Settings = Settings()) -> Pieces:
-        """How plain text, or tokens as they are, go on."""
+        """The continuation of plain text, or of tokens."""
         if isinstance(prompt, str):
             return self._write(self.tokenizer.encode(prompt, begin=True), settings)
         unknown = next((number for number in prompt if not 0 <= number < self.tokenizer.size), None)
@@ -281,7 +281,7 @@ class Session:
 
 
 def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | None) -> tuple[str, str]:
-    """(engine, type), as far as they are not given; `UserError` for what is not in the bundle, naming what is."""
+    """(engine, type), with defaults for those not given; `UserError` listing the bundle's if it lacks them."""
     there = [
         (name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form
     ]

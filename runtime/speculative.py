@@ -1,9 +1,9 @@
-"""Speculative decoding: a cheap model drafts a few tokens, the full depth reads them in one pass.
+"""Speculative decoding: a cheap model drafts a few tokens, the full depth verifies them in one pass.
 
-A draft is accepted as far as it is what the full depth itself would have written: each token is drawn from the full
-depth's logits exactly as without a draft, and compared. So the text is that of the full depth alone, greedy or sampled
-with a seed. Passes of different length round alike in these graphs (`onnx_cut`), which makes this equality exact to the
-bit where ONNX Runtime's matrix kernels treat each row alone, as they do on x86-64 with AVX-512.
+A draft is accepted as long as it matches what the full depth itself would have written: each token is sampled from the
+full depth's logits exactly as without a draft, and compared. So the text is that of the full depth alone, greedy or
+sampled with a seed. Passes of different lengths round the same way in these graphs (`onnx_cut`), so the equality is
+exact to the bit where ONNX Runtime's matrix kernels treat each row separately, as they do on x86-64 with AVX-512.
 A depth of the same model drafts with blocks that the full depth needs anyway: they are not run again to verify.
 """
 
@@ -20,13 +20,13 @@ from .generator import Request, Work
 
 @dataclass
 class DraftModel:
-    """Another model of the same vocabulary, with a text of its own."""
+    """Another model of the same vocabulary, with its own text."""
 
     text: CachedText
     depth: int
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
-        """The likeliest continuation of `tokens`."""
+        """The most likely continuation of `tokens`."""
         count = min(count, self.text.chain.context - len(tokens))
         if count < 1:
             return []
@@ -74,7 +74,7 @@ def write_verified(
 
 
 def _draft(text: CachedText, depth: int | None, draft: DraftModel | None, count: int) -> list[int]:
-    """Likely next tokens, with which `text` is gone on."""
+    """Likely next tokens, which are appended to `text`."""
     if draft is not None:
         found = draft.propose(text.tokens, count)
         text.add(found)

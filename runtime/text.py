@@ -1,4 +1,4 @@
-"""Text to tokens and back, by a bundle's tokenizer.json; needs `tokenizers` alone."""
+"""Text to tokens and back with a bundle's tokenizer.json; needs only `tokenizers`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
-        """Token ids; special tokens in the text are recognised. `begin` adds what the tokenizer puts before a text.
+        """Token ids; special tokens in the text are recognised. `begin` adds the tokenizer's begin-of-text tokens.
 
-        Raises `UserError` for a text with half of a surrogate pair, which is what bytes that are not UTF-8 become.
+        Raises `UserError` for a text with half of a surrogate pair, as invalid UTF-8 bytes become.
         """
         try:
             text.encode()
@@ -56,12 +56,12 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def number(self, token: str) -> int | None:
-        """The id of a token by its name."""
+        """The id of a token."""
         return self._tokenizer.token_to_id(token)
 
 
 class TextStream:
-    """Tokens one by one to pieces of text: together what decoding them all gives, and never a part of a character."""
+    """Tokens one by one to pieces of text: joined, they equal decoding all at once, and none splits a character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -69,7 +69,7 @@ class TextStream:
         self._shown = 0  # characters of the window's text that were handed out
 
     def push(self, token: int) -> str:
-        """The text that is certain now."""
+        """The text that is final now."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         held = min(len(text) - len(text.rstrip(_HALF)), _LONGEST)
@@ -88,9 +88,9 @@ class TextStream:
 
 
 class StopTexts:
-    """Pieces of text, up to where the first of some texts begins; `found` once it did.
+    """Pieces of text, up to the first occurrence of a stop text; then `found` is set.
 
-    What may be the beginning of one is held back until that is certain.
+    What may be the start of a stop text is held back until that is certain.
     """
 
     def __init__(self, texts: Collection[str]):
@@ -99,7 +99,7 @@ class StopTexts:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain now; none after a stop."""
+        """The text that is final now; none after a stop."""
         if self.found:
             return ""
         text = self._held + piece
@@ -118,7 +118,7 @@ class StopTexts:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """How many characters at the end of `text` may be the start of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 

@@ -133,7 +133,7 @@ def test_the_index_decides_where_both_are_there(copy):
         (lambda f: (f / INDEX).unlink(), "has neither model.safetensors nor model.safetensors.index.json"),
         (
             lambda f: shutil.copy(f / "model-00001-of-00002.safetensors", f / "model-00002-of-00002.safetensors"),
-            "and in",
+            "is in both",
         ),
     ],
 )
@@ -164,7 +164,7 @@ def without_block(number: int) -> Callable[[Path], None]:
         (drop("model.layers.2.mlp.up_proj.weight"), "no model.layers.2.mlp.up_proj.weight"),
         (drop("model.norm.weight"), "no model.norm.weight"),
         (add("model.layers.1.self_attn.q_norm.weight", 16), "self_attn.q_norm.weight, which a llama model"),
-        (add("model.layers.0.self_attn.q_proj.bias", 64), "q_proj.bias, which a llama model of this configuration"),
+        (add("model.layers.0.self_attn.q_proj.bias", 64), "q_proj.bias, which a llama model with this configuration"),
         (add("mtp.head.weight", 4, 4), "mtp.head.weight, which a llama model"),
         (add("model.layers.0.self_attn.q_proj.lora_A.weight", 4, 64), "adapter that was saved unmerged"),
         (without_block(3), r"the weights have 3 blocks, but config.json says 4 \(num_hidden_layers\)"),
@@ -235,7 +235,7 @@ def test_a_list_per_block_of_one_kind_is_given_the_length_of_the_blocks(noted, c
     notes = noted()
     found = read(folder, notes)
     assert load_config(found).layer_types == ["full_attention"] * 4
-    assert [f"had {count} entries for 4 blocks" in text for text in notes.texts] == [True]
+    assert [f"has {count} entries for 4 blocks" in text for text in notes.texts] == [True]
     assert torch.equal(logits(found), expected)
 
 

@@ -116,7 +116,9 @@ def test_auto_takes_the_deepest_that_fits(bundle, monkeypatch):
     assert choose_depth(bundle, "onnx", None, latency_ms=40).depth == 4 and asked == [4]
     assert choose_depth(bundle, "onnx", None, latency_ms=35).depth == 3
     assert choose_depth(bundle, "onnx", None, latency_ms=35, memory_bytes=250_000_000).depth == 2
-    message = r"no depth of .* fits 5 ms per token and 300 MB \(depth 4: 40.0 ms, 400 MB; depth 3: .*; depth 2:"
+    message = (
+        r"no depth of .* meets 5 ms per token and 300 MB \(measured: depth 4: 40.0 ms, 400 MB; depth 3: .*; depth 2:"
+    )
     with pytest.raises(UserError, match=message):
         choose_depth(bundle, "onnx", None, latency_ms=5, memory_bytes=300_000_000)
 
@@ -129,7 +131,7 @@ def test_auto_measures(bundle):
     assert done.stdout == answer(bundle, "the way", max_tokens=6) + "\n"
     assert "depth 4: " in done.stderr and "ms per token" in done.stderr
     done = compress("generate", bundle, "--prompt", "the way", "--threads", 1, "--depth", "auto", "--memory-mb", 5)
-    assert done.returncode == 2 and "fits 5 MB (depth 4: " in done.stderr
+    assert done.returncode == 2 and "meets 5 MB (measured: depth 4: " in done.stderr
 
 
 def test_bench_prints_and_writes(bundle, tmp_path):

@@ -167,7 +167,7 @@ def test_tool_calls_come_as_templates_read_them():
 @pytest.mark.parametrize(
     ("message", "param", "reason"),
     [
-        ({"role": "user"}, "messages.0.content", "it has none"),
+        ({"role": "user"}, "messages.0.content", "with role user needs content"),
         ({"role": "user", "content": None}, "messages.0.content", "a message with role user needs content"),
         ({"role": "tool", "content": None}, "messages.0.content", "a message with role tool needs content"),
         ({"role": "user", "content": 5}, "messages.0.content", "a string or a list of text parts"),
