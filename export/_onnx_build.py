@@ -1,8 +1,8 @@
 """Runs onnxruntime-genai's model builder: `python -m compress.export._onnx_build CHECKPOINT FOLDER [CHECKPOINT …]`.
 
-In a process of its own because the builder is not made to be imported: it puts its folder on `sys.path` and brings
-top-level modules named `builders`, `loaders` and `quantization`; it prints as it goes; and it keeps the whole model
-in memory. The process ends when its standard input closes, that is, when its parent dies.
+In a separate process because the builder is not meant for import: it puts its folder on `sys.path` and adds
+top-level modules named `builders`, `loaders` and `quantization`; it prints to the terminal; and it keeps the whole
+model in memory. The process ends when its standard input closes, that is, when its parent dies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(checkpoint: str, folder: str) -> None:
 
 @cache
 def _gemma3(base: Any) -> Any:
-    """The builder's Gemma-3 class, made to read transformers 5's configuration and to scale embeddings exactly."""
+    """The builder's Gemma-3 class, adapted to read transformers 5's configuration and to scale embeddings exactly."""
 
     class Gemma3Model(base):
         def __init__(self, config: Any, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""One type of artifact in the making, at all its depths: GGUF, and ONNX."""
+"""Building one type of artifact at all its depths: GGUF, and ONNX."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .verify import (
 
 @dataclass(frozen=True)
 class Making:
-    """What all types of a bundle are made with."""
+    """What all artifact types of a bundle share while it is built."""
 
     checkpoint: Path
     bundle: Path
@@ -65,7 +65,7 @@ class Kind(ABC):
 
     @property
     def role(self) -> str:
-        """Its role at the greatest depth."""
+        """The artifact's role at the greatest depth."""
         return f"{self.form}-{self.type}"
 
     def role_at(self, depth: int) -> str:
@@ -78,11 +78,11 @@ class Kind(ABC):
     @property
     @abstractmethod
     def root(self) -> str:
-        """The file or folder with everything, within the bundle."""
+        """The file or folder of all depths, relative to the bundle."""
 
     @abstractmethod
     def path(self, depth: int) -> str:
-        """What a runtime opens, within the bundle."""
+        """The path a runtime opens, relative to the bundle."""
 
     @abstractmethod
     def size(self, depth: int) -> Size: ...
@@ -96,11 +96,11 @@ class Kind(ABC):
 
     @abstractmethod
     def errors(self) -> Iterator[tuple[str, str, float]]:
-        """(tensor, its type, row error) of everything written, against the checkpoint."""
+        """(tensor, its type, row error) of every tensor written, against the checkpoint."""
 
     @abstractmethod
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
-        """One depth in its real runtime, against the checkpoint's first so many blocks."""
+        """Check one depth in its real runtime against the checkpoint truncated to that depth."""
 
     @abstractmethod
     def check_graph(self, depth: int, reference: Reference) -> float:
@@ -111,7 +111,7 @@ class Kind(ABC):
         return self.making.bundle / self.path(depth)
 
     def clear(self) -> None:
-        """Remove what an earlier attempt left."""
+        """Remove the remains of an earlier attempt."""
         root = self.making.bundle / self.root
         shutil.rmtree(root) if root.is_dir() else root.unlink(missing_ok=True)
 

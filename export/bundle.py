@@ -18,7 +18,7 @@ OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "_name_or_pat
 
 @dataclass(frozen=True)
 class Size:
-    """How large one depth of one type is by itself."""
+    """The size of a single depth of one type."""
 
     bytes: int  # of all that is read for it
     parameters: int
@@ -26,7 +26,7 @@ class Size:
 
 
 def copy_model_files(checkpoint: Path, bundle: Path) -> None:
-    """Configuration, tokenizer and chat template; the tokenizer's settings so that older libraries read them too."""
+    """Configuration, tokenizer and chat template; the tokenizer's settings in a form that older libraries read too."""
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, bundle / name)
@@ -38,7 +38,7 @@ def copy_model_files(checkpoint: Path, bundle: Path) -> None:
 
 
 def settle_tokenizer(file: Path) -> None:
-    """Rewrite a tokenizer_config.json without what only this machine, or only transformers 5, understands.
+    """Rewrite a tokenizer_config.json without what is specific to this machine or to transformers 5.
 
     transformers 5 gives its one class for tokenizer.json a new name, and further special tokens a new key; it reads
     the old ones as the same, and transformers 4 (which Optimum's ONNX side needs) reads no others. There the class
@@ -56,7 +56,7 @@ def settle_tokenizer(file: Path) -> None:
 
 
 def list_files(bundle: Path) -> list[FileEntry]:
-    """Every file but the manifest, in order, with its hash; of a file with several names the later ones say so."""
+    """Every file but the manifest, in order, with its hash; further hard links to a file are marked as such."""
     found: list[FileEntry] = []
     names: dict[tuple[int, int], FileEntry] = {}
     for file in sorted(file for file in bundle.rglob("*") if file.is_file() and file != bundle / BundleManifest.FILE):
@@ -72,7 +72,7 @@ def list_files(bundle: Path) -> list[FileEntry]:
 
 
 def disk_bytes(folder: Path) -> tuple[int, int]:
-    """What a folder's files take, hard links counted once, and what they would take as copies."""
+    """The bytes of a folder's files, hard links counted once, and with links counted as copies."""
     states = [file.stat() for file in folder.rglob("*") if file.is_file()]
     once = {(state.st_dev, state.st_ino): state.st_size for state in states}
     return sum(once.values()), sum(state.st_size for state in states)

@@ -56,7 +56,7 @@ def write_card(bundle: Path, manifest: BundleManifest) -> None:
 def optimum_runs(config: dict[str, Any]) -> bool:
     """Whether Optimum's ORTModelForCausalLM (optimum-onnx 0.1.0) gives the graph a cache of the right shape.
 
-    It takes a head's size to be hidden size ÷ heads but for Gemma-3, and Phi-3 to have as many KV heads as heads.
+    It assumes a head size of hidden size ÷ heads, except for Gemma-3, and as many KV heads as heads for Phi-3.
     """
     builder, shape = family_of(config).onnx, AttentionShape.of(config)
     if builder is None or not (builder.optimum_kv_heads or shape.kv_heads == shape.heads):

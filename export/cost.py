@@ -1,4 +1,4 @@
-"""What writing and checking the artifacts takes."""
+"""The cost of writing and checking the artifacts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUANTIZING = 13_000
 
 
 def _exported(config: ExportConfig, at: Setting) -> Sequence[int]:
-    """The depths that are exported."""
+    """The depths to export."""
     return config.depths or at.depths or [at.kept]
 
 

@@ -1,7 +1,7 @@
-"""The tokens that end a text, and the chat templates: decided once for a bundle, and written everywhere alike.
+"""End-of-text tokens and chat templates: decided once per bundle, and written the same everywhere.
 
-generation_config.json, the tokenizer's end-of-text token and llama.cpp, which knows some tokens by their text, may each
-name others. A text that ends in one runtime must end in all, so the set is all of them.
+generation_config.json, the tokenizer's end-of-text token and llama.cpp, which recognises some tokens by their text, may
+each name different tokens. A text that ends in one runtime must end in all, so the set is their union.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BY_TEXT = frozenset(
 
 
 def end_tokens(checkpoint: Path) -> list[int]:
-    """The ids of all tokens that end a text, ascending; none where the checkpoint names none."""
+    """The ids of all tokens that end a text, ascending; empty if the checkpoint names none."""
     vocabulary = read_vocabulary(checkpoint)
     found = set(eos_ids(checkpoint))
     token = read_json_if_there(checkpoint / "tokenizer_config.json").get("eos_token")
@@ -36,7 +36,7 @@ def end_tokens(checkpoint: Path) -> list[int]:
 
 
 def known_by_text(vocabulary: dict[str, int]) -> dict[int, str]:
-    """Tokens that llama.cpp takes for the end of a text by their text: id → text."""
+    """Tokens that llama.cpp recognises as end of text by their text: id → text."""
     found = {number: token for token, number in vocabulary.items() if token in BY_TEXT}
     texts = set(found.values())
     # Where there are ends of their own for it, this one ends a message and no text.
@@ -57,7 +57,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def further_ends(checkpoint: Path, eos: int | None) -> list[int]:
-    """Ends that a GGUF file must name beside its end-of-text token `eos`, because llama.cpp does not know their text.
+    """End tokens that a GGUF file must name besides `eos`, because llama.cpp does not recognise their text.
 
     Raises `UserError` for more than the two that it has keys for.
     """
@@ -72,7 +72,7 @@ def further_ends(checkpoint: Path, eos: int | None) -> list[int]:
 
 
 def write_generation_config(checkpoint: Path, folder: Path) -> None:
-    """Write generation_config.json with all ends of text."""
+    """Write generation_config.json with all end-of-text tokens."""
     values = read_json_if_there(checkpoint / GENERATION)
     ends = end_tokens(checkpoint)
     if ends:
@@ -82,7 +82,7 @@ def write_generation_config(checkpoint: Path, folder: Path) -> None:
 
 
 def check_gguf_texts(file: Path, checkpoint: Path) -> None:
-    """`UserError` unless a GGUF file's ends of text and chat template are the checkpoint's."""
+    """`UserError` unless a GGUF file's end-of-text tokens and chat template are the checkpoint's."""
     metadata = read_metadata(file)
     vocabulary = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
@@ -91,7 +91,7 @@ def check_gguf_texts(file: Path, checkpoint: Path) -> None:
 
 
 def check_onnx_texts(folder: Path, checkpoint: Path) -> None:
-    """`UserError` unless an ONNX folder's ends of text and chat template are the checkpoint's, for every reader."""
+    """`UserError` unless all of an ONNX folder's end-of-text tokens and its chat template are the checkpoint's."""
     for name, path in (("genai_config.json", ("model", "eos_token_id")), (GENERATION, ("eos_token_id",))):
         value: Any = read_json_if_there(folder / name)
         for key in path:

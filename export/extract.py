@@ -1,4 +1,4 @@
-"""One depth of a bundle as a file or folder of its own. For a GGUF file this needs no torch."""
+"""Extracting one depth of a bundle into its own file or folder. For a GGUF file this needs no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def find_artifact(bundle: Path, type: str, depth: int | None) -> ArtifactEntry:
 def extract(bundle: Path, type: str, depth: int | None, out: Path) -> ArtifactEntry:
     """Write one artifact of a bundle as the single .gguf file, or the ordinary ONNX folder, `out`.
 
-    Its tensors are copied byte for byte. `out` must not be there yet, and appears only when whole.
+    Its tensors are copied byte for byte. `out` must not exist yet, and appears only when complete.
     """
     if out.exists():
         raise UserError(f"{out} exists already; give another --out, or remove it")

@@ -1,7 +1,7 @@
 """GGUF straight from safetensors: one tensor at a time, at its final type.
 
 Memory is bounded by the largest tensor. Metadata is what llama.cpp's converter writes for the family, with every
-per-block value counted for the blocks that are there.
+per-block value adjusted to the blocks that were kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROPES = ("default", "linear", "yarn", "llama3", "longrope")  # that can be writt
 
 @dataclass(frozen=True)
 class WrittenGguf:
-    """What was written."""
+    """The files written."""
 
     type: str
     bytes: int
@@ -59,8 +59,8 @@ class Tensor(NamedTuple):
 
 
 def check_gguf(checkpoint: Path) -> None:
-    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, weights, and settings of the configuration
-    that its graph of the family does not have."""
+    """Raise `UserError` for what llama.cpp would run wrongly: tokenizers, weights, and configuration settings that its
+    graph for the family does not implement."""
     config = load_config(checkpoint)
     vocabulary_kind(read_tokenizer(checkpoint), checkpoint)
     problem = next(_unlike_llamacpp(config), None)
@@ -70,7 +70,7 @@ def check_gguf(checkpoint: Path) -> None:
 
 
 def _unlike_llamacpp(config: Any) -> Iterator[str]:
-    """What a configuration asks for and llama.cpp's graph of its family does not do."""
+    """Settings of a configuration that llama.cpp's graph for its family does not implement."""
     family, name = family_of(config), config.model_type
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation not in family.activations:
@@ -103,7 +103,7 @@ def _unlike_yarn(rope: dict[str, Any]) -> Iterator[str]:
 
 
 class Conversion:
-    """A checkpoint on its way into GGUF files of one type (one of TYPES): what is written, and the writing of it.
+    """The conversion of a checkpoint into GGUF files of one type (one of TYPES).
 
     `imatrix` holds, by llama.cpp tensor name, mean squared input activations (columns,). Raises `UserError` for
     unsupported models.
@@ -140,7 +140,7 @@ class Conversion:
         return sum(math.prod(tensor.packed) for tensor in self.tensors)
 
     def info(self, file: Path) -> WrittenGguf:
-        """What `file` with all tensors became."""
+        """The summary of `file`, which holds all tensors."""
         weights = sum(math.prod(shape) for _, shape, _ in self.tensors)
         fitting = [(n, kind, self._type(n, (*s[:-1], 256))) for n, s, kind in self.tensors if len(s) > 1]
         fallbacks = sum(kind != wanted for _, kind, wanted in fitting)
@@ -155,11 +155,11 @@ class Conversion:
         return tensor_type(name, shape, self.qtype, blocks, tied=tied, importance=weighted, is_70b=big)
 
     def writer(self) -> GGUFWriter:
-        """A writer that holds the architecture's name and nothing else."""
+        """A writer with only the architecture's name."""
         return GGUFWriter(None, family_of(self.config).gguf.architecture)
 
     def described(self, config: Any, name: str) -> GGUFWriter:
-        """A writer that holds all metadata of the model with this configuration, vocabulary included."""
+        """A writer with all metadata of the model with this configuration, vocabulary included."""
         writer = self.writer()
         _write_metadata(writer, config, self.qtype, safe_name(name, self.checkpoint))
         write_vocabulary(writer, self.checkpoint, config.vocab_size)
@@ -191,7 +191,7 @@ class Conversion:
 
     @contextmanager
     def disk_errors(self, out: Path) -> Iterator[None]:
-        """A full disk as `UserError`."""
+        """Turn a full disk into `UserError`."""
         try:
             yield
         except OSError as error:
@@ -212,7 +212,7 @@ def write_gguf(
 ) -> WrittenGguf:
     """Write a checkpoint folder as the one file `out`; the arguments are those of `Conversion`.
 
-    The file appears only when whole; the same checkpoint gives the same bytes. Raises `UserError` for unsupported
+    The file appears only when complete; the same checkpoint gives the same bytes. Raises `UserError` for unsupported
     models and full disks.
     """
     job = Conversion(checkpoint, qtype, imatrix=imatrix, name=name, threads=threads, progress=progress)
@@ -228,9 +228,9 @@ def write_gguf(
 
 
 def context_length(config: Any) -> int:
-    """The longest text that llama.cpp runs as the checkpoint does.
+    """The longest text for which llama.cpp computes the same as the checkpoint.
 
-    Where it slides no windows: within one window full attention is the same.
+    Where it has no sliding windows, that is one window, within which full attention is the same.
     """
     if family_of(config).gguf.windows == "blocks" or not any(sliding_blocks(config)):
         return config.max_position_embeddings
@@ -238,9 +238,9 @@ def context_length(config: Any) -> int:
 
 
 def safe_name(name: str, checkpoint: Path) -> str:
-    """The model's name, made safe: llama.cpp strips spaces after special tokens of models *named* Phi-3.
+    """A safe name for the model: llama.cpp strips spaces after special tokens of models *named* Phi-3.
 
-    A Phi-3 tokenizer needs that whatever the model is called; any other one must not be taken for it.
+    A Phi-3 tokenizer needs that whatever the model is called; no other tokenizer may get it.
     """
     tokenizer = read_tokenizer(checkpoint)
     strips = any(entry.get("rstrip") and entry["content"] == "</s>" for entry in tokenizer.get("added_tokens", []))

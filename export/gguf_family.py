@@ -1,12 +1,12 @@
 """One set of GGUF tensors for several depths, as llama.cpp's split files.
 
-llama.cpp reads a model that is cut into `NAME-00001-of-0000K.gguf` … from its first part, which holds the metadata,
-and takes the tensors from wherever they are. Here every depth has a first part of its own, and the others hold what
+llama.cpp reads a model split into `NAME-00001-of-0000K.gguf` … from its first part, which holds the metadata,
+and finds the tensors in any part. Here every depth has a first part of its own, and the others hold what
 the depths share: part 2 embedding, final norm and output, part 3 the blocks of the least depth, part 4 those that the
-next depth adds, and so on. Their names must say how many parts a depth has, so each depth has its own names for
+next greater depth adds, and so on. Their names must say how many parts a depth has, so each depth has its own names for
 them: hard links to one file, or copies where the file system has no links.
 
-Tensor types are those of the deepest model's mix, because llama.cpp's mixes depend on a block's place among all.
+Tensor types are those of the deepest model's mix, because llama.cpp's mixes depend on a block's position.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def family_name(stem: str, depth: int, part: int, depths: Sequence[int]) -> str:
 
 
 def parts_of(depth: int, depths: Sequence[int]) -> int:
-    """How many parts a depth is cut into."""
+    """How many parts a depth is split into."""
     return SHARED + 1 + list(depths).index(depth)
 
 
@@ -56,7 +56,7 @@ def write_family(
 ) -> dict[int, Path]:
     """Write a checkpoint folder for several depths, ascending to all of its blocks; the first part of each depth.
 
-    The folder, which must not be there yet, appears only when whole; tensors are read, quantized and written once.
+    The folder, which must not exist yet, appears only when complete; tensors are read, quantized and written once.
     The arguments are those of `Conversion`.
     """
     job = Conversion(checkpoint, qtype, imatrix=imatrix, name=name, threads=threads, progress=progress)
@@ -77,7 +77,7 @@ def write_family(
 
 
 def _write_shared(job: Conversion, folder: Path, stem: str, depths: Sequence[int], own: set[str], advance) -> None:
-    """The parts that hold the tensors, under every depth's names for them."""
+    """Write the parts with the shared tensors, under every depth's file names."""
     for part in range(2, parts_of(depths[-1], depths) + 1):
         tensors = [t for t in job.tensors if t.name not in own and _part_of(t.name, depths) == part]
         users = [depth for depth in depths if part <= parts_of(depth, depths)]
@@ -90,7 +90,7 @@ def _write_shared(job: Conversion, folder: Path, stem: str, depths: Sequence[int
 
 
 def _write_first(job: Conversion, folder: Path, stem: str, depth: int, depths: Sequence[int], own: set[str]) -> None:
-    """One depth's own part: its metadata, and the few tensors that other depths have otherwise."""
+    """Write one depth's own part: its metadata, and the few tensors that differ between depths."""
     tensors = tensors_at(job.tensors, depth)
     name = job.name if depth == depths[-1] else f"{job.name}@{depth}"
     writer = job.described(config_at(job.config, depth), name)
@@ -100,7 +100,7 @@ def _write_first(job: Conversion, folder: Path, stem: str, depth: int, depths: S
 
 
 def tensors_at(tensors: Sequence[Tensor], depth: int) -> list[Tensor]:
-    """Those of all tensors that a model of the first `depth` blocks has."""
+    """The tensors of the model truncated to the first `depth` blocks."""
     return [tensor for tensor in tensors if (block_of(tensor.name) or 0) < depth]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as llama.cpp names, orders and expects them."""
+"""A checkpoint's tensors with llama.cpp's names, order and layout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GgufSource:
         self.shapes = dict(sorted(self.shapes.items(), key=lambda item: file_order(item[0])))
 
     def _check_whole(self, checkpoint: Path) -> None:
-        """Every block must have the tensors that any block has."""
+        """Check that all blocks have the same tensors."""
         parts = dict.fromkeys(name.split(".", 2)[2] for name in self.originals if name.startswith("blk."))
         wanted = [f"blk.{i}.{part}" for i in range(self.config.num_hidden_layers) for part in parts]
         wanted += ["token_embd.weight", "output_norm.weight"]
@@ -68,7 +68,7 @@ def file_order(name: str) -> tuple[int, int, str]:
 
 
 def differing_tensors(config: Any, depths: Sequence[int]) -> list[str]:
-    """Tensors that are not the same at every depth: Gemma-3's query norms, where one depth is 62 (`query_scale`)."""
+    """Tensors that differ between depths: Gemma-3's query norms, where one depth is 62 (`query_scale`)."""
     if not family_of(config).gguf.query_scale or len({query_scale(config, depth) for depth in depths}) == 1:
         return []
     return [f"blk.{block}.attn_q_norm.weight" for block in range(config.num_hidden_layers)]

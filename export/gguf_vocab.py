@@ -109,7 +109,7 @@ def _scores(tokens: list[str], types: list[TokenType], merges: list[tuple[str, s
 
 
 def _adds_space(tokenizer: dict[str, Any]) -> bool:
-    """Whether a space is put before the text, which tokenizer.json says in its normalizer or its pre-tokenizer."""
+    """Whether a space is added before the text, as set in tokenizer.json's normalizer or pre-tokenizer."""
     for part in _parts(tokenizer.get("normalizer"), "normalizers"):
         if part.get("type") == "Prepend":
             return True
@@ -157,7 +157,7 @@ def _write_special(writer: GGUFWriter, folder: Path, tokenizer: dict[str, Any]) 
 
 
 def _template_ends(tokenizer: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The special tokens that the post-processor puts before and after a text."""
+    """The special tokens that the post-processor adds before and after a text."""
     for part in _parts_of_post(tokenizer.get("post_processor")):
         if part.get("type") == "TemplateProcessing" and len(part.get("single", [])) > 1:
             single = part["single"]

@@ -1,6 +1,6 @@
-"""Importance matrices: how strongly each input column of a linear layer is used on calibration rows.
+"""Importance matrices: how strongly each input column of a linear layer is activated on calibration rows.
 
-ggml's quantizers weigh rounding errors by them. The value is the mean squared activation over real tokens.
+ggml's quantizers weight rounding errors by them. The value is the mean squared activation over real tokens.
 """
 
 from __future__ import annotations

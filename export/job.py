@@ -1,4 +1,4 @@
-"""One bundle in the making: every type at every depth written, read back, opened in its runtime, and compared."""
+"""Building one bundle: every type at every depth is written, read back, opened in its runtime, and compared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint doe
 
 
 def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
-    """The depths to export a checkpoint at: those named, else those it was sorted for, else all of its blocks."""
+    """The depths to export: those configured, else those the model was trained for, else all of its blocks."""
     model = load_config(checkpoint)
     found = config.depths or depths(model)
     check_deepest("export.depths", found, model.num_hidden_layers, f"the model in {checkpoint}")
@@ -45,7 +45,7 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
 
 @dataclass
 class ExportJob:
-    """One bundle in the making; `work` holds what a run that was killed goes on from."""
+    """Builds one bundle; `work` holds the state that a killed run resumes from."""
 
     checkpoint: Path
     bundle: Path
@@ -105,7 +105,7 @@ class ExportJob:
         return [*(GgufKind(making, t) for t in self.config.gguf), *(OnnxKind(making, t) for t in self.config.onnx)]
 
     def _artifact(self, kind: Kind, depth: int) -> ArtifactEntry:
-        """One depth of one type, verified; what was verified before a kill is taken from its record."""
+        """One depth of one type, verified; what was verified before the run was killed is read from its record."""
         role = kind.role_at(depth)
         record = self.work / f"{role}.json"
         if not record.exists():
@@ -130,7 +130,7 @@ class ExportJob:
         return ArtifactEntry.model_validate(read_json(record))
 
     def _made(self, kind: Kind) -> float:
-        """The largest row error of a type's files, which are written unless they were written and read back before."""
+        """The largest row error of a type's files, which are written unless an earlier attempt did so."""
         record = self.work / f"{kind.role}.written.json"
         if not record.exists():
             give_back_memory()  # of the type before; a model builder in its own process comes on top
@@ -205,12 +205,12 @@ class ExportJob:
 
     @cached_property
     def _references(self) -> dict[str, dict[int, Reference]]:
-        """What the checkpoint says on the probes of each format, at each depth."""
+        """The checkpoint's predictions on each format's probe text, at each depth."""
         return self._measured[0]
 
     @cached_property
     def _imatrix(self) -> dict[str, Any] | None:
-        """Mean squared inputs of every matrix; those of a block are the same at every depth that has it."""
+        """Mean squared inputs of every matrix; a block's are the same at every depth that includes it."""
         return self._measured[1]
 
     @cached_property

@@ -54,7 +54,7 @@ _IMPORTANCE = {
 
 @dataclass(frozen=True)
 class WrittenOnnx:
-    """What was written."""
+    """The folder written."""
 
     files: tuple[str, ...]  # names in the folder, sorted
     bytes: int  # of all files together
@@ -103,14 +103,14 @@ def write_onnx(
     become outputs (`onnx_retaining`). `imatrix` gives the mean squared activations of each matrix's inputs,
     (in_features,) float32 by llama.cpp tensor name, and improves int4.
 
-    With several `depths`, ascending to all blocks, `out_dir` becomes a family (`onnx_depths`); what is returned, and
-    the weights file, are then those of all blocks.
+    With several `depths`, ascending to all blocks, `out_dir` becomes a family (`onnx_depths`); the return value
+    and the weights file are then those of all blocks.
 
-    The folder appears complete or not at all; the bytes depend on the checkpoint and the packages alone. While it is
-    made, the float32 graph lies beside it (4 bytes per parameter), unless `built` is a folder that `build_graph` made
-    of the checkpoint, which stays as it is. With `link`, a float32 folder's weights file is a second name of the built
-    one's, which the onnx package does not read: for folders that are soon deleted. Raises `UserError` for unsupported
-    models, a broken checkpoint or a full disk.
+    The folder appears complete or not at all; the bytes depend only on the checkpoint and the packages. While it is
+    built, the float32 graph is stored beside it (4 bytes per parameter), unless `built` is a folder that `build_graph`
+    made from the checkpoint, which is left unchanged. With `link`, a float32 folder's weights file is a hard link to
+    the built one's, which the onnx package does not read: for folders that are soon deleted. Raises `UserError` for
+    unsupported models, a broken checkpoint or a full disk.
     """
     progress = progress or Progress()
     config = _read_config(checkpoint)
@@ -133,8 +133,7 @@ def write_onnx(
 
 
 def build_graph(checkpoint: Path, folder: Path, progress: Progress) -> Path:
-    """The builder's float32 graph of a checkpoint in `folder`, made if it is not there: what every precision is made
-    of."""
+    """The builder's float32 graph of a checkpoint in `folder`, built if missing: the source of every precision."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         with _disk_errors(folder):
@@ -144,7 +143,7 @@ def build_graph(checkpoint: Path, folder: Path, progress: Progress) -> Path:
 
 
 def build_float32(jobs: list[tuple[Path, Path]], progress: Progress) -> None:
-    """Run the builder in a process of its own: each job is a checkpoint folder and the folder to write."""
+    """Run the builder in a separate process: each job is a checkpoint folder and the folder to write."""
     command = [sys.executable, "-m", "compress.export._onnx_build"]
     total = 0
     for checkpoint, folder in jobs:
@@ -182,7 +181,7 @@ def build_float32(jobs: list[tuple[Path, Path]], progress: Progress) -> None:
 
 
 def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Path:
-    """The checkpoint with a `config.json` that the builder reads rightly."""
+    """The checkpoint with a `config.json` that the builder reads correctly."""
     wanted = _builder_config(config)
     if wanted == config:
         return checkpoint
@@ -197,7 +196,7 @@ def _builder_input(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Pa
 
 
 def _builder_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The builder takes the family from the architecture's name and sliding windows from `layer_types` alone."""
+    """The builder reads the family from the architecture's name and sliding windows only from `layer_types`."""
     builder = family_of(config).onnx
     assert builder is not None, "check_onnx comes first"
     wanted = config | {"architectures": [builder.architecture]}
@@ -269,7 +268,7 @@ def _finish(
 def _add_position_ids(model: Any) -> None:
     """Wire a `position_ids` input (batch, tokens) to every attention, which otherwise counts positions itself.
 
-    The rotary embedding then turns by the given positions: a cache from which entries were dropped stays usable.
+    The rotary embedding then uses the given positions: a cache from which entries were dropped stays usable.
     """
     import onnx_ir as ir
 

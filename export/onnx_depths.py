@@ -5,10 +5,10 @@
     onnx/int4/d12/d16/d24/      the same for all blocks, as an ordinary ONNX folder: model.onnx and model.onnx.data;
                                 beside them the other depths' graphs, model-d12.onnx and model-d16.onnx
 
-A depth's folder holds those of the greater depths because of what the runtimes take: onnxruntime-genai a graph at or
-below its genai_config.json, ONNX Runtime and the onnx package weights beside their graph, none of them through
-symbolic links, and the onnx package no weights with several hard links. So the one weights file needs no links, and
-any way of copying keeps it one; only the tokenizer's files, a few megabytes, are hard links from depth to depth.
+A depth's folder contains those of the greater depths because of the runtimes' restrictions: onnxruntime-genai needs its
+graph at or below its genai_config.json, ONNX Runtime and the onnx package need weights beside their graph, neither
+follows symbolic links, and the onnx package reads no weights with several hard links. So the one weights file needs no
+links, and any copy keeps it single; only the tokenizer's files, a few megabytes, are hard links between depths.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CONFIG = "config.json"
 
 
 def depth_folder(depth: int, depths: Sequence[int]) -> str:
-    """Where a depth lies within the folder of a family."""
+    """A depth's subfolder in the folder of a family."""
     return "/".join(f"d{d}" for d in depths if d <= depth)
 
 
 def spread(folder: Path, family: Path, depths: Sequence[int], config: Any) -> None:
-    """Make of an ONNX folder of all blocks, whose configuration is `config`, the family of several depths.
+    """Turn an ONNX folder of all blocks, whose configuration is `config`, into a family of several depths.
 
     `family` is a new folder; `folder` is moved into it.
     """
@@ -71,7 +71,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What genai_config.json says."""
+    """The contents of genai_config.json."""
     return read_json(folder / SETTINGS)
 
 
@@ -86,10 +86,10 @@ def graph_of(folder: Path) -> Path:
 
 
 def cut_graph(model: Any, depth: int) -> None:
-    """Leave the first `depth` blocks of a builder's graph, in place.
+    """Truncate a builder's graph to its first `depth` blocks, in place.
 
     The norm before a block adds the block before it to the residual stream as well (SkipSimplifiedLayerNormalization);
-    the final norm does the same, so it is given what the norm of the first block that goes was given.
+    the final norm does the same, so it gets the inputs of the norm of the first removed block.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -107,13 +107,13 @@ def cut_graph(model: Any, depth: int) -> None:
 
 
 def _block(name: str) -> int:
-    """Of an input or output such as past_key_values.3.key; -1 of those that belong to no block."""
+    """The block of an input or output such as past_key_values.3.key; -1 for those of no block."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] in ("past_key_values", "present", SCORES) else -1
 
 
 def weights_read(graph: Path) -> dict[str, tuple[Any, ...]]:
-    """Of a graph's tensors that lie in a weights file: name → its file, offset, length, type and sizes."""
+    """A graph's tensors stored in a weights file: name → file, offset, length, type and shape."""
     import onnx
 
     found: dict[str, tuple[Any, ...]] = {}
@@ -126,7 +126,7 @@ def weights_read(graph: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def check_family(family: Path, depths: Sequence[int]) -> None:
-    """`UserError` unless every depth's graph reads the very tensors of the deepest one's."""
+    """`UserError` unless every depth's graph reads the same tensors as the deepest one's."""
     deepest = weights_read(graph_of(family / depth_folder(depths[-1], depths)))
     for depth in depths:
         graph = graph_of(family / depth_folder(depth, depths))
@@ -136,7 +136,7 @@ def check_family(family: Path, depths: Sequence[int]) -> None:
 
 
 def measure_onnx(folder: Path, parameters: int) -> Size:
-    """The size of one depth by itself: its files and its graph, but of the weights file only what the graph reads.
+    """The size of one depth: its files, its graph, and the part of the weights file that the graph reads.
 
     `parameters` are those of the checkpoint at this depth.
     """
@@ -149,7 +149,7 @@ def measure_onnx(folder: Path, parameters: int) -> Size:
 
 
 def extract_depth(folder: Path, out: Path) -> None:
-    """Write one depth as an ordinary ONNX folder, `out`, which must be there: the tensors byte for byte."""
+    """Write one depth as an ordinary ONNX folder, `out`, which must exist: the tensors byte for byte."""
     import onnx_ir as ir
 
     ir.save(ir.load(graph_of(folder)), out / GRAPH, external_data=WEIGHTS, size_threshold_bytes=0)

@@ -11,7 +11,7 @@ from .onnx_quantize import BLOCK, Quantized
 
 
 def weight_matmuls(model: Any) -> list[Any]:
-    """The MatMul nodes that multiply by a matrix of weights (K, N) whose K can be cut in blocks, in graph order."""
+    """The MatMul nodes that multiply by a matrix of weights (K, N) whose K divides into blocks, in graph order."""
     found = []
     for node in model.graph:
         if node.op_type == "MatMul" and node.inputs[1] is not None:
@@ -22,7 +22,7 @@ def weight_matmuls(model: Any) -> list[Any]:
 
 
 def replace_matmul(model: Any, node: Any, quantized: Quantized) -> None:
-    """Put MatMulNBits in the place of a MatMul; drop the weights if nothing else reads them."""
+    """Replace a MatMul by MatMulNBits; remove the weights if nothing else reads them."""
     weight = node.inputs[1]
     count, blocks = quantized.scales.shape
     inputs = [node.inputs[0], *_initializers(model, weight.name, quantized)]
@@ -42,7 +42,7 @@ def replace_matmul(model: Any, node: Any, quantized: Quantized) -> None:
 
 
 def replace_embedding(model: Any, head: Any, quantized: Quantized) -> None:
-    """Let the embedding look its rows up in integers: the head's (`head` is its weight) where the two are tied."""
+    """Let the embedding look up integer rows; if tied, those of the head (`head` is its weight)."""
     from .onnx_quantize import quantize_int8
 
     for node in list(model.graph):
@@ -88,7 +88,7 @@ def _replace(model: Any, old: Any, new: Any) -> None:
 
 
 def _initializers(model: Any, name: str, quantized: Quantized) -> list[Any]:
-    """Values, scales and zero points if any, as initializers; those already there (a tied head's) are used again."""
+    """Values, scales and zero points if any, as initializers; existing ones (a tied head's) are reused."""
     parts = [(f"{name}_Q{quantized.bits}", quantized.values), (f"{name}_scales", quantized.scales)]
     if quantized.zero_points is not None:
         parts.append((f"{name}_zero_points", quantized.zero_points))

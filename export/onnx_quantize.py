@@ -53,7 +53,7 @@ def quantize_int8(weight: np.ndarray) -> Quantized:
 def quantize_int4(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
     """4-bit blocks with zero points of weight (N, K) float; K must be a multiple of `BLOCK`.
 
-    `importance` (K,) is the mean squared activation of each input (float32), all alike if None.
+    `importance` (K,) is the mean squared activation of each input (float32), all equal if None.
     """
     inputs = torch.ones(weight.shape[1]) if importance is None else torch.from_numpy(importance).float()
     if inputs.shape != (weight.shape[1],):
@@ -78,7 +78,7 @@ def _search(x: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (n, B, BLOCK) uint8, zero points (n, B) uint8 and scales (n, B) of x (n, B, BLOCK) with the least error.
 
     Large weights count more (as in llama.cpp's √(σ² + x²)). For codes q and zero point z the best scale is
-    Σwx(q-z) / Σw(q-z)², and what it takes from the error is (Σwx(q-z))² / Σw(q-z)²: the greatest is kept.
+    Σwx(q-z) / Σw(q-z)², and it reduces the error by (Σwx(q-z))² / Σw(q-z)²: the greatest is kept.
     """
     squares = x.square()
     weights = inputs * (squares.mean(-1, keepdim=True) + squares).sqrt()

@@ -1,8 +1,8 @@
 """Retaining heads in an ONNX graph: an output `retaining_scores.N` (batch, tokens, KV heads) float32 for each block.
 
-They read what the projections give, biases added, before any norm and before rotary positions, which
-GroupQueryAttention applies itself. The builder packs q, k and v into one matrix wherever it can; families with norms
-of q and k split its product again, and separate projections are put together here.
+They read the projections' outputs, biases added, before any norm and before rotary positions, which
+GroupQueryAttention applies itself. The builder packs q, k and v into one matrix where it can; families with norms of q
+and k split its product again, and separate projections are concatenated here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PREFIX = "retaining.blocks."  # the heads' weights
 
 
 def add_heads(model: Any, heads: RetainingHeads) -> None:
-    """Add the heads of all blocks to a builder's graph, in place. `UserError` for a graph that is built otherwise."""
+    """Add the heads of all blocks to a builder's graph, in place. `UserError` for a graph with another structure."""
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     if len(attentions) != len(heads.blocks):
         raise UserError(f"the graph has {len(attentions)} attentions for {len(heads.blocks)} retaining heads")
@@ -57,12 +57,12 @@ def check_heads(folder: Path, checkpoint: Path) -> None:
 
 
 def head_bytes(places: Mapping[str, tuple[Any, ...]]) -> int:
-    """What the heads take of a weights file; `places` as `weights_read` gives them."""
+    """The bytes of the heads in a weights file; `places` as returned by `weights_read`."""
     return sum(place[2] for name, place in places.items() if name.startswith(_PREFIX))
 
 
 def _projected(model: Any, attention: Any, stem: str) -> Any:
-    """The value that holds q, k and v (batch, tokens, I) as the projections give them."""
+    """The graph value with q, k and v (batch, tokens, I) as output by the projections."""
     query, key, values = attention.inputs[:3]
     if key is None:
         return query
@@ -73,7 +73,7 @@ def _projected(model: Any, attention: Any, stem: str) -> Any:
 
 
 def _before_norm(value: Any) -> Any:
-    """What a projection gave, of q or k as they reach the attention: behind a Reshape, a norm and another Reshape."""
+    """The projection output from which an attention's q or k comes, before a Reshape, a norm and another Reshape."""
     maker = value.producer()
     while maker is not None and maker.op_type in ("Reshape", "SimplifiedLayerNormalization"):
         value = maker.inputs[0]

@@ -6,8 +6,8 @@
 uint32.
 
 I runs over q, k and v as transformers lays them out, biases added, before norms and rotary positions. llama.cpp's q and
-k of llama and mistral have their rows in another order (the pairs that turn together lie side by side): who takes them
-from its graph puts the columns of W1 in that order.
+k of llama and mistral have their rows in another order (the pairs that rotate together are adjacent): to use them from
+its graph, reorder the columns of W1 accordingly.
 """
 
 from __future__ import annotations

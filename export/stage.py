@@ -21,7 +21,7 @@ BUNDLE = "bundle"
 
 
 def check(config: ExportConfig, base: Path, context: Context) -> None:
-    """Refuse what GGUF or ONNX cannot carry before any work is done."""
+    """Refuse models that GGUF or ONNX cannot represent, before any work is done."""
     model = load_config(base)
     if config.gguf:
         _check_format(lambda: check_gguf(base), "ONNX", lambda: check_onnx(model))
@@ -34,7 +34,7 @@ def check(config: ExportConfig, base: Path, context: Context) -> None:
 
 
 def _check_format(check: Callable[[], None], other: str, check_other: Callable[[], None]) -> None:
-    """A format's refusal, and whether the other format takes the model."""
+    """Raise a format's refusal, saying whether the other format supports the model."""
     try:
         check()
     except UserError as error:
@@ -72,7 +72,7 @@ def export_checkpoint(
     name: str | None = None,
     rows: Path | None = None,
 ) -> dict[str, Any]:
-    """Export any checkpoint into the bundle `out`, which must not exist yet (an unfinished one is gone on with).
+    """Export any checkpoint into the bundle `out`, which must not exist yet (an unfinished one is resumed).
 
     `rows` is a data stage's folder, for an importance matrix.
     """

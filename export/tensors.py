@@ -49,7 +49,7 @@ def row_error(found: Array, expected: Array) -> float:
 def gguf_errors(file: Path, checkpoint: Path, depth: int | None = None) -> Iterator[tuple[str, str, float]]:
     """(tensor, its type, row error) of every tensor of a GGUF file against the checkpoint it was made from.
 
-    `depth` is how many blocks the model of the file has; all of the checkpoint's if not given.
+    `depth` is the file's number of blocks (default: all of the checkpoint's).
     """
     source = GgufSource(checkpoint, load_config(checkpoint))
     for tensor in gguf.GGUFReader(file).tensors:
@@ -60,7 +60,7 @@ def gguf_errors(file: Path, checkpoint: Path, depth: int | None = None) -> Itera
 def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, float]]:
     """(tensor, its type, row error) of every weight of an exported ONNX folder against the checkpoint.
 
-    A weight of the checkpoint that is nowhere in the graph counts as infinitely wrong, unless it is zero.
+    A weight of the checkpoint that is missing from the graph has an infinite error, unless it is zero.
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -120,7 +120,7 @@ MATRIX_OPERATORS = ("MatMul", "MatMulNBits", "Gather", "GatherBlockQuantized")
 
 
 class CheckpointWeights:
-    """A checkpoint's weights by the names that the ONNX builder gives its nodes and tensors."""
+    """A checkpoint's weights under the ONNX builder's node and tensor names."""
 
     MATRIX = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+?)(?:_proj)?/MatMul")
     BIAS = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+?)(?:_proj)?\.Add\.bias")
@@ -135,7 +135,7 @@ class CheckpointWeights:
         self.seen: set[str] = set()
 
     def matrix(self, node: str) -> Array | None:
-        """The (N, K) matrix of a node, or None for a node of another kind."""
+        """The (N, K) matrix of a node, or None if it has none."""
         if node.startswith("/lm_head/"):
             return self.read(EMBEDDING if self.tied else HEAD)
         if node == "/model/embed_tokens/Gather":
@@ -144,7 +144,7 @@ class CheckpointWeights:
         return self._projection(found, "weight") if found else None
 
     def vector(self, name: str) -> Array | None:
-        """The bias or norm of an initializer, or None for one of another kind."""
+        """The bias or norm of an initializer, or None if it is neither."""
         if found := self.BIAS.fullmatch(name):
             return self._projection(found, "bias")
         if found := self.NORM.fullmatch(name):
@@ -156,12 +156,12 @@ class CheckpointWeights:
         return None
 
     def unseen(self) -> list[str]:
-        """Weights that were not asked for."""
+        """Weights that were never requested."""
         tied = {HEAD} if self.tied else set()
         return sorted(set(self.where) - self.seen - tied)
 
     def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
-        """What the builder calls by one name may be several of the checkpoint's matrices, or half of one."""
+        """One name of the builder's may stand for several of the checkpoint's matrices, or half of one."""
         number, _, part = found.groups()
         qkv, mlp_in = self.block.qkv, self.block.mlp_in
         wanted = {"qkv": qkv, "gate_up": mlp_in, "o": (self.block.attention_out,), "down": (self.block.mlp_out,)}

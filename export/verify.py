@@ -1,10 +1,9 @@
 """Every exported model is opened in its real runtime and compared with the checkpoint it was made from.
 
-Three checks, because each sees what the others may miss. The weights are read back and dequantized, row by row. The
-graph is run once at high precision (F16 in llama.cpp, float32 in ONNX Runtime), where a graph that computes something
-else cannot pass for rounding; where rotary positions are scaled, also beyond the context that the model had before.
-And each type's next-token distributions are compared, which by then differ by their rounding alone. Past a limit the
-export fails.
+Three checks, because each finds what the others may miss. The weights are read back and dequantized, row by row. The
+graph is run once at high precision (F16 in llama.cpp, float32 in ONNX Runtime), where a wrong graph cannot be mistaken
+for rounding; with scaled rotary positions, also beyond the model's original context. And each type's next-token
+distributions are compared, which by then differ only by rounding. Past a limit the export fails.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ FAR_COST = 1.5e13  # parameters × tokens up to which a text that long is run: s
 
 @dataclass(frozen=True)
 class Gapped:
-    """A text whose second half stands at positions far beyond its first: for runtimes that take positions."""
+    """A text whose second half is at positions far beyond its first: for runtimes with position inputs."""
 
     window: ScoringWindow
     position_ids: list[int]
@@ -93,7 +92,7 @@ class Reference:
 
 
 def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
-    """Windows with `tokens` positions in all: from the data stage's held-out rows, else from a text built in."""
+    """Windows with `tokens` positions in total: from the data stage's held-out rows, else from a built-in text."""
     rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
     windows: list[ScoringWindow] = []
@@ -106,8 +105,8 @@ def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -
 
 
 def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[ScoringWindow]:
-    """A text that goes on `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
-    none where rotary positions are not scaled, or where running it would take too long."""
+    """A text that extends `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
+    none if rotary positions are not scaled, or running it would take too long."""
     if not scaled(config):
         return []
     original = original_context(config)
@@ -124,8 +123,8 @@ def _repeated(tokenizer: Any, length: int) -> list[int]:
 
 @torch.no_grad()
 def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
-    """The checkpoint's distributions where half of a text stands far behind the other; None where rotary positions are
-    not scaled, or scaled by the length of the text (longrope)."""
+    """The checkpoint's distributions when one half of a text is far beyond the other; None if rotary positions are not
+    scaled, or depend on the length of the text (longrope)."""
     decoder = Decoder(model)
     if not scaled(decoder.config) or by_length(decoder.config) or context < 4 * FAR_TOKENS:
         return None
@@ -144,8 +143,7 @@ def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
 
 @torch.no_grad()
 def torch_reference(model: Any, windows: Sequence[ScoringWindow], heads: RetainingHeads | None = None) -> Reference:
-    """The checkpoint's distributions, and what its retaining heads say; logits are computed for the asked positions
-    only."""
+    """The checkpoint's distributions and retaining scores; logits are computed only for the requested positions."""
     decoder = Decoder(model)
     scores = []
     for window in windows:
@@ -165,7 +163,7 @@ def _retaining(decoder: Decoder, window: ScoringWindow, heads: RetainingHeads) -
 def check_retaining(what: str, kind: str, reference: Reference, found: Sequence[np.ndarray]) -> float:
     """The least correlation, over blocks, of a runtime's retaining scores, (T, G) each, with the checkpoint's.
 
-    `UserError` where it is below the limit for the type, or in float32 where a score differs.
+    `UserError` if it is below the limit for the type, or in float32 if a score differs.
     """
     pairs = list(zip(found, reference.retaining, strict=True))
     least = min(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) for a, b in pairs)
@@ -192,7 +190,7 @@ def compare(reference: Reference, scores: list[list[Distribution]]) -> dict[str,
 
 
 def check_weights(what: str, errors: Iterator[tuple[str, str, float]]) -> float:
-    """The largest row error; `UserError` naming the tensor where one is past its type's limit."""
+    """The largest row error; `UserError` naming the tensor if one is past its type's limit."""
     worst = 0.0
     for tensor, kind, error in errors:
         if not error <= LIMITS[kind]:
@@ -225,7 +223,7 @@ def check_runtime(
 
 
 def check_graph(form: str, kind: str, engine: Engine, reference: Reference) -> float:
-    """The mean KL to the checkpoint of a graph at high precision; `UserError` where it is more than rounding makes.
+    """The mean KL to the checkpoint of a graph at high precision; `UserError` if it exceeds what rounding explains.
 
     The reference's windows are those of one text length: the probe, or a text beyond the original context.
     """
@@ -235,7 +233,7 @@ def check_graph(form: str, kind: str, engine: Engine, reference: Reference) -> f
 
 
 def check_gapped(kind: str, engine: OnnxEngine, gapped: Gapped) -> float:
-    """As `check_graph`, for an ONNX graph and a text of which one half stands far behind the other."""
+    """As `check_graph`, for an ONNX graph and a text whose second half is far beyond its first."""
     window, half = gapped.window, FAR_TOKENS
     # A first reading counts positions itself; given ones are for what comes behind it.
     first, past = engine.logits(window.ids[:half])
@@ -245,8 +243,8 @@ def check_gapped(kind: str, engine: OnnxEngine, gapped: Gapped) -> float:
 
 
 def check_in_one(kind: str, engine: OnnxEngine, far: Reference) -> float:
-    """As `check_graph`, for an ONNX graph whose rotary frequencies go by the length of what is read (longrope): the
-    text is read at once, since keys in a cache cannot follow."""
+    """As `check_graph`, for an ONNX graph whose rotary frequencies depend on the length read (longrope): the text is
+    read at once, since cached keys cannot be updated."""
     (window,), (expected,) = far.windows, far.scores
     logits, _ = engine.logits(window.ids[:-1])
     return _compared(kind, engine, expected, logits[[p - 1 for p in window.positions]], window, "")
@@ -276,7 +274,7 @@ def _rounded(value: float) -> float:
 
 
 def check_tokens(what: str, ids: Sequence[int], expected: Sequence[int]) -> None:
-    """`UserError` where the runtime's tokenizer splits the probe text otherwise than the checkpoint's."""
+    """`UserError` if the runtime's tokenizer splits the probe text differently from the checkpoint's."""
     if list(ids) != list(expected):
         place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
         raise UserError(
@@ -286,7 +284,7 @@ def check_tokens(what: str, ids: Sequence[int], expected: Sequence[int]) -> None
 
 
 def check_ends(what: str, engine: LlamaCppEngine, ends: Sequence[int]) -> None:
-    """`UserError` where stock llama.cpp would write on behind a token that ends a text."""
+    """`UserError` if stock llama.cpp would continue past an end-of-text token."""
     for token in ends:
         if not engine.ends_at(token):
             raise UserError(f"{what}: llama.cpp does not end a text at token {token}, other runtimes do")

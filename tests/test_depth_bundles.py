@@ -172,7 +172,7 @@ def test_impossible_depths_are_refused(shaken, sorted_model, tmp_path, context):
             config(gguf=["F16"], depths=wrong)
     with pytest.raises(UserError, match=r"export\.depths ends with 3, but the model in .* has 4 blocks"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 3]), context)
-    with pytest.raises(UserError, match=r"export\.depths names 5 blocks; .* has 4"):
+    with pytest.raises(UserError, match=r"export\.depths asks for 5 blocks, but .* has only 4"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 5]), context)
     with pytest.raises(UserError, match=r"ends with 4, but the model in .* has 3 blocks"):
         (tmp_path / "out").mkdir()
@@ -250,7 +250,7 @@ def test_a_depth_that_runs_wrongly_fails_by_name(shaken, tmp_path, context, inli
         for index in (0, 1):
             final.replace_input_with(index, early.inputs[index])
 
-    with pytest.raises(UserError, match="onnx: the model that onnxruntime computes is not the checkpoint"):
+    with pytest.raises(UserError, match="onnx: onnxruntime does not compute the checkpoint's model"):
         export_checkpoint(shaken(), tmp_path / "b", config(onnx=["fp32"], depths=[2, 4]), context)
 
 

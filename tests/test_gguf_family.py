@@ -189,7 +189,7 @@ def test_wrong_and_missing_parts_are_found(tiny, tmp_path):
         data[-100] ^= 1
         (f / names[1][1]).write_bytes(data)
 
-    with pytest.raises(UserError, match=r"d1-00002-of-00003\.gguf differs from f-d4-00002-of-00005\.gguf"):
+    with pytest.raises(UserError, match=r"d1-00002-of-00003\.gguf should be identical to f-d4-00002-of-00005\.gguf"):
         check_family(broken(flip), [1, 2, 4])
     other = broken(lambda f: (f / names[2][3]).unlink())
     with pytest.raises(UserError, match=r"the first of 4 parts, of which f-d2-00004-of-00004\.gguf is missing"):

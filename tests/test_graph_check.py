@@ -74,7 +74,7 @@ def test_a_head_that_is_another_is_found_under_four_bits(shaken, tmp_path, conte
 def test_rotary_scaling_that_is_lost_is_found_under_four_bits(shaken, tmp_path, context, monkeypatch, coarse, depths):
     checkpoint = shaken(rope_parameters=YARN, **LARGE)
     monkeypatch.setattr(gguf_export, "_write_scaling", lambda *_: None)
-    with pytest.raises(UserError, match=r"gguf: the model that llama\.cpp computes is not the checkpoint"):
+    with pytest.raises(UserError, match=r"gguf: llama\.cpp does not compute the checkpoint's model"):
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=["Q4_0"], depths=depths), context)
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_onnx_graph_is_found_under_four_bits(
 def test_no_recipe_raises_the_limit_of_the_graph(shaken, tmp_path, context, monkeypatch):
     monkeypatch.setattr("compress.modeling.gguf_layout.interleave", lambda values, _heads: values)
     loose = config(gguf=["F16"], verify=VERIFY | {"kl": {"F16": 50.0}})
-    with pytest.raises(UserError, match="is not the checkpoint") as refused:
+    with pytest.raises(UserError, match="does not compute the checkpoint's model") as refused:
         export_checkpoint(shaken(**LARGE), tmp_path / "b", loose, context)
     assert "export.verify" not in str(refused.value) and "accept" not in str(refused.value)
 
@@ -206,8 +206,12 @@ def test_a_text_too_long_to_run_is_not_run(tiny):
 
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gelu": ("llama", {"hidden_act": "gelu"}, "MLP computes gelu, llama.cpp's llama silu. Export ONNX instead"),
-    "exact gelu": ("gemma3_text", {"hidden_activation": "gelu"}, "computes gelu, llama.cpp's gemma3_text gelu_pytorch"),
+    "gelu": ("llama", {"hidden_act": "gelu"}, "MLP uses gelu, llama.cpp's llama graph silu. Export ONNX instead"),
+    "exact gelu": (
+        "gemma3_text",
+        {"hidden_activation": "gelu"},
+        "uses gelu, llama.cpp's gemma3_text graph gelu_pytorch",
+    ),
     "soft cap": (
         "gemma3_text",
         {"attn_logit_softcapping": 30.0},
@@ -295,7 +299,7 @@ def test_texts_end_at_the_same_tokens_in_every_runtime(
 
 def test_more_ends_than_a_gguf_can_name_are_refused(shaken, tmp_path, context):
     checkpoint = with_ends(shaken(), [40, 41, 42], "<|im_end|>", tmp_path / "model")
-    with pytest.raises(UserError, match="a GGUF file can name three"):
+    with pytest.raises(UserError, match="a GGUF file can name only three"):
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=["F16"]), context)
 
 
