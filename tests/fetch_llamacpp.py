@@ -1,5 +1,5 @@
-"""Fetches what tests take from llama.cpp: vocabulary-only GGUF files (tests/test_gguf_vocab.py) and the chat templates
-of many models (tests/test_data_masks.py).
+"""Fetches what tests take from llama.cpp: vocabulary-only GGUF files (tests/unit/test_gguf_vocab.py), and the chat
+templates of many models (tests/unit/test_data_masks.py).
 
 They lie in the source distribution of llama-cpp-python, which pip downloads (from whatever index it is set up for)
 but does not build. Run `python tests/fetch_llamacpp.py`; what is there already is not fetched again.

@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer, against which tests/test_families.py compares: `llama-quantize` with `--prune-layers`.
+"""llama.cpp's own quantizer, which tests/integration/test_families.py compares with: `llama-quantize --prune-layers`.
 
     python tests/llama_quantize.py SOURCE OUT TYPE BLOCKS
 

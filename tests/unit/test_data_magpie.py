@@ -293,12 +293,3 @@ def test_a_text_that_closes_the_turn_ends_the_prompt(tiny: Callable[..., Path]) 
 def test_batches_do_not_share_random_numbers() -> None:
     seeds = {row_seed(seed, row, phase) for seed in range(3) for row in range(500) for phase in ("prompt", "answer")}
     assert len(seeds) == 3000
-
-
-@pytest.mark.real
-def test_smollm2_writes_prompts_and_answers(smollm2: Path, tmp_path: Path) -> None:
-    config = MagpieConfig(source="magpie", rows=2, batch=8, max_tokens=24, unfinished="keep", max_attempts=8)
-    metrics = run(config, Inputs(smollm2, smollm2), tmp_path, Context(seed=7))
-    assert metrics["rows"] == 2
-    for row in read_rows(tmp_path):
-        assert row.messages and all(len(m["content"].split()) > 2 for m in row.messages)

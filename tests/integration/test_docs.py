@@ -20,7 +20,7 @@ from compress.core.errors import UserError
 from compress.pipeline.recipe import Recipe
 from typer.main import get_command
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
 COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-defined]
 
@@ -34,27 +34,27 @@ NEEDS_HARDWARE = {
 }
 COVERED = {
     "make *": ".ci/run",
-    "pip install *": "tests/test_installation.py",
-    "python -m venv *": "tests/test_installation.py",
-    ".venv*/bin/pip install *": "tests/test_installation.py",
-    "source .venv/bin/activate": "tests/test_installation.py",
-    "hf auth login*": "tests/test_plain_folders.py",
-    "compress serve *": "tests/test_serve.py",
-    "compress bench *--speculate*": "tests/test_run_commands.py",
-    "compress generate *--engine llama.cpp --kv-budget*": "tests/test_llamacpp_kv.py",
-    "compress generate *--kv-budget 1024 --prompt*": "tests/test_kv_bundle.py",
-    "compress generate *--kv-positions contiguous*": "tests/test_kv_bundle.py",
-    "compress generate *--depth auto*": "tests/test_run_commands.py",
-    "compress run smollm2_135m_*": "tests/test_plan_recipes.py",
-    "compress eval my-model *--retrieval*": "tests/test_retrieval.py",
-    "compress eval bundle *": "tests/test_damage.py",
-    "compress export my-model *": "tests/test_depth_bundles.py",
+    "pip install *": "tests/integration/test_installation.py",
+    "python -m venv *": "tests/integration/test_installation.py",
+    ".venv*/bin/pip install *": "tests/integration/test_installation.py",
+    "source .venv/bin/activate": "tests/integration/test_installation.py",
+    "hf auth login*": "tests/integration/test_plain_folders.py",
+    "compress serve *": "tests/integration/test_serve.py",
+    "compress bench *--speculate*": "tests/integration/test_run_commands.py",
+    "compress generate *--engine llama.cpp --kv-budget*": "tests/integration/test_llamacpp_kv.py",
+    "compress generate *--kv-budget 1024 --prompt*": "tests/integration/test_kv_bundle.py",
+    "compress generate *--kv-positions contiguous*": "tests/integration/test_kv_bundle.py",
+    "compress generate *--depth auto*": "tests/integration/test_run_commands.py",
+    "compress run smollm2_135m_*": "tests/integration/test_plan_recipes.py",
+    "compress eval my-model *--retrieval*": "tests/integration/test_retrieval.py",
+    "compress eval bundle *": "tests/integration/test_damage.py",
+    "compress export my-model *": "tests/integration/test_depth_bundles.py",
 }
 PYTHON_COVERED = {
-    "from openai import": "tests/test_serve.py",
+    "from openai import": "tests/integration/test_serve.py",
     "from optimum.onnxruntime import": "benchmarks/optimum_ort.py",
 }
-PAGES_COVERED = {"docs/tutorials/python.md": "tests/test_python_page.py"}
+PAGES_COVERED = {"docs/tutorials/python.md": "tests/integration/test_python_page.py"}
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def read(file: Path) -> Gguf:
 
 def llama_quantize(source: Path, out: Path, kind: int | str, dropped: Sequence[int] = ()) -> Path:
     """llama.cpp's quantizer; `kind` is a number of llama_ftype, or "copy"."""
-    script = Path(__file__).with_name("llama_quantize.py")
+    script = Path(__file__).parents[1] / "llama_quantize.py"
     blocks = ",".join(map(str, dropped))
     command = [sys.executable, str(script), str(source), str(out), str(kind), blocks]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -16,7 +16,7 @@ from compress.pipeline.outputs import output_schema
 from compress.pipeline.recipe import recipe_schema
 from typer.main import get_command
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

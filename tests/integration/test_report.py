@@ -18,7 +18,7 @@ from compress.records.students import HeldOutFigures, VariantFigures, Variants
 from pydantic import ValidationError
 from rich.console import Console
 
-DOCS = Path(__file__).parent.parent / "docs" / "reference" / "report.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "report.md"
 EVIL = '<script>alert("x")</script><img src="http://example.org/x.png">'
 
 

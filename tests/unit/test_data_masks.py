@@ -14,7 +14,7 @@ from compress.data.rows import Message, Messages, Row
 from compress.data.spans import TemplateError
 from compress.modeling.random import build_tokenizer
 
-FOLDER = Path(__file__).parent.parent / "build" / "templates"
+FOLDER = Path(__file__).parents[2] / "build" / "templates"
 MARKS = re.compile(
     r"<[|｜][^<>{}'\"\s]+?[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|\[e~\[|<turn\|>|<\|turn>|<seed:[a-z:]+>|<\|[a-z_]+>"

@@ -398,19 +398,3 @@ def test_manifests_are_plain(exported):
     text = (exported / "manifest.json").read_text()
     assert "null" not in text
     assert BundleManifest.model_validate(json.loads(text)) == read_bundle(exported)
-
-
-@pytest.mark.real
-def test_four_depths_of_the_real_model(smollm2, tmp_path):
-    """The goals of size, on weights of real proportions; 12 blocks of the 30 keep it short, and the share hard."""
-    model = load_model(smollm2)
-    drop_blocks(model, range(6, 24))
-    save_checkpoint(model, load_tokenizer(smollm2), tmp_path / "pruned")
-    wanted = config(gguf=["Q4_K_M"], onnx=["int4"], depths=[6, 8, 10, 12], verify={"tokens": 8, "window": 8})
-    wanted = wanted.model_copy(update={"verify": wanted.verify.model_copy(update={"kl": {"Q4_K_M": 9.0, "int4": 9.0}})})
-    export_checkpoint(tmp_path / "pruned", tmp_path / "b", wanted, Context(), name="smollm2-12L")
-    manifest = read_bundle(tmp_path / "b")
-    alone = {a.type: a.bytes for a in manifest.artifacts if "@" not in a.role}
-    shares = {family.type: family.bytes / alone[family.type] for family in manifest.families}
-    assert shares["Q4_K_M"] < 1.10 and shares["int4"] < 1.05
-    assert len(manifest.artifacts) == 8

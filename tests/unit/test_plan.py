@@ -36,7 +36,7 @@ from compress.training.train import OPTIMIZERS
 from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
-LLAMA_8B = Path(__file__).parent.parent / "recipes" / "configs" / "llama3_1_8b.json"
+LLAMA_8B = Path(__file__).parents[2] / "recipes" / "configs" / "llama3_1_8b.json"
 
 
 def shape_of(folder: Path) -> Geometry:
