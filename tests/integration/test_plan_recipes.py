@@ -99,8 +99,8 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 8 h" in out
     assert "host memory: prune 22.55 GB" in out and "2.10 GB" in out
     out = said("llama70b_64L", "--on", "h100-80g", "--cards", "8")
-    assert "8 of them sharing data, distill and sort" in out
-    assert "on the machine's processors (--device cpu) it takes" in out
+    assert "8 cards sharing data, distill and sort" in out
+    assert "on the host CPU (--device cpu) it takes" in out
     out = said("tiny_random", "--on", "cpu-2core", "--set", "prune.search=beam")
     assert "total time on cpu-2core: unknown; the recipe does not determine it for prune" in out
 

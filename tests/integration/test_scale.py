@@ -262,7 +262,7 @@ drafts.Drafts._batch = fail
             lambda rank, base: base | {"runs": base["runs"] / str(rank)},
             "error: process 1 on .*: does not see the folder",
         ),
-        (lambda rank, base: base | {"more": ["--device", "mps"]}, "error: --device mps: several processes run on cpu"),
+        (lambda rank, base: base | {"more": ["--device", "mps"]}, "--device mps: with several processes use cpu"),
     ],
     ids=["one-fails", "all-fail", "uneven", "other-recipe", "other-folder", "device"],
 )
