@@ -66,6 +66,7 @@ class BenchReport(_Figures):
     depths: list[BenchDepth]
     drafts: list[BenchDraft]
     kv: KvBudget | None = None  # the bounded KV cache that was measured with
+    stage: str | None = None  # in a run's bench.json: the folder of the export stage whose bundle this is
 
 
 def bench(
@@ -134,9 +135,9 @@ def _with_quality(manifest: BundleManifest, found: list[DepthFigures]) -> list[B
     return entries
 
 
-def as_text(report: BenchReport, **more: str) -> str:
+def as_text(report: BenchReport) -> str:
     """The figures as JSON."""
-    return report.model_copy(update=more).model_dump_json(indent=2, exclude_none=True, warnings=False) + "\n"
+    return report.model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
 def check_bench_file(out: Path) -> None:
@@ -164,7 +165,7 @@ def keep_in_run(report: BenchReport, bundle: Path, note: Callable[[str], None]) 
     run = stage.parent
     if report.kv is not None or not (run / LAST).is_file():
         return []
-    write_whole(run / BENCH, as_text(report, stage=stage.name))
+    write_whole(run / BENCH, as_text(report.model_copy(update={"stage": stage.name})))
     try:
         need("drawing the run's report again", *REPORT)
     except UserError as error:

@@ -195,7 +195,7 @@ def test_disk_is_counted_with_or_without_links(shaken, tmp_path, context, monkey
 @pytest.mark.parametrize("moment", ["between depths", "checking the graph", "reading back", "writing"])
 @pytest.mark.parametrize("form", ["gguf", "onnx"])
 def test_a_killed_export_goes_on(shaken, tmp_path, context, inline_builder, monkeypatch, form, moment):
-    kind = artifacts.Gguf if form == "gguf" else artifacts.Onnx
+    kind = artifacts.GgufKind if form == "gguf" else artifacts.OnnxKind
     wanted = config(**{form: ["Q8_0" if form == "gguf" else "int8"], "depths": [2, 4]})
     inputs = Inputs(shaken(), shaken())
     for name in ("whole", "killed"):
@@ -356,12 +356,13 @@ def test_extracting_from_a_bundle_of_one_depth(shaken, tmp_path, context):
 def test_the_command_line_takes_depths(shaken, tmp_path, monkeypatch):
     asked: list[ExportConfig] = []
     monkeypatch.setattr("compress.export.stage.export_checkpoint", lambda _from, _to, config, *_: asked.append(config))
+    monkeypatch.setattr("compress.pipeline.direct.read_bundle", lambda _: None)
     line = ["export", str(shaken()), "--gguf", "Q8_0", "--out", str(tmp_path / "b")]
     cli.app([*line, "--depths", "2, 4"], standalone_mode=False)
     cli.app(line, standalone_mode=False)
     assert [config.depths for config in asked] == [[2, 4], None]
     for depths, message in (
-        ("2,x", r"depths\.1: Input should be a valid integer"),
+        ("2,x", r"depths\.1: input should be a valid integer"),
         ("4,2", r"\[4, 2\] must be in ascending order"),
     ):
         with pytest.raises(UserError, match=message):

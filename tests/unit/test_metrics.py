@@ -195,7 +195,9 @@ def test_distances_are_those_of_all_batches_at_the_position(build: Callable[...,
 
 
 @pytest.mark.parametrize(
-    ("folder", "methods"), [("metrics", METRICS), ("heals", HEALS), ("searches", SEARCHES)], ids=str
+    ("folder", "methods"),
+    [("metrics", METRICS), ("heals", HEALS), ("searches", SEARCHES)],
+    ids=("metrics", "heals", "searches"),
 )
 def test_every_method_is_a_file_of_its_name(folder: str, methods: Registry[Any]) -> None:
     """A folder of methods holds nothing else."""
