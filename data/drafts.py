@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.load import load_config
+from ..modeling.types import Tokenizer
 from .config import MagpieConfig, TextsConfig
 from .parts import in_rounds
 from .writing import Writer
@@ -36,7 +37,9 @@ class Drafts:
     """Samples rows batch by batch. Batch k holds rows k·B … k·B + B − 1 and depends on no other batch, so several
     processes can sample in parallel and a killed run resumes at its unfinished batches."""
 
-    def __init__(self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: Any, context: Context, work: Path):
+    def __init__(
+        self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: Tokenizer, context: Context, work: Path
+    ):
         self.config, self.tokenizer, self.seed = config, tokenizer, context.seed
         self.parts, self.group = work / "parts", context.group
         # Tokenizers may list special tokens that the model has no logit for.

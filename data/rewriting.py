@@ -15,6 +15,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.load import load_config
+from ..modeling.types import Tokenizer
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
 from .checks import agrees
@@ -56,7 +57,14 @@ class Rewriter:
     file, so a killed and resumed run ends with the same rows."""
 
     def __init__(
-        self, tokenizer: Any, base: Path, length: int, batch: int, engine: EngineConfig, context: Context, work: Path
+        self,
+        tokenizer: Tokenizer,
+        base: Path,
+        length: int,
+        batch: int,
+        engine: EngineConfig,
+        context: Context,
+        work: Path,
     ):
         self.tokenizer, self.length, self.batch, self.context = tokenizer, length, batch, context
         self.base, self.engine, self.seed = base, engine, context.seed

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..modeling.types import CausalModel
+
 LOOP = 32  # if this many tokens repeat with a period of at most LOOP // 2, the row will never end
 _ROOM = 64  # tokens by which the KV cache grows
 
@@ -56,7 +58,7 @@ def row_seed(seed: int, row: int, phase: str) -> int:
 
 @torch.inference_mode()
 def sample(
-    model: Any,
+    model: CausalModel,
     prompts: Sequence[list[int]],
     seeds: Sequence[int],
     how: Sampling,
@@ -70,7 +72,8 @@ def sample(
     Row i samples from a generator seeded with `seeds[i]`, one number per token, so its text does not depend on the
     other rows, except for rounding. Tokens of `banned` are never sampled.
     """
-    device = model.get_input_embeddings().weight.device
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
     uniforms = torch.stack([_uniforms(seed, how.max_tokens) for seed in seeds]).to(device)
     drawn = [Sampled([]) for _ in prompts]
     logits, cache, seen = _prefill(model, prompts, how.max_tokens, device)
@@ -131,7 +134,7 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def _prefill(
-    model: Any, prompts: Sequence[list[int]], tokens: int, device: torch.device
+    model: CausalModel, prompts: Sequence[list[int]], tokens: int, device: torch.device
 ) -> tuple[Tensor, Cache, Tensor]:
     """Logits after each prompt (B, V), the cache, and a mask of the columns each row sees (B, T).
 
@@ -166,7 +169,7 @@ def _common(prompts: Sequence[list[int]], window: int | None, tokens: int) -> in
     return common
 
 
-def _forward(model: Any, ids: Tensor, seen: Tensor, cache: Cache) -> Tensor:
+def _forward(model: CausalModel, ids: Tensor, seen: Tensor, cache: Cache) -> Tensor:
     """Logits (B, V) after the last of `ids` (B, T), which are the last T columns of `seen`."""
     positions = (seen.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     out = model(

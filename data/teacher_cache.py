@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from ..core.files import write_whole
 from ..core.stage import WORK, Context
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
+from ..modeling.types import Tokenizer
 from .calibration import pad_id
 from .chat import Encoded, encode_rows
 from .config import TeacherConfig
@@ -40,7 +40,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def write_teacher(
-    config: TeacherConfig, base: Path, rows: Sequence[Row], tokenizer: Any, length: int, out_dir: Path, context: Context
+    config: TeacherConfig,
+    base: Path,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    length: int,
+    out_dir: Path,
+    context: Context,
 ) -> dict[str, int]:
     """Write the folder for the training rows; returns its size in targets and bytes.
 

@@ -12,12 +12,13 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..modeling.checkpoint import quiet
+from ..modeling.types import CausalModel, Tokenizer
 from ..runtime.engine import Engine, ScoringWindow
 
 AT_ONCE = 16  # requests handed to a runtime together
 
 
-def checkpoint_lm(model: Any, tokenizer: Any, longest: int, batch: int) -> Any:
+def checkpoint_lm(model: CausalModel, tokenizer: Tokenizer, longest: int, batch: int) -> Any:
     """A loaded checkpoint in lm-eval's own class for transformers models.
 
     Texts longer than `longest` tokens, or than the model's context, are truncated on the left.
@@ -37,7 +38,7 @@ def checkpoint_lm(model: Any, tokenizer: Any, longest: int, batch: int) -> Any:
 class EngineLM(TemplateLM):
     """An artifact in its runtime; gets the same tokens as a checkpoint, truncated the same way."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, longest: int):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, longest: int):
         super().__init__()
         self.engine, self.tokenizer = engine, tokenizer
         # The last token of a text of max_length + 1 tokens is only predicted, never read.
@@ -45,6 +46,7 @@ class EngineLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        assert self.tokenizer.eos_token_id is not None
         return self.tokenizer.eos_token_id
 
     @property

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from ..core.files import read_text
 from ..core.stage import Advance
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel, Tokenizer
 from ..runtime.engine import Distribution, Engine, ScoringWindow, divergence
 from .cost import CHUNK
 
 LEAST = -6e4  # log-probability of an impossible token, within float16's range
 
 
-def text_windows(tokenizer: Any, text: Path | None, data: Path | None, window: int, tokens: int) -> list[Encoded]:
+def text_windows(tokenizer: Tokenizer, text: Path | None, data: Path | None, window: int, tokens: int) -> list[Encoded]:
     """Windows of a text file, or the held-out rows of a data stage; `tokens` tokens at most.
 
     Only tokens in the loss mask are measured: in a text all but each window's first, in a conversation the answers.
@@ -142,7 +143,7 @@ class Base:
 
 
 @torch.no_grad()
-def log_probs(model: Any, rows: Sequence[Encoded], advance: Advance) -> Iterator[tuple[Tensor, Tensor]]:
+def log_probs(model: CausalModel, rows: Sequence[Encoded], advance: Advance) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (log-probabilities (n, V) float32, targets (n,)) over all measured positions, in order."""
     decoder = Decoder(model)
     for row in rows:
@@ -153,7 +154,9 @@ def log_probs(model: Any, rows: Sequence[Encoded], advance: Advance) -> Iterator
         advance(len(row.input_ids))
 
 
-def measure_model(model: Any, rows: Sequence[Encoded], base: BaseLogProbs | None, advance: Advance) -> LanguageFigures:
+def measure_model(
+    model: CausalModel, rows: Sequence[Encoded], base: BaseLogProbs | None, advance: Advance
+) -> LanguageFigures:
     """Perplexity of a torch model and, with the base's log-probabilities, KL and agreement."""
     totals, reference = Totals(), base.open() if base is not None else None
     for logs, wanted in log_probs(model, rows, advance):

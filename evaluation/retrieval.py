@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..kv.settings import HeadSettings, KvBudget, read_settings
 from ..kv.steps import shared_steps
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, has_heads, load_heads
+from ..modeling.types import CausalModel, Tokenizer
 from ..records.models import RetrievalResult, RetrievalTask
 from .config import FULL, RetrievalConfig
 from .generation import stops, text_of
@@ -72,7 +72,7 @@ class Retrieval:
     """The texts of one evaluation, for any number of models with the same tokenizer. Raises `UserError` if the text is
     missing or too short."""
 
-    def __init__(self, config: RetrievalConfig, context: Context, tokenizer: Any):
+    def __init__(self, config: RetrievalConfig, context: Context, tokenizer: Tokenizer):
         self.config, self.seed, self.tokenizer = config, context.seed, tokenizer
         text = read_text(_file(config, context)) if config.text is not None else None
         self.filler = Filler(text)
@@ -112,7 +112,7 @@ class Retrieval:
 
     def collect(
         self,
-        model: Any,
+        model: CausalModel,
         checkpoint: Path | None,
         file: Path,
         advance: Advance,
@@ -130,7 +130,7 @@ class Retrieval:
         return [found[name] for name in self.names()]
 
     def run(
-        self, model: Any, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
+        self, model: CausalModel, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
     ) -> Iterator[Measured]:
         """Measure a model. If a policy needs heads, they come from `checkpoint`: this model's, or those of the deeper
         model that this one is a depth of. Measurements in `done` are skipped."""
@@ -294,7 +294,7 @@ class _Cell:
         )
 
 
-def check(config: RetrievalConfig, context: Context, tokenizer: Any) -> None:
+def check(config: RetrievalConfig, context: Context, tokenizer: Tokenizer) -> None:
     """Reject a text that is missing or too short, and prompts too short for their facts, before any work is done."""
     if config.text is not None and not _file(config, context).is_file():
         raise UserError(f"evaluate.retrieval.text: there is no file {_file(config, context)}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel
 from .config import SpeedTest
 
 
 @torch.no_grad()
-def torch_speed(model: Any, test: SpeedTest) -> dict[str, float]:
+def torch_speed(model: CausalModel, test: SpeedTest) -> dict[str, float]:
     """Prefill and decode tokens per second of one stream, greedy, with a KV cache; the best of the repetitions."""
     decoder = Decoder(model)
     ids = torch.tensor([[3 + i % 89 for i in range(test.prompt_tokens)]], device=model.device)
@@ -34,7 +34,7 @@ def torch_speed(model: Any, test: SpeedTest) -> dict[str, float]:
     return best
 
 
-def _now(model: Any) -> float:
+def _now(model: CausalModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -19,6 +19,7 @@ from ..data.chat import Encoded
 from ..modeling.blocks import depths, drop_blocks
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads
+from ..modeling.types import CausalModel
 from ..records.bundle import BundleManifest
 from ..records.importance import Importance
 from ..records.merge import MergeRecord
@@ -227,7 +228,7 @@ class Bench:
             retrieval=found,
         )
 
-    def _retrieval(self, model: Any, subject: Subject) -> list[RetrievalResult]:
+    def _retrieval(self, model: CausalModel, subject: Subject) -> list[RetrievalResult]:
         if self.retrieval is None or not subject.retrieves:
             return []
         file = self.work / f"{subject.role}.retrieval.json"

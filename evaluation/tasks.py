@@ -21,6 +21,7 @@ from ..core.stage import Advance
 from ..data.calibration import pad_id
 from ..data.turns import strings
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel, Tokenizer
 from ..runtime.engine import Engine, ScoringWindow
 from .generation import Exercise
 from .statistics import TaskOutcome, mean
@@ -127,7 +128,7 @@ def run_task(
     return TaskOutcome("choice", "accuracy_norm", normed, figures["accuracy_norm"], len(rows), chance, figures)
 
 
-def engine_scores(engine: Engine, tokenizer: Any, row: ChoiceQuestion) -> list[float]:
+def engine_scores(engine: Engine, tokenizer: Tokenizer, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats, in an artifact's runtime."""
     prompt, endings = split_tokens(tokenizer, row)
     windows = [ScoringWindow.of([*prompt, *ending], len(prompt)) for ending in endings]
@@ -135,7 +136,7 @@ def engine_scores(engine: Engine, tokenizer: Any, row: ChoiceQuestion) -> list[f
 
 
 @torch.no_grad()
-def choice_scores(model: Any, tokenizer: Any, row: ChoiceQuestion) -> list[float]:
+def choice_scores(model: CausalModel, tokenizer: Tokenizer, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats.
 
     The prompt is run once; its keys and values are repeated to run the choices as one batch after it.
@@ -162,13 +163,13 @@ def choice_scores(model: Any, tokenizer: Any, row: ChoiceQuestion) -> list[float
     return scores.tolist()
 
 
-def split_tokens(tokenizer: Any, row: ChoiceQuestion) -> tuple[list[int], list[list[int]]]:
+def split_tokens(tokenizer: Tokenizer, row: ChoiceQuestion) -> tuple[list[int], list[list[int]]]:
     """Tokens of the prompt and of each ending (which includes its leading space).
 
     Prompt and ending are encoded together, because a token may span both; the prompt is the prefix that all share.
     """
-    prompt = tokenizer(row.prompt).input_ids
-    wholes = [tokenizer(f"{row.prompt} {choice}").input_ids for choice in row.choices]
+    prompt = tokenizer(row.prompt)["input_ids"]
+    wholes = [tokenizer(f"{row.prompt} {choice}")["input_ids"] for choice in row.choices]
     shared = len(prompt)
     for whole in wholes:
         while whole[:shared] != prompt[:shared]:

@@ -34,7 +34,7 @@ def build(checkpoint: str, folder: str) -> None:
 
 
 @cache
-def _gemma3(base: Any) -> Any:
+def _gemma3(base: type[Any]) -> Any:
     """The builder's Gemma-3 class, adapted to read transformers 5's configuration and to scale embeddings exactly."""
 
     class Gemma3Model(base):

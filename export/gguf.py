@@ -26,6 +26,7 @@ from ..modeling.families import family_of
 from ..modeling.gguf_layout import Array
 from ..modeling.load import load_config
 from ..modeling.shape import AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
+from ..modeling.types import ModelConfig
 from .gguf_source import GgufSource
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
 from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
@@ -69,7 +70,7 @@ def check_gguf(checkpoint: Path) -> None:
     GgufSource(checkpoint, config)  # names a weight that has no place in a GGUF
 
 
-def _unlike_llamacpp(config: Any) -> Iterator[str]:
+def _unlike_llamacpp(config: ModelConfig) -> Iterator[str]:
     """Settings of a configuration that llama.cpp's graph for its family does not implement."""
     family, name = family_of(config), config.model_type
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
@@ -158,7 +159,7 @@ class Conversion:
         """A writer with only the architecture's name."""
         return GGUFWriter(None, family_of(self.config).gguf.architecture)
 
-    def described(self, config: Any, name: str) -> GGUFWriter:
+    def described(self, config: ModelConfig, name: str) -> GGUFWriter:
         """A writer with all metadata of the model with this configuration, vocabulary included."""
         writer = self.writer()
         _write_metadata(writer, config, self.qtype, safe_name(name, self.checkpoint))
@@ -227,7 +228,7 @@ def write_gguf(
     return job.info(out)
 
 
-def context_length(config: Any) -> int:
+def context_length(config: ModelConfig) -> int:
     """The longest text for which llama.cpp computes the same as the checkpoint.
 
     Where it has no sliding windows, that is one window, within which full attention is the same.
@@ -250,7 +251,7 @@ def safe_name(name: str, checkpoint: Path) -> str:
     return re.sub(r"(?i)(phi)-?(?=3)", r"\1 ", name)
 
 
-def _write_metadata(writer: GGUFWriter, config: Any, qtype: str, name: str) -> None:
+def _write_metadata(writer: GGUFWriter, config: ModelConfig, qtype: str, name: str) -> None:
     rope, shape = rope_settings(config), AttentionShape.of(config)
     writer.add_type("model")
     writer.add_name(name)
@@ -278,7 +279,7 @@ def _write_metadata(writer: GGUFWriter, config: Any, qtype: str, name: str) -> N
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
+def _write_scaling(writer: GGUFWriter, config: ModelConfig, rope: dict[str, Any]) -> None:
     kind, always = rope["rope_type"], family_of(config).gguf.original_context
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
@@ -297,7 +298,7 @@ def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> Non
         writer.add_rope_scaling_orig_ctx_len(original_context(config))
 
 
-def _write_windows(writer: GGUFWriter, config: Any) -> None:
+def _write_windows(writer: GGUFWriter, config: ModelConfig) -> None:
     slides = sliding_blocks(config)
     if any(slides):  # llama.cpp ends the process at a window that no block uses
         writer.add_sliding_window(config.sliding_window)

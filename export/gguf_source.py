@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import UserError
 from ..modeling.families import HEAD, family_of
 from ..modeling.gguf_layout import Array, query_scale, rope_tensors, tensor_names, to_gguf
+from ..modeling.types import ModelConfig
 from ..modeling.weights import Tensors
 
 
 class GgufSource:
     """A checkpoint's tensors under llama.cpp's names and in the order of its files, transformed as it expects them."""
 
-    def __init__(self, checkpoint: Path, config: Any):
+    def __init__(self, checkpoint: Path, config: ModelConfig):
         self.config = config
         self.tensors = Tensors(checkpoint)
         names = tensor_names(family_of(config), config.num_hidden_layers, list(self.tensors))
@@ -67,7 +67,7 @@ def file_order(name: str) -> tuple[int, int, str]:
     return (0 if name.startswith("rope_") else 1 if name.startswith("token_embd") else 3), 0, name
 
 
-def differing_tensors(config: Any, depths: Sequence[int]) -> list[str]:
+def differing_tensors(config: ModelConfig, depths: Sequence[int]) -> list[str]:
     """Tensors that differ between depths: Gemma-3's query norms, where one depth is 62 (`query_scale`)."""
     if not family_of(config).gguf.query_scale or len({query_scale(config, depth) for depth in depths}) == 1:
         return []

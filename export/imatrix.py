@@ -19,10 +19,13 @@ from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.gguf_layout import name_map
+from ..modeling.types import CausalModel
 
 
 @torch.no_grad()
-def collect(model: Any, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, NDArray[np.float32]]:
+def collect(
+    model: CausalModel, batches: Iterable[Batch], advance: Advance | None = None
+) -> dict[str, NDArray[np.float32]]:
     """Mean squared inputs (columns,) of every linear layer in the blocks, by llama.cpp tensor name; no padding."""
     decoder = Decoder(model)
     names = name_map(decoder.family, decoder.num_blocks)

@@ -17,6 +17,7 @@ from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
+from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
 from ..runtime.bundle import read_bundle
@@ -227,7 +228,7 @@ class ExportJob:
                 references[form] = self._probed(model, form)
         return references, self._weighed(model)
 
-    def _probed(self, model: Any, form: str) -> dict[int, Reference]:
+    def _probed(self, model: CausalModel, form: str) -> dict[int, Reference]:
         settings, tokenizer = self.config.verify, self._tokenizer
         longest = model.config.max_position_embeddings
         context = context_length(model.config) if form == "gguf" else longest
@@ -253,7 +254,7 @@ class ExportJob:
     def _wants_imatrix(self) -> bool:
         return "data" in self.inputs.stages if self.config.imatrix is None else self.config.imatrix
 
-    def _weighed(self, model: Any) -> dict[str, Any] | None:
+    def _weighed(self, model: CausalModel) -> dict[str, Any] | None:
         if not self._wants_imatrix():
             return None
         file = self.work / "imatrix.safetensors"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,12 +29,16 @@ from ..modeling.families import FAMILIES, family_of
 from ..modeling.load import load_config
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.shape import rope_settings, rotated_size, sliding_blocks
+from ..modeling.types import ConfigLike
 from ..modeling.weights import count_parameters
 from ..runtime.cost import ONNX_BITS
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read
 from .onnx_retaining import add_heads, head_bytes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Settings that the builder passes over, with what attention would do.
 LEFT_OUT = {"attn_logit_softcapping": "is soft-capped", "use_bidirectional_attention": "looks ahead"}
@@ -61,7 +65,7 @@ class WrittenOnnx:
     bits_per_weight: float  # of the weights file, per parameter of the checkpoint
 
 
-def check_onnx(config: Any, precision: str = "int4") -> None:
+def check_onnx(config: ConfigLike, precision: str = "int4") -> None:
     """Raise `UserError` unless models of this configuration (object or dict) can be exported at `precision`."""
     values = config if isinstance(config, dict) else config.to_dict()
     family = values.get("model_type")
@@ -265,7 +269,7 @@ def _finish(
     return made
 
 
-def _add_position_ids(model: Any) -> None:
+def _add_position_ids(model: ir.Model) -> None:
     """Wire a `position_ids` input (batch, tokens) to every attention, which otherwise counts positions itself.
 
     The rotary embedding then uses the given positions: a cache from which entries were dropped stays usable.
@@ -286,7 +290,7 @@ def _add_position_ids(model: Any) -> None:
             node.replace_input_with(9, positions)
 
 
-def _quantize(model: Any, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress) -> None:
+def _quantize(model: ir.Model, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress) -> None:
     """Replace every matrix of weights by integers, in place."""
     from .onnx_graph import replace_embedding, replace_matmul, weight_matmuls
     from .onnx_quantize import quantize_int4, quantize_int8

@@ -16,15 +16,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..modeling.blocks import config_at
 from ..modeling.checkpoint import link_file
+from ..modeling.types import ModelConfig
 from ..runtime.onnx_engine import WEIGHTS
 from .bundle import Size
 from .onnx_retaining import SCORES, head_bytes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 GRAPH = "model.onnx"
 SETTINGS = "genai_config.json"
@@ -36,7 +40,7 @@ def depth_folder(depth: int, depths: Sequence[int]) -> str:
     return "/".join(f"d{d}" for d in depths if d <= depth)
 
 
-def spread(folder: Path, family: Path, depths: Sequence[int], config: Any) -> None:
+def spread(folder: Path, family: Path, depths: Sequence[int], config: ModelConfig) -> None:
     """Turn an ONNX folder of all blocks, whose configuration is `config`, into a family of several depths.
 
     `family` is a new folder; `folder` is moved into it.
@@ -48,7 +52,7 @@ def spread(folder: Path, family: Path, depths: Sequence[int], config: Any) -> No
         _add_depth(deepest, family / depth_folder(depth, depths), depth, config)
 
 
-def _add_depth(deepest: Path, folder: Path, depth: int, config: Any) -> None:
+def _add_depth(deepest: Path, folder: Path, depth: int, config: ModelConfig) -> None:
     import onnx_ir as ir
 
     graph = deepest / f"model-d{depth}.onnx"
@@ -85,7 +89,7 @@ def graph_of(folder: Path) -> Path:
     return folder / read_settings(folder)["model"]["decoder"]["filename"]
 
 
-def cut_graph(model: Any, depth: int) -> None:
+def cut_graph(model: ir.Model, depth: int) -> None:
     """Truncate a builder's graph to its first `depth` blocks, in place.
 
     The norm before a block adds the block before it to the residual stream as well (SkipSimplifiedLayerNormalization);
@@ -94,13 +98,13 @@ def cut_graph(model: Any, depth: int) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
-    nodes = {node.name: node for node in graph}
+    nodes = {str(node.name): node for node in graph}
     (final,) = (node for name, node in nodes.items() if name.endswith("/final_norm_layernorm/SkipLayerNorm"))
     first_gone = nodes[f"/model/layers.{depth}/input_layernorm/SkipLayerNorm"]
     for index in (0, 1):
         final.replace_input_with(index, first_gone.inputs[index])
-    graph.outputs[:] = [value for value in graph.outputs if _block(value.name) < depth]
-    graph.inputs[:] = [value for value in graph.inputs if _block(value.name) < depth]
+    graph.outputs[:] = [value for value in graph.outputs if _block(str(value.name)) < depth]
+    graph.inputs[:] = [value for value in graph.inputs if _block(str(value.name)) < depth]
     RemoveUnusedNodesPass()(model)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         graph.initializers.pop(name)

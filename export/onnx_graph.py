@@ -10,10 +10,11 @@ import onnx_ir as ir
 from .onnx_quantize import BLOCK, Quantized
 
 
-def weight_matmuls(model: Any) -> list[Any]:
+def weight_matmuls(model: ir.Model) -> list[Any]:
     """The MatMul nodes that multiply by a matrix of weights (K, N) whose K divides into blocks, in graph order."""
     found = []
-    for node in model.graph:
+    nodes: list[Any] = list(model.graph)  # onnx-ir's optional fields are all set in the builder's graphs
+    for node in nodes:
         if node.op_type == "MatMul" and node.inputs[1] is not None:
             weight = node.inputs[1].const_value
             if weight is not None and len(weight.shape) == 2 and weight.shape[0] % BLOCK == 0:
@@ -21,9 +22,9 @@ def weight_matmuls(model: Any) -> list[Any]:
     return found
 
 
-def replace_matmul(model: Any, node: Any, quantized: Quantized) -> None:
+def replace_matmul(model: ir.Model, node: ir.Node, quantized: Quantized) -> None:
     """Replace a MatMul by MatMulNBits; remove the weights if nothing else reads them."""
-    weight = node.inputs[1]
+    weight: Any = node.inputs[1]
     count, blocks = quantized.scales.shape
     inputs = [node.inputs[0], *_initializers(model, weight.name, quantized)]
     _replace(
@@ -41,11 +42,12 @@ def replace_matmul(model: Any, node: Any, quantized: Quantized) -> None:
     _drop_unused(model, weight)
 
 
-def replace_embedding(model: Any, head: Any, quantized: Quantized) -> None:
+def replace_embedding(model: ir.Model, head: ir.Value, quantized: Quantized) -> None:
     """Let the embedding look up integer rows; if tied, those of the head (`head` is its weight)."""
     from .onnx_quantize import quantize_int8
 
-    for node in list(model.graph):
+    nodes: list[Any] = list(model.graph)
+    for node in nodes:
         if node.op_type != "Gather":
             continue
         producer = node.inputs[0].producer()
@@ -54,7 +56,7 @@ def replace_embedding(model: Any, head: Any, quantized: Quantized) -> None:
         if not tied and (table.const_value is None or len(table.const_value.shape) != 2):
             continue
         if tied:
-            rows, name = quantized, head.name
+            rows, name = quantized, str(head.name)
         else:
             if table.const_value.shape[1] % BLOCK:
                 continue
@@ -72,12 +74,12 @@ def replace_embedding(model: Any, head: Any, quantized: Quantized) -> None:
         new = ir.node("GatherBlockQuantized", lookup, settings, domain="com.microsoft", name=node.name)
         _replace(model, node, new)
         if tied:
-            model.graph.remove(producer, safe=True)
+            model.graph.remove(table.producer(), safe=True)
         else:
             _drop_unused(model, table)
 
 
-def _replace(model: Any, old: Any, new: Any) -> None:
+def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     out, made = old.outputs[0], new.outputs[0]
     made.type, made.shape = out.type, out.shape
     model.graph.insert_before(old, new)
@@ -87,7 +89,7 @@ def _replace(model: Any, old: Any, new: Any) -> None:
     made.name = name
 
 
-def _initializers(model: Any, name: str, quantized: Quantized) -> list[Any]:
+def _initializers(model: ir.Model, name: str, quantized: Quantized) -> list[Any]:
     """Values, scales and zero points if any, as initializers; existing ones (a tied head's) are reused."""
     parts = [(f"{name}_Q{quantized.bits}", quantized.values), (f"{name}_scales", quantized.scales)]
     if quantized.zero_points is not None:
@@ -95,7 +97,7 @@ def _initializers(model: Any, name: str, quantized: Quantized) -> list[Any]:
     return [_initializer(model, part, array) for part, array in parts]
 
 
-def _initializer(model: Any, name: str, array: np.ndarray) -> Any:
+def _initializer(model: ir.Model, name: str, array: np.ndarray) -> Any:
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
@@ -104,6 +106,6 @@ def _initializer(model: Any, name: str, array: np.ndarray) -> Any:
     return value
 
 
-def _drop_unused(model: Any, value: Any) -> None:
+def _drop_unused(model: ir.Model, value: ir.Value) -> None:
     if not value.uses():
-        model.graph.initializers.pop(value.name, None)
+        model.graph.initializers.pop(str(value.name), None)

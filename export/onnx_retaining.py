@@ -22,7 +22,7 @@ SCORES = "retaining_scores"  # an output's name up to its block's number
 _PREFIX = "retaining.blocks."  # the heads' weights
 
 
-def add_heads(model: Any, heads: RetainingHeads) -> None:
+def add_heads(model: ir.Model, heads: RetainingHeads) -> None:
     """Add the heads of all blocks to a builder's graph, in place. `UserError` for a graph with another structure."""
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     if len(attentions) != len(heads.blocks):
@@ -61,9 +61,10 @@ def head_bytes(places: Mapping[str, tuple[Any, ...]]) -> int:
     return sum(place[2] for name, place in places.items() if name.startswith(_PREFIX))
 
 
-def _projected(model: Any, attention: Any, stem: str) -> Any:
+def _projected(model: ir.Model, attention: ir.Node, stem: str) -> Any:
     """The graph value with q, k and v (batch, tokens, I) as output by the projections."""
-    query, key, values = attention.inputs[:3]
+    inputs: Any = attention.inputs
+    query, key, values = inputs[:3]
     if key is None:
         return query
     maker = values.producer()
@@ -72,16 +73,16 @@ def _projected(model: Any, attention: Any, stem: str) -> Any:
     return _add(model, attention, "Concat", [_before_norm(query), _before_norm(key), values], stem, axis=-1)
 
 
-def _before_norm(value: Any) -> Any:
+def _before_norm(value: ir.Value) -> Any:
     """The projection output from which an attention's q or k comes, before a Reshape, a norm and another Reshape."""
-    maker = value.producer()
+    maker: Any = value.producer()
     while maker is not None and maker.op_type in ("Reshape", "SimplifiedLayerNormalization"):
         value = maker.inputs[0]
         maker = value.producer()
     return value
 
 
-def _weight(model: Any, block: int, part: str, head: Any) -> Any:
+def _weight(model: ir.Model, block: int, part: str, head: Any) -> Any:
     """A matrix of a head as an initializer (inputs, outputs)."""
     name = f"{_PREFIX}{block}.{part}.weight"
     array = getattr(head, part).weight.detach().float().numpy().T.copy()
@@ -91,7 +92,7 @@ def _weight(model: Any, block: int, part: str, head: Any) -> Any:
     return value
 
 
-def _add(model: Any, before: Any, operator: str, inputs: list[Any], stem: str, **attributes: Any) -> Any:
+def _add(model: ir.Model, before: ir.Node, operator: str, inputs: list[Any], stem: str, **attributes: Any) -> Any:
     node = ir.node(operator, inputs, attributes or None, name=f"{stem}/{operator}")
     node.outputs[0].name = f"{stem}/{operator}/output_0"
     model.graph.insert_before(before, node)

@@ -21,6 +21,7 @@ from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
+from ..modeling.types import CausalModel, ModelConfig, Tokenizer
 from ..records.bundle import Verification
 from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
@@ -91,7 +92,7 @@ class Reference:
         return [score for window in self.scores for score in window]
 
 
-def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
+def probe_windows(tokenizer: Tokenizer, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
     """Windows with `tokens` positions in total: from the data stage's held-out rows, else from a built-in text."""
     rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
@@ -104,7 +105,7 @@ def probe_windows(tokenizer: Any, data: Path | None, tokens: int, length: int) -
     return windows
 
 
-def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> list[ScoringWindow]:
+def far_windows(tokenizer: Tokenizer, config: ModelConfig, context: int, parameters: int) -> list[ScoringWindow]:
     """A text that extends `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
     none if rotary positions are not scaled, or running it would take too long."""
     if not scaled(config):
@@ -116,13 +117,13 @@ def far_windows(tokenizer: Any, config: Any, context: int, parameters: int) -> l
     return [ScoringWindow(_repeated(tokenizer, length), range(max(1, length - FAR_TOKENS), length))]
 
 
-def _repeated(tokenizer: Any, length: int) -> list[int]:
-    ids = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+def _repeated(tokenizer: Tokenizer, length: int) -> list[int]:
+    ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     return (ids * (length // len(ids) + 1))[:length]
 
 
 @torch.no_grad()
-def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
+def gapped_reference(model: CausalModel, tokenizer: Tokenizer, context: int) -> Gapped | None:
     """The checkpoint's distributions when one half of a text is far beyond the other; None if rotary positions are not
     scaled, or depend on the length of the text (longrope)."""
     decoder = Decoder(model)
@@ -142,7 +143,9 @@ def gapped_reference(model: Any, tokenizer: Any, context: int) -> Gapped | None:
 
 
 @torch.no_grad()
-def torch_reference(model: Any, windows: Sequence[ScoringWindow], heads: RetainingHeads | None = None) -> Reference:
+def torch_reference(
+    model: CausalModel, windows: Sequence[ScoringWindow], heads: RetainingHeads | None = None
+) -> Reference:
     """The checkpoint's distributions and retaining scores; logits are computed only for the requested positions."""
     decoder = Decoder(model)
     scores = []

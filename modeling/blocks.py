@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import UserError
 from .config import DEPTHS, KEPT_BLOCKS, RECORDS
 from .families import BLOCKS, Family, block_number, family_of
+from .types import CausalModel, ModelConfig
 
 
 class Decoder:
@@ -26,7 +27,7 @@ class Decoder:
     The view holds no state: it always shows the model as it is now, also inside `without_blocks`.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: CausalModel):
         self.family: Family = family_of(model.config)
         self.model = model
         self.config = model.config
@@ -199,33 +200,33 @@ class Decoder:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def kept_blocks(config: Any) -> list[int]:
+def kept_blocks(config: ModelConfig) -> list[int]:
     """The indices, in the unpruned model, of this model's blocks."""
     kept = getattr(config, KEPT_BLOCKS, None)
     return list(kept) if kept is not None else list(range(config.num_hidden_layers))
 
 
-def depths(config: Any) -> list[int]:
+def depths(config: ModelConfig) -> list[int]:
     """Depths the model was trained to run at, ascending: its first d blocks, then the final norm and the head.
     For a model not trained for several depths, only its number of blocks."""
     found = getattr(config, DEPTHS, None)
     return list(found) if found is not None else [config.num_hidden_layers]
 
 
-def forget_depths(config: Any) -> None:
+def forget_depths(config: ModelConfig) -> None:
     """Undo `record_depths`, for a model that was trained further at its full depth only."""
     if hasattr(config, DEPTHS):
         delattr(config, DEPTHS)
 
 
-def record_depths(config: Any, found: Sequence[int]) -> None:
+def record_depths(config: ModelConfig, found: Sequence[int]) -> None:
     """Record in a configuration the depths its model runs at; the deepest must be all of its blocks."""
     if sorted(set(found)) != list(found) or found[0] < 1 or found[-1] != config.num_hidden_layers:
         raise ValueError(f"depths {list(found)} must ascend to the model's {config.num_hidden_layers} blocks")
     setattr(config, DEPTHS, list(found))
 
 
-def config_at(config: Any, depth: int) -> Any:
+def config_at(config: ModelConfig, depth: int) -> Any:
     """A copy of a configuration for the model's first `depth` blocks, or for the whole model."""
     if not 1 <= depth <= config.num_hidden_layers:
         raise ValueError(f"a model of {config.num_hidden_layers} blocks has no depth {depth}")
@@ -235,7 +236,7 @@ def config_at(config: Any, depth: int) -> Any:
     return found
 
 
-def drop_blocks(model: Any, dropped: Collection[int]) -> None:
+def drop_blocks(model: CausalModel, dropped: Collection[int]) -> None:
     """Remove blocks in place; re-index the rest and every per-block configuration value.
 
     Indices are the model's current ones. The kept blocks' indices in the unpruned model are recorded in the
@@ -264,7 +265,7 @@ def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Paramete
 
 
 @contextmanager
-def without_blocks(model: Any, dropped: Collection[int]) -> Iterator[None]:
+def without_blocks(model: CausalModel, dropped: Collection[int]) -> Iterator[None]:
     """The model without some blocks inside the context; restored exactly afterwards."""
     count = model.config.num_hidden_layers
     _check_dropped(dropped, count)
@@ -281,7 +282,7 @@ class Arrangement:
     records: dict[str, Any]  # what the configuration notes of earlier drops, and of depths
 
 
-def arrangement(model: Any) -> Arrangement:
+def arrangement(model: CausalModel) -> Arrangement:
     """A model's current arrangement."""
     values = {name: getattr(model.config, name) for name in _per_block_names(model.config)}
     records = {name: getattr(model.config, name) for name in RECORDS if hasattr(model.config, name)}
@@ -289,7 +290,7 @@ def arrangement(model: Any) -> Arrangement:
 
 
 @contextmanager
-def arranged(model: Any, other: Arrangement) -> Iterator[None]:
+def arranged(model: CausalModel, other: Arrangement) -> Iterator[None]:
     """The model with the blocks of another arrangement of it inside the context; restored exactly afterwards."""
     before = arrangement(model)
     _arrange(model, other)
@@ -299,7 +300,7 @@ def arranged(model: Any, other: Arrangement) -> Iterator[None]:
         _arrange(model, before)
 
 
-def _arrange(model: Any, wanted: Arrangement) -> None:
+def _arrange(model: CausalModel, wanted: Arrangement) -> None:
     config = model.config
     model.model.layers = wanted.blocks
     for name, value in wanted.values.items():
@@ -313,7 +314,7 @@ def _arrange(model: Any, wanted: Arrangement) -> None:
 
 
 @contextmanager
-def _only(model: Any, kept: list[int]) -> Iterator[None]:
+def _only(model: CausalModel, kept: list[int]) -> Iterator[None]:
     before = arrangement(model)
     _apply(model, kept)
     try:
@@ -322,7 +323,7 @@ def _only(model: Any, kept: list[int]) -> Iterator[None]:
         _arrange(model, before)
 
 
-def dropped_since(config: Any, base: Any) -> list[int]:
+def dropped_since(config: ModelConfig, base: ModelConfig) -> list[int]:
     """The blocks of the model with configuration `base` that the model with configuration `config` lacks."""
     kept = set(kept_blocks(config))
     return [number for number, block in enumerate(kept_blocks(base)) if block not in kept]
@@ -336,19 +337,19 @@ def name_before(name: str, kept: Sequence[int]) -> str:
     return f"{BLOCKS}.{kept[number]}{name.removeprefix(f'{BLOCKS}.{number}')}"
 
 
-def _per_block_names(config: Any) -> list[str]:
+def _per_block_names(config: ModelConfig) -> list[str]:
     family = family_of(config)
     names = ["num_hidden_layers", *family.block_numbers, *family.per_block]
     return [name for name in names if getattr(config, name, None) is not None]
 
 
-def _apply(model: Any, kept: list[int]) -> None:
+def _apply(model: CausalModel, kept: list[int]) -> None:
     _cut_config(model.config, kept)
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
     _reindex(model.model.layers)
 
 
-def _cut_config(config: Any, kept: list[int]) -> None:
+def _cut_config(config: ModelConfig, kept: list[int]) -> None:
     numbers, family = kept_blocks(config), family_of(config)
     for name in family.per_block:
         values = getattr(config, name, None)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..core.errors import UserError
+from .types import ConfigLike
 
 # Weights that go by the same names in all families.
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -164,7 +165,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Any, where: object = "the model") -> Family:
+def family_of(config: ConfigLike, where: object = "the model") -> Family:
     """The family of a configuration: transformers' object, or the values of a config.json.
 
     Raises `UserError` naming `where` if it is not supported.

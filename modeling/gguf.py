@@ -30,6 +30,7 @@ from .gguf_layout import (
 )
 from .gguf_tokenizer import TOKENIZER_KEYS, build_tokenizer, end_ids
 from .soundness import expected_shapes
+from .types import ModelConfig
 
 # Keys of an architecture that say what a configuration has.
 READ = {
@@ -323,7 +324,7 @@ def _check_keys(values: Values) -> None:
 
 
 def _places(
-    config: Any, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorPlace], file: Path
+    config: ModelConfig, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorPlace], file: Path
 ) -> dict[str, tuple[str, TensorPlace] | None]:
     """transformers' name → llama.cpp's and where the tensor lies; None for a missing bias, which is zero."""
     family = family_of(config)
@@ -370,7 +371,7 @@ def read_tensor(place: TensorPlace) -> np.ndarray:
 
 
 def _weight(
-    name: str, shape: tuple[int, ...], places: Mapping[str, tuple[str, TensorPlace] | None], config: Any
+    name: str, shape: tuple[int, ...], places: Mapping[str, tuple[str, TensorPlace] | None], config: ModelConfig
 ) -> np.ndarray:
     """One of transformers' weights, float32."""
     found = places[name]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .families import Family, family_of
 from .shape import AttentionShape, llama3_slowdown, rope_settings, wavelengths
+from .types import ModelConfig
 
 Array = NDArray[np.float32]
 FACTORS = "rope_freqs.weight"
@@ -40,7 +41,7 @@ def part_of(name: str) -> str:
     return parts[2] if parts[0] == "blk" and len(parts) > 2 else ""
 
 
-def to_gguf(name: str, values: Array, config: Any, depth: int) -> Array:
+def to_gguf(name: str, values: Array, config: ModelConfig, depth: int) -> Array:
     """A weight as stored in a GGUF file, under llama.cpp's name, for a model of `depth` blocks."""
     family = family_of(config)
     if family.gguf.adjacent_pairs and part_of(name) in ("attn_q", "attn_k"):
@@ -52,7 +53,7 @@ def to_gguf(name: str, values: Array, config: Any, depth: int) -> Array:
     return values
 
 
-def from_gguf(name: str, values: Array, config: Any) -> Array:
+def from_gguf(name: str, values: Array, config: ModelConfig) -> Array:
     """The inverse of `to_gguf` for a model of all its blocks, whose query scale is llama.cpp's own."""
     family = family_of(config)
     if family.gguf.adjacent_pairs and part_of(name) in ("attn_q", "attn_k"):
@@ -62,7 +63,7 @@ def from_gguf(name: str, values: Array, config: Any) -> Array:
     return values
 
 
-def _heads(name: str, config: Any) -> int:
+def _heads(name: str, config: ModelConfig) -> int:
     shape = AttentionShape.of(config)
     return shape.heads if part_of(name) == "attn_q" else shape.kv_heads
 
@@ -87,7 +88,7 @@ def own_query_scalar(hidden: int, heads: int, size: int, blocks: int) -> float:
     return hidden / heads if blocks == 62 else size
 
 
-def query_scale(config: Any, depth: int) -> float:
+def query_scale(config: ModelConfig, depth: int) -> float:
     """The difference between llama.cpp's scale of attention and the model's own, which goes into the query norm, so
     that a pruned model keeps the scale it was trained with."""
     shape = AttentionShape.of(config)
@@ -95,7 +96,7 @@ def query_scale(config: Any, depth: int) -> float:
     return math.sqrt(own / config.query_pre_attn_scalar)
 
 
-def rope_tensors(config: Any) -> dict[str, Array]:
+def rope_tensors(config: ModelConfig) -> dict[str, Array]:
     """Tensors that llama.cpp reads rotary factors from, by name; most models have none."""
     rope = rope_settings(config)
     if rope["rope_type"] == "llama3":

@@ -45,7 +45,7 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(int(number) for number in found if number is not None))
 
 
-def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) -> Any:
     """The tokenizer of a GGUF file, with its chat templates.
 
     Raises `UserError` for unsupported tokenizers and pre-tokenizers, and for damaged ones.

@@ -12,6 +12,7 @@ from .checkpoint import made_once, quiet
 from .config import read_config
 from .families import family_of
 from .source import ModelSource, base_of_adapter, fingerprint_source, parse_source
+from .types import CausalModel, ModelConfig, Tokenizer
 from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files, weight_map
 
 
@@ -95,7 +96,7 @@ def _download(source: ModelSource) -> Path:
     return folder
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> ModelConfig:
     """The transformers configuration of a checkpoint folder; `UserError` if its family is unsupported or its
     config.json damaged."""
     return config_of(read_config(folder)[0], folder)
@@ -116,7 +117,7 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     return config
 
 
-def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> Any:
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> CausalModel:
     """The causal language model of a plain checkpoint folder, in evaluation mode on `device`.
 
     `options` go to `from_pretrained` (a quantization config, say). Raises `UserError` when a weight file is broken,
@@ -166,7 +167,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The fast tokenizer of a checkpoint folder."""
     from transformers import AutoTokenizer
 

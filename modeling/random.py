@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from .checkpoint import save_checkpoint
 from .families import FAMILIES
 from .pretokenizers import PRE_TOKENIZERS
+from .types import CausalModel
 
 FORMAT = 1
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,7 +31,7 @@ _WORDS = (
 ).split()
 
 
-def build_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
+def build_tokenizer(pre: str = "smollm") -> Any:
     """A byte-level BPE tokenizer of about 500 tokens with a ChatML template; `pre` names its pre-tokenizer."""
     vocabulary = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
@@ -121,7 +122,7 @@ def random_model(
 
 
 @torch.no_grad()
-def _favour(model: Any, token: int) -> None:
+def _favour(model: CausalModel, token: int) -> None:
     """Raise one token's logits by about 4: every embedding gets a common direction, which the token's row reads."""
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     direction = torch.randn(embedding.shape[1])

@@ -10,7 +10,6 @@ fact spans several adjacent tokens, useless without each other, and the score of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from ..core.errors import UserError
 from ..kv.settings import FOLDER, HeadSettings
 from .linear import Linear
 from .shape import AttentionShape
+from .types import ModelConfig
 
 WEIGHTS = "heads.safetensors"  # in FOLDER
 
@@ -67,7 +67,7 @@ def save_heads(heads: RetainingHeads, settings: HeadSettings, checkpoint: Path) 
     settings.write(checkpoint)
 
 
-def load_heads(checkpoint: Path, config: Any) -> RetainingHeads:
+def load_heads(checkpoint: Path, config: ModelConfig) -> RetainingHeads:
     """A checkpoint's heads, on the CPU, for a model of this configuration, which may be one of its smaller depths.
 
     `UserError` if there are none, or they do not fit.

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .families import family_of
+from .types import ConfigLike
 
 
-def setting(config: Any, name: str, default: Any = None) -> Any:
+def setting(config: ConfigLike, name: str, default: Any = None) -> Any:
     """A configuration's value; `default` if it has none."""
     return config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
 
@@ -30,7 +31,7 @@ class AttentionShape:
     size: int  # of a head
 
     @classmethod
-    def of(cls, config: Any) -> AttentionShape:
+    def of(cls, config: ConfigLike) -> AttentionShape:
         heads = setting(config, "num_attention_heads")
         kv_heads = setting(config, "num_key_value_heads") or heads
         return cls(heads, kv_heads, setting(config, "head_dim") or setting(config, "hidden_size") // heads)
@@ -41,7 +42,7 @@ class AttentionShape:
         return (self.heads + 2 * self.kv_heads) * self.size
 
 
-def sliding_blocks(config: Any) -> list[bool]:
+def sliding_blocks(config: ConfigLike) -> list[bool]:
     """For each block, whether its attention slides a window of `sliding_window` tokens."""
     windows, kinds = family_of(config).windows, setting(config, "layer_types")
     blocks = setting(config, "num_hidden_layers")
@@ -50,7 +51,7 @@ def sliding_blocks(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds] if kinds else [windows == "all"] * blocks
 
 
-def rope_kinds(config: Any) -> list[dict[str, Any]]:
+def rope_kinds(config: ConfigLike) -> list[dict[str, Any]]:
     """A model's sets of rotary parameters: one, or one per kind of block."""
     rope = setting(config, "rope_parameters")
     if not rope:
@@ -61,7 +62,7 @@ def rope_kinds(config: Any) -> list[dict[str, Any]]:
     return [_named(each) for each in nested or [rope]]
 
 
-def rope_settings(config: Any, kind: str = "full_attention") -> dict[str, Any]:
+def rope_settings(config: ConfigLike, kind: str = "full_attention") -> dict[str, Any]:
     """A model's rotary parameters; with several kinds of blocks, those of one kind."""
     nested = (setting(config, "rope_parameters") or {}).get(kind)
     return _named(nested) if nested else rope_kinds(config)[0]
@@ -71,22 +72,22 @@ def _named(rope: dict[str, Any]) -> dict[str, Any]:
     return rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
-def rotated_size(config: Any) -> int:
+def rotated_size(config: ConfigLike) -> int:
     """How many dimensions of a head are rotated: all, in most families."""
     return int(AttentionShape.of(config).size * rope_settings(config).get("partial_rotary_factor", 1.0))
 
 
-def by_length(config: Any) -> bool:
+def by_length(config: ConfigLike) -> bool:
     """Whether rotary frequencies depend on the length of the text."""
     return any(rope["rope_type"] == "longrope" for rope in rope_kinds(config))
 
 
-def scaled(config: Any) -> bool:
+def scaled(config: ConfigLike) -> bool:
     """Whether rotary positions are scaled, in any kind of block."""
     return any(rope["rope_type"] != "default" for rope in rope_kinds(config))
 
 
-def original_context(config: Any) -> int:
+def original_context(config: ConfigLike) -> int:
     """The context that the model had before its rotary positions were scaled, or all of it.
 
     If the configuration does not name it, transformers' scalings start from `max_position_embeddings`, except the

@@ -14,6 +14,7 @@ import torch
 
 from ..core.errors import UserError
 from .families import EMBEDDING, HEAD, block_number
+from .types import ModelConfig
 from .weights import FLOATS, TensorHeader, Tensors, tensor_headers
 
 DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and every version works out anew
@@ -42,7 +43,7 @@ def check_finite(name: str, tensor: Any, where: object) -> None:
         raise UserError(f"{where}: {name} contains NaN or infinity: the weights are damaged")
 
 
-def decide_tied(folder: Path, config: Any) -> bool:
+def decide_tied(folder: Path, config: ModelConfig) -> bool:
     """Whether head and embedding are tied, decided by the weight files.
 
     If the files have both, they are tied only when equal. Raises `UserError` if the configuration says untied and the
@@ -74,7 +75,7 @@ def _check_types(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
             )
 
 
-def _check_names(folder: Path, config: Any, headers: Mapping[str, TensorHeader]) -> None:
+def _check_names(folder: Path, config: ModelConfig, headers: Mapping[str, TensorHeader]) -> None:
     wanted = expected_shapes(config)
     there = {name: tensor.shape for name, tensor in headers.items() if not name.endswith(DERIVED)}
     if config.tie_word_embeddings:
@@ -91,7 +92,7 @@ def _check_names(folder: Path, config: Any, headers: Mapping[str, TensorHeader])
             )
 
 
-def _difference(folder: Path, config: Any, missing: list[str], surplus: list[str], blocks: int) -> str:
+def _difference(folder: Path, config: ModelConfig, missing: list[str], surplus: list[str], blocks: int) -> str:
     """What is wrong with the names of tensors."""
     wanted = config.num_hidden_layers
     if blocks and blocks != wanted:
@@ -123,7 +124,7 @@ def _blocks(names: Mapping[str, object]) -> int:
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model with this configuration, the head included; nothing is allocated."""
     from transformers import AutoModelForCausalLM
 

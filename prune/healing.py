@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from ..core.errors import UserError
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder, replaced
+from ..modeling.types import CausalModel
 from ..records.importance import Healing
 from .cuts import gaps
 from .heals import HELD_OUT, Heal, LeastSquares
@@ -19,7 +19,7 @@ from .stream import Gap, Values
 
 @torch.no_grad()
 def heal(
-    model: Any, dropped: Sequence[int], batches: Sequence[Batch], config: Heal, progress: Progress | None = None
+    model: CausalModel, dropped: Sequence[int], batches: Sequence[Batch], config: Heal, progress: Progress | None = None
 ) -> list[Healing]:
     """Change the blocks around each gap of the *unpruned* model so that the pruned one follows it.
 
@@ -34,7 +34,7 @@ def heal(
 
 @torch.no_grad()
 def fit_gaps(
-    model: Any, dropped: Sequence[int], batches: Sequence[Batch], config: Heal, progress: Progress
+    model: CausalModel, dropped: Sequence[int], batches: Sequence[Batch], config: Heal, progress: Progress
 ) -> tuple[Values, list[Healing]]:
     """What `heal` changes, for `modeling.blocks.replaced`; the model is left as it is."""
     decoder, runs = Decoder(model), gaps(dropped)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel
 
 TOKENS_AT_ONCE = 256  # of pairwise cosines; keeps the stacked copy of the hidden states within the CPU's caches
 
@@ -62,7 +63,7 @@ def boundaries(decoder: Decoder) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def scan(model: Any, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, Distances]:
+def scan(model: CausalModel, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, Distances]:
     """Distances over all tokens ("all") and over the last token of each row ("last"); padding counts nowhere."""
     decoder = Decoder(model)
     size = decoder.num_blocks + 1

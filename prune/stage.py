@@ -14,6 +14,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import drop_blocks, dropped_since, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
+from ..modeling.types import CausalModel, Tokenizer
 from ..records.importance import Healing, Importance
 from .auto import decide
 from .config import PruneConfig
@@ -77,8 +78,8 @@ def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Contex
 
 
 def _heal_and_save(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     dropped: list[int],
     batches: list[Batch],
     config: PruneConfig,
@@ -92,7 +93,9 @@ def _heal_and_save(
     return healing
 
 
-def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> Importance:
+def _choose(
+    config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context
+) -> Importance:
     """The blocks to drop, and what was measured on the way; what it takes to find them is let go."""
     study = _study(config, model, batches, ledger, context)
     blocks = study.num_blocks
@@ -118,7 +121,7 @@ def _choose(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path,
     )
 
 
-def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Any, context: Context) -> list[Batch]:
+def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Tokenizer, context: Context) -> list[Batch]:
     calibration = config.calibration
     return calibration_batches(
         inputs,
@@ -130,7 +133,7 @@ def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Any, context: Conte
     )
 
 
-def _study(config: PruneConfig, model: Any, batches: list[Batch], ledger: Path, context: Context) -> Study:
+def _study(config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context) -> Study:
     """Where cuts are tried out, on rows that healing is not fitted on, and compared on rows that neither has seen."""
     calibration = config.calibration
     options: dict[str, Any] = {"position": config.position, "ledger": ledger, "progress": context.progress}

@@ -12,6 +12,7 @@ from ..core.files import write_whole
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel
 from ..records.importance import SearchNotes
 from .cuts import Cut, cut
 from .importance import Distances, scan
@@ -28,7 +29,7 @@ class Study:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalModel,
         batches: Sequence[Batch],
         *,
         scoring: Sequence[Batch] | None = None,

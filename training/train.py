@@ -19,6 +19,7 @@ from ..core.stage import Advance, Context, Group
 from ..data.packing import Batch
 from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
+from ..modeling.types import CausalModel
 from ..records.students import HeldOutDepth, HeldOutFigures
 from .config import Lora, TrainingConfig
 from .depths import Depths, Drawn
@@ -90,7 +91,7 @@ def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | Non
     return HeldOut(batches, anchors)
 
 
-def lora_model(model: Any, tune: Lora, seed: int) -> Any:
+def lora_model(model: CausalModel, tune: Lora, seed: int) -> Any:
     """The model with fresh adapters; everything else is frozen, but for the norm and the head where they are to be
     trained. Raises `UserError` for unknown target names."""
     from peft import LoraConfig, get_peft_model
@@ -119,7 +120,7 @@ def trained_beside(decoder: Decoder, tune: Lora) -> list[nn.Parameter]:
     return [*found, *decoder.head_module.parameters()] if tune.train_head else found
 
 
-def _check_targets(model: Any, targets: list[str] | str) -> None:
+def _check_targets(model: CausalModel, targets: list[str] | str) -> None:
     # peft is content when one of several names is found, and would adapt the head, which the loss reads unadapted.
     layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets if isinstance(targets, list) else []:
@@ -160,7 +161,7 @@ class DistillTrainer(Trainer):
         self.add_callback(Recorder(self, work, advance))
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         sums = self.sums(model, Batch(**inputs))
         if not torch.isfinite(sums.loss):
@@ -175,7 +176,7 @@ class DistillTrainer(Trainer):
             f"Lower {self.config.stage}.lr (it is {self.config.lr:g}) or raise {self.config.stage}.warmup."
         )
 
-    def sums(self, model: Any, batch: Batch) -> DepthSums:
+    def sums(self, model: nn.Module, batch: Batch) -> DepthSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
         # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
@@ -189,7 +190,7 @@ class DistillTrainer(Trainer):
         return random.Random(f"depths {self.args.seed} {self.state.global_step} {place}").getrandbits(63)
 
     def _objective(
-        self, model: Any, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None, drawn: Drawn
+        self, model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None, drawn: Drawn
     ) -> DepthSums:
         """The objective at some positions, computed where the head's weights are whole."""
         config, drawn = self.config, drawn.to(positions.device)
