@@ -30,7 +30,7 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768)
 def measure_cell(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Read and decode once, in this process."""
     from compress.api import KvBudget, Session
-    from compress.runtime.generator import Request, Work
+    from compress.runtime.generator import Request, RequestWork
     from compress.runtime.measure import peak_memory
 
     kv = None if values["kv"] is None else KvBudget(**values["kv"])
@@ -40,7 +40,7 @@ def measure_cell(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
         def run(prompt: list[int], new: int) -> tuple[float, float]:
             """Seconds to the first token, and of each one after it."""
             started = time.perf_counter()
-            tokens = session.tokens(Request(prompt, new + 1, depth), Work())
+            tokens = session.tokens(Request(prompt, new + 1, depth), RequestWork())
             next(tokens)
             first = time.perf_counter()
             made = sum(1 for _ in tokens)

@@ -26,7 +26,7 @@ import torch
 from compress.api import Session
 from compress.records.bundle import ArtifactEntry
 from compress.runtime.bundle import read_bundle
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -74,7 +74,7 @@ def compare(bundle: Path, artifact: ArtifactEntry, tokens: int) -> tuple[bool, s
         for prompt, (ids, new, logits, noise) in zip(PROMPTS, found, strict=True):
             if session.tokenizer.encode(prompt, begin=True) != ids:
                 return False, f"another tokenization of {prompt!r}: {ids}"
-            ours = list(session.tokens(Request(ids, tokens, artifact.depth, stop=session.stop), Work()))
+            ours = list(session.tokens(Request(ids, tokens, artifact.depth, stop=session.stop), RequestWork()))
             theirs = [token for token in new if token not in session.stop]
             pairs = list(zip(ours, theirs, strict=False))
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import render
 from .config import General, Maths
 from .rows import Messages
@@ -81,12 +81,12 @@ def last_answer(messages: Messages, tools: list[Any] | None = None) -> LastAnswe
     return LastAnswer(messages[:-1], last["content"] or "", not last.get("tool_calls"), tools)
 
 
-def own_prompt(tokenizer: Tokenizer, asked: LastAnswer, how: General) -> str:
+def own_prompt(tokenizer: ModelTokenizer, asked: LastAnswer, how: General) -> str:
     """The prompt for the model's own answer, without gold."""
     return render(tokenizer, asked.before, answer=True, tools=asked.tools) + _opening(how)
 
 
-def rewrite_prompt(tokenizer: Tokenizer, asked: LastAnswer, how: General) -> str:
+def rewrite_prompt(tokenizer: ModelTokenizer, asked: LastAnswer, how: General) -> str:
     """The prompt for a rewrite, which shows gold; raises `UserError` as `render` does."""
     words = _MATHS if isinstance(how, Maths) else _GENERAL
     last = {"role": "user", "content": words.format(prompt=asked.before[-1]["content"], gold=asked.gold)}

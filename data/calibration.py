@@ -7,13 +7,13 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import read_text
 from ..core.stage import Inputs
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import Encoded, encode_text, load_encoded
 from .packing import Batch, pack
 
 
 def calibration_batches(
-    inputs: Inputs, tokenizer: Tokenizer, *, tokens: int, length: int, batch: int, text: Path | None = None
+    inputs: Inputs, tokenizer: ModelTokenizer, *, tokens: int, length: int, batch: int, text: Path | None = None
 ) -> list[Batch]:
     """Packed batches of at most `tokens` tokens, in sequences of up to `length`, `batch` sequences each.
 
@@ -31,7 +31,7 @@ def calibration_batches(
     return pack(_first(rows, tokens), length, batch, pad_id(tokenizer))
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
+def pad_id(tokenizer: ModelTokenizer) -> int:
     """A token to pad with; any one will do, since padding is masked."""
     for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if number is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..modeling.config import eos_ids
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .rows import Message, Messages, Row, Split, read_rows
 from .spans import Span, TemplateError, answer_span, leaves_out, unwritten
 
@@ -36,7 +36,7 @@ class Encoded:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Messages, *, answer: bool = False, tools: Sequence[Any] | None = None
+    tokenizer: ModelTokenizer, messages: Messages, *, answer: bool = False, tools: Sequence[Any] | None = None
 ) -> str:
     """A conversation rendered by the model's own chat template; with `answer`, the assistant's header is appended.
 
@@ -46,7 +46,7 @@ def render(
     return writer(tokenizer, messages, tools)(messages, answer=answer)
 
 
-def writer(tokenizer: Tokenizer, messages: Messages, tools: Sequence[Any] | None) -> Callable[..., str]:
+def writer(tokenizer: ModelTokenizer, messages: Messages, tools: Sequence[Any] | None) -> Callable[..., str]:
     """A function of messages and `answer` that renders a conversation and its prefixes. Raises as `render` does.
 
     Templates differ in what they expect of a turn with tool calls: content None or empty, arguments as an object or as
@@ -83,7 +83,7 @@ def writer(tokenizer: Tokenizer, messages: Messages, tools: Sequence[Any] | None
     raise refused if refused and not written else TemplateError(leaves_out(messages), "tool_call")
 
 
-def _render(tokenizer: Tokenizer, messages: Messages, answer: bool, tools: Sequence[Any] | None) -> str:
+def _render(tokenizer: ModelTokenizer, messages: Messages, answer: bool, tools: Sequence[Any] | None) -> str:
     import jinja2
 
     template = getattr(tokenizer, "chat_template", None) and tokenizer.get_chat_template(tools=tools)
@@ -140,7 +140,7 @@ def _calls_are_written(messages: Messages, text: str, marked: str) -> bool:
     return all(_mark(call) in marked for call in calls) and not any(written in text for written in arguments)
 
 
-def encode_row(tokenizer: Tokenizer, row: Row, max_length: int | None = None) -> Encoded:
+def encode_row(tokenizer: ModelTokenizer, row: Row, max_length: int | None = None) -> Encoded:
     """Tokens of a row and its loss mask, cut to `max_length` tokens.
 
     In a conversation every assistant turn is trained on: its own text (content, reasoning, calls) and the token that
@@ -155,7 +155,7 @@ def encode_row(tokenizer: Tokenizer, row: Row, max_length: int | None = None) ->
     return _encode(tokenizer, row, row.messages, write, write(row.messages), max_length)
 
 
-def encode_whole(tokenizer: Tokenizer, row: Row) -> Encoded:
+def encode_whole(tokenizer: ModelTokenizer, row: Row) -> Encoded:
     """As `encode_row`, for a user's conversation: also raises `TemplateError` if the template omits a turn of another
     role."""
     messages = row.messages or []
@@ -169,7 +169,12 @@ def encode_whole(tokenizer: Tokenizer, row: Row) -> Encoded:
 
 
 def _encode(
-    tokenizer: Tokenizer, row: Row, messages: Messages, write: Callable[..., str], text: str, max_length: int | None
+    tokenizer: ModelTokenizer,
+    row: Row,
+    messages: Messages,
+    write: Callable[..., str],
+    text: str,
+    max_length: int | None,
 ) -> Encoded:
     # The template has written the beginning-of-text token where the model wants one.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -222,17 +227,17 @@ def _last_target(
     return last
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+def special_tokens(tokenizer: ModelTokenizer) -> dict[int, str]:
     """Id and text of all tokens marked special: beginning and end of text or turn, roles, padding."""
     return {number: token.content for number, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
 
 
-def end_tokens(tokenizer: Tokenizer, base: Path) -> list[int]:
+def end_tokens(tokenizer: ModelTokenizer, base: Path) -> list[int]:
     """End tokens of the model in the folder `base`, from its configurations and its tokenizer."""
     return [*eos_ids(base), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 
 
-def encode_text(tokenizer: Tokenizer, text: str, max_length: int | None = None) -> list[Encoded]:
+def encode_text(tokenizer: ModelTokenizer, text: str, max_length: int | None = None) -> list[Encoded]:
     """Plain text split into windows of `max_length` tokens; every token but a window's first is trained on.
 
     The tokenizer's beginning-of-text token, if it adds one, is in the first window. A remainder of one token is
@@ -244,7 +249,7 @@ def encode_text(tokenizer: Tokenizer, text: str, max_length: int | None = None) 
     return [Encoded(w, [False] + [True] * (len(w) - 1), start=i) for i, w in windows if len(w) > 1]
 
 
-def load_encoded(folder: Path, tokenizer: Tokenizer, split: Split, max_length: int) -> list[Encoded]:
+def load_encoded(folder: Path, tokenizer: ModelTokenizer, split: Split, max_length: int) -> list[Encoded]:
     """All rows of one split of a data stage's folder, encoded; a plain text may become several windows.
 
     Rows without a token to train on within `max_length` tokens are dropped; raises `UserError` if none is left.
@@ -255,7 +260,7 @@ def load_encoded(folder: Path, tokenizer: Tokenizer, split: Split, max_length: i
     return encoded
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Iterable[Row], max_length: int) -> list[Encoded]:
+def encode_rows(tokenizer: ModelTokenizer, rows: Iterable[Row], max_length: int) -> list[Encoded]:
     """Rows encoded in order, a plain text as several windows; rows without a token to train on are dropped."""
     windows: list[Encoded] = []
     for row in rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.stage import Context
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import encode_text, encode_whole, special_tokens
 from .config import DatasetConfig, DatasetsConfig
 from .decontaminate import Overlap
@@ -49,7 +49,9 @@ def sources(config: DatasetConfig | DatasetsConfig, context: Context) -> list[Da
     return [DatasetSource(part, context, f"data.sets.{i}") for i, part in enumerate(config.sets)]
 
 
-def collect(config: DatasetConfig | DatasetsConfig, tokenizer: Tokenizer, context: Context, cache: Path) -> Collected:
+def collect(
+    config: DatasetConfig | DatasetsConfig, tokenizer: ModelTokenizer, context: Context, cache: Path
+) -> Collected:
     """Collect rows until there are `config.rows`, or no more.
 
     With several data sets the next row comes from the one furthest behind its share; when one runs out, that is noted
@@ -113,7 +115,7 @@ def _interleaved(
 class _Sieve:
     """Passes usable rows and counts the dropped ones."""
 
-    def __init__(self, tokenizer: Tokenizer, length: int, overlap: Overlap | None):
+    def __init__(self, tokenizer: ModelTokenizer, length: int, overlap: Overlap | None):
         self.tokenizer, self.length, self.overlap = tokenizer, length, overlap
         self.special = list(special_tokens(tokenizer).values())
         self.seen: set[str] = set()

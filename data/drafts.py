@@ -12,7 +12,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.load import load_config
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .config import MagpieConfig, TextsConfig
 from .parts import in_rounds
 from .writing import Writer
@@ -38,7 +38,7 @@ class Drafts:
     processes can sample in parallel and a killed run resumes at its unfinished batches."""
 
     def __init__(
-        self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: Tokenizer, context: Context, work: Path
+        self, config: MagpieConfig | TextsConfig, base: Path, tokenizer: ModelTokenizer, context: Context, work: Path
     ):
         self.config, self.tokenizer, self.seed = config, tokenizer, context.seed
         self.parts, self.group = work / "parts", context.group

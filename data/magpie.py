@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.stage import Context
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import encode_row, end_tokens, render, special_tokens
 from .config import MagpieConfig
 from .drafts import KEPT, Draft, Drafts, normalised
@@ -33,7 +33,7 @@ class Query:
     banned: list[int]  # all other special tokens
 
 
-def query(tokenizer: Tokenizer, base: Path, topic: str | None = None) -> Query:
+def query(tokenizer: ModelTokenizer, base: Path, topic: str | None = None) -> Query:
     """Find the user's turn in the chat template of the model in the folder `base`, by rendering one with a marker as
     its message.
 
@@ -62,7 +62,7 @@ class Magpie(Drafts):
 
     config: MagpieConfig
 
-    def __init__(self, config: MagpieConfig, base: Path, tokenizer: Tokenizer, context: Context, work: Path):
+    def __init__(self, config: MagpieConfig, base: Path, tokenizer: ModelTokenizer, context: Context, work: Path):
         self.queries = [query(tokenizer, base, topic) for topic in config.topics or [None]]
         super().__init__(config, base, tokenizer, context, work)
         self.banned = sorted({t for q in self.queries for t in q.banned if t < self.vocab_size})

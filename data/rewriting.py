@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.load import load_config
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
 from .checks import agrees
@@ -58,7 +58,7 @@ class Rewriter:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: ModelTokenizer,
         base: Path,
         length: int,
         batch: int,

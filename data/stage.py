@@ -12,7 +12,7 @@ from typing import Any
 from ..core.files import write_json
 from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_tokenizer
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import encode_row, encode_text
 from .collect import collect, sources
 from .config import FORMAT as FORMAT
@@ -83,7 +83,7 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
 
 
 def _from_model(
-    config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: Tokenizer, work: Path, context: Context
+    config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: ModelTokenizer, work: Path, context: Context
 ) -> tuple[list[Row], Counter[str], dict[str, Any]]:
     if isinstance(config, MagpieConfig):
         drawer, to_training_row = Magpie(config, inputs.base, tokenizer, context, work), to_row
@@ -98,7 +98,7 @@ def _from_model(
 
 
 def _from_data(
-    config: DatasetConfig | DatasetsConfig, inputs: Inputs, out_dir: Path, tokenizer: Tokenizer, context: Context
+    config: DatasetConfig | DatasetsConfig, inputs: Inputs, out_dir: Path, tokenizer: ModelTokenizer, context: Context
 ) -> tuple[list[Row], Counter[str], dict[str, Any], dict[str, Any]]:
     """Rows, counts by reason, further figures for `stats.json`, and the speed."""
     work = out_dir / WORK
@@ -135,7 +135,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     return [replace(row, split="heldout" if row.id in heldout else "train") for row in rows]
 
 
-def _measured(row: Row, tokenizer: Tokenizer, length: int) -> Row:
+def _measured(row: Row, tokenizer: ModelTokenizer, length: int) -> Row:
     windows = [encode_row(tokenizer, row)] if row.messages else encode_text(tokenizer, row.text or "", length)
     tokens = sum(len(window.input_ids) for window in windows)
     return replace(row, tokens=tokens, targets=sum(sum(window.loss_mask) for window in windows))

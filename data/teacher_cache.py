@@ -26,7 +26,7 @@ from ..core.files import write_whole
 from ..core.stage import WORK, Context
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .calibration import pad_id
 from .chat import Encoded, encode_rows
 from .config import TeacherConfig
@@ -43,7 +43,7 @@ def write_teacher(
     config: TeacherConfig,
     base: Path,
     rows: Sequence[Row],
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     length: int,
     out_dir: Path,
     context: Context,

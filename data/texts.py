@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.stage import Context
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .chat import encode_text, end_tokens, special_tokens
 from .config import TextsConfig
 from .drafts import KEPT, Draft, Drafts, normalised
@@ -23,7 +23,7 @@ class Texts(Drafts):
 
     config: TextsConfig
 
-    def __init__(self, config: TextsConfig, base: Path, tokenizer: Tokenizer, context: Context, work: Path):
+    def __init__(self, config: TextsConfig, base: Path, tokenizer: ModelTokenizer, context: Context, work: Path):
         self.begin = list(tokenizer("")["input_ids"])  # tokens that the tokenizer puts before every text, if any
         self.openings = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in config.openings]
         super().__init__(config, base, tokenizer, context, work)

@@ -15,7 +15,7 @@ from decimal import Decimal
 from ..core.stage import Advance
 from ..data.chat import render, special_tokens
 from ..data.sampling import Sampling, sample
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..runtime.engine import Engine
 from .statistics import TaskOutcome, mean
 
@@ -41,7 +41,7 @@ class Prompt:
     one_line: bool  # without a chat template an answer ends with its line
 
 
-def prepare(tokenizer: Tokenizer, exercise: Exercise, chat: bool | None) -> Prompt:
+def prepare(tokenizer: ModelTokenizer, exercise: Exercise, chat: bool | None) -> Prompt:
     """Tokens of a prompt with its examples: as turns of the chat template, or as plain text line by line.
 
     `chat` None uses the template if the tokenizer has one; True without one raises `UserError`.
@@ -58,14 +58,19 @@ def prepare(tokenizer: Tokenizer, exercise: Exercise, chat: bool | None) -> Prom
     return Prompt(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), False)
 
 
-def stops(tokenizer: Tokenizer) -> frozenset[int]:
+def stops(tokenizer: ModelTokenizer) -> frozenset[int]:
     """Tokens that end an answer: all special tokens, so that checkpoints and artifacts stop alike."""
     eos = tokenizer.eos_token_id
     return frozenset(special_tokens(tokenizer)) | (frozenset() if eos is None else {eos})
 
 
 def write_with_model(
-    model: CausalModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, batch: int, advance: Advance
+    model: CausalModel,
+    tokenizer: ModelTokenizer,
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    batch: int,
+    advance: Advance,
 ) -> list[str]:
     """A torch model's answer to each prompt."""
     found: list[str] = []
@@ -80,7 +85,7 @@ def write_with_model(
 
 
 def write_with_engine(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, advance: Advance
+    engine: Engine, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], max_tokens: int, advance: Advance
 ) -> list[str]:
     """An artifact's answer to each prompt, in its runtime."""
     found: list[str] = []
@@ -97,11 +102,11 @@ def write_with_engine(
     return found
 
 
-def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
+def text_of(tokenizer: ModelTokenizer, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _line_ended(tokenizer: Tokenizer) -> Callable[[list[int]], bool]:
+def _line_ended(tokenizer: ModelTokenizer) -> Callable[[list[int]], bool]:
     """A test whether a non-empty line has ended."""
     return lambda tokens: "\n" in text_of(tokenizer, tokens).lstrip()
 

@@ -12,13 +12,13 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..modeling.checkpoint import quiet
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..runtime.engine import Engine, ScoringWindow
 
 AT_ONCE = 16  # requests handed to a runtime together
 
 
-def checkpoint_lm(model: CausalModel, tokenizer: Tokenizer, longest: int, batch: int) -> Any:
+def checkpoint_lm(model: CausalModel, tokenizer: ModelTokenizer, longest: int, batch: int) -> Any:
     """A loaded checkpoint in lm-eval's own class for transformers models.
 
     Texts longer than `longest` tokens, or than the model's context, are truncated on the left.
@@ -38,7 +38,7 @@ def checkpoint_lm(model: CausalModel, tokenizer: Tokenizer, longest: int, batch:
 class EngineLM(TemplateLM):
     """An artifact in its runtime; gets the same tokens as a checkpoint, truncated the same way."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, longest: int):
+    def __init__(self, engine: Engine, tokenizer: ModelTokenizer, longest: int):
         super().__init__()
         self.engine, self.tokenizer = engine, tokenizer
         # The last token of a text of max_length + 1 tokens is only predicted, never read.

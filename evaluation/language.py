@@ -21,14 +21,16 @@ from ..core.files import read_text
 from ..core.stage import Advance
 from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..runtime.engine import Distribution, Engine, ScoringWindow, divergence
 from .cost import CHUNK
 
 LEAST = -6e4  # log-probability of an impossible token, within float16's range
 
 
-def text_windows(tokenizer: Tokenizer, text: Path | None, data: Path | None, window: int, tokens: int) -> list[Encoded]:
+def text_windows(
+    tokenizer: ModelTokenizer, text: Path | None, data: Path | None, window: int, tokens: int
+) -> list[Encoded]:
     """Windows of a text file, or the held-out rows of a data stage; `tokens` tokens at most.
 
     Only tokens in the loss mask are measured: in a text all but each window's first, in a conversation the answers.

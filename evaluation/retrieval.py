@@ -22,7 +22,7 @@ from ..kv.settings import HeadSettings, KvBudget, read_settings
 from ..kv.steps import shared_steps
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads, has_heads, load_heads
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..records.models import RetrievalResult, RetrievalTask
 from .config import FULL, RetrievalConfig
 from .generation import stops, text_of
@@ -72,7 +72,7 @@ class Retrieval:
     """The texts of one evaluation, for any number of models with the same tokenizer. Raises `UserError` if the text is
     missing or too short."""
 
-    def __init__(self, config: RetrievalConfig, context: Context, tokenizer: Tokenizer):
+    def __init__(self, config: RetrievalConfig, context: Context, tokenizer: ModelTokenizer):
         self.config, self.seed, self.tokenizer = config, context.seed, tokenizer
         text = read_text(_file(config, context)) if config.text is not None else None
         self.filler = Filler(text)
@@ -294,7 +294,7 @@ class _Cell:
         )
 
 
-def check(config: RetrievalConfig, context: Context, tokenizer: Tokenizer) -> None:
+def check(config: RetrievalConfig, context: Context, tokenizer: ModelTokenizer) -> None:
     """Reject a text that is missing or too short, and prompts too short for their facts, before any work is done."""
     if config.text is not None and not _file(config, context).is_file():
         raise UserError(f"evaluate.retrieval.text: there is no file {_file(config, context)}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import UserError
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .generation import Exercise, prepare
 
 LEAD = "Some facts that matter are hidden in the following text. You will be asked about one of them."
@@ -86,14 +86,14 @@ class Filler:
         return [self.sentences[(start + i) % len(self.sentences)].strip() for i in range(count)]
 
 
-def passkey(tokenizer: Tokenizer, filler: Filler, length: int, depth: float, seed: str) -> Reading:
+def passkey(tokenizer: ModelTokenizer, filler: Filler, length: int, depth: float, seed: str) -> Reading:
     """One number at one depth of a prompt of up to `length` tokens."""
     draw = random.Random(f"{seed}/passkey/{length}/{depth}")
     number = str(draw.randrange(10_000, 100_000))
     return _reading(tokenizer, filler, length, draw, [depth], [number], [""], CODE, CODE_ANSWER)
 
 
-def keys(tokenizer: Tokenizer, filler: Filler, length: int, depths: Sequence[float], seed: str) -> Reading:
+def keys(tokenizer: ModelTokenizer, filler: Filler, length: int, depths: Sequence[float], seed: str) -> Reading:
     """A number at each depth, each with a person's name; each question asks for one of them in a prompt of its own.
 
     Raises `UserError` for more depths than there are names.
@@ -106,7 +106,7 @@ def keys(tokenizer: Tokenizer, filler: Filler, length: int, depths: Sequence[flo
     return _reading(tokenizer, filler, length, draw, depths, numbers, people, TICKET, TICKET_ANSWER)
 
 
-def continuation(tokenizer: Tokenizer, text: Sequence[int], length: int, after: int, seed: str) -> Continuation:
+def continuation(tokenizer: ModelTokenizer, text: Sequence[int], length: int, after: int, seed: str) -> Continuation:
     """A piece of a tokenized text: `length` prompt tokens, with the tokenizer's own prefix, and `after` to score."""
     begin = list(tokenizer("", verbose=False)["input_ids"])
     needed = length - len(begin) + after
@@ -120,7 +120,7 @@ def continuation(tokenizer: Tokenizer, text: Sequence[int], length: int, after: 
 
 
 def _reading(
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     filler: Filler,
     length: int,
     draw: random.Random,
@@ -151,7 +151,7 @@ def _reading(
     return Reading(tuple(RetrievalQuestion(*parts) for parts in zip(prompts, ids, numbers, depths, strict=True)))
 
 
-def _cut(tokenizer: Tokenizer, sentences: list[str], tokens: int) -> list[tuple[str, int]]:
+def _cut(tokenizer: ModelTokenizer, sentences: list[str], tokens: int) -> list[tuple[str, int]]:
     """The first sentences of at most `tokens` tokens in all, each with its number of tokens."""
     found: list[tuple[str, int]] = []
     total = 0
@@ -182,6 +182,6 @@ def hide(sentences: Sequence[tuple[str, int]], facts: Sequence[str], depths: Seq
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def _prompt(tokenizer: ModelTokenizer, text: str) -> list[int]:
     chat = bool(getattr(tokenizer, "chat_template", None))
     return prepare(tokenizer, Exercise(text if chat else f"{text}\nAnswer:", ""), chat).ids

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..core.files import write_whole
 from ..core.stage import Advance, Context
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..records.models import ModelEntry, ModelFigures, RetrievalResult
 from ..runtime.engine import Engine
 from .builtin import exercises
@@ -43,7 +43,7 @@ class Player(Protocol):
 class TorchPlayer:
     """A checkpoint."""
 
-    def __init__(self, model: CausalModel, tokenizer: Tokenizer):
+    def __init__(self, model: CausalModel, tokenizer: ModelTokenizer):
         self.model, self.tokenizer = model, tokenizer
 
     def scores(self, row: ChoiceQuestion) -> list[float]:
@@ -61,7 +61,7 @@ class TorchPlayer:
 class EnginePlayer:
     """An artifact in its runtime."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+    def __init__(self, engine: Engine, tokenizer: ModelTokenizer):
         self.engine, self.tokenizer = engine, tokenizer
 
     def scores(self, row: ChoiceQuestion) -> list[float]:
@@ -82,7 +82,7 @@ class Suite:
     Raises `UserError` for broken files, unknown names, and lm-eval tasks whose data cannot be loaded.
     """
 
-    def __init__(self, config: EvaluateConfig, context: Context, tokenizer: Tokenizer):
+    def __init__(self, config: EvaluateConfig, context: Context, tokenizer: ModelTokenizer):
         self.config, self.context, self.tokenizer = config, context, tokenizer
         self.local: dict[str, list[ChoiceQuestion] | list[Exercise]] = {}
         for task in config.tasks:

@@ -21,7 +21,7 @@ from ..core.stage import Advance
 from ..data.calibration import pad_id
 from ..data.turns import strings
 from ..modeling.blocks import Decoder
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..runtime.engine import Engine, ScoringWindow
 from .generation import Exercise
 from .statistics import TaskOutcome, mean
@@ -128,7 +128,7 @@ def run_task(
     return TaskOutcome("choice", "accuracy_norm", normed, figures["accuracy_norm"], len(rows), chance, figures)
 
 
-def engine_scores(engine: Engine, tokenizer: Tokenizer, row: ChoiceQuestion) -> list[float]:
+def engine_scores(engine: Engine, tokenizer: ModelTokenizer, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats, in an artifact's runtime."""
     prompt, endings = split_tokens(tokenizer, row)
     windows = [ScoringWindow.of([*prompt, *ending], len(prompt)) for ending in endings]
@@ -136,7 +136,7 @@ def engine_scores(engine: Engine, tokenizer: Tokenizer, row: ChoiceQuestion) -> 
 
 
 @torch.no_grad()
-def choice_scores(model: CausalModel, tokenizer: Tokenizer, row: ChoiceQuestion) -> list[float]:
+def choice_scores(model: CausalModel, tokenizer: ModelTokenizer, row: ChoiceQuestion) -> list[float]:
     """Summed log-likelihood of each choice after the prompt, in nats.
 
     The prompt is run once; its keys and values are repeated to run the choices as one batch after it.
@@ -163,7 +163,7 @@ def choice_scores(model: CausalModel, tokenizer: Tokenizer, row: ChoiceQuestion)
     return scores.tolist()
 
 
-def split_tokens(tokenizer: Tokenizer, row: ChoiceQuestion) -> tuple[list[int], list[list[int]]]:
+def split_tokens(tokenizer: ModelTokenizer, row: ChoiceQuestion) -> tuple[list[int], list[list[int]]]:
     """Tokens of the prompt and of each ending (which includes its leading space).
 
     Prompt and ending are encoded together, because a token may span both; the prompt is the prefix that all share.

@@ -21,7 +21,7 @@ from ..data.chat import Encoded, encode_text, load_encoded
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
-from ..modeling.types import CausalModel, ModelConfig, Tokenizer
+from ..modeling.types import CausalModel, ModelConfig, ModelTokenizer
 from ..records.bundle import Verification
 from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
@@ -92,7 +92,7 @@ class Reference:
         return [score for window in self.scores for score in window]
 
 
-def probe_windows(tokenizer: Tokenizer, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
+def probe_windows(tokenizer: ModelTokenizer, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
     """Windows with `tokens` positions in total: from the data stage's held-out rows, else from a built-in text."""
     rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
@@ -105,7 +105,7 @@ def probe_windows(tokenizer: Tokenizer, data: Path | None, tokens: int, length: 
     return windows
 
 
-def far_windows(tokenizer: Tokenizer, config: ModelConfig, context: int, parameters: int) -> list[ScoringWindow]:
+def far_windows(tokenizer: ModelTokenizer, config: ModelConfig, context: int, parameters: int) -> list[ScoringWindow]:
     """A text that extends `FAR_TOKENS` beyond the original context, at most to `context`, to be compared at its end;
     none if rotary positions are not scaled, or running it would take too long."""
     if not scaled(config):
@@ -117,13 +117,13 @@ def far_windows(tokenizer: Tokenizer, config: ModelConfig, context: int, paramet
     return [ScoringWindow(_repeated(tokenizer, length), range(max(1, length - FAR_TOKENS), length))]
 
 
-def _repeated(tokenizer: Tokenizer, length: int) -> list[int]:
+def _repeated(tokenizer: ModelTokenizer, length: int) -> list[int]:
     ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     return (ids * (length // len(ids) + 1))[:length]
 
 
 @torch.no_grad()
-def gapped_reference(model: CausalModel, tokenizer: Tokenizer, context: int) -> Gapped | None:
+def gapped_reference(model: CausalModel, tokenizer: ModelTokenizer, context: int) -> Gapped | None:
     """The checkpoint's distributions when one half of a text is far beyond the other; None if rotary positions are not
     scaled, or depend on the length of the text (longrope)."""
     decoder = Decoder(model)

@@ -7,7 +7,6 @@ runs with.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.stage import Section
 from ..core.suggest import did_you_mean
 
@@ -66,16 +66,16 @@ class HeadSettings(Section):
 
     def write(self, model: Path) -> None:
         """Write them beside the heads of a checkpoint."""
-        (model / FOLDER / SETTINGS).write_text(json.dumps(self.numbers(), indent=2) + "\n", encoding="utf-8")
+        write_json(model / FOLDER / SETTINGS, self.numbers())
 
 
 def read_settings(model: Path) -> HeadSettings:
     """What the heads of a checkpoint or bundle were trained for. `UserError` for a missing or broken file."""
     file = model / FOLDER / SETTINGS
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         return HeadSettings(**{name: int(values[name]) for name in HeadSettings.model_fields})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the retaining heads' settings in {file}: {error}") from error
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from .source import checkpoint_files
-from .types import CausalModel, Tokenizer
+from .types import CausalModel, ModelTokenizer
 from .weights import INDEX, SINGLE
 
 SHARD = 2 << 30  # bytes of weights in a file
@@ -63,7 +63,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def save_checkpoint(model: CausalModel | None, tokenizer: Tokenizer | None, folder: Path) -> None:
+def save_checkpoint(model: CausalModel | None, tokenizer: ModelTokenizer | None, folder: Path) -> None:
     """Write weights (safetensors), configuration, generation defaults and tokenizer into `folder`; a model or tokenizer
     that is None is left out.
 

@@ -12,7 +12,7 @@ from .checkpoint import made_once, quiet
 from .config import read_config
 from .families import family_of
 from .source import ModelSource, base_of_adapter, fingerprint_source, parse_source
-from .types import CausalModel, ModelConfig, Tokenizer
+from .types import CausalModel, ModelConfig, ModelTokenizer
 from .weights import INDEX, SINGLE, is_adapter_alone, safetensors_header, weight_files, weight_map
 
 
@@ -167,7 +167,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> ModelTokenizer:
     """The fast tokenizer of a checkpoint folder."""
     from transformers import AutoTokenizer
 

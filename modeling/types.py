@@ -42,7 +42,7 @@ else:
     ModelConfig = CausalModel = ConfigLike = object
 
 
-class Tokenizer(Protocol):
+class ModelTokenizer(Protocol):
     """A fast tokenizer."""
 
     bos_token_id: int | None

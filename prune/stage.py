@@ -14,7 +14,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import drop_blocks, dropped_since, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
-from ..modeling.types import CausalModel, Tokenizer
+from ..modeling.types import CausalModel, ModelTokenizer
 from ..records.importance import Healing, Importance
 from .auto import decide
 from .config import PruneConfig
@@ -79,7 +79,7 @@ def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Contex
 
 def _heal_and_save(
     model: CausalModel,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     dropped: list[int],
     batches: list[Batch],
     config: PruneConfig,
@@ -121,7 +121,7 @@ def _choose(
     )
 
 
-def _batches(config: PruneConfig, inputs: Inputs, tokenizer: Tokenizer, context: Context) -> list[Batch]:
+def _batches(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokenizer, context: Context) -> list[Batch]:
     calibration = config.calibration
     return calibration_batches(
         inputs,

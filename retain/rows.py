@@ -17,7 +17,7 @@ from ..data.drafts import reasons
 from ..data.readers import DatasetRecord, DatasetSource, read_records
 from ..data.rows import Messages, Row, Split, read_rows
 from ..data.spans import TemplateError
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from .config import SPREAD, LongRows
 
 LEAD = "Read the following. A question about it comes at the end."
@@ -131,7 +131,7 @@ def _listed(names: Sequence[str]) -> str:
 class Maker:
     """Makes rows of up to `length` tokens from documents; a row depends on its number and the seed alone."""
 
-    def __init__(self, tokenizer: Tokenizer, documents: list[Document], length: int, seed: str):
+    def __init__(self, tokenizer: ModelTokenizer, documents: list[Document], length: int, seed: str):
         self.tokenizer, self.documents, self.length, self.seed = tokenizer, documents, length, seed
         longest = length // 2
         self.askable = [document for document in documents if document.question and document.tokens <= longest]
@@ -214,7 +214,7 @@ def last_answer(encoded: Encoded) -> LongRow | None:
     return LongRow(encoded.input_ids[:end], prompt) if 0 < prompt < end else None
 
 
-def read_documents(tokenizer: Tokenizer, folder: Path, split: Split) -> list[Document]:
+def read_documents(tokenizer: ModelTokenizer, folder: Path, split: Split) -> list[Document]:
     """The rows of one split of a data stage's folder as documents; `UserError` if there are none."""
     found = [_document(tokenizer, row) for row in read_rows(folder, split)]
     found = [document for document in found if document.tokens]
@@ -223,7 +223,7 @@ def read_documents(tokenizer: Tokenizer, folder: Path, split: Split) -> list[Doc
     return found
 
 
-def _document(tokenizer: Tokenizer, row: Row) -> Document:
+def _document(tokenizer: ModelTokenizer, row: Row) -> Document:
     turns: Messages = [turn for turn in row.messages or [] if turn["role"] in ("user", "assistant")]
     question = answer = ""
     if row.messages is None:
@@ -246,14 +246,14 @@ class RetainRows:
     heldout: list[LongRow]
 
 
-def made_rows(tokenizer: Tokenizer, folder: Path, length: int, count: int, heldout: int, seed: int) -> RetainRows:
+def made_rows(tokenizer: ModelTokenizer, folder: Path, length: int, count: int, heldout: int, seed: int) -> RetainRows:
     """Rows made of a data stage's documents: its training rows' to learn from, its held-out rows' to measure on."""
     train = Maker(tokenizer, read_documents(tokenizer, folder, "train"), length, f"retain {seed}")
     held = Maker(tokenizer, read_documents(tokenizer, folder, "heldout"), length, f"retain heldout {seed}")
     return RetainRows(train.row, count, [held.row(number) for number in range(heldout)])
 
 
-def _users_row(tokenizer: Tokenizer, record: DatasetRecord) -> tuple[LongRow | None, str, str]:
+def _users_row(tokenizer: ModelTokenizer, record: DatasetRecord) -> tuple[LongRow | None, str, str]:
     """The row, or why there is none."""
     if record.messages is None:
         return None, record.dropped or "no_answer", record.detail
@@ -265,7 +265,7 @@ def _users_row(tokenizer: Tokenizer, record: DatasetRecord) -> tuple[LongRow | N
 
 
 def users_rows(
-    tokenizer: Tokenizer, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
+    tokenizer: ModelTokenizer, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
 ) -> RetainRows:
     """A user's rows in an order drawn from the seed: the first `heldout` to measure on, then at most `wanted` to learn
     from. Longer ones are left out. Raises `UserError` where too few are left."""

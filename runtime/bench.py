@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..kv.settings import KvBudget
 from .bundle import read_bundle
-from .generator import Request, Work
+from .generator import Request, RequestWork
 from .measure import answer, in_own_process, peak_memory
 from .session import Session, Settings, choose_artifact, depth_artifacts
 
@@ -184,10 +184,10 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     return asdict(figures)
 
 
-def _clock(session: Session, request: Request, work: Work | None = None) -> tuple[float, float, int]:
+def _clock(session: Session, request: Request, work: RequestWork | None = None) -> tuple[float, float, int]:
     """(seconds to the first token, seconds of the others, how many others)."""
     started = time.perf_counter()
-    tokens = session.tokens(request, work or Work())
+    tokens = session.tokens(request, work or RequestWork())
     next(tokens, None)
     first = time.perf_counter()
     made = sum(1 for _ in tokens)
@@ -200,14 +200,14 @@ def _time_draft(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
         depth, new_tokens = session.depths[-1], values["new_tokens"]
         plain = Settings(max_tokens=new_tokens)
         prompts = [session.prompt([{"role": "user", "content": text}]) for text in PROMPTS]
-        seconds, counts, equal, works = {False: 0.0, True: 0.0}, {False: 0, True: 0}, True, Work()
+        seconds, counts, equal, works = {False: 0.0, True: 0.0}, {False: 0, True: 0}, True, RequestWork()
         for number, ids in enumerate([prompts[0], *prompts]):  # the first one warms up
             texts = {}
             for drafted in (False, True):
                 request = Request(ids, plain.max_tokens, depth, stop=session.stop)
                 if drafted:
                     request = replace(request, draft_depth=values["draft_depth"], draft_tokens=values["draft_tokens"])
-                work, written = Work(), []
+                work, written = RequestWork(), []
                 tokens = session.tokens(request, work)
                 written += [token for token in [next(tokens, None)] if token is not None]
                 started = time.perf_counter()

@@ -7,13 +7,13 @@ are no drafts and no early exits, which take tokens back or read them late.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.files import read_json
 from ..kv.eviction import best, entry_scores, worst
 from ..kv.policies import make
 from ..kv.policy import View
@@ -38,7 +38,7 @@ class BoundedText:
         if settings.budget is None:
             raise ValueError("a bounded text needs a budget")
         self.budget = settings.budget
-        config = json.loads((chain.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(chain.folder / "config.json")
         check_windows(config)
         self.chain, self.settings, self.policy = chain, settings, make(settings)
         self.most = most_held(settings, ENDLESS)  # entries held at most while a prompt is read

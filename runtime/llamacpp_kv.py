@@ -24,8 +24,8 @@ from ..kv.settings import KvBudget
 from ..kv.steps import most_held, read_in_steps, steps
 from ..kv.tokens import HeldTokens
 from .engine import pick
-from .generator import Generator, Request, Tokens, Work
-from .llama_library import Cache, Model
+from .generator import Generator, Request, RequestWork, Tokens
+from .llama_library import Cache, LlamaModel
 
 BATCH = 512  # tokens read at once at most; a chunk may take several
 _PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
@@ -133,19 +133,19 @@ class LlamaCppKvGenerator(Generator):
         self._threads = threads or cores()
         self._lock = threading.Lock()
         self._depth = self._kv_heads = 0  # of the model that is open
-        self._model: Model | None = None
+        self._model: LlamaModel | None = None
         self._scorer: TokenScorer | None = None
         self._cache: Cache | None = None
         self._text: LlamaCppText | None = None
         self._open(self.depths[-1])
         self.context = min(_longest_text(path) for path in files.values())
 
-    def _open(self, depth: int) -> Model:
+    def _open(self, depth: int) -> LlamaModel:
         if self._model is None or depth != self._depth:
             self.close()
             file = self._files[depth]
             split_files(file)  # names a part that is missing; llama.cpp finds them by itself
-            model = self._model = Model(file)
+            model = self._model = LlamaModel(file)
             header = read_header(file)
             if "heads" in self._policy.needs:
                 self._scorer = TokenScorer(self._heads, header, depth, model.pairs_adjacent)
@@ -181,7 +181,7 @@ class LlamaCppKvGenerator(Generator):
         if request.exits or request.draft_depth is not None:
             raise UserError("llama.cpp with a bounded KV cache neither drafts nor exits early: leave that out")
 
-    def generate(self, request: Request, work: Work) -> Tokens:
+    def generate(self, request: Request, work: RequestWork) -> Tokens:
         self.check(request)
         with self._lock:
             room = self.context - len(request.ids) + 1

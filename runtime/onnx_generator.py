@@ -16,7 +16,7 @@ from .block_chain import BlockChain, CachedText
 from .bounded_text import BoundedText
 from .early_exit import choose_at_first_confident
 from .engine import pick
-from .generator import Generator, Request, Tokens, Work
+from .generator import Generator, Request, RequestWork, Tokens
 from .speculative import DraftModel, write_verified
 
 
@@ -42,7 +42,7 @@ class OnnxGenerator(Generator):
                 "a draft needs the same vocabulary"
             )
 
-    def generate(self, request: Request, work: Work) -> Tokens:
+    def generate(self, request: Request, work: RequestWork) -> Tokens:
         self.check(request)
         with self._lock:
             text, room = self._text, self.context - len(request.ids) + 1
@@ -54,7 +54,7 @@ class OnnxGenerator(Generator):
                     return
                 yield token
 
-    def _write(self, text: CachedText, request: Request, limit: int, work: Work) -> Iterator[int]:
+    def _write(self, text: CachedText, request: Request, limit: int, work: RequestWork) -> Iterator[int]:
         random = np.random.default_rng(request.seed)
 
         def draw(logits: np.ndarray) -> int:
@@ -77,7 +77,7 @@ class OnnxGenerator(Generator):
 
 
 def _write_singly(
-    text: CachedText, request: Request, limit: int, draw: Callable[[np.ndarray], int], work: Work
+    text: CachedText, request: Request, limit: int, draw: Callable[[np.ndarray], int], work: RequestWork
 ) -> Iterator[int]:
     for made in range(limit):
         depth, logits = choose_at_first_confident(text, request.exits, request.depth)
@@ -113,7 +113,7 @@ class BoundedGenerator(Generator):
                 "a KV budget cannot be combined with drafts or early exit: evicted cache entries cannot be restored"
             )
 
-    def generate(self, request: Request, work: Work) -> Tokens:
+    def generate(self, request: Request, work: RequestWork) -> Tokens:
         self.check(request)
         random = np.random.default_rng(request.seed)
         with self._lock:

@@ -16,7 +16,7 @@ from ..kv.settings import FOLDER, GGUF, KvBudget, choose_budget
 from ..records.bundle import ArtifactEntry, BundleManifest
 from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
-from .generator import Finish, Generator, Request, Work, check_depth
+from .generator import Finish, Generator, Request, RequestWork, check_depth
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -252,7 +252,7 @@ class Session:
         return self._pieces(request, StopTexts(settings.stop))
 
     def _pieces(self, request: Request, stop: StopTexts) -> Pieces:
-        work, stream, count = Work(), TextStream(self.tokenizer), 0
+        work, stream, count = RequestWork(), TextStream(self.tokenizer), 0
         with closing(self._generator.generate(request, work)) as tokens:
             for token in tokens:
                 count += 1
@@ -266,7 +266,7 @@ class Session:
         usage = Usage(len(request.ids), count, work.reused, depths, work.drafted, work.accepted)
         yield Piece(text, "stop" if stop.found else work.finish, usage)
 
-    def tokens(self, request: Request, work: Work) -> Iterator[int]:
+    def tokens(self, request: Request, work: RequestWork) -> Iterator[int]:
         """The tokens of a request, for measurements."""
         return self._generator.generate(request, work)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .block_chain import CachedText
-from .generator import Request, Work
+from .generator import Request, RequestWork
 
 
 @dataclass
@@ -45,7 +45,7 @@ def write_verified(
     limit: int,
     draw: Callable[[np.ndarray], int],
     draft: DraftModel | None,
-    work: Work,
+    work: RequestWork,
 ) -> Iterator[int]:
     """Up to `limit` tokens after `text`; drafts come from `draft`, or from the text's own `request.draft_depth`."""
     token = draw(text.logits(request.depth)[0])

@@ -18,7 +18,7 @@ from ..data.rows import Split
 from ..modeling.blocks import forget_depths, record_depths
 from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
-from ..modeling.types import Tokenizer
+from ..modeling.types import ModelTokenizer
 from ..records.students import HeldOutFigures, StudentFigures
 from .config import Copy, Lora, TrainingConfig
 from .job import TrainingJob, share
@@ -75,7 +75,7 @@ def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inpu
 def _train_student(
     job: TrainingJob,
     inputs: Inputs,
-    tokenizer: Tokenizer,
+    tokenizer: ModelTokenizer,
     preparation: Preparation,
     train: list[Batch],
     later: list[TrainingJob],
@@ -119,7 +119,7 @@ def _train_student(
     )
 
 
-def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: Tokenizer) -> list[Batch]:
+def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: ModelTokenizer) -> list[Batch]:
     """A job's share of the training rows, packed in an order drawn from its seed; batches are of like lengths."""
     own = share(rows, job)
     random.Random(job.context.seed).shuffle(own)
@@ -127,7 +127,7 @@ def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: Tokenizer) ->
 
 
 def pack_rows(
-    config: TrainingConfig, rows: list[Encoded], tokenizer: Tokenizer, *, grouped: bool = False
+    config: TrainingConfig, rows: list[Encoded], tokenizer: ModelTokenizer, *, grouped: bool = False
 ) -> list[Batch]:
     """Rows as they are run: in packed sequences of the section's length, in their order."""
     return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)

@@ -33,7 +33,7 @@ from compress.modeling.load import load_model
 from compress.modeling.retaining import RetainingHeads
 from compress.modeling.shape import AttentionShape
 from compress.records.bundle import RetainingEntry
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.onnx_generator import BoundedGenerator
 from pydantic import ValidationError
 
@@ -257,13 +257,13 @@ import json, sys
 from pathlib import Path
 from compress.kv import policies
 from compress.kv.settings import KvBudget
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
 
 policies.__path__.append(sys.argv[1])
 settings = KvBudget(**json.loads(sys.argv[3]))
 generator = LlamaCppKvGenerator({4: Path(sys.argv[2])}, Path("none"), settings, threads=1)
-tokens = list(generator.generate(Request(json.loads(sys.argv[4]), 6, 4), Work()))
+tokens = list(generator.generate(Request(json.loads(sys.argv[4]), 6, 4), RequestWork()))
 print(json.dumps([generator._text.held.positions.tolist(), tokens]))
 """
 IDS = [(37 * i) % 440 + 3 for i in range(61)]
@@ -295,7 +295,7 @@ def test_a_policy_in_one_new_file_serves_every_runtime(toy, shaken, tmp_path, in
 
     write_onnx(checkpoint, tmp_path / "onnx", "fp32")
     generator = BoundedGenerator(tmp_path / "onnx", (4,), settings, 1)
-    assert list(generator.generate(Request(IDS, 6, 4), Work())) == written
+    assert list(generator.generate(Request(IDS, 6, 4), RequestWork())) == written
     assert generator._text.held == len(kept) + 5  # the last token written was not read
     first = [place if place % 3 == 0 else -place - 1 for place in kept]
     assert generator._text.scores[3][1, : len(kept)].tolist() == first

@@ -26,7 +26,7 @@ from compress.modeling.retaining import RetainingHeads, load_heads, save_heads
 from compress.modeling.shape import AttentionShape
 from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bounded_text import BoundedText
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.onnx_generator import BoundedGenerator, OnnxGenerator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -240,7 +240,7 @@ def test_hard_edges(exported, changes, prompt):
 def test_greedy_text_is_the_references(exported):
     checkpoint, folder = exported()
     generator = BoundedGenerator(folder, (2, 4), SETTINGS, 1)
-    assert list(generator.generate(Request(IDS[:40], 6, 4), Work())) == Reference(checkpoint, SETTINGS).greedy(
+    assert list(generator.generate(Request(IDS[:40], 6, 4), RequestWork())) == Reference(checkpoint, SETTINGS).greedy(
         IDS[:40], 6
     )
 
@@ -252,8 +252,8 @@ def test_a_budget_as_large_as_the_text_changes_nothing(exported):
     for positions, chunk, depth in itertools.product(("true", "contiguous"), (70, 300), (2, 4)):
         settings = KvBudget(400, chunk=chunk, positions=positions)  # type: ignore[arg-type]
         generator = BoundedGenerator(folder, (2, 4), settings, 1)
-        assert list(generator.generate(Request(long, 12, depth), Work())) == list(
-            whole.generate(Request(long, 12, depth), Work())
+        assert list(generator.generate(Request(long, 12, depth), RequestWork())) == list(
+            whole.generate(Request(long, 12, depth), RequestWork())
         )
         cached = CachedText(generator._chain)
         cached.add(long)
@@ -267,9 +267,9 @@ def test_each_depth_reads_its_own_blocks(exported):
     _, folder = exported()
     generator = BoundedGenerator(folder, (2, 4), SETTINGS, 1)
     alone = BoundedGenerator(folder, (2,), SETTINGS, 1)
-    expected = list(alone.generate(Request(IDS, 8, 2), Work()))
-    assert list(generator.generate(Request(IDS, 8, 4), Work())) != expected
-    work = Work()
+    expected = list(alone.generate(Request(IDS, 8, 2), RequestWork()))
+    assert list(generator.generate(Request(IDS, 8, 4), RequestWork())) != expected
+    work = RequestWork()
     assert list(generator.generate(Request(IDS, 8, 2), work)) == expected
     assert work.reused == 0 and len(generator._text.keys) == 2
 
@@ -277,10 +277,10 @@ def test_each_depth_reads_its_own_blocks(exported):
 def test_only_a_text_that_goes_on_is_gone_on_with(exported):
     _, folder = exported()
     generator, fresh = (BoundedGenerator(folder, (4,), SETTINGS, 1) for _ in range(2))
-    work = Work()
+    work = RequestWork()
     made = list(generator.generate(Request(IDS[:30], 6, 4), work))
     more = [*IDS[:30], *made, *IDS[30:45]]
-    work = Work()
+    work = RequestWork()
     again = list(generator.generate(Request(more, 6, 4), work))
     assert work.reused == 35  # the last token that was written has not been read
     # As one text: what had been written was read token by token, and evicted with the rest at the next chunk's end.
@@ -291,8 +291,8 @@ def test_only_a_text_that_goes_on_is_gone_on_with(exported):
         text.read_token(token)
     assert int(text.read_prompt(more[35:]).argmax()) == again[0]
     for other in (IDS[1:40], more, [*IDS[:29], 7, 8]):
-        work = Work()
-        expected = list(BoundedGenerator(folder, (4,), SETTINGS, 1).generate(Request(other, 4, 4), Work()))
+        work = RequestWork()
+        expected = list(BoundedGenerator(folder, (4,), SETTINGS, 1).generate(Request(other, 4, 4), RequestWork()))
         assert list(generator.generate(Request(other, 4, 4), work)) == expected and work.reused == 0
 
 
@@ -303,7 +303,7 @@ def test_memory_does_not_grow_with_the_text(exported):
     assert generator.context > 10_000
     for length in (60, 480, 2000):  # the model was trained for 512
         prompt = [(11 * i + length) % 440 + 3 for i in range(length)]
-        assert len(list(generator.generate(Request(prompt, 40, 4), Work()))) == 40
+        assert len(list(generator.generate(Request(prompt, 40, 4), RequestWork()))) == 40
         text = generator._text
         sizes.append([array.nbytes for array in (*text.keys, *text.values, *text.scores)])
         assert text.held == settings.budget + settings.local
@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_the_text(exported):
     turns = BoundedGenerator(folder, (4,), replace(SETTINGS, positions="contiguous"), 1)
     ids = list(IDS)
     for _ in range(100):  # short turns, whose tokens are all local
-        ids += [*turns.generate(Request(ids, 3, 4), Work()), 9, 8, 7]
+        ids += [*turns.generate(Request(ids, 3, 4), RequestWork()), 9, 8, 7]
     assert turns._text.held <= SETTINGS.budget + SETTINGS.local + 3
 
 
@@ -321,7 +321,7 @@ def test_policies_without_heads(shaken, tmp_path, inline_builder, policy):
     write_onnx(shaken(), tmp_path / "onnx", "fp32")
     settings = replace(SETTINGS, policy=policy, stabilizers=0)
     generator = BoundedGenerator(tmp_path / "onnx", (4,), settings, 1)
-    list(generator.generate(Request(IDS, 1, 4), Work()))
+    list(generator.generate(Request(IDS, 1, 4), RequestWork()))
     kept = generator._text.scores[0][:, : settings.budget]
     places = len(IDS) - settings.local
     if policy == "recent":
@@ -361,12 +361,12 @@ def test_what_a_bounded_cache_cannot_do_is_refused(exported, shaken, tmp_path):
     generator = BoundedGenerator(folder, (2, 4), SETTINGS, 1)
     for options in ({"draft_depth": 2}, {"exits": {2: 0.5}}):
         with pytest.raises(UserError, match="cannot be combined with drafts or early exit"):
-            next(generator.generate(Request(IDS, 4, 4, **options), Work()))
+            next(generator.generate(Request(IDS, 4, 4, **options), RequestWork()))
     with pytest.raises(UserError, match=r"longer than the model's context of 511: .* --kv-positions contiguous"):
-        next(generator.generate(Request(IDS * 9, 4, 4), Work()))
+        next(generator.generate(Request(IDS * 9, 4, 4), RequestWork()))
     wide = BoundedGenerator(folder, (4,), KvBudget(500, positions="contiguous"), 1)
     with pytest.raises(UserError, match=r"lower --kv-budget"):
-        next(wide.generate(Request(IDS * 12, 4, 4), Work()))
+        next(wide.generate(Request(IDS * 12, 4, 4), RequestWork()))
     for family, options in (("gemma3_text", {}), ("mistral", {"sliding_window": 8})):
         write_onnx(shaken(family, **options), tmp_path / family, "fp32")
         with pytest.raises(UserError, match="slides a window"):

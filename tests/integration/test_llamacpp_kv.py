@@ -85,7 +85,7 @@ WORKER = """
 import json, sys
 import numpy as np
 from pathlib import Path
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
 from compress.kv.settings import KvBudget
 
@@ -112,13 +112,13 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     for token in job["forced"]:
         logits.append(text.read_one(token))
     scorer.take, cache.decode = take, decode
-    tokens = [list(kv.generate(Request(ids, job["new"], depth), Work())) for _ in range(2)]
+    tokens = [list(kv.generate(Request(ids, job["new"], depth), RequestWork())) for _ in range(2)]
     assert tokens[0] == tokens[1], "a second text in the same cache comes out otherwise"
     np.savez(job["out"], scores=np.concatenate(scores), logits=np.stack(logits), tokens=tokens[0], most=most,
              cells=cache.cells, held=json.dumps(held[-len(job["forced"]):]))
     # Another turn goes on where the text before ended, and is as if it had all been read then.
-    work, kv._text = Work(), None
-    answer = list(kv.generate(Request(ids, 4, depth), Work()))
+    work, kv._text = RequestWork(), None
+    answer = list(kv.generate(Request(ids, 4, depth), RequestWork()))
     longer = [*ids, *answer, *job["forced"]]
     turn = list(kv.generate(Request(longer, 4, depth), work))
     assert work.reused == len(ids) + 3, work
@@ -285,7 +285,7 @@ import ctypes, sys
 from pathlib import Path
 from compress.core.errors import UserError
 from compress.runtime import llama_library
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.llamacpp_kv import LlamaCppKvGenerator
 from compress.kv.settings import KvBudget
 
@@ -309,7 +309,7 @@ refused(model, heads, 4, "attention, which llama.cpp does not give", policy="sna
 kv = LlamaCppKvGenerator({4: model}, heads, KvBudget(4, 4, 0, 2), threads=1)
 for options in ({"draft_depth": 4}, {"exits": {4: 0.5}}, {"depth": 3}):
     try:
-        next(kv.generate(Request(**{"ids": [5, 6], "max_tokens": 2, "depth": 4, **options}), Work()))
+        next(kv.generate(Request(**{"ids": [5, 6], "max_tokens": 2, "depth": 4, **options}), RequestWork()))
     except UserError:
         continue
     raise AssertionError(options)
@@ -317,17 +317,17 @@ for options in ({"draft_depth": 4}, {"exits": {4: 0.5}}, {"depth": 3}):
 # What goes wrong inside the callback comes out, and the next text is as if nothing had been.
 text = [5, 9, 80, 7, 33, 12, 60, 41]
 request = Request(text, 6, 4)
-before = list(kv.generate(request, Work()))
+before = list(kv.generate(request, RequestWork()))
 good, kv._scorer._weights = kv._scorer._weights, []
 try:
-    list(kv.generate(request, Work()))
+    list(kv.generate(request, RequestWork()))
 except IndexError:
     pass
 else:
     raise AssertionError("an error was swallowed")
 kv._scorer._weights = good
-assert list(kv.generate(request, Work())) == before
-work = Work()
+assert list(kv.generate(request, RequestWork())) == before
+work = RequestWork()
 assert list(kv.generate(Request(text, 6, 4, stop=frozenset(before[2:3])), work)) == before[: before.index(before[2])]
 assert work.finish == "stop"
 kv.close()

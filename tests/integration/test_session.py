@@ -15,7 +15,7 @@ from compress.modeling.blocks import drop_blocks
 from compress.modeling.load import load_model, load_tokenizer
 from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bundle import read_bundle
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.onnx_engine import OnnxEngine
 from compress.runtime.session import Session, Settings, depth_artifacts
 from compress.runtime.text import Tokenizer
@@ -70,8 +70,8 @@ def onnx(bundle):
         yield opened
 
 
-def write(session: Session, ids, count: int, depth: int = 4, work: Work | None = None, **options) -> list[int]:
-    return list(session.tokens(Request(ids, count, depth, **options), work or Work()))
+def write(session: Session, ids, count: int, depth: int = 4, work: RequestWork | None = None, **options) -> list[int]:
+    return list(session.tokens(Request(ids, count, depth, **options), work or RequestWork()))
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -265,11 +265,11 @@ def test_sampling_follows_seed_and_top_p(session):
 @pytest.mark.parametrize("draft_tokens", [1, 2, 4, 7])
 @pytest.mark.parametrize("draft_depth", [2, 3])
 def test_drafts_change_nothing(onnx, draft_depth, draft_tokens):
-    total = Work()
+    total = RequestWork()
     for start in range(4):
         ids = IDS[start : start + 8]
         for count in (1, 2, 17):
-            work = Work()
+            work = RequestWork()
             options = {"draft_depth": draft_depth, "draft_tokens": draft_tokens}
             assert write(onnx, ids, count, 4, work, **options) == write(onnx, ids, count)
             assert work.depths == {4: count} and work.accepted <= work.drafted
@@ -285,7 +285,7 @@ def test_drafts_change_nothing_where_tokens_are_drawn(onnx, seed):
 
 def test_another_bundle_drafts(bundle, onnx):
     with Session(bundle, "onnx", threads=1, draft=bundle) as drafted:
-        work = Work()
+        work = RequestWork()
         assert write(drafted, IDS[:9], 30, 4, work) == write(onnx, IDS[:9], 30)
         assert work.drafted == work.accepted > 0  # it drafts for itself
         assert write(drafted, IDS[3:9], 20, 3) == write(onnx, IDS[3:9], 20, 3)
@@ -293,18 +293,18 @@ def test_another_bundle_drafts(bundle, onnx):
 
 def test_llama_cpp_drafts_by_itself(bundle):
     with Session(bundle, "llama.cpp", threads=1, context=256) as session:
-        work = Work()
+        work = RequestWork()
         assert write(session, IDS[:9], 30, 4, work, draft_depth=3) == write(session, IDS[:9], 30)
         assert 0 < work.accepted <= work.drafted
 
 
 def test_early_exit(onnx, checkpoint):
     ids, never, always = IDS[:9], {2: 1.0, 3: 1.0}, {2: 0.0, 3: 0.0}
-    work = Work()
+    work = RequestWork()
     assert write(onnx, ids, 30, 4, work, exits=never) == write(onnx, ids, 30) and work.depths == {4: 30}
-    work = Work()
+    work = RequestWork()
     assert write(onnx, ids, 30, 4, work, exits=always) == write(onnx, ids, 30, 2) and work.depths == {2: 30}
-    work, thresholds = Work(), {2: 0.2, 3: 0.2}
+    work, thresholds = RequestWork(), {2: 0.2, 3: 0.2}
     made = write(onnx, ids, 40, 4, work, exits=thresholds)
     assert len(work.depths) == 3 and sum(work.depths.values()) == 40
     models = {depth: load_model(checkpoint) for depth in DEPTHS}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compress.export.onnx import write_onnx
 from compress.runtime.block_chain import CachedText
-from compress.runtime.generator import Request, Work
+from compress.runtime.generator import Request, RequestWork
 from compress.runtime.onnx_engine import OnnxEngine
 from compress.runtime.onnx_generator import OnnxGenerator
 from compress.runtime.text import Tokenizer
@@ -44,11 +44,11 @@ def test_the_real_model_drafts_and_exits_to_the_bit(real_int4, smollm2):
             whole.add(ids + written)
             return whole.logits(30, len(ids) + len(written))
 
-        plain = list(generator.generate(Request(ids, 40, 30), Work()))
+        plain = list(generator.generate(Request(ids, 40, 30), RequestWork()))
         rows = logits(plain)
         ways: list[dict[str, Any]] = [{"draft_depth": 12}, {"draft_depth": 24}, {"exits": {12: 1.0, 24: 1.0}}]
         for options in ways:
-            work = Work()
+            work = RequestWork()
             written = list(generator.generate(Request(ids, 40, 30, **options), work))
             assert "exits" in options or work.drafted > 40
             if apart == 0:
