@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from .console import console, errors, print_json
 from .options import DeviceOption, DtypeOption, JsonOption, RunsOption
 from .progress import ConsoleProgress
 
-GgufOption = Annotated[str, typer.Option("--gguf", help="Comma-separated: F16, Q8_0, Q4_0, Q4_K_M, Q6_K.")]
-OnnxOption = Annotated[str, typer.Option("--onnx", help="Comma-separated precisions: int4, int8, fp32.")]
+GgufOption = Annotated[str, typer.Option("--gguf", help=f"Comma-separated: {', '.join(GGUF_TYPES)}.")]
+OnnxOption = Annotated[str, typer.Option("--onnx", help=f"Comma-separated precisions: {', '.join(ONNX_TYPES)}.")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
 TasksOption = Annotated[

@@ -142,9 +142,8 @@ def packages(value: Any) -> dict[str, str]:
     """The packages that added the methods which a section of a recipe uses, with their versions."""
     found: dict[str, str] = {}
     if isinstance(value, BaseModel):
-        if type(value) in _PACKAGES:
-            name, version = _PACKAGES[type(value)]
-            found[name] = version
+        used = [type(value), *(value.methods() if isinstance(value, Section) else [])]
+        found |= dict(_PACKAGES[method] for method in used if method in _PACKAGES)
         value = [getattr(value, name) for name in type(value).model_fields]
     elif isinstance(value, dict):
         value = list(value.values())

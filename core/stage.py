@@ -41,6 +41,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def methods(self) -> list[type]:
+        """Classes of methods that the section names in words alone; a package that added one is part of its result."""
+        return []
+
     def input_files(self) -> list[str]:
         """Local files and folders named by this section whose content belongs in the stage's fingerprint."""
         return []

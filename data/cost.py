@@ -10,14 +10,14 @@ import numpy as np
 
 from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, RowCounts, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
-from ..runtime.cost import GGUF_BITS
+from ..runtime.artifact_types import GGUF_TYPES
 from .config import DataConfig, LlamaCppSettings, MagpieConfig, RowsFromData, TextsConfig, VllmSettings
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 TEMPLATE = 32  # tokens a chat template adds around a turn
 ASKED = 128  # tokens of the instructions in a rewriting prompt
 CHUNK = 256  # positions per logits chunk when the teacher cache is written
-WEIGHT_BITS = GGUF_BITS["Q8_0"].most  # assumed maximum for a GGUF file that generates text
+WEIGHT_BITS = GGUF_TYPES["Q8_0"].most  # assumed maximum for a GGUF file that generates text
 LLAMACPP_ROWS, VLLM_ROWS = 8, 256  # maximum rows generated at once
 VLLM_BLOCK = 128  # tokens by which vLLM's cache grows on a CPU
 VLLM_OTHER = 1.5e9  # assumed: vLLM's GPU memory besides weights and cache

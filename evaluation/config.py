@@ -107,12 +107,20 @@ class RetrievalConfig(Section):
         from ..kv.policies import POLICIES
 
         known = (FULL, *POLICIES.names)
+        broken = [POLICIES.unusable[name] for name in policies if name in POLICIES.unusable]
+        if broken:
+            raise ValueError(broken[0])
         unknown = [name for name in policies if name not in known]
         if unknown:
             raise ValueError(
                 f"there is no policy {unknown[0]!r}; there are: {', '.join(known)}{did_you_mean(unknown[0], known)}"
             )
         return policies
+
+    def methods(self) -> list[type]:
+        from ..kv.policies import policy
+
+        return [policy(name) for name in self.policies if name != FULL]
 
     @property
     def needs_heads(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..records.bundle import Verification
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
@@ -134,7 +135,7 @@ class GgufKind(Kind):
     def write(self) -> None:
         making = self.making
         options: dict[str, Any] = {
-            "imatrix": None if self.type in ("F16", "Q8_0") else making.imatrix(),
+            "imatrix": making.imatrix() if GGUF_TYPES[self.type].calibrated else None,
             "name": making.name,
             "threads": making.config.threads,
             "progress": making.progress,
@@ -198,7 +199,7 @@ class OnnxKind(Kind):
             making.bundle / self.root,
             self.type,
             depths=making.depths,
-            imatrix=None if self.type == "fp32" else making.imatrix(),
+            imatrix=making.imatrix() if ONNX_TYPES[self.type].calibrated else None,
             built=making.built(),
             link=making.temporary,
             progress=making.progress,

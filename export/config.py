@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ..core.stage import Section
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 
 FORMAT = 4
-GgufType = Literal["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q6_K"]
-OnnxPrecision = Literal["int4", "int8", "fp32"]
+if TYPE_CHECKING:
+    GgufType = OnnxPrecision = str
+else:
+    GgufType, OnnxPrecision = Literal[tuple(GGUF_TYPES)], Literal[tuple(ONNX_TYPES)]
 
 
 class Verify(Section):
@@ -27,8 +30,8 @@ class Verify(Section):
 class ExportConfig(Section):
     """Which artifacts the bundle holds, and how they are quantized and checked."""
 
-    gguf: list[GgufType] = Field(default_factory=list, description="GGUF types: F16, Q8_0, Q4_0, Q4_K_M, Q6_K")
-    onnx: list[OnnxPrecision] = Field(default_factory=list, description="ONNX precisions: int4, int8, fp32")
+    gguf: list[GgufType] = Field(default_factory=list, description=f"GGUF types: {', '.join(GGUF_TYPES)}")
+    onnx: list[OnnxPrecision] = Field(default_factory=list, description=f"ONNX precisions: {', '.join(ONNX_TYPES)}")
     depths: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
         min_length=1,

@@ -20,8 +20,8 @@ from ..modeling.retaining import has_heads, load_heads
 from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
+from ..runtime.artifact_types import ARTIFACT_TYPES
 from ..runtime.bundle import read_bundle
-from ..runtime.cost import BITS
 from ..runtime.engine import ScoringWindow
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
@@ -185,8 +185,8 @@ class ExportJob:
         weights = sizes[-1]
         # Parts of a GGUF that several depths share are links, if there are such; an ONNX weights file is one anyway.
         written = weights if can_link(self.work) else sum(sizes)
-        need = sum(written * BITS[kind].most / 8 for kind in self.config.gguf)
-        need += sum(weights * BITS[kind].most / 8 for kind in self.config.onnx)
+        need = sum(written * ARTIFACT_TYPES[kind].most / 8 for kind in self.config.gguf)
+        need += sum(weights * ARTIFACT_TYPES[kind].most / 8 for kind in self.config.onnx)
         vocabulary = (self.checkpoint / "tokenizer.json").stat().st_size  # each depth has it once more, in either form
         need += vocabulary * len(self.depths) * len([*self.config.gguf, *self.config.onnx])
         if self.config.onnx:

@@ -31,7 +31,7 @@ from ..modeling.retaining import has_heads, load_heads
 from ..modeling.shape import rope_settings, rotated_size, sliding_blocks
 from ..modeling.types import ConfigLike
 from ..modeling.weights import count_parameters
-from ..runtime.cost import ONNX_BITS
+from ..runtime.artifact_types import ONNX_TYPES
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read
@@ -69,9 +69,9 @@ def check_onnx(config: ConfigLike, precision: str = "int4") -> None:
     """Raise `UserError` unless models of this configuration (object or dict) can be exported at `precision`."""
     values = config if isinstance(config, dict) else config.to_dict()
     family = values.get("model_type")
-    if precision not in ONNX_BITS:
+    if precision not in ONNX_TYPES:
         why = ": ONNX Runtime's CPU kernels take no float16 attention" if precision == "fp16" else ""
-        raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(ONNX_BITS)}")
+        raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(ONNX_TYPES)}")
     builders = {name: record.onnx for name, record in FAMILIES.items() if record.onnx is not None}
     if family not in builders:
         raise UserError(f"ONNX export of family {family!r} is not supported; supported: {', '.join(sorted(builders))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,15 +15,12 @@ from numpy.typing import NDArray
 from ..core.errors import UserError
 from ..core.extras import package_folder
 from ..core.machine import cores
+from ..runtime.artifact_types import GGUF_TYPES
 
 Type = GGMLQuantizationType
-# Recipe name -> (what general.file_type says, the type most tensors get)
+# Recipe name -> (what general.file_type says, the type most tensors get: Q4_K of the mix Q4_K_M)
 FILE_TYPES: dict[str, tuple[LlamaFileType, Type]] = {
-    "F16": (LlamaFileType.MOSTLY_F16, Type.F16),
-    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
-    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0),
-    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
-    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
+    name: (LlamaFileType[f"MOSTLY_{name}"], Type[re.sub("_[SML]$", "", name)]) for name in GGUF_TYPES
 }
 # For rows that are no multiple of a type's block: the nearest type with blocks of 32.
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}

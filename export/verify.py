@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +23,19 @@ from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
 from ..modeling.types import CausalModel, ModelConfig, ModelTokenizer
 from ..records.bundle import Verification
+from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
 from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
-from .config import GgufType
 from .cost import ROW
 from .tensors import LIMITS
 
 # Limits on the mean KL to the checkpoint at high precision, where only a wrong graph is far from it: a SmolLM2-135M has
 # F16 1e-5 and fp32 below 1e-6. No recipe can change them.
 GRAPH_LIMITS = {"F16": 0.001, "fp32": 0.0001}
-# Limits on the mean KL to the checkpoint by type: what rounding may cost. A SmolLM2-135M of 24 blocks, not yet
-# recovered, has (without importance matrix) F16 1e-5, Q8_0 0.004, Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8
-# 0.005, fp32 below 1e-6; worse models have more.
-KL_LIMITS = {"F16": 0.001, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.25, "Q4_0": 0.8}
-KL_LIMITS |= {"int4": 0.8, "int8": 0.02, "fp32": 0.0001}
-# Least correlation of retaining scores, and in float32 the largest difference as a share of the largest score. Heads
-# themselves are not quantized; they read what quantized blocks give.
-RETAINING_LIMITS = {"fp32": 0.9999, "int8": 0.95, "int4": 0.5}
+# Limits on the mean KL to the checkpoint by type, which a recipe can change.
+KL_LIMITS = {name: type.kl for name, type in ARTIFACT_TYPES.items()}
+# In float32 the largest difference of a retaining score, as a share of the largest.
 RETAINING_ERROR = 1e-3
 TOP_K = 256
 
@@ -171,10 +166,11 @@ def check_retaining(what: str, kind: str, reference: Reference, found: Sequence[
     pairs = list(zip(found, reference.retaining, strict=True))
     least = min(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) for a, b in pairs)
     off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
-    if not least >= RETAINING_LIMITS[kind] or (kind == "fp32" and not off <= RETAINING_ERROR):
+    limit = ONNX_TYPES[kind].retaining or 0.0
+    if not least >= limit or (kind == "fp32" and not off <= RETAINING_ERROR):
         raise UserError(
             f"{what}: its retaining scores differ from the checkpoint's by {off:.3g} of the largest score and "
-            f"correlate with them by {least:.4f} (at least {RETAINING_LIMITS[kind]:g} required for {kind}): the graph "
+            f"correlate with them by {least:.4f} (at least {limit:g} required for {kind}): the graph "
             "was written wrongly"
         )
     return _rounded(least)
@@ -209,7 +205,7 @@ def check_runtime(
     what: str, kind: str, engine: Engine, reference: Reference, limits: dict[Any, float], tensor_error: float
 ) -> Verification:
     """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type."""
-    found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in get_args(GgufType) else None))
+    found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in GGUF_TYPES else None))
     limit = (KL_LIMITS | limits)[kind]
     if not found["kl"] <= limit:
         raise UserError(

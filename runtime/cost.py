@@ -6,40 +6,21 @@ several texts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..core.geometry import Geometry
 from ..core.work import Work, decoding, forward
+from .artifact_types import ARTIFACT_TYPES, ONNX_TYPES
 
 SLOTS = 4  # texts that llama.cpp scores side by side
 
 
-class Bits(NamedTuple):
-    """Bits per weight of an exported file, scales and higher types for some tensors included."""
-
-    typical: float
-    most: float  # for the check of free disk
-
-
-GGUF_BITS = {
-    "F16": Bits(16, 16),
-    "Q8_0": Bits(8.5, 8.5),
-    "Q6_K": Bits(6.6, 8.5),
-    "Q4_K_M": Bits(4.9, 6.5),
-    "Q4_0": Bits(4.6, 6),
-}
-ONNX_BITS = {"int4": Bits(5.7, 7), "int8": Bits(9, 10), "fp32": Bits(32, 32)}
-BITS = GGUF_BITS | ONNX_BITS
-
-
 def artifact_bytes(kind: str, parameters: int) -> float:
     """Expected size of an exported file of a type."""
-    return parameters * BITS[kind].typical / 8
+    return parameters * ARTIFACT_TYPES[kind].typical / 8
 
 
 def scoring(shape: Geometry, kind: str, depth: int, tokens: int, window: int) -> Work:
     """Cost of an artifact's predictions at `tokens` positions, in texts of `window` tokens."""
-    steps = 1.0 if kind in ONNX_BITS else tokens / SLOTS
+    steps = 1.0 if kind in ONNX_TYPES else tokens / SLOTS
     weights = artifact_bytes(kind, shape.parameters(depth))
     return Work(forward(shape, depth, tokens, window / 2), steps * weights).beside()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compress
+import gguf
 import pytest
 
 HOME = Path(str(compress.__file__)).parent
@@ -84,7 +85,23 @@ class Scattered(Search):
         return tuple(sorted(chosen))
 ''',
 }
-CLASSES = {"focal": "Focal", "nearness": "Nearness", "damp": "Damp", "scattered": "Scattered"}
+POLICY = {
+    ("policies", "oldest"): '''
+from typing import Literal
+
+from compress.kv.policy import Policy
+
+
+class Oldest(Policy):
+    """The first tokens of a text stay."""
+
+    kind: Literal["oldest"] = "oldest"
+
+    def score(self, view):
+        return -view.places[None].repeat(view.heads, 0).astype("float32")
+''',
+}
+CLASSES = {"focal": "Focal", "nearness": "Nearness", "damp": "Damp", "scattered": "Scattered", "oldest": "Oldest"}
 RECIPE = """
 name: plugged
 model: random:llama
@@ -232,6 +249,25 @@ def test_two_packages_with_one_name_are_told_apart_by_nobody(tmp_path: Path, rec
     assert "the objective 'focal' is in two packages, one-plugin 1.0 and two-plugin 1.0; uninstall one" in done.stderr
 
 
+def test_a_policy_of_an_installed_package_is_one_of_the_recipe_s(tmp_path: Path) -> None:
+    """The version of what is named in words alone is part of the result too."""
+    site = by_hand(tmp_path / "site", "kv-plugin", "2.0", POLICY)
+    code = (
+        "from compress.core.registry import packages\n"
+        "from compress.evaluation.config import EvaluateConfig\n"
+        "used = {'retrieval': {'policies': ['full', 'oldest']}}\n"
+        "print([packages(EvaluateConfig.model_validate(section)) for section in (used, {})])\n"
+    )
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[{'kv-plugin': '2.0'}, {}]", done.stderr
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: x\nmodel: random:llama\nevaluate:\n  retrieval: {policies: [oldst]}\n")
+    done = call(["validate", file], site)
+    assert "there is no policy 'oldst'" in done.stderr and "did you mean 'oldest'?" in done.stderr
+
+
 def by_hand(site: Path, name: str, version: str, sources: dict[tuple[str, str], str]) -> Path:
     """A package as pip leaves it, without pip's seconds."""
     module = name.replace("-", "_")
@@ -247,17 +283,37 @@ def by_hand(site: Path, name: str, version: str, sources: dict[tuple[str, str], 
     return site
 
 
-def test_adding_a_method_costs_one_file(tmp_path: Path, recipe: Callable[..., Path]) -> None:
-    """The package as it is, and nothing but a new file in each folder."""
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The package as it is, to add something to."""
     left_out = shutil.ignore_patterns(".*", "build", "docs", "tests", "benchmarks", "runs", "*.egg-info", "__pycache__")
-    shutil.copytree(HOME, tmp_path / "compress", ignore=left_out)
+    return shutil.copytree(HOME, tmp_path / "compress", ignore=left_out)
+
+
+def test_adding_a_method_costs_one_file(copied: Path, recipe: Callable[..., Path]) -> None:
     folders = {"objectives": "training/objectives", "metrics": "prune/metrics", "heals": "prune/heals"}
     for (group, kind), source in METHODS.items():
-        folder = tmp_path / "compress" / folders.get(group, f"prune/{group}")
+        folder = copied / folders.get(group, f"prune/{group}")
         (folder / f"{kind}.py").write_text(source, encoding="utf-8")
-    done = call(["validate", recipe()], tmp_path)
+    done = call(["validate", recipe()], copied.parent)
     assert done.returncode == 0, done.stderr
-    misspelt = call(["validate", recipe(("gamma", "gama"))], tmp_path)
+    misspelt = call(["validate", recipe(("gamma", "gama"))], copied.parent)
     assert "unknown key 'gama'; did you mean 'gamma'?" in misspelt.stderr
-    schema = json.loads(call(["schema"], tmp_path).stdout)
+    schema = json.loads(call(["schema"], copied.parent).stdout)
     assert {"Focal", "Nearness", "Damp", "Scattered"} <= schema["$defs"].keys()
+
+
+def test_adding_a_gguf_type_costs_one_line(copied: Path, tmp_path: Path) -> None:
+    table = copied / "runtime" / "artifact_types.py"
+    text = table.read_text(encoding="utf-8")
+    before = "GGUF_TYPES = {\n"
+    assert before in text and "Q5_0" not in text
+    table.write_text(text.replace(before, before + '    "Q5_0": ArtifactType(5.5, 6, kl=0.5),\n'), encoding="utf-8")
+    out = tmp_path / "bundle"
+    done = call(["export", "random:llama", "--gguf", "Q5_0", "--out", out, "--runs", tmp_path / "runs"], copied.parent)
+    assert done.returncode == 0, done.stderr
+    (artifact,) = json.loads((out / "manifest.json").read_text())["artifacts"]
+    assert artifact["type"] == "Q5_0" and 5 < artifact["bits_per_weight"] < 9
+    (file,) = (out / "gguf").glob("*.gguf")
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if tensor.name.startswith("blk.")}
+    assert types == {"Q5_0", "F32"}

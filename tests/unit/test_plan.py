@@ -28,7 +28,7 @@ from compress.pipeline.plan import find_device, make_plan, parse_size, read_geom
 from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.recipe import Recipe, shipped
 from compress.pipeline.stages import STAGES
-from compress.runtime.cost import BITS, GGUF_BITS, ONNX_BITS
+from compress.runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
 from compress.training.config import Full, Lora
 from compress.training.cost import lora_parameters
 from compress.training.students import build_student
@@ -273,8 +273,8 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
 
 def test_every_type_and_optimizer_has_its_bits():
     """The tables that plans and code share have a line for all that a recipe may name, and no other."""
-    assert set(GGUF_BITS) == set(get_args(GgufType)) and set(ONNX_BITS) == set(get_args(OnnxPrecision))
-    assert all(bits.typical <= bits.most for bits in BITS.values())
+    assert set(GGUF_TYPES) == set(get_args(GgufType)) and set(ONNX_TYPES) == set(get_args(OnnxPrecision))
+    assert all(bits.typical <= bits.most for bits in ARTIFACT_TYPES.values())
     optimizer = DistillConfig.model_fields["optimizer"].annotation
     assert set(MOMENTS) == set(OPTIMIZERS) == set(get_args(optimizer))
     sizes = {name: torch.empty(0, dtype=getattr(torch, name)).element_size() for name in BYTES}
