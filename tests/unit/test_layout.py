@@ -1,4 +1,4 @@
-"""The layout and its import rules, read from the sources (DESIGN §2)."""
+"""The layout and its import rules, read from the sources (docs/explanation/architecture.md)."""
 
 from __future__ import annotations
 
