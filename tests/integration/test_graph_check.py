@@ -59,12 +59,12 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_that_is_another_is_found_under_four_bits(shaken, tmp_path, context, monkeypatch, coarse, quantized):
     """A tied head in the place of the model's own: the file's rows are right, and the model is another."""
     checkpoint = shaken(tied=False, **LARGE)
-    read = gguf_export.Source.read
+    read = gguf_export.GgufSource.read
 
     def tied(self: Any, name: str, depth: int | None = None) -> Any:
         return read(self, "token_embd.weight" if name == "output.weight" else name, depth)
 
-    monkeypatch.setattr(gguf_export.Source, "read", tied)
+    monkeypatch.setattr(gguf_export.GgufSource, "read", tied)
     with pytest.raises(UserError, match=r"gguf: llama\.cpp does not compute the checkpoint's model: at F16"):
         export_checkpoint(checkpoint, tmp_path / "b", config(gguf=[quantized]), context)
     assert not (tmp_path / "b").exists()

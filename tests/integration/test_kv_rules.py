@@ -224,7 +224,7 @@ def test_defaults_and_names_stand_alike():
 
 
 def test_an_unknown_policy_is_an_error_everywhere(tmp_path):
-    message = r"no KV policy 'newest'. There are: retaining, recent, random, oracle, snapkv"
+    message = r"unknown KV policy 'newest'\. Known: retaining, recent, random, oracle, snapkv"
     for call in (lambda: policy("newest"), lambda: KvBudget(9, 4, 1, policy="newest")):
         with pytest.raises(UserError, match=message):
             call()

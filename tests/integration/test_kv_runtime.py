@@ -345,7 +345,7 @@ def test_ties_fall_to_the_first():
         ({"budget": 3}, "no room for 4 stabilizers"),
         ({"budget": 0, "stabilizers": 0}, "no room"),
         ({"chunk": 0}, "a chunk of 1 token or more"),
-        ({"policy": "best"}, "There are: retaining, recent, random"),
+        ({"policy": "best"}, "Known: retaining, recent, random"),
         ({"positions": "none"}, "there are: true, contiguous"),
         ({"local": 0, "evict_decoding": True}, "--kv-local"),
     ],
