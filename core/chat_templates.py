@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 from .files import read_json_if_there, read_text
@@ -33,26 +32,26 @@ def chat_templates(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _named(value: Any, where: Path) -> dict[str, str]:
+def _named(value: object, where: Path) -> dict[str, str]:
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
-        value = {
-            str(entry.get("name")): entry.get("template")
-            for entry in value
-            if isinstance(entry, dict) and "name" in entry
-        }
-    if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
+        entries = [entry for entry in value if isinstance(entry, dict) and "name" in entry]
+        value = {str(entry.get("name")): entry.get("template") for entry in entries}
+    found = (
+        {str(name): text for name, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
+    )
+    if not isinstance(value, dict) or not found or len(found) < len(value):
         raise UserError(f"{where}: chat_template is neither a text nor a list of {{name, template}}")
-    for name in value:
+    for name in found:
         if not name or "/" in name or "\\" in name or name.startswith("."):
             raise UserError(f"{where}: a chat template is called {name!r}, which cannot be a file's name")
-    if "default" not in value:
+    if "default" not in found:
         raise UserError(
-            f"{where}: there are chat templates called {', '.join(sorted(value))} and none called default; name the "
+            f"{where}: there are chat templates called {', '.join(sorted(found))} and none called default; name the "
             "one that is meant so"
         )
-    return {"default": value["default"]} | value
+    return {"default": found["default"]} | found
 
 
 def template_files(templates: Mapping[str, str]) -> dict[str, str]:

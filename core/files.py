@@ -18,7 +18,7 @@ class Number(str):
     """A JSON number, as the text that the file has for it: 0.10 stays 0.10."""
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A value read with `literal`, its numbers as Python's own."""
     if isinstance(value, Number):
         try:

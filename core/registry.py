@@ -44,7 +44,7 @@ _PACKAGES: dict[type, tuple[str, str]] = {}  # the package and version that adde
 _installed = cache(entry_points)  # of all groups: to read them takes a tenth of a second
 
 
-def named(value: Any) -> Any:
+def named(value: object) -> Any:
     """`objective: asft` is short for `objective: {kind: asft}`."""
     return {"kind": value} if isinstance(value, str) else value
 
@@ -96,7 +96,7 @@ class Registry(Generic[M]):
     def union(self) -> Any:
         """The type of a recipe's key that takes one of the methods: a name, or a mapping with `kind` and options."""
 
-        def usable(value: Any) -> Any:
+        def usable(value: object) -> Any:
             value = named(value)
             kind = value.get("kind") if isinstance(value, dict) else None
             if isinstance(kind, str) and kind in self.unusable:
@@ -131,14 +131,14 @@ class Registry(Generic[M]):
         _PACKAGES[method] = _origin(point)
         return method
 
-    def _is_method(self, value: Any, name: str) -> bool:
+    def _is_method(self, value: object, name: str) -> bool:
         if not (isinstance(value, type) and issubclass(value, self._base)):
             return False
         kind = value.model_fields["kind"]
         return get_args(kind.annotation) == (name,) and kind.default == name
 
 
-def packages(value: Any) -> dict[str, str]:
+def packages(value: object) -> dict[str, str]:
     """The packages that added the methods which a section of a recipe uses, with their versions."""
     found: dict[str, str] = {}
     if isinstance(value, BaseModel):

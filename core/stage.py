@@ -84,12 +84,12 @@ class Group:
     rank: int = 0
     world: int = 1
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it; each
         waits for the others."""
         return [value]
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: object) -> Any:
         """The first process's value, for all. All of them must call it."""
         return self.gather(value if self.rank == 0 else None)[0]
 

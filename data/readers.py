@@ -231,7 +231,7 @@ def _pair(column: Callable[[str, Callable[[Any], Any]], Any], pads: bool) -> Mes
     """A prompt and its response; either may be a list of messages."""
 
     def side(role: str) -> Callable[[Any], Messages]:
-        def read(value: Any) -> Messages:
+        def read(value: object) -> Messages:
             if isinstance(value, list):
                 return conversation(value, pads=pads)
             words = _words(value)
@@ -249,7 +249,7 @@ def _pair(column: Callable[[str, Callable[[Any], Any]], Any], pads: bool) -> Mes
     return [*prompt, *response]
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     text = literal(value)
     if text is None:
         if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
@@ -258,7 +258,7 @@ def _words(value: Any) -> str:
     return text
 
 
-def _tests(value: Any) -> str:
+def _tests(value: object) -> str:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)  # one assertion each
     return _words(value)

@@ -193,7 +193,7 @@ class _Layer(DynamicLayer):
         super().__init__(**options)
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **options: Any) -> tuple[Tensor, Tensor]:
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < new:

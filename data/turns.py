@@ -34,7 +34,7 @@ class Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
-def literal(value: Any) -> str | None:
+def literal(value: object) -> str | None:
     """The exact text form of a single value; None for lists, objects and other values without one."""
     if value is None:
         return ""
@@ -56,7 +56,7 @@ def literal(value: Any) -> str | None:
     return None
 
 
-def conversation(value: Any, *, pads: bool = False) -> Messages:
+def conversation(value: object, *, pads: bool = False) -> Messages:
     """The messages of a conversation: a list of {role, content} or {from, value}, or that list as JSON.
 
     With `pads`, None in a nested object marks a key that was missing before Arrow, and is removed. Empty values give an
@@ -75,15 +75,14 @@ def conversation(value: Any, *, pads: bool = False) -> Messages:
     return [_message(message) for message in value]
 
 
-def tool_definitions(value: Any, *, pads: bool = False) -> list[Any] | None:
+def tool_definitions(value: object, *, pads: bool = False) -> list[Any] | None:
     """The tools of a row, from a list of objects or that list as JSON; None if there are none. Raises `Unusable`."""
     if isinstance(value, str):
         value = _json(value, "tools", "is not valid JSON") if value.strip() else None
-    if isinstance(value, dict):
-        value = [value]
     if not value:
         return None
-    tools = [_json(tool, "tools", "is not valid JSON") if isinstance(tool, str) else tool for tool in value]
+    listed: Any = [value] if isinstance(value, dict) else value
+    tools = [_json(tool, "tools", "is not valid JSON") if isinstance(tool, str) else tool for tool in listed]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("tools", "must hold tool definitions: a list of objects")
     return [plain(without_none(tool) if pads else tool) for tool in tools]
@@ -97,7 +96,7 @@ def words(message: Message) -> Iterator[str]:
     yield from strings(message.get("tool_calls") or [])
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: object) -> Iterator[str]:
     """All strings in a JSON value, without keys."""
     if isinstance(value, str):
         yield value
@@ -106,7 +105,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def is_unicode(value: Any) -> bool:
+def is_unicode(value: object) -> bool:
     """Whether all strings of a JSON value, keys included, are valid Unicode (no unpaired surrogates)."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -115,7 +114,7 @@ def is_unicode(value: Any) -> bool:
     return True
 
 
-def without_none(value: Any) -> Any:
+def without_none(value: object) -> Any:
     """A nested value without keys whose value is None."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
@@ -165,7 +164,7 @@ def _message(given: dict[str, Any]) -> Message:
     return message
 
 
-def _content(value: Any, role: str) -> tuple[str | None, str]:
+def _content(value: object, role: str) -> tuple[str | None, str]:
     """A message's content and reasoning; raises `Unusable` for parts that are not text."""
     if value is None:
         return None, ""
@@ -181,7 +180,7 @@ def _content(value: Any, role: str) -> tuple[str | None, str]:
     return text, ""
 
 
-def _part(part: Any) -> tuple[str, str]:
+def _part(part: object) -> tuple[str, str]:
     """The text and the reasoning of a content part; one of them is empty."""
     if isinstance(part, str):
         return part, ""
@@ -211,11 +210,12 @@ def _calls(given: dict[str, Any]) -> list[dict[str, Any]] | None:
     return [_call(call) for call in (value if isinstance(value, list) else [value])]
 
 
-def _call(call: Any) -> dict[str, Any]:
+def _call(call: object) -> dict[str, Any]:
     """A call in OpenAI's format, its arguments as an object."""
     if isinstance(call, str):
         call = _json(call, "tool_call", "has a tool call that is not JSON")
-    function = call.get("function", call) if isinstance(call, dict) else None
+    values: dict[str, Any] = call if isinstance(call, dict) else {}
+    function = values.get("function", values)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise Unusable("tool_call", "has a tool call without a function name")
     arguments = function.get("arguments", function.get("parameters"))
@@ -225,5 +225,5 @@ def _call(call: Any) -> dict[str, Any]:
         )
     if not isinstance(arguments, dict | None):
         raise Unusable("tool_call", "has a tool call whose arguments are not an object")
-    identity: dict[str, Any] = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    identity: dict[str, Any] = {"id": values["id"]} if isinstance(values.get("id"), str) and values["id"] else {}
     return identity | {"type": "function", "function": {"name": function["name"], "arguments": plain(arguments or {})}}

@@ -11,7 +11,7 @@ import glob
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.extras import load_library
@@ -21,6 +21,9 @@ from ..modeling.checkpoint import quiet
 from ..records.models import AnswerKind
 from .config import EvaluateConfig
 from .statistics import TaskOutcome, mean
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 PREFERRED = ("acc_norm", "acc", "exact_match")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # builders of `datasets` for local files
@@ -121,7 +124,7 @@ def _escaped(files: Any, folder: Path, *, local: bool) -> Any:
 
 
 def run_tasks(
-    name: str, tasks: Sequence[Any], language_model: Any, config: EvaluateConfig, seed: int, advance: Advance
+    name: str, tasks: Sequence[Any], language_model: LM, config: EvaluateConfig, seed: int, advance: Advance
 ) -> TaskOutcome:
     """Run one task, or the tasks of one group, on one model.
 
@@ -154,7 +157,7 @@ def _told(language_model: Any, advance: Advance) -> Iterator[None]:
     """Count finished requests: lm-eval reports each to its cache, which is replaced by a counter."""
 
     class Counter:
-        def add_partial(self, *_: Any) -> None:
+        def add_partial(self, *_: object) -> None:
             advance(1)
 
     before = language_model.cache_hook

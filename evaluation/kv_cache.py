@@ -7,7 +7,6 @@ labels are at hand. Shapes are of one row; T tokens are read at once, n entries 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -214,7 +213,7 @@ class KVCache:
 
         return View(heads.block, len(heads.keys), text, decoding, predicted, attention, labels)
 
-    def _shared_mask(self, tokens: int, device: Any) -> Tensor | None:
+    def _shared_mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """(T, n): what T new tokens see where no window slides, the same for all heads; None: all before them."""
         if tokens == 1 or self.held == 0:
             return None

@@ -34,7 +34,7 @@ def collect(
     tokens = 0
 
     def hook(name: str) -> Any:
-        def add(_module: Any, args: tuple[Tensor, ...]) -> None:
+        def add(_module: object, args: tuple[Tensor, ...]) -> None:
             used = args[0].flatten(0, 1)[real[0]].double()
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + used.square().sum(0)
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ..core.errors import UserError
 from ..modeling.load import load_config
-from ..modeling.retaining import RetainingHeads, has_heads, load_heads
+from ..modeling.retaining import RetainingHead, RetainingHeads, has_heads, load_heads
 
 SCORES = "retaining_scores"  # an output's name up to its block's number
 _PREFIX = "retaining.blocks."  # the heads' weights
@@ -82,7 +82,7 @@ def _before_norm(value: ir.Value) -> Any:
     return value
 
 
-def _weight(model: ir.Model, block: int, part: str, head: Any) -> Any:
+def _weight(model: ir.Model, block: int, part: str, head: RetainingHead) -> Any:
     """A matrix of a head as an initializer (inputs, outputs)."""
     name = f"{_PREFIX}{block}.{part}.weight"
     array = getattr(head, part).weight.detach().float().numpy().T.copy()

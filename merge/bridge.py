@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from ..core.stage import Context
 from ..modeling.checkpoint import quiet
 from .config import START, MergeConfig, nearest
 from .cost import SHARD
+
+if TYPE_CHECKING:
+    from ..modeling.types import ModelConfig
 
 
 @contextmanager
@@ -83,7 +86,7 @@ def check_method(config: MergeConfig, names: Sequence[str]) -> str | None:
     return base
 
 
-def _check_type(where: str, parameter: Any, setting: Any) -> None:
+def _check_type(where: str, parameter: Any, setting: object) -> None:
     for value in _scalars(setting):
         try:
             parameter.validate(value)
@@ -136,16 +139,16 @@ def _architecture(tensors: Collection[str]) -> Any:
         blocks.setdefault(int(number.group(1)) if number else -1, []).append(WeightInfo(name=name))
 
     class Stored(ModuleArchitecture):
-        def pre_weights(self, config: Any) -> list[Any]:
+        def pre_weights(self, config: ModelConfig) -> list[Any]:
             return blocks.get(-1, [])
 
-        def layer_weights(self, index: int, config: Any) -> list[Any]:
+        def layer_weights(self, index: int, config: ModelConfig) -> list[Any]:
             return blocks.get(index, [])
 
-        def post_weights(self, config: Any) -> list[Any]:
+        def post_weights(self, config: ModelConfig) -> list[Any]:
             return []
 
-        def num_layers(self, config: Any) -> int:
+        def num_layers(self, config: ModelConfig) -> int:
             return max(blocks) + 1
 
     return ModelArchitecture(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Decoder
 
@@ -54,7 +54,14 @@ def own_attention(decoder: Decoder, ids: Tensor, positions: Tensor, attend: Atte
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, compress_attend: Attend, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: object,
+    *,
+    compress_attend: Attend,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     heads = _heads(module.layer_idx, query, key, value, options)
     return compress_attend(heads).transpose(0, 1)[None], None
@@ -81,7 +88,7 @@ def watched_attention(decoder: Decoder, watch: Callable[[Heads], None]) -> Itera
     path = decoder.family.block.attention
     numbers = {id(block.get_submodule(path)): number for number, block in enumerate(decoder.blocks)}
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **options: Any) -> Any:
         if id(module) in numbers:
             watch(_heads(numbers[id(module)], query, key, value, options))
         return plain(module, query, key, value, mask, **options)

@@ -118,7 +118,7 @@ class Decoder:
             for linear in first:
                 handles.append(linear.register_forward_hook(lambda _m, _a, out, parts=parts: parts.append(out)))
 
-            def last(_m: Any, _a: Any, out: Tensor, n: int = number, parts: list[Tensor] = parts) -> None:
+            def last(_m: object, _a: object, out: Tensor, n: int = number, parts: list[Tensor] = parts) -> None:
                 seen[n] = torch.cat([*parts, out], -1) if parts else out
                 parts.clear()
 

@@ -54,7 +54,7 @@ def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
     raise UserError(f"{where} is already quantized ({kind}), and only float weights can be read: {way}")
 
 
-def described_quantization(found: Any) -> str:
+def described_quantization(found: object) -> str:
     """The method and the bits of a quantization_config, in words."""
     if not isinstance(found, dict):
         return "it has a quantization_config"

@@ -202,7 +202,7 @@ def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
     return [pair for *_, pair in found]
 
 
-def _ends(metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str], inner: Any) -> Any:
+def _ends(metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str], inner: object) -> Any:
     """The post-processor, which adds tokens before and after a text."""
     first = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)) else None
     last = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None

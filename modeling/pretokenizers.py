@@ -58,7 +58,7 @@ def _plain(part: dict[str, Any] | None) -> str | None:
     if part is None:
         return None
 
-    def keep(value: Any) -> Any:
+    def keep(value: object) -> Any:
         if isinstance(value, dict):
             return {k: keep(v) for k, v in value.items() if k != "trim_offsets"}
         return [keep(v) for v in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ from .families import family_of
 from .types import ConfigLike
 
 
-def setting(config: ConfigLike, name: str, default: Any = None) -> Any:
+def setting(config: ConfigLike, name: str, default: object = None) -> Any:
     """A configuration's value; `default` if it has none."""
     return config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from ..core.errors import UserError
 from .families import EMBEDDING, HEAD, block_number
 from .types import ModelConfig
 from .weights import FLOATS, TensorHeader, Tensors, tensor_headers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and every version works out anew
 
@@ -37,7 +40,7 @@ def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
             check_finite(name, tensors[name], folder)
 
 
-def check_finite(name: str, tensor: Any, where: object) -> None:
+def check_finite(name: str, tensor: Tensor, where: object) -> None:
     """`UserError` for a tensor with NaN or infinity."""
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
         raise UserError(f"{where}: {name} contains NaN or infinity: the weights are damaged")

@@ -39,7 +39,7 @@ class Processes(Group):
     def __init__(self, rank: int, world: int, store: Any):
         self.rank, self.world, self.store = rank, world, store
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         import torch
         import torch.distributed as dist
 
@@ -126,7 +126,7 @@ def check_shared(folder: Path, group: Group) -> None:
         )
 
 
-def check_same(what: str, value: Any, group: Group) -> None:
+def check_same(what: str, value: object, group: Group) -> None:
     """`UserError` unless all processes have the same value."""
     found = group.gather(value)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)

@@ -20,7 +20,7 @@ def as_json(values: Any) -> str:
     return json.dumps(values, default=_plain)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
 
 

@@ -49,13 +49,13 @@ def _make_room(tree: CommentedMap, stage: str) -> None:
         tree.insert(min(readers, default=len(tree)), stage, None)
 
 
-def _child(node: Any, part: str) -> Any:
+def _child(node: CommentedMap | CommentedSeq, part: str) -> Any:
     if isinstance(node, list):
         return node[int(part)] if part.isdigit() and int(part) < len(node) else None
     return node.get(part)
 
 
-def _put(node: Any, part: str, value: Any, given: str) -> None:
+def _put(node: CommentedMap | CommentedSeq, part: str, value: object, given: str) -> None:
     if not isinstance(node, list):
         node[part] = value
     elif part.isdigit() and int(part) < len(node):
@@ -64,7 +64,7 @@ def _put(node: Any, part: str, value: Any, given: str) -> None:
         raise UserError(f"{given}: the list has no entry {part} (it has 0 to {len(node) - 1})")
 
 
-def _from_here(value: Any) -> Any:
+def _from_here(value: object) -> Any:
     """Paths typed on the command line are relative to where it was typed, not to the recipe."""
     if isinstance(value, list):
         return [_from_here(item) for item in value]

@@ -22,7 +22,7 @@ class Problem:
     path: tuple[str | int, ...]
     message: str
 
-    def render(self, file: str, tree: Any, origins: dict[tuple[Any, ...], str]) -> str:
+    def render(self, file: str, tree: object, origins: dict[tuple[Any, ...], str]) -> str:
         """ "file:line: key.path: message"; for an overridden key the option instead of file and line."""
         key = ".".join(str(part) for part in self.path) or "(the whole file)"
         for length in range(len(self.path), 0, -1):
@@ -32,7 +32,7 @@ class Problem:
         return f"{file}:{_line(tree, self.path)}: {key}: {self.message}"
 
 
-def _line(tree: Any, path: tuple[str | int, ...]) -> int:
+def _line(tree: object, path: tuple[str | int, ...]) -> int:
     """The line of the deepest key on the path that the file has, counted from 1."""
     line = 1
     for part in path:
@@ -50,7 +50,7 @@ def _line(tree: Any, path: tuple[str | int, ...]) -> int:
     return line
 
 
-def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]) -> list[Problem]:
+def describe_problems(error: ValidationError, plain: object, model: type[BaseModel]) -> list[Problem]:
     """pydantic's errors in the recipe's terms, each misspelt key with its nearest valid one."""
     # Nothing is known of the options of a kind that is not there, or whose package is broken.
     unusable = [_real_path(d, plain) for d in error.errors() if d["type"] in (UNUSABLE, "union_tag_invalid")]
@@ -84,7 +84,7 @@ def describe_problems(error: ValidationError, plain: Any, model: type[BaseModel]
 
 
 def unknown_keys(
-    value: Any, models: list[type[BaseModel]], path: tuple[str | int, ...]
+    value: object, models: list[type[BaseModel]], path: tuple[str | int, ...]
 ) -> Iterator[tuple[Problem, str | None]]:
     """Keys that no candidate model has, with the nearest valid key."""
     if isinstance(value, list):
@@ -129,7 +129,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _real_path(detail: ErrorDetails, plain: Any) -> tuple[str | int, ...]:
+def _real_path(detail: ErrorDetails, plain: object) -> tuple[str | int, ...]:
     """pydantic's location without the tags and type names that it inserts for members of unions."""
     path: list[str | int] = []
     loc = detail["loc"]
@@ -169,6 +169,6 @@ def _given(detail: ErrorDetails) -> str:
     return f" (it is {given!r})"
 
 
-def _meant(given: Any, names: str) -> str:
+def _meant(given: object, names: str) -> str:
     """The nearest of the names that pydantic lists, as a question; nothing if none is near."""
     return did_you_mean(str(given), [part.strip().strip("'") for part in names.replace(" or ", ",").split(",")])

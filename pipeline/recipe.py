@@ -223,7 +223,7 @@ def _parse(path: Path, content: str) -> CommentedMap:
     return tree
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: object) -> Any:
     """ruamel's containers as plain ones, keys as text."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}

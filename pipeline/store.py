@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -112,7 +111,7 @@ class StageFolder:
 def fingerprint(
     stage: str,
     format: int,
-    config: Any,
+    config: object,
     seed: int,
     dtype: str,
     base: str,

@@ -47,10 +47,10 @@ def boundaries(decoder: Decoder) -> Iterator[list[Tensor]]:
     """
     states: list[Tensor] = []
 
-    def before_first(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_first(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states[:] = [args[0] if args else kwargs["hidden_states"]]
 
-    def after(_module: Any, _args: Any, output: Any) -> None:
+    def after(_module: object, _args: object, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
     handles = [decoder.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]

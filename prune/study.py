@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Study:
 
         return self.recorded(f"{measure} of every {length} blocks", score)
 
-    def remember(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def remember(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` gave the first time that `key` was asked for."""
         if key not in self._known:
             self._known[key] = compute()

@@ -106,12 +106,16 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def _content(token: Any) -> str:
+def _content(token: object) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     # jinja2's own filter escapes HTML, which no chat template is trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

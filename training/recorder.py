@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -15,6 +15,11 @@ from ..core.files import read_json, write_json, write_whole
 from ..core.stage import Advance
 from ..records.students import HeldOutFigures
 from .weights import save_whole, trainable_state
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from .train import DistillTrainer
 
 BEST = "best.json"  # in the working folder
 
@@ -41,13 +46,15 @@ class Recorder(TrainerCallback):
     """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
     one writes."""
 
-    def __init__(self, trainer: Any, work: Path, advance: Advance):
+    def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
         self.trainer, self.advance, self.group = trainer, advance, trainer.group
         self.curves, self.best = work / "curves.jsonl", work / BEST
         self.best_weights = work / "best.safetensors"
         self.note, self.lr = "", 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if self.group.rank:
             torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
         begun = False
@@ -59,17 +66,21 @@ class Recorder(TrainerCallback):
         if not self.group.share(begun):
             self._measure(0)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
         self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
 
     def _epoch_steps(self) -> int:
         return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         trainer = self.trainer
         table = torch.tensor(self.group.gather(trainer.running.tolist()), dtype=torch.float64).sum(0)
         trainer.running.zero_()

@@ -11,7 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.stage import Context, Group
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 SCHEDULER = "scheduler.json"
 
@@ -75,7 +79,7 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -> None:
+def save_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path, group: Group) -> None:
     """Write this process's shard of the optimizer's state; the first process writes the scheduler's as well."""
     state = optimizer.state_dict()["state"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -
         write_json(folder / SCHEDULER, scheduler.state_dict())
 
 
-def load_optimizer(optimizer: Any, scheduler: Any, folder: Path, group: Group) -> None:
+def load_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path, group: Group) -> None:
     """Read what `save_optimizer` wrote. Raises `UserError` where another number of processes wrote it."""
     if not (folder / _file(group)).exists():
         raise UserError(

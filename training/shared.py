@@ -99,7 +99,7 @@ class SharedTeacher:
             return States(hidden.flatten(0, 1)[positions], self.head)
 
     def _scaling(self, factor: float) -> Any:
-        def scale(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        def scale(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             return output if self._teaching else output * factor
 
         return scale

@@ -161,14 +161,18 @@ class DistillTrainer(Trainer):
         self.add_callback(Recorder(self, work, advance))
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> Any:
         sums = self.sums(model, Batch(**inputs))
         if not torch.isfinite(sums.loss):
             raise self.diverged("training loss", sums.loss.item(), self.state.global_step + 1)
         self.running += sums.table
         self.passed += 1
-        return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch), 1.0))
+        return sums.loss * (self.accelerator.num_processes / max(float(num_items_in_batch or 0), 1.0))
 
     def diverged(self, figure: str, value: float, step: int) -> UserError:
         return UserError(
@@ -253,7 +257,7 @@ class DistillTrainer(Trainer):
         gathered: Any = self.accelerator.gather(count)
         return gathered.sum()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+    def _get_train_sampler(self, train_dataset: object = None) -> BatchOrder:
         return self.order
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -266,9 +270,13 @@ class DistillTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
 
+    def _stepped(self) -> tuple[Any, Any]:
+        """Optimizer and scheduler, which transformers types as whatever an accelerator may put in their place."""
+        return self.optimizer, self.lr_scheduler
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharded:
-            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir), self.group)
+            save_optimizer(*self._stepped(), Path(output_dir), self.group)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -276,13 +284,13 @@ class DistillTrainer(Trainer):
         if checkpoint is None:
             return
         if self.sharded:
-            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint), self.group)
+            load_optimizer(*self._stepped(), Path(checkpoint), self.group)
         elif not (Path(checkpoint) / OPTIMIZER).exists():
             raise UserError(f"{checkpoint} was written with --shard; resume with --shard, or delete it to start over")
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         self.group.barrier()  # every process has written its part
         if self.group.rank == 0:

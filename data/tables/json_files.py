@@ -87,7 +87,7 @@ def _begins_with_an_object(text: str) -> bool:
         return False
 
 
-def _rows(value: Any, path: Path, what: str) -> list[dict[str, Any]]:
+def _rows(value: object, path: Path, what: str) -> list[dict[str, Any]]:
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:

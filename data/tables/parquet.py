@@ -77,7 +77,7 @@ def _map(file: Any) -> Any:
     return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
-def _exact(value: Any, arrow_type: Any) -> Any:
+def _exact(value: object, arrow_type: Any) -> Any:
     """Convert a number of less than double precision to the double with the same printed form, so 0.1 does not become
     0.10000000149011612."""
     import numpy as np

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...records.models import ModelEntry
 from .schema import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 INK = "#010203"  # replaced by the page's text colour
 FAINT = "#040506"  # replaced by the page's line colour
@@ -23,7 +27,7 @@ def importance_plot(report: Report) -> str | None:
     metric, dropped = record.importance, record.dropped
     table = record.distances[record.position].get(metric)  # of metrics that are distances across windows
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         values, blocks = record.values, range(record.blocks)
         colours = [RED if block in dropped else BLUE for block in blocks]
         axes.bar(blocks, values, color=colours, width=0.75)
@@ -49,7 +53,7 @@ def curve_plot(report: Report) -> str | None:
         return None
     chosen = len(report.importance.dropped) if report.importance else 0
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         blocks = [len(point.dropped) for point in curve]
         for name, colour in (("pruned", ORANGE), ("healed", BLUE)):
             values = [getattr(point, name) for point in curve]
@@ -71,7 +75,7 @@ def curve_plot(report: Report) -> str | None:
     return _svg(draw, "Quality against blocks removed")
 
 
-def _above(axes: Any, x: float, align: str, text: str, colour: str) -> None:
+def _above(axes: Axes, x: float, align: str, text: str, colour: str) -> None:
     """A line of legend over the plot, where no data is."""
     axes.text(x, 1.02, text, transform=axes.transAxes, ha=align, va="bottom", fontsize=8, color=colour)
 
@@ -82,7 +86,7 @@ def loss_plot(report: Report) -> str | None:
     if not steps:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, linewidth=1.2)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
@@ -96,7 +100,7 @@ def heldout_plot(report: Report) -> str | None:
     if not points:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         x = [p["step"] for p in points]
         axes.plot(x, [p["eval_kl"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
         axes.set_xlabel("step")
@@ -115,7 +119,7 @@ def sort_plot(report: Report) -> str | None:
     if not points:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         x = [p["step"] for p in points]
         series = list(zip(*(p["eval_depths"] for p in points), strict=True))
         for own, opacity in zip(series, _opacities(len(series)), strict=True):
@@ -142,7 +146,7 @@ def retain_plot(report: Report) -> str | None:
     if not points:
         return None
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         learned = [line for line in report.retain if "loss" in line]
         axes.plot([p["step"] for p in learned], [p["loss"] for p in learned], color=INK, alpha=0.35, linewidth=0.8)
         axes.plot(
@@ -178,7 +182,7 @@ def depth_plot(report: Report) -> str | None:
         return None
     base = report.model("base")
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for name, entries in found.items():
             colour = BLUE if name == "checkpoint" else GREEN if name.startswith("gguf") else ORANGE
             places = [m.blocks for m in entries], [m.perplexity for m in entries]
@@ -216,7 +220,7 @@ def quality_plot(report: Report) -> str | None:
     def colour(entry: ModelEntry) -> str:
         return GREEN if entry.role.startswith("gguf") else ORANGE if entry.role.startswith("onnx") else BLUE
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for entry in models:
             axes.plot([entry.bytes / 1e6], [entry.perplexity], "o", color=colour(entry), markersize=6)
         axes.set_xscale("log")
@@ -244,7 +248,7 @@ def speed_plot(depths: list[dict[str, Any]]) -> str | None:
     for entry in depths:
         lines.setdefault((entry["engine"], entry["type"]), []).append(entry)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         xs, ys = [e["decode_tokens_per_second"] for e in depths], [e["perplexity"] for e in depths]
         for engine, kind in lines:
             found = sorted(lines[engine, kind], key=lambda e: e["depth"])
@@ -299,14 +303,14 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _number_ticks(axes: Any, xs: list[float], ys: list[float]) -> None:
+def _number_ticks(axes: Axes, xs: list[float], ys: list[float]) -> None:
     _number_axis(axes.xaxis, xs)
     _number_axis(axes.yaxis, ys)
     axes.set_xlim(min(xs) * 0.85, max(xs) * 1.6)
     axes.set_ylim(min(ys) * 0.9, max(ys) * 1.15)
 
 
-def _number_axis(axis: Any, values: list[float]) -> None:
+def _number_axis(axis: Axis, values: list[float]) -> None:
     from matplotlib.ticker import NullFormatter
 
     low, high = min(values), max(values)
@@ -339,7 +343,7 @@ def _svg(draw: Callable[[Any], None], title: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
-def _plain(axes: Any) -> None:
+def _plain(axes: Axes) -> None:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_color(FAINT)
     axes.spines["top"].set_visible(False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...evaluation.statistics import wilson
 from ...records.models import ModelEntry, RetrievalResult
 from .plots import BLUE, GREEN, INK, ORANGE, RED, _above, _number_axis, _svg
 from .schema import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Way = tuple[str, float | None]  # policy and budget
 TITLES = {
@@ -79,7 +82,7 @@ def heat_map(report: Report, task: str) -> str | None:
     ways: list[Way] = list(dict.fromkeys((one.policy, one.budget) for one in found))
     lengths, depths = sorted({one.length for one in found}), sorted({one.depth or 0.0 for one in found})
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         from matplotlib.patches import Rectangle
 
         step = len(lengths) + 0.5
@@ -116,7 +119,7 @@ def memory_plot(report: Report) -> str | None:
         line = lines.setdefault(name, {})
         line[one.length] = max(line.get(one.length, 0), one.kv_bytes)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         colours = [BLUE, ORANGE, GREEN, RED]
         for number, (name, line) in enumerate(lines.items()):
             xs = sorted(line)

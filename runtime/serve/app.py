@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -55,7 +55,7 @@ def make_app(
     )
 
 
-def _post(path: str, answer: Any) -> list[Route]:
+def _post(path: str, answer: Callable[..., Any]) -> list[Route]:
     """The route, with and without a slash at the end: few clients follow a redirection of what they post."""
     return [Route(path, answer, methods=["POST"]), Route(path + "/", answer, methods=["POST"])]
 

@@ -28,7 +28,7 @@ def read_messages(values: Any) -> list[dict[str, Any]]:
     return [_message(value, f"messages.{number}") for number, value in enumerate(values)]
 
 
-def _message(value: Any, at: str) -> dict[str, Any]:
+def _message(value: object, at: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(at, "must be an object with role and content")
     given = value.get("role")
@@ -46,7 +46,7 @@ def _message(value: Any, at: str) -> dict[str, Any]:
     return message | {key: value[key] for key in _KEPT if isinstance(value.get(key), str)}
 
 
-def _content(value: Any, role: str, at: str) -> str:
+def _content(value: object, role: str, at: str) -> str:
     if isinstance(value, str):
         return value
     if value is None:
@@ -58,7 +58,7 @@ def _content(value: Any, role: str, at: str) -> str:
     return "".join(_part(part, f"{at}.{number}") for number, part in enumerate(value))
 
 
-def _part(value: Any, at: str) -> str:
+def _part(value: object, at: str) -> str:
     if not isinstance(value, dict):
         raise wrong(at, 'must be a part such as {"type": "text", "text": "…"}')
     kind = value.get("type")
@@ -79,7 +79,7 @@ def _tool_calls(value: dict[str, Any], at: str) -> list[dict[str, Any]]:
     return found
 
 
-def _tool_call(value: Any, at: str) -> dict[str, Any]:
+def _tool_call(value: object, at: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(at, "must be an object with a function")
     if value.get("type", "function") != "function":
@@ -88,7 +88,7 @@ def _tool_call(value: Any, at: str) -> dict[str, Any]:
     return call | ({"id": value["id"]} if isinstance(value.get("id"), str) else {})
 
 
-def _function(value: Any, at: str) -> dict[str, Any]:
+def _function(value: object, at: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(at, "must be an object with name and arguments")
     if not isinstance(value.get("name"), str) or not value["name"]:
@@ -105,5 +105,5 @@ def _function(value: Any, at: str) -> dict[str, Any]:
     return {"name": value["name"], "arguments": arguments}
 
 
-def _not(value: Any) -> str:
+def _not(value: object) -> str:
     return f", not {value!r}" if isinstance(value, (str, int, float)) else ""

@@ -144,7 +144,7 @@ def _without_tools_that_nobody_calls(values: Mapping[str, Any]) -> Mapping[str, 
     return {name: value for name, value in values.items() if name not in ("tools", "functions")}
 
 
-def _asks_for_nothing(name: str, value: Any, unserved: Mapping[str, Unserved]) -> bool:
+def _asks_for_nothing(name: str, value: object, unserved: Mapping[str, Unserved]) -> bool:
     if isinstance(value, (str, list, dict)) and not value:
         return True
     if name == "logit_bias" and isinstance(value, dict):
@@ -152,12 +152,12 @@ def _asks_for_nothing(name: str, value: Any, unserved: Mapping[str, Unserved]) -
     return name in unserved and any(_same(value, nothing) for nothing in unserved[name].nothing)
 
 
-def _same(value: Any, other: Any) -> bool:
+def _same(value: object, other: object) -> bool:
     """Equality as JSON has it: 1 and 1.0 are the same, 1 and true are not."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
-def _why(name: str, value: Any, known: Collection[str], unserved: Mapping[str, Unserved]) -> str:
+def _why(name: str, value: object, known: Collection[str], unserved: Mapping[str, Unserved]) -> str:
     if name in unserved:
         return unserved[name].why
     near = similar(name, [*known, *unserved], least=0.8)

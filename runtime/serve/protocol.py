@@ -21,7 +21,7 @@ from .refusal import Refused, wrong
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Any:
     """A whole number that a client's JSON writes with a point."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -107,7 +107,7 @@ class CompletionRequest(_Request):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _one(cls, value: object) -> Any:
         """Of a list of prompts its only one: a text, or a list of token ids."""
         if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
             return value
