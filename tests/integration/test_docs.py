@@ -290,8 +290,3 @@ def test_what_the_code_says_of_the_docs_is_there():
     for file in files:
         for page in re.findall(r"\bdocs/[a-z0-9/-]+\.md", file.read_text("utf-8")):
             assert (ROOT / page).is_file(), f"{file.relative_to(ROOT)} names {page}"
-
-
-def test_nobody_is_told_to_install_somebody_elses_package():
-    for page, path in PAGES.items():
-        assert not re.search(r"pip install '?compress\b", path.read_text("utf-8")), page

@@ -209,7 +209,7 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
         ),
         (["generate", "--kv-budget", 30, "--kv-policy", "newest"], "unknown KV policy 'newest'. Known: "),
         (["generate", "--kv-budget", 30, "--kv-policy", "snapkv"], "attention, which ONNX Runtime does not give"),
-        (["bench", "--kv-budget", 30, "--speculate"], "--speculate drafts"),
+        (["bench", "--kv-budget", 30, "--speculate"], "--speculate cannot be combined with --kv-budget"),
     ],
     ids=str,
 )

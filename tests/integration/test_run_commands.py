@@ -78,7 +78,7 @@ def test_chat_goes_on_and_ends(bundle):
         second = "".join(p.text for p in session.chat(talk, Settings(max_tokens=6, depth=2)))
     third = answer(bundle, "the way", max_tokens=6, depth=2)
     assert done.stdout == f"{first}\n{second}\n{third}\n"
-    assert "there is no depth 7; there are: 2, 3, 4" in done.stderr
+    assert "/depth 7: give one of the bundle's depths: 2, 3, 4" in done.stderr
     assert compress("chat", bundle, "--threads", 1, text="").returncode == 0
 
 

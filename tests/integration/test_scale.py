@@ -256,7 +256,10 @@ drafts.Drafts._batch = fail
     [
         (lambda rank, base: base | ({"hurt": FAILS} if rank == 1 else {}), "error: no more of this"),
         (lambda rank, base: base | {"hurt": FAILS}, "error: no more of this"),
-        (lambda rank, base: base | {"more": ["--set", "distill.accumulate=3"]}, "error: distill.accumulate is 3: so"),
+        (
+            lambda rank, base: base | {"more": ["--set", "distill.accumulate=3"]},
+            "error: distill.accumulate is 3, which",
+        ),
         (lambda rank, base: base | {"more": ["--set", f"seed={rank}"]}, "error: processes 0 and 1 differ in what is"),
         (
             lambda rank, base: base | {"runs": base["runs"] / str(rank)},

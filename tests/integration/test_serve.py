@@ -167,10 +167,10 @@ def test_requests_at_once_do_not_mix(served, expected):
 
 def test_unknown_models_are_404_with_a_list(served):
     for model in ("tiny@9", "gpt-4"):
-        with pytest.raises(openai.NotFoundError, match="there are: tiny, tiny@2, tiny@3, tiny@4") as caught:
+        with pytest.raises(openai.NotFoundError, match="available: tiny, tiny@2, tiny@3, tiny@4") as caught:
             served.client.chat.completions.create(model=model, messages=TALK)
         assert caught.value.code == "model_not_found" and caught.value.param == "model"
-    with pytest.raises(openai.NotFoundError, match="there is no model"):
+    with pytest.raises(openai.NotFoundError, match="is not served"):
         served.client.models.retrieve("tiny@9")
 
 

@@ -133,7 +133,7 @@ def test_right_weights_run_wrongly_fail_verification(shaken, tmp_path, context, 
     """Rotary embeddings: in GGUF rows in the wrong order, read back likewise; in ONNX a table that is no weight."""
     with monkeypatch.context() as patch:
         patch.setattr("compress.modeling.gguf_layout.interleave", lambda values, _heads: values)
-        with pytest.raises(UserError, match=r"gguf: the model that llama.cpp computes is not the checkpoint"):
+        with pytest.raises(UserError, match=r"gguf: llama.cpp does not compute the checkpoint's model"):
             export_checkpoint(shaken(), tmp_path / "a", config(gguf=["F16"]), context)
     write = artifacts.write_onnx
 
@@ -143,5 +143,5 @@ def test_right_weights_run_wrongly_fail_verification(shaken, tmp_path, context, 
         return info
 
     monkeypatch.setattr(artifacts, "write_onnx", broken)
-    with pytest.raises(UserError, match=r"onnx: the model that onnxruntime computes is not the checkpoint"):
+    with pytest.raises(UserError, match=r"onnx: onnxruntime does not compute the checkpoint's model"):
         export_checkpoint(shaken(), tmp_path / "b", config(onnx=["fp32"]), context)

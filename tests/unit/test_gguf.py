@@ -200,11 +200,11 @@ def test_a_kill_leaves_no_file(tiny, tmp_path):
     """The writing process is killed while it writes a tensor; written again, the file is as if nothing had been."""
     script = (
         "import sys, time, compress.export.gguf as g\n"
-        "read = g.Source.read\n"
+        "read = g.GgufSource.read\n"
         "def slow(self, name, depth=None):\n"
         "    if name == 'blk.2.ffn_up.weight': print('there', flush=True); time.sleep(60)\n"
         "    return read(self, name, depth)\n"
-        "g.Source.read = slow\n"
+        "g.GgufSource.read = slow\n"
         "g.write_gguf(g.Path(sys.argv[1]), g.Path(sys.argv[2]), 'F16', name='x')\n"
     )
     command = [sys.executable, "-c", script, str(tiny()), str(tmp_path / "m.gguf")]

@@ -223,7 +223,7 @@ def change_tokenizer(folder: Path, change: Any) -> None:
 def test_an_unknown_pre_tokenizer_is_refused_by_name(tmp_path):
     folder = random_checkpoint(tmp_path / "model", blocks=1)
     change_tokenizer(folder, lambda t: t.update(pre_tokenizer={"type": "Punctuation", "behavior": "Isolated"}))
-    with pytest.raises(UserError, match=r"matches none of gpt-2, llama-bpe.*smollm.*Punctuation"):
+    with pytest.raises(UserError, match=r"matches none of the supported ones, gpt-2, llama-bpe.*smollm.*Punctuation"):
         write_gguf(folder, tmp_path / "model.gguf", "F16")
     assert not list(tmp_path.glob("*.gguf"))
 

@@ -285,7 +285,7 @@ def test_contiguous_positions_carry_a_model_past_its_trained_length(decoders):
     decoder = decoders("llama")
     trained = decoder.config.max_position_embeddings
     prompt = (TOKENS * 20)[: trained + 50]
-    with pytest.raises(UserError, match=f"trained for {trained}; .*contiguous"):
+    with pytest.raises(UserError, match=f"trained for {trained} positions; .*contiguous"):
         KVCache(decoder, Random(seed=1), KvBudget(32, 16, 4, 10), len(prompt))
     cache = KVCache(decoder, Random(seed=1), KvBudget(32, 16, 4, 10, positions="contiguous"), len(prompt))
     assert torch.isfinite(cache.read_prompt(prompt)).all() and cache.most == 48

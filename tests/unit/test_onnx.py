@@ -213,7 +213,7 @@ def test_importance_reaches_the_matrix_it_belongs_to(tiny, tmp_path, inline_buil
         ("llama", {"head_dim": 24}, "a multiple of 16 dimensions per head; this model rotates 24"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attention that is soft-capped"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "attention that looks ahead"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantized already"),
+        ("llama", {"quantization_config": {"bits": 4}}, "already quantized"),
         ("llama", {"model_type": "mamba"}, "'mamba' is not supported; supported: gemma3_text, llama"),
     ],
 )
