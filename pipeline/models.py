@@ -16,7 +16,9 @@ from .places import check_folder
 from .progress import OnProgress, as_progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
+
+    from ..modeling.types import ModelTokenizer
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,8 +58,8 @@ class Model:
         return load_model(self.folder, self.dtype, self.device)
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its fast tokenizer."""
+    def tokenizer(self) -> ModelTokenizer:
+        """Its fast tokenizer of transformers."""
         from ..modeling.load import load_tokenizer
 
         return load_tokenizer(self.folder)
