@@ -19,8 +19,10 @@ Check = Literal["none", "number", "choice", "exact", "python"]
 class TeacherConfig(Section):
     """The unpruned model's most likely next tokens at every trained token, for `distill.teacher: cached`."""
 
-    top_k: int = Field(64, ge=1, description="tokens stored with log-probabilities; all others share one bucket")
-    batch: int = Field(1, ge=1, description="packed sequences of `length` tokens per forward pass")
+    top_k: int = Field(
+        default=64, ge=1, description="tokens stored with log-probabilities; all others share one bucket"
+    )
+    batch: int = Field(default=1, ge=1, description="packed sequences of `length` tokens per forward pass")
 
 
 class TransformersSettings(Section):
@@ -34,7 +36,7 @@ class LlamaCppSettings(Section):
 
     kind: Literal["llama.cpp"] = "llama.cpp"
     gguf: str = Field(min_length=1, description="GGUF file of the unpruned model, in any quantization")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: one per core")
 
 
 class VllmSettings(Section):
@@ -56,7 +58,7 @@ class _Source(Section):
         default_factory=TransformersSettings, description="engine that generates text: transformers, llama.cpp or vllm"
     )
     teacher: TeacherConfig | None = Field(
-        None, description="also store the unpruned model's top-k log-probabilities; null: do not"
+        default=None, description="also store the unpruned model's top-k log-probabilities; null: do not"
     )
 
     def input_files(self) -> list[str]:
@@ -67,22 +69,32 @@ class MagpieConfig(_Source):
     """Self-data without a data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
 
     source: Literal["magpie"]
-    rows: int = Field(96, ge=2, description="how many rows to keep")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
-    batch: int = Field(32, ge=1, description="rows sampled together; changing it changes the rows")
-    max_prompt_tokens: int = Field(64, ge=1, description="maximum prompt tokens; longer prompts are dropped")
-    max_tokens: int = Field(192, ge=1, description="maximum answer tokens; longer answers are cut, see `unfinished`")
-    unfinished: Literal["drop", "keep"] = Field(
-        "drop", description="answers cut off at max_tokens: drop, or keep without training on an end of turn"
+    rows: int = Field(default=96, ge=2, description="how many rows to keep")
+    heldout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of rows held out of training, at least one row"
     )
-    length: int = Field(512, ge=8, description="maximum row length in tokens, chat template included; longer: dropped")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature for prompts; 1 gives variety")
-    top_p: float = Field(0.9, gt=0, le=1, description="nucleus sampling mass for prompts")
-    top_k: int = Field(0, ge=0, description="for prompts and answers: sample from the k most likely tokens; 0: all")
-    answer_temperature: float = Field(0.6, ge=0, description="sampling temperature for answers; 0: greedy")
-    answer_top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass for answers")
-    topics: list[str] = Field([], description="topics of the prompts, used in turn; empty: the model's own choice")
-    max_attempts: float = Field(4.0, ge=1, description="stop after sampling this many times `rows` prompts")
+    batch: int = Field(default=32, ge=1, description="rows sampled together; changing it changes the rows")
+    max_prompt_tokens: int = Field(default=64, ge=1, description="maximum prompt tokens; longer prompts are dropped")
+    max_tokens: int = Field(
+        default=192, ge=1, description="maximum answer tokens; longer answers are cut, see `unfinished`"
+    )
+    unfinished: Literal["drop", "keep"] = Field(
+        default="drop", description="answers cut off at max_tokens: drop, or keep without training on an end of turn"
+    )
+    length: int = Field(
+        default=512, ge=8, description="maximum row length in tokens, chat template included; longer: dropped"
+    )
+    temperature: float = Field(default=1.0, ge=0, description="sampling temperature for prompts; 1 gives variety")
+    top_p: float = Field(default=0.9, gt=0, le=1, description="nucleus sampling mass for prompts")
+    top_k: int = Field(
+        default=0, ge=0, description="for prompts and answers: sample from the k most likely tokens; 0: all"
+    )
+    answer_temperature: float = Field(default=0.6, ge=0, description="sampling temperature for answers; 0: greedy")
+    answer_top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus sampling mass for answers")
+    topics: list[str] = Field(
+        default=[], description="topics of the prompts, used in turn; empty: the model's own choice"
+    )
+    max_attempts: float = Field(default=4.0, ge=1, description="stop after sampling this many times `rows` prompts")
 
 
 class TextsConfig(_Source):
@@ -90,18 +102,21 @@ class TextsConfig(_Source):
     and for models without a chat template."""
 
     source: Literal["texts"]
-    rows: int = Field(128, ge=2, description="how many texts to keep")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
-    batch: int = Field(64, ge=1, description="rows sampled together; changing it changes the rows")
-    tokens: int = Field(256, ge=8, description="maximum tokens per text; longer texts are cut off")
-    openings: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="first words of the texts, used in turn: words of your domain; empty: one random token each"
+    rows: int = Field(default=128, ge=2, description="how many texts to keep")
+    heldout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of rows held out of training, at least one row"
     )
-    length: int = Field(512, ge=8, description="longer texts are split into windows of this many tokens")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature; 1: the model's own distribution")
-    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass")
-    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
-    max_attempts: float = Field(4.0, ge=1, description="stop after sampling this many times `rows` texts")
+    batch: int = Field(default=64, ge=1, description="rows sampled together; changing it changes the rows")
+    tokens: int = Field(default=256, ge=8, description="maximum tokens per text; longer texts are cut off")
+    openings: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="first words of the texts, used in turn: words of your domain; empty: one random token each",
+    )
+    length: int = Field(default=512, ge=8, description="longer texts are split into windows of this many tokens")
+    temperature: float = Field(default=1.0, ge=0, description="sampling temperature; 1: the model's own distribution")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus sampling mass")
+    top_k: int = Field(default=0, ge=0, description="sample from the k most likely tokens; 0: all")
+    max_attempts: float = Field(default=4.0, ge=1, description="stop after sampling this many times `rows` texts")
 
 
 class General(Section):
@@ -109,22 +124,26 @@ class General(Section):
 
     kind: Literal["general"] = "general"
     check: Check = Field(
-        "none", description="what must match gold in a rewrite: final number, choice letter or text; or pass its tests"
+        default="none",
+        description="what must match gold in a rewrite: final number, choice letter or text; or pass its tests",
     )
     marker: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="words that introduce the final answer, such as 'Answer:' (default: docs/explanation/self-data.md)",
     )
     own_answer_first: bool = Field(
-        False, description="first try the model's own answer, without gold; used if the check passes (arXiv 2502.08130)"
+        default=False,
+        description="first try the model's own answer, without gold; used if the check passes (arXiv 2502.08130)",
     )
-    max_tokens: int = Field(256, ge=1, description="maximum tokens of a rewrite; longer rewrites are rejected")
-    temperature: float = Field(0.6, ge=0, description="sampling temperature; 0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling mass")
-    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: all")
-    timeout: float = Field(5.0, gt=0, le=600, description="time limit for one row's tests in seconds (check: python)")
-    memory: int = Field(512, ge=64, description="memory limit for one row's tests in megabytes (check: python)")
+    max_tokens: int = Field(default=256, ge=1, description="maximum tokens of a rewrite; longer rewrites are rejected")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0: greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus sampling mass")
+    top_k: int = Field(default=0, ge=0, description="sample from the k most likely tokens; 0: all")
+    timeout: float = Field(
+        default=5.0, gt=0, le=600, description="time limit for one row's tests in seconds (check: python)"
+    )
+    memory: int = Field(default=512, ge=64, description="memory limit for one row's tests in megabytes (check: python)")
 
     @model_validator(mode="after")
     def _own_answers_need_a_check(self) -> Self:
@@ -139,7 +158,7 @@ class Maths(General):
     """Like general, but asks a mathematics expert for a step-by-step solution and starts the answer."""
 
     kind: Literal["maths"] = "maths"  # type: ignore[assignment]
-    check: Check = Field("number", description="what must match gold in a rewrite, as in general")
+    check: Check = Field(default="number", description="what must match gold in a rewrite, as in general")
 
 
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(named)]
@@ -149,33 +168,37 @@ class Decontaminate(Section):
     """Drop rows that share words with evaluation files."""
 
     files: list[str] = Field(min_length=1, description="evaluation files, .jsonl or .txt; every text in them counts")
-    ngram: int = Field(13, ge=2, description="n-gram size in words; shorter texts are compared as a whole")
+    ngram: int = Field(default=13, ge=2, description="n-gram size in words; shorter texts are compared as a whole")
 
 
 class Columns(Section):
     """Where rows come from, and which columns they are read from."""
 
     path: str = Field(min_length=1, description="a .jsonl, .json, .parquet or .csv file, or a data set's Hub name")
-    subset: str | None = Field(None, description="the Hub data set's configuration, if it has several")
-    split: str = Field("train", description="the Hub data set's split")
+    subset: str | None = Field(default=None, description="the Hub data set's configuration, if it has several")
+    split: str = Field(default="train", description="the Hub data set's split")
     prompt: str | None = Field(
-        None, description="column with the user's prompt, text or messages up to the answer (default: prompt)"
+        default=None, description="column with the user's prompt, text or messages up to the answer (default: prompt)"
     )
-    context: str | None = Field(None, description="column with text to append to the prompt, if any")
+    context: str | None = Field(default=None, description="column with text to append to the prompt, if any")
     response: str | None = Field(
-        None, description="column with the answer to train on, text or messages (default: response)"
+        default=None, description="column with the answer to train on, text or messages (default: response)"
     )
     messages: str | None = Field(
-        None, description="column with whole conversations: lists of {role, content} or {from, value}"
+        default=None, description="column with whole conversations: lists of {role, content} or {from, value}"
     )
     tools: str | None = Field(
-        None, description="column with a conversation's tool definitions (default: tools, if the data set has it)"
+        default=None,
+        description="column with a conversation's tool definitions (default: tools, if the data set has it)",
     )
-    text: str | None = Field(None, description="column with plain text, used without a chat template")
-    answer: str | None = Field(None, description="column with the final answer for a check; null: extracted from gold")
-    tests: str | None = Field(None, description="column with Python tests, for check: python")
+    text: str | None = Field(default=None, description="column with plain text, used without a chat template")
+    answer: str | None = Field(
+        default=None, description="column with the final answer for a check; null: extracted from gold"
+    )
+    tests: str | None = Field(default=None, description="column with Python tests, for check: python")
     rewrite: Rewrite | None = Field(
-        None, description="general or maths: the unpruned model rewrites the last answer; null: keep gold unchanged"
+        default=None,
+        description="general or maths: the unpruned model rewrites the last answer; null: keep gold unchanged",
     )
 
     @model_validator(mode="after")
@@ -217,26 +240,34 @@ class Columns(Section):
 class WeightedSet(Columns):
     """One data set of several."""
 
-    weight: float = Field(1.0, gt=0, description="relative weight: its share of the rows is weight / sum of weights")
+    weight: float = Field(
+        default=1.0, gt=0, description="relative weight: its share of the rows is weight / sum of weights"
+    )
 
 
 class RowsFromData(_Source):
     """Keys shared by one data set and several."""
 
-    shuffle: bool = Field(False, description="read rows in random order, seeded by the recipe's seed")
-    heldout: float = Field(0.125, gt=0, lt=1, description="share of rows held out of training, at least one row")
+    shuffle: bool = Field(default=False, description="read rows in random order, seeded by the recipe's seed")
+    heldout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of rows held out of training, at least one row"
+    )
     length: int = Field(
-        512, ge=8, description="maximum tokens: longer conversations are dropped, longer text is split into windows"
+        default=512,
+        ge=8,
+        description="maximum tokens: longer conversations are dropped, longer text is split into windows",
     )
     max_dropped: float = Field(
-        0.2,
+        default=0.2,
         ge=0,
         le=1,
         description="share of a data set's rows that may be unusable before the stage fails; duplicates and "
         "decontaminated rows do not count",
     )
-    decontaminate: Decontaminate | None = Field(None, description="drop rows that overlap with evaluation files")
-    batch: int = Field(32, ge=1, description="rows rewritten together; changing it changes the rewrites")
+    decontaminate: Decontaminate | None = Field(
+        default=None, description="drop rows that overlap with evaluation files"
+    )
+    batch: int = Field(default=32, ge=1, description="rows rewritten together; changing it changes the rewrites")
 
     @property
     def parts(self) -> Sequence[Columns]:
@@ -253,7 +284,7 @@ class DatasetConfig(RowsFromData, Columns):
     """Rows from a data set on the Hub, or from a local JSONL, Parquet or CSV file."""
 
     source: Literal["dataset"]
-    rows: int | None = Field(None, ge=2, description="how many rows to keep; null: all")
+    rows: int | None = Field(default=None, ge=2, description="how many rows to keep; null: all")
 
     @property
     def parts(self) -> Sequence[Columns]:
@@ -266,7 +297,7 @@ class DatasetsConfig(RowsFromData):
     source: Literal["datasets"]
     sets: list[WeightedSet] = Field(min_length=1, description="the data sets, each with its columns and weight")
     rows: int = Field(ge=2, description="how many rows to keep, over all data sets")
-    shuffle: bool = Field(True, description="read each data set in random order, seeded by the recipe's seed")
+    shuffle: bool = Field(default=True, description="read each data set in random order, seeded by the recipe's seed")
 
     @property
     def parts(self) -> Sequence[Columns]:

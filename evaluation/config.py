@@ -45,45 +45,53 @@ class RetrievalConfig(Section):
     """Retrieval from long prompts with a bounded KV cache, measured on checkpoints."""
 
     tasks: list[RetrievalTask] = Field(
-        ["passkey", "keys"],
+        default=["passkey", "keys"],
         min_length=1,
         description="passkey: find one number in a long text; keys: one number at each depth; continuation: perplexity "
         "of the text after a long prompt",
     )
-    lengths: list[Annotated[int, Field(ge=256)]] = Field([1024, 2048], min_length=1, description="prompt tokens")
+    lengths: list[Annotated[int, Field(ge=256)]] = Field(
+        default=[1024, 2048], min_length=1, description="prompt tokens"
+    )
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="position of a number: 0 is the beginning, 1 the end"
+        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+        min_length=1,
+        description="position of a number: 0 is the beginning, 1 the end",
     )
     policies: list[str] = Field(
-        ["full", "retaining", "recent", "snapkv"],
+        default=["full", "retaining", "recent", "snapkv"],
         min_length=1,
         description="eviction policies. full: no eviction; retaining: trained heads; recent: first and newest tokens; "
         "snapkv: SnapKV; random: at random; oracle: the labels that heads are trained on",
     )
     budgets: list[Annotated[float, Field(gt=0)]] = Field(
-        [0.125],
+        default=[0.125],
         description="cache entries kept per block and KV head; below 1: as a share of the prompt's tokens",
     )
-    rows: int = Field(4, ge=1, description="texts per length; for passkey, per length and depth")
+    rows: int = Field(default=4, ge=1, description="texts per length; for passkey, per length and depth")
     text: str | None = Field(
-        None, description="text file to hide numbers in and to continue; null: made-up sentences, no continuation"
+        default=None,
+        description="text file to hide numbers in and to continue; null: made-up sentences, no continuation",
     )
-    continued: int = Field(128, ge=1, description="tokens scored in a continuation")
-    max_tokens: int = Field(24, ge=1, description="maximum tokens per answer")
-    chunk: int | None = Field(None, ge=1, description="tokens read at a time; null: the heads' own setting, else 256")
+    continued: int = Field(default=128, ge=1, description="tokens scored in a continuation")
+    max_tokens: int = Field(default=24, ge=1, description="maximum tokens per answer")
+    chunk: int | None = Field(
+        default=None, ge=1, description="tokens read at a time; null: the heads' own setting, else 256"
+    )
     stabilizers: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="newest tokens kept whatever their score; null: the heads' own setting, else 64, and at most a "
         "quarter of the budget",
     )
     local: int | None = Field(
-        None, ge=0, description="last tokens of a prompt, always kept; null: the heads' own setting, else 100"
+        default=None, ge=0, description="last tokens of a prompt, always kept; null: the heads' own setting, else 100"
     )
     positions: Literal["true", "contiguous"] = Field(
-        "true", description="contiguous: kept entries get new rotary positions, for prompts beyond the trained length"
+        default="true",
+        description="contiguous: kept entries get new rotary positions, for prompts beyond the trained length",
     )
-    evict_while_decoding: bool = Field(False, description="also evict while the answer is decoded")
+    evict_while_decoding: bool = Field(default=False, description="also evict while the answer is decoded")
 
     @model_validator(mode="after")
     def _fit(self) -> RetrievalConfig:

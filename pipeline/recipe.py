@@ -40,7 +40,7 @@ class ModelSpec(Section):
 
     source: str = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     config: str | None = Field(
-        None,
+        default=None,
         description="a local config.json with the model's shape, for `compress plan` where the Hub cannot be reached",
     )
 
@@ -54,15 +54,17 @@ class RecipeKeys(Section):
         pattern=NAME, max_length=LONGEST_NAME, description="name of the run's folder and of the artifacts"
     )
     model: str | ModelSpec = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
-    seed: int = Field(0, ge=0, description="random seed of the whole run")
-    data: DataConfig | None = Field(None, description="rows to calibrate on, learn from and measure with")
-    prune: PruneConfig | None = Field(None, description="which blocks are removed and how the gap is healed")
-    distill: DistillConfig | None = Field(None, description="recovery by distillation from the unpruned model")
-    merge: MergeConfig | None = Field(None, description="merging of the recovered variants into one model")
-    sort: SortConfig | None = Field(None, description="training of one set of weights to run at several depths")
-    retain: RetainConfig | None = Field(None, description="heads that score which keys and values the KV cache keeps")
-    export: ExportConfig | None = Field(None, description="GGUF and ONNX artifacts in one bundle")
-    evaluate: EvaluateConfig | None = Field(None, description="measurements for the report")
+    seed: int = Field(default=0, ge=0, description="random seed of the whole run")
+    data: DataConfig | None = Field(default=None, description="rows to calibrate on, learn from and measure with")
+    prune: PruneConfig | None = Field(default=None, description="which blocks are removed and how the gap is healed")
+    distill: DistillConfig | None = Field(default=None, description="recovery by distillation from the unpruned model")
+    merge: MergeConfig | None = Field(default=None, description="merging of the recovered variants into one model")
+    sort: SortConfig | None = Field(default=None, description="training of one set of weights to run at several depths")
+    retain: RetainConfig | None = Field(
+        default=None, description="heads that score which keys and values the KV cache keeps"
+    )
+    export: ExportConfig | None = Field(default=None, description="GGUF and ONNX artifacts in one bundle")
+    evaluate: EvaluateConfig | None = Field(default=None, description="measurements for the report")
 
     @field_validator("name")
     @classmethod

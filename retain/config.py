@@ -29,35 +29,44 @@ class RetainConfig(HeadSettings):
     """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The
     model itself stays as it is."""
 
-    width: int | None = Field(None, ge=1, description="of the heads; null: a quarter of the model's hidden size")
-    dataset: LongRows | None = Field(
-        None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
+    width: int | None = Field(
+        default=None, ge=1, description="of the heads; null: a quarter of the model's hidden size"
     )
-    rows: int = Field(1000, ge=1, description="long rows that are read, each once; of a data set at most so many")
-    tokens: int = Field(128, ge=2, description="tokens of each row that heads learn from, in pairs of neighbours")
+    dataset: LongRows | None = Field(
+        default=None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
+    )
+    rows: int = Field(
+        default=1000, ge=1, description="long rows that are read, each once; of a data set at most so many"
+    )
+    tokens: int = Field(
+        default=128, ge=2, description="tokens of each row that heads learn from, in pairs of neighbours"
+    )
     length: int | None = Field(
-        None,
+        default=None,
         ge=128,
         description="tokens in the longest row; null: 10,240, or as many as the model was trained for if that is less",
     )
     labels: Literal["detrended", "published"] = Field(
-        "detrended",
+        default="detrended",
         description="what heads learn: logits less what comes of a key's distance to the answer alone, or as published",
     )
-    steps: int = Field(3000, ge=1, description="optimizer steps of every head")
-    batch: int = Field(1024, ge=2, description="tokens of a step, drawn from all rows")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    steps: int = Field(default=3000, ge=1, description="optimizer steps of every head")
+    batch: int = Field(default=1024, ge=2, description="tokens of a step, drawn from all rows")
+    lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="of AdamW"
+        default=(0.9, 0.95), description="of AdamW"
     )
-    weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="of AdamW")
     warmup: float = Field(
-        2 / 3, ge=0, lt=1, description="share of the steps over which the rate rises, before it falls to nothing"
+        default=2 / 3,
+        ge=0,
+        lt=1,
+        description="share of the steps over which the rate rises, before it falls to nothing",
     )
-    clip: float = Field(0.5, gt=0, description="gradients are cut off at this value, each for itself")
-    smooth: float = Field(0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
-    heldout: int = Field(8, ge=1, description="rows to measure on")
-    eval_every: int = Field(100, ge=1, description="steps between measurements on them")
+    clip: float = Field(default=0.5, gt=0, description="gradients are cut off at this value, each for itself")
+    smooth: float = Field(default=0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
+    heldout: int = Field(default=8, ge=1, description="rows to measure on")
+    eval_every: int = Field(default=100, ge=1, description="steps between measurements on them")
 
     def input_files(self) -> list[str]:
         return [self.dataset.path] if self.dataset is not None and self.dataset.local else []
