@@ -17,6 +17,7 @@ test: $(VENV)/.model $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	mkdir -p build/importable && ln -sfn ../.. build/importable/compress
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/.package: pyproject.toml constraints.txt

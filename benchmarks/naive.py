@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from compress.data.packing import Batch
 from compress.modeling.blocks import Decoder, without_blocks
+from compress.prune.cost import CHUNK
 from compress.prune.cuts import Cut, cut, gaps
 from compress.prune.moments import Moments, apply_map
-from compress.prune.scoring import CHUNK, Measure, next_tokens
+from compress.prune.scoring import Measure, next_tokens
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,7 +75,7 @@ class Naive:
 
     def _map_after(self, block: int, map: Tensor) -> torch.utils.hooks.RemovableHandle:
         decoder = self.decoder
-        module = decoder.down_proj(block)
+        module: Any = decoder.down_proj(block)
         if not decoder.can_fuse_after_mlp:  # the family normalises what the MLP adds
             module = decoder.blocks[block].post_feedforward_layernorm
         return module.register_forward_hook(lambda _module, _inputs, output: apply_map(output, map))

@@ -30,7 +30,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     hidden, teacher = torch.randn(shape).requires_grad_(), torch.randn(shape)
     weight = torch.randn(options.vocabulary, options.hidden) * 0.02
     targets = torch.randint(0, options.vocabulary, (options.positions,))
-    objective = OBJECTIVES.get(options.objective)()
+    objective = OBJECTIVES.get(options.objective).model_validate({})
     head = Head(weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []

@@ -38,6 +38,7 @@ from compress.prune.copying import read_twice
 from compress.prune.cuts import Cut, describe, gaps
 from compress.prune.healing import fit_gaps
 from compress.prune.heals.patch import patch_matrix
+from compress.prune.moments import apply_map
 from compress.prune.searches import choose
 from compress.prune.stage import candidate_blocks, take
 from compress.prune.stream import Gap
@@ -213,8 +214,8 @@ class Bench:
         gap = Gap(self.decoder, first, last, [], [], {}, 1.0, self.fitting, 0.125, lambda n=1, note="": None)
         with torch.no_grad():
             patch = patch_matrix(gap).float()
-        block = self.decoder.blocks[first - 1]
-        handle = block.register_forward_hook(lambda _m, _a, out: out @ patch)
+        block: Any = self.decoder.blocks[first - 1]
+        handle = block.register_forward_hook(lambda _m, _a, out: apply_map(out, patch))
         try:
             yield
         finally:

@@ -127,7 +127,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     race = mock.patch.object(scoring, "ROWS", sys.maxsize) if options.no_race else contextlib.nullcontext()
     with race:
         cut, took = timed(choose, study, config, options.blocks, candidates)
-    score, spent = study.notes["rounds"][-1]["score"], study.notes["passes"] * whole
+    notes = study.notes
+    assert "rounds" in notes and "passes" in notes
+    score, spent = notes["rounds"][-1]["score"], notes["passes"] * whole
     found: dict[str, Any] = {"rows": rows, "scorer": figures(cut, score, spent, whole, took)}
     spared = evaluations_of_naive(study.num_blocks, len(candidates), options.blocks, rows, options.score)
     found["evaluations_ratio"] = round(spared / spent, 2)

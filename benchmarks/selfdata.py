@@ -15,20 +15,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compress.cli.progress import ConsoleProgress
 from compress.core.stage import Context
 from compress.data.asking import last_answer, rewrite_prompt
 from compress.data.collect import collect
-from compress.data.config import DatasetConfig, LlamaCppSettings, TransformersSettings
+from compress.data.config import DatasetConfig, EngineConfig, LlamaCppSettings, TransformersSettings
 from compress.data.engines import WritingEngine, open_engine
 from compress.data.rewriting import Gold, Rewriter
-from compress.data.sampling import Sampled, Sampling
+from compress.data.sampling import Sampled
 from compress.modeling.load import load_tokenizer, resolve
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -61,17 +62,9 @@ class Timed:
     def __init__(self, engine: WritingEngine, figure: Figure):
         self.engine, self.figure = engine, figure
 
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        how: Sampling,
-        *,
-        stop: Collection[int],
-        banned: Sequence[int] = (),
-    ) -> list[Sampled]:
+    def sample(self, *prompts: Any, **ends: Any) -> list[Sampled]:
         begun = time.perf_counter(), time.process_time()
-        found = self.engine.sample(prompts, seeds, how, stop=stop, banned=banned)
+        found = self.engine.sample(*prompts, **ends)
         self.figure.add(sum(len(row.tokens) + row.ended for row in found), len(found), begun)
         return found
 
@@ -153,27 +146,29 @@ def main() -> None:
         )
         golds = collect(config, tokenizer, context, folder / "cache").golds
 
-        def ours(engine: Callable[[int], WritingEngine]) -> Figure:
+        def rewriter(engine: EngineConfig, work: Path) -> Rewriter:
+            return Rewriter(tokenizer, base, config.length, config.batch, engine, context, work)
+
+        def ours(engine: EngineConfig) -> Figure:
             figure = Figure()
-            with tempfile.TemporaryDirectory() as work:
-                rewriter = Rewriter(tokenizer, base, config.length, config.batch, context, Path(work))
-                outcomes = rewriter.run(golds, lambda length: Timed(engine(length), figure))
+            timed = patch("compress.data.writing.open_engine", lambda *given: Timed(open_engine(*given), figure))
+            with tempfile.TemporaryDirectory() as work, timed:
+                outcomes, _ = rewriter(engine, Path(work)).run(golds)
             taken = sum(outcome.origin != "gold" for outcome in outcomes)
             print(f"  taken: {taken} of {len(outcomes)}", file=sys.stderr)
             return figure
 
-        rewriter = Rewriter(tokenizer, base, config.length, config.batch, context, folder)
         # As transformers loads it: `load_model` would give it our linear layers.
         stock = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, options.dtype))
         model = stock.to(options.device).eval()
-        reference = plain(model, tokenizer, golds, config.rewrite, options.batch, rewriter.stop)
+        reference = plain(model, tokenizer, golds, config.rewrite, options.batch, rewriter(config.engine, folder).stop)
         del model
         print(f"plain generate: {reference}", flush=True)
-        engines: dict[str, Any] = {"transformers": TransformersSettings()}
+        engines: dict[str, EngineConfig] = {"transformers": TransformersSettings()}
         if options.gguf:
             engines["llama.cpp"] = LlamaCppSettings(gguf=str(options.gguf.resolve()), threads=torch.get_num_threads())
         for title, engine in engines.items():
-            figure = ours(lambda length, e=engine: open_engine(e, base, context, length, config.batch))
+            figure = ours(engine)
             ratio = figure.tokens / figure.wall / (reference.tokens / reference.wall)
             print(f"{title}: {figure}: {ratio:.2f}x", flush=True)
 

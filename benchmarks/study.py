@@ -57,6 +57,7 @@ def measure(bench: Bench, role: str, folder: Path) -> dict[str, float]:
     """Perplexity, KL to the base and the score of every task."""
     blocks = load_config(folder).num_hidden_layers
     found = bench.measured(Subject(role, lambda: load_model(folder), folder, blocks))
+    assert found.perplexity is not None and found.kl_to_base is not None
     scores = {name: task.value for name, task in found.tasks.items()}
     return {"perplexity": found.perplexity, "KL to base": found.kl_to_base, **scores}
 

@@ -172,7 +172,7 @@ def main() -> None:
     heads = load_heads(folder, model.config) if has_heads(folder) else None
     meant = read_settings(folder) if heads is not None else HeadSettings(pool=1, sinks=0)
     docs = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").rglob("*.md")))
-    text = tokenizer(docs, add_special_tokens=False, verbose=False).input_ids
+    text = tokenizer(docs, add_special_tokens=False, verbose=False)["input_ids"]
     results: Results = {}
     try:
         for row in range(options.rows):

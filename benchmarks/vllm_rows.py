@@ -59,7 +59,7 @@ class Case:
 
 def cases(tokenizer: Any, base: Path, first: list[Sampled], max_tokens: int) -> list[Case]:
     """What is asked; the cases after the first are made of the rows that it gave."""
-    rewriter = Rewriter(tokenizer, base, 1024, 8, Context(), Path())
+    rewriter = Rewriter(tokenizer, base, 1024, 8, TransformersSettings(), Context(), Path())
     stop, banned = sorted(rewriter.stop), rewriter.banned
     plain = Case("as the data stage asks", max_tokens, stop, banned)
     if not first:
