@@ -31,14 +31,18 @@ def finish(run: Run, made: int) -> Report:
     """The report of a finished run, written if anything is new."""
     stages = [[stage.spec.name, stage.folder.path.name] for stage in run.stages]
     write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": stages})
-    report = build(run)
+    report, page = _of_run(run)
     if made or not (run.folder / "report.html").exists():
-        write_report(report, run.folder)
+        write_report(report, page, run.folder)
     return report
 
 
 def build(run: Run) -> Report:
     """The report of a finished run."""
+    return _of_run(run)[0]
+
+
+def _of_run(run: Run) -> tuple[Report, str]:
     stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
     return _build(run.folder, run.loaded.recipe.name, run.loaded.text, stages)
 
@@ -52,15 +56,14 @@ def rebuild(folder: Path) -> list[Path]:
         name = str(last["name"])
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not the folder of a finished run: {error}") from error
-    return write_report(_build(folder, name, recipe, stages), folder)
+    return write_report(*_build(folder, name, recipe, stages), folder)
 
 
-def _build(folder: Path, name: str, recipe: str, stages: list[StageRecord]) -> Report:
-    """The report, drawn once to see that every figure it shows is there."""
+def _build(folder: Path, name: str, recipe: str, stages: list[StageRecord]) -> tuple[Report, str]:
+    """The report and its page, drawn even where it is not written: every figure that it shows must be there."""
     try:
         report = build_report(name, recipe, stages)
-        render(report)
-        return report
+        return report, render(report)
     except (*MISSING, UserError) as error:
         what = (
             str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -17,9 +17,9 @@ from .tasks import task_lines
 ORDER = ("base", "pruned", "healed", "recovered", "merged")
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write report.json and report.html into a run's folder; returns both paths."""
-    texts = {"report.json": to_json(report), "report.html": render(report)}
+def write_report(report: Report, page: str, folder: Path) -> list[Path]:
+    """Write report.json and report.html, its page, into a run's folder; returns both paths."""
+    texts = {"report.json": to_json(report), "report.html": page}
     written = []
     for name, text in texts.items():
         write_whole(folder / name, text)
