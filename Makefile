@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs importable clean
 
 demo: $(VENV)/.model
 	$(VENV)/bin/compress run smollm2_135m_24L
@@ -14,10 +14,9 @@ test: $(VENV)/.model $(VENV)/.test
 	$(VENV)/bin/python tests/fetch_llamacpp.py
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test importable
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	mkdir -p build/importable && ln -sfn ../.. build/importable/compress
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/.package: pyproject.toml constraints.txt
@@ -36,12 +35,17 @@ $(VENV)/.test: $(VENV)/.package
 	$(PIP) -e '.[test]'
 	touch $@
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.docs importable
 	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.docs: $(VENV)/.package
 	$(PIP) -e '.[docs]'
 	touch $@
+
+# The package under its own name, for tools that read it without importing it: the root of the repository is the package.
+importable:
+	rm -rf build/importable && mkdir -p build/importable/compress
+	ln -s $(addprefix $(CURDIR)/,$(wildcard *.py) $(patsubst %/__init__.py,%,$(wildcard */__init__.py))) build/importable/compress
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

@@ -1,30 +1,14 @@
 """Pages that come from the code, written while the site is built: recipe keys, commands, JSON outputs.
 
-mkdocs calls `on_config` and `on_files` (mkdocs.yml). The checkout is imported as `compress` through a link in a
-temporary folder, so the pages describe the source beside this file, whatever is installed or the checkout is called.
+mkdocs calls `on_files` (mkdocs.yml).
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 OUTPUTS = ("plan", "validate", "recipes", "inspect", "eval", "bench")  # commands that take --json
-ROOT = Path(__file__).resolve().parent.parent
-_LINKS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
-
-
-def on_config(config: Any) -> Any:
-    """Make the checkout importable, and tell mkdocstrings where it is."""
-    folder = tempfile.TemporaryDirectory()
-    _LINKS.append(folder)
-    (Path(folder.name) / "compress").symlink_to(ROOT, target_is_directory=True)
-    sys.path.insert(0, folder.name)
-    config.plugins["mkdocstrings"].config.handlers.setdefault("python", {})["paths"] = [folder.name]
-    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
