@@ -245,11 +245,11 @@ def _finish(
     _add_position_ids(model)
     data = made / "model.onnx.data"
     heads = load_heads(checkpoint, load_config(checkpoint)) if has_heads(checkpoint) else None
-    if precision == "fp32" and heads is None:
+    if not _rounds(precision) and heads is None:
         (link_file if link else shutil.copyfile)(built / data.name, data)
         ir.save(model, made / "model.onnx")
     else:
-        if precision != "fp32":
+        if _rounds(precision):
             _quantize(model, precision, imatrix, progress)
         if heads is not None:  # after quantization: their weights stay float32
             add_heads(model, heads)
@@ -293,22 +293,29 @@ def _add_position_ids(model: ir.Model) -> None:
 def _quantize(model: ir.Model, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress) -> None:
     """Replace every matrix of weights by integers, in place."""
     from .onnx_graph import replace_embedding, replace_matmul, weight_matmuls
-    from .onnx_quantize import quantize_int4, quantize_int8
+    from .quantizers import quantizer
 
+    kind = ONNX_TYPES[precision]
     nodes = weight_matmuls(model)
     with progress.bar(f"onnx {precision}", len(nodes)) as advance:
         for node in nodes:
             is_head = node.name == "/lm_head/MatMul"
+            name = kind.head if is_head else kind.blocks
+            if name is None:
+                continue
             weight = np.ascontiguousarray(node.inputs[1].const_value.numpy().T)  # (N, K)
-            if precision == "int4" and not is_head:
-                quantized = quantize_int4(weight, _importance(node.name, imatrix))
-            else:
-                quantized = quantize_int8(weight)
+            chosen = quantizer(name)
+            quantized = chosen.quantize(weight, _importance(node.name, imatrix))
             if is_head:
-                replace_embedding(model, node.inputs[1], quantized)
+                replace_embedding(model, node.inputs[1], quantized, chosen)
             replace_matmul(model, node, quantized)
             advance(note=node.name.strip("/"))
     model.graph.sort()
+
+
+def _rounds(precision: str) -> bool:
+    kind = ONNX_TYPES[precision]
+    return kind.blocks is not None or kind.head is not None
 
 
 def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_quantize import BLOCK, Quantized
+from .quantizers import BLOCK, Quantized, Quantizer
 
 
 def weight_matmuls(model: ir.Model) -> list[Any]:
@@ -42,10 +42,8 @@ def replace_matmul(model: ir.Model, node: ir.Node, quantized: Quantized) -> None
     _drop_unused(model, weight)
 
 
-def replace_embedding(model: ir.Model, head: ir.Value, quantized: Quantized) -> None:
-    """Let the embedding look up integer rows; if tied, those of the head (`head` is its weight)."""
-    from .onnx_quantize import quantize_int8
-
+def replace_embedding(model: ir.Model, head: ir.Value, quantized: Quantized, quantizer: Quantizer) -> None:
+    """Let the embedding look up integer rows: those of the head (`head` is its weight) if tied, else its own."""
     nodes: list[Any] = list(model.graph)
     for node in nodes:
         if node.op_type != "Gather":
@@ -60,7 +58,7 @@ def replace_embedding(model: ir.Model, head: ir.Value, quantized: Quantized) -> 
         else:
             if table.const_value.shape[1] % BLOCK:
                 continue
-            rows, name = quantize_int8(table.const_value.numpy()), table.name
+            rows, name = quantizer.quantize(table.const_value.numpy(), None), table.name
         values, scales = _initializers(model, name, rows)
         # A constant node, because ONNX Runtime reads no shape from the external weights file.
         shape = ir.tensor(np.asarray([rows.scales.shape[0], -1], np.int64))

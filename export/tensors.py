@@ -15,6 +15,7 @@ from ..modeling.families import BLOCKS, EMBEDDING, HEAD, family_of
 from ..modeling.load import load_config
 from ..modeling.weights import Tensors
 from .gguf_source import GgufSource
+from .quantizers import row_limits
 
 Array = NDArray[np.float32]
 # Largest relative error of a row that may pass, by tensor type: 1.5 to 2 times what honest rounding made at most of a
@@ -30,9 +31,7 @@ LIMITS = {
     "Q4_0": 0.35,
     "Q4_1": 0.3,
     "Q4_K": 0.25,
-    "int8": 0.025,
-    "int4": 0.3,
-}
+} | row_limits()
 
 
 def row_error(found: Array, expected: Array) -> float:

@@ -1,7 +1,7 @@
 """The types of exported files, a line each: what they weigh and what rounding to them may cost. No torch.
 
 A GGUF type that gives every tensor its own type or the next that fits needs no more than its line; a mix has its rule
-in export/quantize.py, an ONNX precision its quantizer in export/onnx_quantize.py.
+in export/quantize.py. An ONNX precision's line names its quantizers, each a file in export/quantizers/.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ class ArtifactType:
     kl: float  # limit on the mean KL to the checkpoint: what rounding may cost
     calibrated: bool = True  # rounding errors can be weighed by an importance matrix
     retaining: float | None = None  # least correlation of retaining scores, for types whose graphs have them
+    blocks: str | None = None  # ONNX: quantizer of the blocks' matrices; None: float32
+    head: str | None = None  # ONNX: quantizer of the output head and the embedding; None: float32
 
 
 # A SmolLM2-135M of 24 blocks, not yet recovered, has (without importance matrix) a mean KL of F16 1e-5, Q8_0 0.004,
@@ -31,8 +33,8 @@ GGUF_TYPES = {
     "Q6_K": ArtifactType(6.6, 8.5, kl=0.05),
 }
 ONNX_TYPES = {
-    "int4": ArtifactType(5.7, 7, kl=0.8, retaining=0.5),
-    "int8": ArtifactType(9, 10, kl=0.02, retaining=0.95),
+    "int4": ArtifactType(5.7, 7, kl=0.8, retaining=0.5, blocks="int4", head="int8"),
+    "int8": ArtifactType(9, 10, kl=0.02, retaining=0.95, blocks="int8", head="int8"),
     "fp32": ArtifactType(32, 32, kl=0.0001, calibrated=False, retaining=0.9999),
 }
 ARTIFACT_TYPES = GGUF_TYPES | ONNX_TYPES

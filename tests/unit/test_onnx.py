@@ -21,7 +21,9 @@ import torch
 from compress.core.errors import UserError
 from compress.core.stage import Progress
 from compress.export.onnx import build_float32, check_onnx, write_onnx
-from compress.export.onnx_quantize import BLOCK, quantize_int4, quantize_int8
+from compress.export.quantizers import BLOCK
+from compress.export.quantizers.int4 import quantize as quantize_int4
+from compress.export.quantizers.int8 import quantize as quantize_int8
 from compress.export.tensors import dequantize_nbits, onnx_errors
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
