@@ -30,11 +30,10 @@ class Quantized:
     def dequantize(self) -> np.ndarray:
         """The weights (N, K) float32 that the runtime computes with."""
         rows, blocks = self.scales.shape
-        read = unpack if self.bits == 4 else np.float32
-        codes = read(self.values.reshape(rows, -1)).reshape(rows, blocks, BLOCK)
+        codes = unpack(self.values.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK)
         zeros = np.full((rows, blocks), 1 << (self.bits - 1), np.float32)
         if self.zero_points is not None:
-            zeros = read(self.zero_points)[:, :blocks]
+            zeros = unpack(self.zero_points, self.bits)[:, :blocks]
         return ((codes - zeros[..., None]) * self.scales[..., None]).reshape(rows, -1)
 
 
@@ -79,6 +78,8 @@ def pack(codes: Tensor) -> np.ndarray:
     return (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous().numpy()
 
 
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """(N, M) bytes to (N, 2M) values 0–15, float32."""
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """(N, M) bytes to the (N, M · 8 / bits) values they hold, float32; 4 or 8 bits."""
+    if bits == 8:
+        return packed.astype(np.float32)
     return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1).astype(np.float32)
