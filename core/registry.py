@@ -1,7 +1,7 @@
 """Methods found by name: one class in one file of a folder, and those that installed packages add.
 
-A method is a class derived from the base class of its folder (an objective, a metric, a heal, a search). Its fields are
-its options in the recipe, `kind` is its name there, and the file that holds it has that name too:
+A method is a class derived from the base class of its folder (an objective, a metric, a heal, a search, a check). Its
+fields are its options in the recipe, `kind` is its name there, and the file that holds it has that name too:
 
     class Focal(Objective):                       # training/objectives/focal.py
         kind: Literal["focal"] = "focal"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializationInfo, field_serializer, model_validator
 
 from ..core.registry import named
 from ..core.stage import Section
+from .checks import CHECKS, COLUMNS, Check
+from .checks.none import Unchecked
+from .checks.number import Number
 
 FORMAT = 3
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-Check = Literal["none", "number", "choice", "exact", "python"]
+if TYPE_CHECKING:
+    AnyCheck = Check
+else:
+    AnyCheck = CHECKS.union()
 
 
 class TeacherConfig(Section):
@@ -123,9 +129,9 @@ class General(Section):
     """The unpruned model rewrites the gold answer in its own words (arXiv 2402.13669, 2410.09982)."""
 
     kind: Literal["general"] = "general"
-    check: Check = Field(
-        default="none",
-        description="what must match gold in a rewrite: final number, choice letter or text; or pass its tests",
+    check: AnyCheck = Field(
+        default_factory=Unchecked,
+        description=f"what must match gold in a rewrite: {CHECKS.listed()} (default: none)",
     )
     marker: str | None = Field(
         default=None,
@@ -147,18 +153,26 @@ class General(Section):
 
     @model_validator(mode="after")
     def _own_answers_need_a_check(self) -> Self:
-        if self.own_answer_first and self.check == "none":
+        if self.own_answer_first and isinstance(self.check, Unchecked):
             raise ValueError(
                 "own_answer_first needs a check: without one there is no way to tell whether the answer is right"
             )
         return self
+
+    @field_serializer("check")
+    def _short(self, check: Check, info: SerializationInfo) -> str | dict[str, Any]:
+        """A check without options is written as its name."""
+        written = check.model_dump(mode=info.mode)
+        return check.kind if written.keys() == {"kind"} else written
 
 
 class Maths(General):
     """Like general, but asks a mathematics expert for a step-by-step solution and starts the answer."""
 
     kind: Literal["maths"] = "maths"  # type: ignore[assignment]
-    check: Check = Field(default="number", description="what must match gold in a rewrite, as in general")
+    check: AnyCheck = Field(
+        default_factory=Number, description="what must match gold in a rewrite, as in general (default: number)"
+    )
 
 
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(named)]
@@ -210,8 +224,10 @@ class Columns(Section):
             raise ValueError("plain text has no tools: give prompt and response, or messages")
         if self.rewrite is not None and self.text is not None:
             raise ValueError("plain text has no answer to rewrite: give prompt and response, or messages")
-        if self.rewrite is not None and self.rewrite.check == "python" and self.tests is None:
-            raise ValueError("check: python needs tests: name the column that holds the Python tests")
+        check = self.rewrite.check if self.rewrite is not None else Unchecked()
+        for column, holds in COLUMNS.items():
+            if column in check.needs and getattr(self, column) is None:
+                raise ValueError(f"check: {check.kind} needs {column}: name the column that holds {holds}")
         return self
 
     @property

@@ -18,13 +18,12 @@ from ..modeling.load import load_config
 from ..modeling.types import ModelTokenizer
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
-from .checks import agrees
+from .checks import Truth
 from .config import EngineConfig, General
 from .magpie import query
 from .parts import in_rounds
 from .rows import Messages, Origin, Row
 from .sampling import Sampled, Sampling, row_seed
-from .sandbox import passes
 from .writing import Writer
 
 WINDOW = 8  # batches within which rows are sorted by length
@@ -97,10 +96,10 @@ class Rewriter:
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
         """Batches of (row, prompt length): rows with the same settings together, sorted by length within a window to
         reduce padding and to group rows that end late."""
-        kinds: dict[General, list[Gold]] = {}
+        kinds: dict[str, list[Gold]] = {}
         for gold in golds:
             if gold.rewrite is not None:
-                kinds.setdefault(gold.rewrite, []).append(gold)
+                kinds.setdefault(gold.rewrite.model_dump_json(), []).append(gold)
         for several in kinds.values():
             for start in range(0, len(several), WINDOW * self.batch):
                 window = [(gold, self._prompt_length(gold)) for gold in several[start : start + WINDOW * self.batch]]
@@ -158,8 +157,7 @@ class Rewriter:
         outcome = RewriteOutcome(gold.row.id, origin, "", seed, text, len(sampled.tokens))
         if why:
             return replace(outcome, origin="gold", why=why)
-        check = _how(gold).check
-        return replace(outcome, why="unchecked" if check == "none" else f"{check} agrees")
+        return replace(outcome, why=_how(gold).check.passed)
 
     def _fault(self, gold: Gold, sampled: Sampled, text: str, origin: Origin) -> str:
         """Why an answer is rejected; empty if it is accepted."""
@@ -178,13 +176,7 @@ class Rewriter:
             return "template"
         if len(encoded.input_ids) > self.length:
             return "too_long"
-        if how.check == "python":
-            held = passes(text, gold.tests, timeout=how.timeout, memory=how.memory)
-        elif how.check != "none":
-            held = agrees(how.check, text, asked.gold, how.marker, gold.answer)
-        else:
-            held = True
-        return "" if held else "differs"
+        return "" if how.check.agrees(text, _truth(gold, asked.gold)) else "differs"
 
     def _hopeless(self, gold: Gold) -> str:
         """Why no answer to this row could be accepted, known before sampling; empty if one could."""
@@ -201,11 +193,7 @@ class Rewriter:
             return "template"
         if len(prompt) + how.max_tokens > self._context():
             return "too_long"
-        if how.check == "python":
-            return "" if gold.tests.strip() else "uncheckable"
-        if how.check != "none" and agrees(how.check, "", asked.gold, how.marker, gold.answer) is None:
-            return "uncheckable"
-        return ""
+        return "" if how.check.comparable(_truth(gold, asked.gold)) else "uncheckable"
 
     def _context(self) -> int:
         """The model's context length in tokens."""
@@ -273,3 +261,9 @@ def _turns(gold: Gold) -> Messages:
 def _how(gold: Gold) -> General:
     assert gold.rewrite is not None
     return gold.rewrite
+
+
+def _truth(gold: Gold, answer: str) -> Truth:
+    """What a row says of the right answer, which as a whole is `answer`."""
+    how = _how(gold)
+    return Truth(answer, gold.answer, gold.tests, how.marker, how.timeout, how.memory)

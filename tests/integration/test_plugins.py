@@ -12,6 +12,7 @@ from pathlib import Path
 
 import compress
 import gguf
+import onnx
 import pytest
 
 HOME = Path(str(compress.__file__)).parent
@@ -101,7 +102,36 @@ class Oldest(Policy):
         return -view.places[None].repeat(view.heads, 0).astype("float32")
 ''',
 }
-CLASSES = {"focal": "Focal", "nearness": "Nearness", "damp": "Damp", "scattered": "Scattered", "oldest": "Oldest"}
+CHECK = {
+    ("checks", "opening"): '''
+from typing import ClassVar, Literal
+
+from compress.data.checks import Check
+from pydantic import Field
+
+
+class Opening(Check):
+    """The answer begins as the row's column `answer` says."""
+
+    kind: Literal["opening"] = "opening"
+    words: int = Field(default=1, ge=1, description="how many words are compared")
+    needs: ClassVar = frozenset(["answer"])
+
+    def comparable(self, truth):
+        return len(truth.answer.split()) >= self.words
+
+    def agrees(self, text, truth):
+        return text.split()[: self.words] == truth.answer.split()[: self.words]
+''',
+}
+CLASSES = {
+    "focal": "Focal",
+    "nearness": "Nearness",
+    "damp": "Damp",
+    "scattered": "Scattered",
+    "oldest": "Oldest",
+    "opening": "Opening",
+}
 RECIPE = """
 name: plugged
 model: random:llama
@@ -119,6 +149,61 @@ distill:
   length: 32
   accumulate: 1
   max_steps: 2
+"""
+CHECKED = """
+name: checked
+model: random:llama
+data:
+  source: dataset
+  path: rows.jsonl
+  answer: final
+  length: 256
+  rewrite: {kind: general, check: {kind: opening, words: 1}, max_tokens: 8}
+"""
+WITH_A_WRITER = """
+import json, sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.api import Recipe, load_model
+from compress.core.registry import packages
+from compress.core.stage import Context, Inputs
+from compress.data import rewriting
+from compress.data.rows import read_rows
+from compress.data.sampling import Sampled
+from compress.data.stage import run
+
+
+class Writer:  # always the same words
+    def __init__(self, engine, base, *rest):
+        from compress.modeling.load import load_tokenizer
+        self.tokenizer = load_tokenizer(base)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def speed(self):
+        return None
+
+    def sample(self, prompts, *rest, **more):
+        tokens = self.tokenizer("in all", add_special_tokens=False)["input_ids"]
+        return [Sampled(tokens, ended=True) for _ in prompts]
+
+
+rewriting.Writer = Writer
+file = Path(sys.argv[1])
+data = Recipe.load(str(file)).recipe.data
+base = load_model("random:llama").folder
+out = file.parent / "out"
+run(data, Inputs(base, base), out, Context(recipe_dir=file.parent))
+print(json.dumps({
+    "why": {row.id: row.why for row in read_rows(out)},
+    "packages": packages(data),
+    "config": data.model_dump(mode="json")["rewrite"]["check"],
+}))
 """
 
 
@@ -148,9 +233,8 @@ def install(sources: Path, site: Path) -> None:
 
 def call(arguments: list[object], *paths: Path) -> subprocess.CompletedProcess[str]:
     """The command line, in a process that sees these folders first."""
-    path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "compress", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    return subprocess.run(command, capture_output=True, text=True, env=seeing(*paths))
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +342,39 @@ def test_a_policy_of_an_installed_package_is_one_of_the_recipe_s(tmp_path: Path)
         "used = {'retrieval': {'policies': ['full', 'oldest']}}\n"
         "print([packages(EvaluateConfig.model_validate(section)) for section in (used, {})])\n"
     )
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=seeing(site))
     assert done.stdout.strip() == "[{'kv-plugin': '2.0'}, {}]", done.stderr
     file = tmp_path / "recipe.yaml"
     file.write_text("name: x\nmodel: random:llama\nevaluate:\n  retrieval: {policies: [oldst]}\n")
     done = call(["validate", file], site)
     assert "there is no policy 'oldst'" in done.stderr and "did you mean 'oldest'?" in done.stderr
+
+
+def test_a_check_of_an_installed_package_decides_on_rewrites(tmp_path: Path) -> None:
+    """Beside the engine that writes, all of the data stage is as in a run."""
+    site = by_hand(tmp_path / "site", "check-plugin", "2.1", CHECK)
+    lines = [{"prompt": f"q{n}", "response": "gold", "final": final} for n, final in enumerate(("in a", "of b", ""))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(CHECKED)
+    done = subprocess.run([sys.executable, "-c", WITH_A_WRITER, file], capture_output=True, text=True, env=seeing(site))
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert written["why"] == {"0": "opening agrees", "1": "differs", "2": "uncheckable"}
+    assert written["packages"] == {"check-plugin": "2.1"}
+    assert written["config"] == {"kind": "opening", "words": 1}
+    file.write_text(CHECKED.replace("opening,", "openin,"))
+    assert "'openin' is not one of 'none', 'number', 'choice', 'exact', 'python', 'opening'" in (
+        call(["validate", file], site).stderr
+    )
+    file.write_text(CHECKED.replace("answer: final", ""))
+    message = "check: opening needs answer: name the column that holds the final answer"
+    assert message in call(["validate", file], site).stderr
+
+
+def seeing(*paths: Path) -> dict[str, str]:
+    """The environment of a process that sees these folders first."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])}
 
 
 def by_hand(site: Path, name: str, version: str, sources: dict[tuple[str, str], str]) -> Path:
@@ -291,8 +400,8 @@ def copied(tmp_path: Path) -> Path:
 
 
 def test_adding_a_method_costs_one_file(copied: Path, recipe: Callable[..., Path]) -> None:
-    folders = {"objectives": "training/objectives", "metrics": "prune/metrics", "heals": "prune/heals"}
-    for (group, kind), source in METHODS.items():
+    folders = {"objectives": "training/objectives", "checks": "data/checks"}
+    for (group, kind), source in (METHODS | CHECK).items():
         folder = copied / folders.get(group, f"prune/{group}")
         (folder / f"{kind}.py").write_text(source, encoding="utf-8")
     done = call(["validate", recipe()], copied.parent)
@@ -300,7 +409,7 @@ def test_adding_a_method_costs_one_file(copied: Path, recipe: Callable[..., Path
     misspelt = call(["validate", recipe(("gamma", "gama"))], copied.parent)
     assert "unknown key 'gama'; did you mean 'gamma'?" in misspelt.stderr
     schema = json.loads(call(["schema"], copied.parent).stdout)
-    assert {"Focal", "Nearness", "Damp", "Scattered"} <= schema["$defs"].keys()
+    assert {"Focal", "Nearness", "Damp", "Scattered", "Opening"} <= schema["$defs"].keys()
 
 
 def test_adding_a_gguf_type_costs_one_line(copied: Path, tmp_path: Path) -> None:
@@ -317,3 +426,43 @@ def test_adding_a_gguf_type_costs_one_line(copied: Path, tmp_path: Path) -> None
     (file,) = (out / "gguf").glob("*.gguf")
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if tensor.name.startswith("blk.")}
     assert types == {"Q5_0", "F32"}
+
+
+QUANTIZER = '''
+import torch
+
+from . import Quantized, Quantizer, chunks, pack
+
+
+def quantize(weight, importance=None):
+    """4 bits, symmetric: no zero points."""
+    scales, codes = [], []
+    for chunk in chunks(weight):
+        scale = (chunk.abs().amax(-1, keepdim=True) / 7).clamp(min=1e-12)
+        codes.append(((chunk / scale).round() + 8).to(torch.uint8))
+        scales.append(scale[..., 0])
+    scale = torch.cat(scales)
+    return Quantized(pack(torch.cat(codes).flatten(1)).reshape(*scale.shape, 16), scale.numpy(), None, 4)
+
+
+QUANTIZER = Quantizer(quantize, bits=4, row_error=0.2)
+'''
+
+
+def test_adding_an_onnx_precision_costs_one_line_and_one_file(copied: Path, tmp_path: Path) -> None:
+    table = copied / "runtime" / "artifact_types.py"
+    line = '    "plain4": ArtifactType(5.5, 7, kl=9, blocks="symmetric", head="int8"),\n'
+    text = table.read_text(encoding="utf-8")
+    before = "ONNX_TYPES = {\n"
+    assert before in text
+    table.write_text(text.replace(before, before + line), encoding="utf-8")
+    (copied / "export" / "quantizers" / "symmetric.py").write_text(QUANTIZER, encoding="utf-8")
+    out = tmp_path / "bundle"
+    done = call(["export", "random:llama", "--onnx", "plain4", "--out", out, "--runs", tmp_path / "r"], copied.parent)
+    assert done.returncode == 0, done.stderr
+    (artifact,) = json.loads((out / "manifest.json").read_text())["artifacts"]
+    assert artifact["type"] == "plain4"
+    (file,) = out.glob("onnx/**/model.onnx")
+    graph = onnx.load(str(file), load_external_data=False).graph
+    names = {tensor.name.rpartition("_")[2] for tensor in graph.initializer if "_proj" in tensor.name}
+    assert {"Q4", "scales"} <= names and "points" not in names

@@ -10,7 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from compress.data.checks import agrees, final_choice, final_number, final_text
+from compress.data.checks import CHECKS, Truth
+from compress.data.final_answers import final_choice, final_number, final_text
 from compress.data.sandbox import code_in, passes
 
 
@@ -98,6 +99,12 @@ def test_final_text() -> None:
     )
     assert final_text("state-of-the-art") != final_text("state of the art")
     assert final_text("?!") == "?!" and final_text(" ") is None
+
+
+def agrees(check: str, text: str, gold: str, marker: str | None = None, answer: str = "") -> bool | None:
+    """The check's verdict; None where gold has nothing to compare with."""
+    found, truth = CHECKS.get(check).model_validate({}), Truth(gold, answer, marker=marker)
+    return found.agrees(text, truth) if found.comparable(truth) else None
 
 
 def test_agrees() -> None:

@@ -1,4 +1,4 @@
-"""Whether a rewrite reaches the same final answer as gold: a number, a choice letter, or a text.
+"""The final answer of a text: a number, a choice letter, or a text.
 
 The final answer is taken from the last `\\boxed{…}`; else from after the last `####` (GSM8K); else from after the last
 "answer is", "answer:" or the recipe's own marker; else, for numbers, it is the last number in the text.
@@ -7,7 +7,6 @@ The final answer is taken from the last `\\boxed{…}`; else from after the last
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 
 _ANSWER = r"\banswer\s*(?:is|:)"
@@ -25,21 +24,6 @@ _UNIT = re.compile(
 _LETTER = r"[A-J]"
 _CHOICE_FIRST = re.compile(rf"\s*(?:\\text)?[\s:*({{\[]*(?:option|choice)?\s*\(?({_LETTER})(?![\w'’])", re.IGNORECASE)
 _CHOICE_ANYWHERE = re.compile(rf"\(({_LETTER})\)|\b(?:option|choice)\s+\(?({_LETTER})\b")
-
-
-def agrees(check: str, text: str, gold: str, marker: str | None = None, answer: str = "") -> bool | None:
-    """Whether the final answer of `text` equals that of `gold`, or `answer` if given.
-
-    None if gold itself has no final answer of this kind, so there is nothing to compare with.
-    """
-    find = FINDERS[check]
-    if not answer:
-        expected = find(gold, marker)
-    elif check == "number":
-        expected = stated_number(answer)
-    else:
-        expected = find(answer, None)
-    return None if expected is None else find(text, marker) == expected
 
 
 def final_number(text: str, marker: str | None = None) -> Fraction | None:
@@ -88,13 +72,6 @@ def final_text(text: str, marker: str | None = None) -> str | None:
     words = (text if place is None else place).casefold().split()
     normal = " ".join(word for word in (word.strip(".,;:!?\"'`*()[]{}$") or word for word in words))
     return normal or None
-
-
-FINDERS: dict[str, Callable[[str, str | None], object | None]] = {
-    "number": final_number,
-    "choice": final_choice,
-    "exact": final_text,
-}
 
 
 def located(text: str, marker: str | None = None) -> str | None:
