@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from ..core.units import duration, megabytes
-from ..kv.settings import HeadSettings
 from ..pipeline.inspection import (
     AdapterInfo,
     BundleInfo,
@@ -116,7 +115,7 @@ def _bundle(found: BundleInfo) -> Rows:
         ("depths", _listed(found.depths)),
     ]
     if found.retaining is not None:
-        used = _listed(f"{name} {getattr(found.retaining, name)}" for name in HeadSettings.model_fields)
+        used = _listed(f"{name} {value}" for name, value in found.retaining.numbers().items())
         rows.append(("retaining heads", f"{found.retaining.path}, width {found.retaining.width}; {used}"))
     for family in found.families:
         size = f"{megabytes(family.bytes)} ({megabytes(family.bytes_without_links)} without links)"

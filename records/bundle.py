@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from ..kv.settings import HeadSettings
 from .record import Entry, Record
 
 
@@ -47,18 +48,25 @@ class FamilyEntry(Entry):
     bytes_without_links: int  # as after copying with a tool that does not keep links
 
 
-class RetainingEntry(Entry):
-    """Retaining heads, and how they were meant to be used (`kv.settings`)."""
+class HeadFiles(Entry):
+    """Where a bundle holds its retaining heads."""
 
     path: str  # within the bundle: the heads as safetensors
     gguf: str  # the same as a GGUF beside a model's
     width: int
-    budget: int
-    chunk: int
-    stabilizers: int
-    local: int
-    pool: int
-    sinks: int
+
+
+class RetainingEntry(HeadSettings, HeadFiles):
+    """Retaining heads, and how they were meant to be used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_setting_is_given(cls, values: object) -> object:
+        """A recipe may leave settings out, a bundle may not: its heads were trained for one value of each."""
+        missing = [name for name in HeadSettings.model_fields if isinstance(values, dict) and name not in values]
+        if missing:
+            raise ValueError(f"retaining lacks {', '.join(missing)}")
+        return values
 
 
 class FileEntry(Entry):

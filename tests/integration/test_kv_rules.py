@@ -216,7 +216,11 @@ def test_settings_of_heads_are_the_same_file_as_ever(tmp_path):
 
 
 def test_defaults_and_names_stand_alike():
-    assert [*RetainingEntry.model_fields][3:] == [*HeadSettings.model_fields]
+    written = {"path": "p", "gguf": "g", "width": 3, **HeadSettings(budget=77).numbers()}
+    assert json.dumps(RetainingEntry.model_validate(written).model_dump()) == json.dumps(written)
+    for name in HeadSettings.model_fields:
+        with pytest.raises(ValidationError, match=f"retaining lacks {name}"):
+            RetainingEntry.model_validate({key: value for key, value in written.items() if key != name})
     bare, made_for = KvBudget(None), HeadSettings()
     assert [getattr(bare, n) for n in ("chunk", "stabilizers", "local")] == [
         getattr(made_for, n) for n in ("chunk", "stabilizers", "local")

@@ -16,14 +16,13 @@ ROOT = Path(str(compress.__file__)).parent
 NO_CODE = {"tests", "benchmarks", "docs", "build", "runs", "dist", "node_modules"}
 FOREIGN = {"optimum.commands.register": "cli/optimum"}  # a namespace of another package to which we add a file
 # Rooms from the ground up: each may import from those before it. Stages stand side by side.
-GROUND = ("core", "records", "kv", "modeling", "runtime", "data", "training")
+GROUND = ("core", "kv", "records", "modeling", "runtime", "data", "training")
 STAGES = ("prune", "distill", "merge", "sort", "retain", "export", "evaluation")
 TOP = ("pipeline", "api", "cli", "__main__")
 MAY_IMPORT = {
     **{room: set(GROUND[:number]) for number, room in enumerate(GROUND)},
     **{stage: set(GROUND) for stage in STAGES},
     **{room: {*GROUND, *STAGES, "recipes", *TOP[:number]} for number, room in enumerate(TOP)},
-    "kv": {"core"},
     # Runs where torch is not installed: of modeling it takes what a configuration says, which needs none.
     "runtime": {"core", "records", "kv", "modeling.families", "modeling.shape"},
     "recipes": set(),
