@@ -162,7 +162,6 @@ data:
 """
 WITH_A_WRITER = """
 import json, sys
-from contextlib import contextmanager
 from pathlib import Path
 
 from compress.api import Recipe, load_model
@@ -198,6 +197,7 @@ file = Path(sys.argv[1])
 data = Recipe.load(str(file)).recipe.data
 base = load_model("random:llama").folder
 out = file.parent / "out"
+out.mkdir()
 run(data, Inputs(base, base), out, Context(recipe_dir=file.parent))
 print(json.dumps({
     "why": {row.id: row.why for row in read_rows(out)},
