@@ -313,7 +313,7 @@ def _depth(
     prompt = max(min(tokens, 512), 16)
     with errors.status("measuring depths"):
         memory = None if memory_mb is None else int(memory_mb * 1e6)
-        found = choose_depth(
+        choice = choose_depth(
             bundle,
             engine,
             kind,
@@ -326,9 +326,10 @@ def _depth(
             kv=kv,
         )
     errors.print(
-        f"depth {found.depth}: {found.latency_ms:.1f} ms per token, {found.peak_memory_bytes / 1e6:.0f} MB", style="dim"
+        f"depth {choice.depth}: {choice.latency_ms:.1f} ms per token, {choice.peak_memory_bytes / 1e6:.0f} MB",
+        style="dim",
     )
-    return found.depth, found.depth
+    return choice.depth, choice.depth
 
 
 def _exits(text: str | None, session: Session) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Where the command line prints: results on standard output, all else on standard error."""
+"""The command line's output: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# Paths and model names are printed as they are: [brackets] are no markup there, and :llama: is no emoji.
+# Paths and model names are printed verbatim: no markup in [brackets], no emoji for :llama:.
 console = Console(soft_wrap=True, markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 

@@ -83,7 +83,7 @@ def _gguf(found: GgufInfo) -> Rows:
 
 
 def _part(found: GgufInfo) -> Rows:
-    """Of a model in several files: which of them this is, and what they are together."""
+    """For a model in several files: which part this is, and the size of all."""
     if found.parts == 1:
         return []
     if found.part > 1:

@@ -58,7 +58,7 @@ class KvOptions:
     kv_evict_decoding: EvictDecodingOption = False
 
     def budget(self, bundle: Path) -> KvBudget | None:
-        """The KV budget they describe; None without --kv-budget. `UserError` where the others are given without it."""
+        """The KV budget they describe; None without --kv-budget. `UserError` for the other options without it."""
         how = {
             "chunk": self.kv_chunk,
             "stabilizers": self.kv_stabilizers,

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that help and a finished run cost nothing."""
+"""The command line. Commands import heavy libraries when they run, so that help and finished runs start quickly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 
 class _Commands(TyperGroup):
-    """typer ends the process on Ctrl-C without a word, or with code 1, depending on its version; we say what to do."""
+    """On Ctrl-C, say what to do; typer exits silently or with code 1, depending on its version."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -70,19 +70,19 @@ def _refuse(error: UserError, arguments: list[str]) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None, name: str = "compress") -> None:
-    """Entry point: exit code 2 with one message for what the user can mend, 130 for Ctrl-C.
+    """Entry point: exit code 2 with one message for what the user can fix, 130 for Ctrl-C.
 
     `arguments` are the process's own if not given; `name` is what help calls the command.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # On CPUs with AVX-512 BF16 bitsandbytes says, when it is imported, that a package of faster kernels is missing.
+    # On CPUs with AVX-512 BF16, importing bitsandbytes logs that a package of faster kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # A file's name may have bytes that are no text, and must print all the same.
+    # File names may have bytes that are not UTF-8, and must still be printable.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(arguments, prog_name=name)  # exits by itself; misused options and commands are explained with code 2
+        app(arguments, prog_name=name)  # exits by itself, with code 2 for wrong options and commands
     except UserError as error:
         _refuse(error, arguments)
     except (Stopped, KeyboardInterrupt):

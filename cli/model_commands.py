@@ -129,11 +129,11 @@ def inspect(
     from .. import api
     from .inspect_table import inspection_table
 
-    found = api.inspect(path)
+    inspection = api.inspect(path)
     if as_json:
-        print_json(found)
+        print_json(inspection)
     else:
-        console.print(inspection_table(found))
+        console.print(inspection_table(inspection))
 
 
 def _split(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Progress for people: bars on a terminal, plain lines in a log."""
+"""Progress display: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.progress import Progress as Bars
 
 from ..core.stage import Advance, Progress
 
-LOG_EVERY = 20.0  # seconds between lines of one bar where there is no terminal
+LOG_EVERY = 20.0  # seconds between lines of one bar without a terminal
 
 
 class ConsoleProgress(Progress):
-    """Draws bars where the console is a terminal, and prints a line now and then where it is not."""
+    """Draws bars on a terminal; elsewhere prints a line from time to time."""
 
     def __init__(self, console: Console):
         self.console = console

@@ -80,7 +80,7 @@ def schema(
         str, typer.Argument(help="recipe, report, or a command that has --json: plan, validate, inspect, eval …")
     ] = "recipe",
 ) -> None:
-    """Print a JSON schema: of recipes, for editors that complete and check YAML, or of what commands print as JSON."""
+    """Print a JSON schema: of recipes, for editors that complete and check YAML, or of a command's JSON output."""
     from ..pipeline.outputs import output_schema
 
     print(json.dumps(output_schema(name), indent=2))
@@ -90,11 +90,11 @@ def recipes(as_json: JsonOption = False) -> None:
     """List the recipes that come with the package."""
     from ..pipeline.outputs import shipped_recipes
 
-    found = shipped_recipes()
+    listed = shipped_recipes()
     if as_json:
-        print_json(found)
+        print_json(listed)
         return
-    for recipe in found:
+    for recipe in listed:
         console.print(f"{recipe.name:24} {recipe.summary}", highlight=False)
 
 
@@ -118,13 +118,13 @@ def plan(
     from ..pipeline.outputs import plan_output
     from ..pipeline.plan import show_plan
 
-    found = api.plan(
+    estimates = api.plan(
         recipe, set=overrides or [], device=on, memory=memory, dtype=dtype, runs=runs, shards=shards, cards=cards
     )
     if as_json:
-        print_json(plan_output(found))
+        print_json(plan_output(estimates))
     else:
-        show_plan(found, console)
+        show_plan(estimates, console)
 
 
 def report(run_folder: Annotated[Path, typer.Argument(help="A folder such as runs/NAME.")]) -> None:

@@ -58,11 +58,11 @@ def serve(
                 run(session, listening, depth=depth, api_key=api_key)
         except KeyboardInterrupt:  # uvicorn raises it again once every connection is closed
             pass
-        errors.print("stopped")  # also where a shell has SIGINT ignored, and nothing is raised
+        errors.print("stopped")  # also if a shell ignores SIGINT, and nothing is raised
 
 
 def _warn(api_key: str | None) -> None:
-    who = "who has the key" if api_key else "anyone, without a key (--api-key)"
+    who = "anyone with the key" if api_key else "anyone, without a key (--api-key)"
     errors.print(f"warning: other machines reach this server, and {who} may use it", style="yellow")
 
 

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, the stage contract, files. No torch."""
+"""The foundation of all other packages: errors, the stage contract, files. No torch."""

@@ -1,4 +1,4 @@
-"""Where a folder keeps its chat templates: the places they have stood in over the years, read in one way. No torch."""
+"""Reads a checkpoint's chat templates from all the places that libraries have stored them in. No torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """A checkpoint's chat templates by name, `default` first; empty where it has none.
+    """A checkpoint's chat templates by name, `default` first; empty if it has none.
 
-    They stand in chat_template.jinja and additional_chat_templates/, or (older) in chat_template.json or under
-    `chat_template` of tokenizer_config.json, as a text or as a list by name. Raises `UserError` for damaged ones.
+    They are in chat_template.jinja and additional_chat_templates/, or (older) in chat_template.json or under
+    `chat_template` in tokenizer_config.json, as a text or as a list with names. Raises `UserError` for damaged ones.
     """
     if (folder / TEMPLATE).is_file():
-        found = {"default": read_text(folder / TEMPLATE)}
+        templates = {"default": read_text(folder / TEMPLATE)}
         more = folder / MORE_TEMPLATES
         named = sorted(file for file in more.iterdir() if file.suffix == ".jinja") if more.is_dir() else []
-        return found | {file.stem: read_text(file) for file in named}
+        return templates | {file.stem: read_text(file) for file in named}
     for name in (OLD_TEMPLATE, TOKENIZER_CONFIG):
         value = read_json_if_there(folder / name).get("chat_template")
         if value is not None:
@@ -38,20 +38,20 @@ def _named(value: object, where: Path) -> dict[str, str]:
     if isinstance(value, list):
         entries = [entry for entry in value if isinstance(entry, dict) and "name" in entry]
         value = {str(entry.get("name")): entry.get("template") for entry in entries}
-    found = (
+    templates = (
         {str(name): text for name, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}
     )
-    if not isinstance(value, dict) or not found or len(found) < len(value):
+    if not isinstance(value, dict) or not templates or len(templates) < len(value):
         raise UserError(f"{where}: chat_template is neither a text nor a list of {{name, template}}")
-    for name in found:
+    for name in templates:
         if not name or "/" in name or "\\" in name or name.startswith("."):
             raise UserError(f"{where}: a chat template is called {name!r}, which cannot be a file's name")
-    if "default" not in found:
+    if "default" not in templates:
         raise UserError(
-            f"{where}: there are chat templates called {', '.join(sorted(found))} and none called default; name the "
-            "one that is meant so"
+            f"{where}: there are chat templates called {', '.join(sorted(templates))} and none called default; rename "
+            "one of them to default"
         )
-    return {"default": found["default"]} | found
+    return {"default": templates["default"]} | templates
 
 
 def template_files(templates: Mapping[str, str]) -> dict[str, str]:

@@ -1,11 +1,11 @@
 """A stage's cost, estimated from configuration alone: the contract of every stage's `cost.py`. No torch.
 
-`<area>/cost.py` has a `COST: StageCost`, whose functions are given the stage's section and the `Setting` that the
-stages before it leave. `compress plan` goes through a recipe's stages in order and adds up their estimates.
-Constants that a stage's code and its costs share stand in its `cost.py`, and the code takes them from there.
+`<area>/cost.py` has a `COST: StageCost`, whose functions take the stage's section and the `Setting` left by the stages
+before it. `compress plan` goes through a recipe's stages in order and adds up their estimates. Constants that a stage's
+code and its costs share are in its `cost.py`, from where the code imports them.
 
-On a CPU memory is the resident set, as a run measures it: weights of a safetensors file count once they were touched,
-because the file is mapped; so does any other mapped file. On CUDA it is what torch allocates, and the context.
+On a CPU, memory means the resident set, as a run measures it: pages of memory-mapped files, weights included, count
+once they have been touched. On CUDA it means torch's allocations plus the context.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Parts = dict[str, int]  # of PARTS, in bytes
 
 @dataclass(frozen=True)
 class RowCounts:
-    """The rows a data stage leaves, if every row is as long as it may be."""
+    """The rows of a data stage, if every row has the maximum length."""
 
     tokens: int  # of all rows, training and held out
     heldout: float  # share of them that is held out
@@ -38,20 +38,20 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Setting:
-    """The model as a stage finds it, how its weights are held, and what the stages before have left."""
+    """The model that a stage receives, how its weights are held, and what earlier stages produced."""
 
     shape: Geometry  # of the unpruned model
-    kept: int  # blocks that the model has by now
+    kept: int  # blocks that the model has at this stage
     dtype: str
     cuda: bool = False
-    shards: int = 1  # processes that full tuning is spread over; memory is that of one
-    room: int | None = None  # bytes of memory that there are, if that is known
+    shards: int = 1  # processes that full tuning is sharded over; memory is per process
+    room: int | None = None  # available memory in bytes, if known
     exact: bool = True  # whether `kept` is known; else it is an upper bound
-    rows: RowCounts | None = None  # of the data stage, where their number is known
+    rows: RowCounts | None = None  # of the data stage, if their number is known
     recovered: bool = False  # whether training has changed every linear layer
     variants: int = 1  # students, to be merged
-    depths: tuple[int, ...] = ()  # that the model was sorted for
-    measured: tuple[int, ...] = ()  # blocks of each checkpoint that an evaluation measures
+    depths: tuple[int, ...] = ()  # depths of a sorted model
+    measured: tuple[int, ...] = ()  # number of blocks of each checkpoint that an evaluation measures
     artifacts: tuple[tuple[str, int], ...] = ()  # type and blocks of each exported file
 
     @property
@@ -66,15 +66,15 @@ class Setting:
 
     @property
     def small(self) -> int:
-        """Bytes of the model as it is by now."""
+        """Bytes of the model at this stage."""
         return self.shape.parameters(self.kept) * self.size
 
     def runtime(self, size: float) -> int:
-        """What a process holds without a model: `size` bytes; beside a card its context is meant."""
+        """Memory of a process without a model: `size` bytes on a CPU; on a GPU that of its context."""
         return int(CUDA_CONTEXT if self.cuda else size)
 
     def check_depths(self, key: str, depths: list[int]) -> None:
-        """`UserError` unless the depths that the recipe's `key` names end with all blocks there are, if that is
+        """`UserError` unless the depths under the recipe's `key` end with the model's number of blocks, if that is
         known."""
         if self.exact:
             check_deepest(key, depths, self.kept, "the pruned model" if self.kept < self.shape.blocks else "the model")
@@ -82,27 +82,27 @@ class Setting:
 
 @dataclass(frozen=True)
 class Need:
-    """One stage's memory, part by part at the worst moment; the disk it fills; and a word on it."""
+    """One stage's peak memory by part, its disk space, and a note."""
 
     parts: Parts
-    disk: int = 0  # bytes that it leaves
+    disk: int = 0  # bytes that remain on disk
     note: str = ""
-    scratch: int = 0  # bytes on disk while it works
-    host: int = 0  # of a stage on a GPU: bytes of the machine's own memory
+    scratch: int = 0  # temporary bytes on disk
+    host: int = 0  # bytes of host memory, for a stage on a GPU
 
     @property
     def peak(self) -> int:
-        """What a run will show."""
+        """The peak that a run will measure, in bytes."""
         return sum(self.parts.values())
 
     @property
     def needed(self) -> int:
-        """What there has to be: pages of a mapped scratch file are given back when memory is short."""
+        """The bytes that must be available; pages of a mapped scratch file can be evicted, so they do not count."""
         return self.peak - self.parts.get("mapped", 0)
 
 
 def worst(*moments: Parts) -> Parts:
-    """The moment that holds most, its parts in order and without empty ones."""
+    """The moment with the most memory, its parts in order, without empty ones."""
     most = max(moments, key=lambda parts: sum(parts.values()))
     return {name: int(most[name]) for name in PARTS if most.get(name)}
 
@@ -125,18 +125,20 @@ def _all_cards(_config: object, cards: int) -> int:
 
 @dataclass(frozen=True)
 class StageCost(Generic[C]):
-    """What a stage says of itself, from its section of type C and the setting it finds. `UserError` where a section
-    does not fit the model."""
+    """A stage's estimates, from its section of type C and its setting. `UserError` if a section does not fit the
+    model."""
 
     need: Callable[[C, Setting], Need]
-    work: Callable[[C, Setting], Work | None]  # None where it cannot be told from the recipe
-    leaves: Callable[[C, Setting], Setting] = _leaves_all_as_it_is  # the setting that the next stage finds
-    changes: Callable[[C, Setting], Iterable[Overrides]] = _no_changes  # that need less memory, cheapest first
-    cards: Callable[[C, int], int] = _all_cards  # of so many, those that share the work, if the stage is parallel
+    work: Callable[[C, Setting], Work | None]  # None if the recipe does not determine it
+    leaves: Callable[[C, Setting], Setting] = _leaves_all_as_it_is  # the next stage's setting
+    changes: Callable[[C, Setting], Iterable[Overrides]] = (
+        _no_changes  # overrides that need less memory, cheapest first
+    )
+    cards: Callable[[C, int], int] = _all_cards  # how many of the given cards a parallel stage can use
 
 
 def halves(value: int, least: int) -> Iterable[int]:
-    """A half of the value, a quarter …, down to `least`."""
+    """A half of the value, a quarter, and so on, down to `least`."""
     while value // 2 >= least:
         value //= 2
         yield value

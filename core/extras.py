@@ -38,7 +38,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
 }
 FULL = tuple(EXTRAS["full"])
-REPORT = ("matplotlib", "pyarrow")  # what drawing a run's report takes
+REPORT = ("matplotlib", "pyarrow")  # needed to draw a run's report
 
 
 def install(extra: str) -> str:
@@ -47,7 +47,7 @@ def install(extra: str) -> str:
 
 
 def need(what: str, *modules: str) -> None:
-    """Check, importing nothing, that libraries are installed; `what` needs them, such as "compress run".
+    """Check, without importing them, that the libraries which `what` (such as "compress run") needs are installed.
 
     Raises `UserError` for the first that is missing.
     """
@@ -57,7 +57,7 @@ def need(what: str, *modules: str) -> None:
 
 
 def package_folder(what: str, module: str) -> Path:
-    """Where a library's files lie, without importing it; `UserError` where it is missing."""
+    """The folder of a library, found without importing it; `UserError` if it is missing."""
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(what, module)
@@ -65,19 +65,19 @@ def package_folder(what: str, module: str) -> Path:
 
 
 def load_library(what: str, module: str) -> ModuleType:
-    """Import a library; `UserError` where it is missing or cannot be imported."""
+    """Import a library; `UserError` if it is missing or cannot be imported."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (known := missing(what, error)) is not None:
             raise known from error
         raise UserError(f"{what} needs {_distribution(module)}, which cannot be imported: {error}") from error
-    except Exception as error:  # a build for another torch or another device fails in ways of its own
+    except Exception as error:  # a build for another torch or device can raise anything
         raise UserError(f"{what} needs {_distribution(module)}, which cannot be imported: {error}") from error
 
 
 def missing(what: str, error: ModuleNotFoundError) -> UserError | None:
-    """The message for an import that failed in `what`; None where no extra has that library."""
+    """The message for an import that failed in `what`; None if no extra has that library."""
     module = (error.name or "").partition(".")[0]
     return _missing(what, module) if any(module in names for names in EXTRAS.values()) else None
 

@@ -1,4 +1,4 @@
-"""A decoder's shape, and what follows from it alone: how many weights, how large a cache. No torch."""
+"""A decoder's shape, and the numbers of weights and cache entries that follow from it. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Geometry:
     head_size: int
     vocab: int
     tied: bool
-    positions: int = 1 << 30  # that the model was trained for; no limit where the configuration has none
+    positions: int = 1 << 30  # trained context length; no limit if the configuration has none
 
     @property
     def block_parameters(self) -> int:
@@ -27,16 +27,16 @@ class Geometry:
 
     @property
     def block_products(self) -> int:
-        """Weights of one block that take part in matrix products: all but the norms."""
+        """Weights of one block in matrix products: all but the norms."""
         return self.block_parameters - 2 * self.hidden
 
     def parameters(self, blocks: int) -> int:
-        """Weights of the model with so many blocks."""
+        """Weights of the model with `blocks` blocks."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return blocks * self.block_parameters + embeddings + self.hidden
 
     def kv_bytes(self, tokens: int, size: int, blocks: int | None = None) -> int:
-        """Of keys and values of `size` bytes a number; in all blocks, unless it is said in how many."""
+        """Bytes of one token's keys and values, at `size` bytes per number, in `blocks` blocks (all if None)."""
         return 2 * (self.blocks if blocks is None else blocks) * self.kv_heads * self.head_size * tokens * size
 
     @property
@@ -46,5 +46,5 @@ class Geometry:
 
     @property
     def state(self) -> int:
-        """Numbers of one token's largest moment inside a block: its stream, and what the MLP holds."""
+        """The most numbers held for one token inside a block: its stream, and the MLP's activations."""
         return 4 * self.hidden + 3 * self.intermediate

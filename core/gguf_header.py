@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, and where its tensors lie: enough to know what it is before anything opens it."""
+"""Reads a GGUF file's metadata and the places of its tensors, before any runtime opens it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor of a GGUF file as its header has it."""
+    """A tensor's entry in a GGUF header."""
 
     file: Path
-    kind: int  # ggml's number of its type
-    shape: tuple[int, ...]  # rows first, as numpy has it
+    kind: int  # ggml's type number
+    shape: tuple[int, ...]  # rows first, as in numpy
     offset: int  # from the beginning of the file
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Every metadata value by key; an array by its length alone. `UserError` for what is not a whole GGUF header."""
+    """All metadata values by key; an array is given by its length. `UserError` for an incomplete or invalid header."""
     return _read(path, tensors=False, arrays=False)[0]
 
 
@@ -42,22 +42,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, TensorPlace]:
-    """Where the tensors of a GGUF file lie, in its order.
+    """The places of a GGUF file's tensors, in its order.
 
-    `UserError` for what is not a whole header, ends before the last tensor begins, or names a tensor twice.
+    `UserError` for an incomplete or invalid header, a file that ends before its last tensor begins, and a tensor that
+    is named twice.
     """
     return _read(path, tensors=True, arrays=False)[1]
 
 
 def read_tensor_names(path: Path) -> list[str]:
-    """The names of a GGUF file's tensors, in order; errors as `read_tensors`."""
+    """The names of a GGUF file's tensors, in order. Raises as `read_tensors` does."""
     return list(read_tensors(path))
 
 
 def split_files(path: Path) -> list[Path]:
-    """The files of a model that is cut into several, from the first of them; the file alone where it is whole.
+    """All files of a split model, given the first; for an unsplit model only the file itself.
 
-    `UserError` for a part that is not the first, and where one is missing.
+    `UserError` for a part that is not the first, and for a missing part.
     """
     header = read_header(path)
     count = header.get("split.count", 1)
@@ -90,8 +91,8 @@ def _read(path: Path, *, tensors: bool, arrays: bool) -> tuple[dict[str, Any], d
             values = dict(_pair(file, arrays) for _ in range(count))
             if not tensors:
                 return values, {}
-            found = [_tensor(file) for _ in range(number)]
-            names = [name for name, *_ in found]
+            entries = [_tensor(file) for _ in range(number)]
+            names = [name for name, *_ in entries]
             twice = (
                 next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
             )
@@ -101,9 +102,10 @@ def _read(path: Path, *, tensors: bool, arrays: bool) -> tuple[dict[str, Any], d
             if not isinstance(alignment, int) or alignment < 1:
                 raise ValueError("the alignment is no number above 0")
             start = -(-file.tell() // alignment) * alignment
-            if found and start + max(offset for *_, offset in found) >= path.stat().st_size:
+            if entries and start + max(offset for *_, offset in entries) >= path.stat().st_size:
                 raise ValueError("the file ends before its last tensor")
-            return values, {name: TensorPlace(path, kind, shape, start + at) for name, shape, kind, at in found}
+            places = {name: TensorPlace(path, ggml_type, shape, start + at) for name, shape, ggml_type, at in entries}
+            return values, places
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
     except OSError as error:
@@ -116,8 +118,8 @@ def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     dimensions = struct.unpack("<I", _take(file, 4))[0]
     if dimensions > 4:
         raise ValueError("a tensor has more than four dimensions")
-    *sizes, kind, offset = struct.unpack(f"<{dimensions}QIQ", _take(file, 8 * dimensions + 4 + 8))
-    return name, tuple(reversed(sizes)), kind, offset
+    *sizes, ggml_type, offset = struct.unpack(f"<{dimensions}QIQ", _take(file, 8 * dimensions + 4 + 8))
+    return name, tuple(reversed(sizes)), ggml_type, offset
 
 
 def _take(file: BinaryIO, count: int) -> bytes:

@@ -33,15 +33,15 @@ from .suggest import did_you_mean
 
 
 class Method(Section):
-    """What a folder's base class derives from: one way to do something, and its options."""
+    """Base of the folders' base classes: a named method with its options as fields."""
 
     kind: str  # each method narrows it to its own name: Literal["asft"] = "asft"
 
 
 M = TypeVar("M", bound=Method)
-UNUSABLE = "unusable_method"  # type of pydantic's error for a method that is there and cannot be used
-_PACKAGES: dict[type, tuple[str, str]] = {}  # the package and version that added a method
-_installed = cache(entry_points)  # of all groups: to read them takes a tenth of a second
+UNUSABLE = "unusable_method"  # pydantic's error type for a method that exists but cannot be used
+_PACKAGES: dict[type, tuple[str, str]] = {}  # method → the package that added it, and its version
+_installed = cache(entry_points)  # of all groups; cached, because reading them takes a tenth of a second
 
 
 def named(value: object) -> Any:
@@ -52,13 +52,13 @@ def named(value: object) -> Any:
 class Registry(Generic[M]):
     """The methods in a package's folder and in the entry points of a group.
 
-    `base` is the class they derive from, `noun` what messages call one. Lists begin with the names in `first`, in that
-    order; all others follow alphabetically.
+    `base` is the class they derive from, `noun` the word for one in messages. Lists begin with the names in `first`, in
+    that order; the others follow alphabetically.
     """
 
     def __init__(self, package: str, base: type[M], group: str, noun: str, first: Sequence[str] = ()):
         self._package, self._base, self._group, self._noun, self._first = package, base, group, noun, first
-        self.unusable: dict[str, str] = {}  # why, by name; complete once `methods` was read
+        self.unusable: dict[str, str] = {}  # name → reason; complete once `methods` was read
 
     @property
     def names(self) -> list[str]:
@@ -68,24 +68,24 @@ class Registry(Generic[M]):
     @cached_property
     def methods(self) -> dict[str, type[M]]:
         """Every method by its name."""
-        found: dict[str, type[M]] = {}
+        methods: dict[str, type[M]] = {}
         for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
-            found[module.name] = self._of_module(f"{self._package}.{module.name}", module.name)
+            methods[module.name] = self._of_module(f"{self._package}.{module.name}", module.name)
         points = _installed().select(group=self._group)
         for point in sorted(points, key=lambda point: (point.name, *_origin(point))):
-            if point.name in found or point.name in self.unusable:
-                other = " ".join(_PACKAGES.get(found.pop(point.name, Method), ("compress",)))
+            if point.name in methods or point.name in self.unusable:
+                other = " ".join(_PACKAGES.get(methods.pop(point.name, Method), ("compress",)))
                 self.unusable[point.name] = (
                     f"the {self._noun} {point.name!r} is in two packages, {other} and {' '.join(_origin(point))}; "
                     "uninstall one of them"
                 )
             elif (method := self._of_entry_point(point)) is not None:
-                found[point.name] = method
+                methods[point.name] = method
         order = {name: number for number, name in enumerate(self._first)}
-        return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+        return dict(sorted(methods.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
     def get(self, name: str) -> type[M]:
-        """The method of that name. Raises `UserError` where there is none, or where it cannot be used."""
+        """The method of that name. Raises `UserError` if there is none, or it cannot be used."""
         if name in self.methods:
             return self.methods[name]
         if name in self.unusable:
@@ -117,13 +117,13 @@ class Registry(Generic[M]):
         raise TypeError(f"{module} has no {self._base.__name__} whose kind is {name!r}")
 
     def _of_entry_point(self, point: EntryPoint) -> type[M] | None:
-        """The class it names; None, with the reason noted, where a foreign package is broken."""
+        """The class that an entry point names; None, with the reason noted, if its package is broken."""
         try:
             method: Any = point.load()
             if not self._is_method(method, point.name):
                 raise TypeError(f"{point.value} is no {self._base.__name__} whose kind is {point.name!r}")
             method.model_rebuild()
-        except (Exception, SystemExit) as error:  # whatever a module of others does when it is imported
+        except (Exception, SystemExit) as error:  # importing a foreign module can raise anything
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             package = " ".join(_origin(point))
             self.unusable[point.name] = f"the {self._noun} {point.name!r} of the package {package} is broken: {why}"
@@ -134,24 +134,24 @@ class Registry(Generic[M]):
     def _is_method(self, value: object, name: str) -> bool:
         if not (isinstance(value, type) and issubclass(value, self._base)):
             return False
-        kind = value.model_fields["kind"]
-        return get_args(kind.annotation) == (name,) and kind.default == name
+        field = value.model_fields["kind"]
+        return get_args(field.annotation) == (name,) and field.default == name
 
 
 def packages(value: object) -> dict[str, str]:
-    """The packages that added the methods which a section of a recipe uses, with their versions."""
-    found: dict[str, str] = {}
+    """The packages, with versions, whose methods a section of a recipe uses."""
+    versions: dict[str, str] = {}
     if isinstance(value, BaseModel):
         used = [type(value), *(value.methods() if isinstance(value, Section) else [])]
-        found |= dict(_PACKAGES[method] for method in used if method in _PACKAGES)
+        versions |= dict(_PACKAGES[method] for method in used if method in _PACKAGES)
         value = [getattr(value, name) for name in type(value).model_fields]
     elif isinstance(value, dict):
         value = list(value.values())
     for part in value if isinstance(value, (list, tuple)) else ():
-        found |= packages(part)
-    return found
+        versions |= packages(part)
+    return versions
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
-    """Name and version of the package that an entry point is of."""
+    """Name and version of an entry point's package."""
     return (point.dist.name, point.dist.version) if point.dist is not None else (point.module, "")

@@ -10,15 +10,14 @@ when the meaning of its output changes; `cost.py` estimates its cost (core/cost.
                                                            (base: the unpruned model's checkpoint folder)
     run(config, inputs, out_dir, context) -> metrics       reads folders, writes one folder
 
-A stage knows nothing of the pipeline. `out_dir` exists when `run` is called; after a kill the same folder is handed
-over again with what had been written, so long stages resume from it. `out_dir/.work/` is for resumable state and is
-deleted on completion; all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an
-interrupted run ends with the same bytes as an uninterrupted one. A stage that makes a model leaves it, as a
-checkpoint folder, in `out_dir/model`.
+A stage knows nothing of the pipeline. `out_dir` exists when `run` is called; after a kill `run` gets the same folder
+with its contents, so long stages resume from it. `out_dir/.work/` is for resumable state and is deleted on completion;
+all else in `out_dir` is the artifact and holds no times and no absolute paths, so that an interrupted run ends with the
+same bytes as an uninterrupted one. A stage that makes a model writes it, as a checkpoint folder, to `out_dir/model`.
 
-A run may be several processes (`Context.group`). A stage that can share its work is called in all of them, with the
-same folder: each does its part, the first one alone writes the artifact and returns the metrics. Any other stage is
-called in the first process only.
+A run may have several processes (`Context.group`). A stage that can share its work is called in all of them, with the
+same folder: each does its part, and rank 0 alone writes the artifact and returns the metrics. Any other stage is called
+on rank 0 only.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def methods(self) -> list[type]:
-        """Classes of methods that the section names in words alone; a package that added one is part of its result."""
+        """Classes of methods that the section only names; packages that added one become part of the fingerprint."""
         return []
 
     def input_files(self) -> list[str]:
@@ -50,11 +49,11 @@ class Section(BaseModel):
         return []
 
     def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
-        """(path of keys in this section, what is wrong) for what does not fit the recipe's sections, by stage."""
+        """(path of keys in this section, problem) for keys that conflict with the recipe's other `sections`."""
         return ()
 
     def beside(self, sections: Mapping[str, Any]) -> Self:
-        """The section with what it takes from the recipe's sections filled in."""
+        """The section, completed with values that it takes from the recipe's other sections."""
         return self
 
 
@@ -63,7 +62,7 @@ class Advance(Protocol):
 
 
 class Progress:
-    """Where a stage reports its progress. This one is silent; the command line passes one that draws."""
+    """Receives a stage's progress. This one is silent; the command line passes one that draws."""
 
     @contextmanager
     def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
@@ -79,28 +78,28 @@ class Progress:
 
 
 class Group:
-    """The processes that run a recipe together. This one is alone; `pipeline/group.py` has the one of several."""
+    """The processes that run a recipe together. Here there is one; `pipeline/group.py` has the class for several."""
 
     rank: int = 0
     world: int = 1
 
     def gather(self, value: object) -> list[Any]:
-        """Every process's value (what JSON can hold), in the order of their ranks. All of them must call it; each
-        waits for the others."""
+        """The values of all processes (JSON values), in order of rank. All of them must call this, and wait for each
+        other."""
         return [value]
 
     def share(self, value: object) -> Any:
-        """The first process's value, for all. All of them must call it."""
+        """Rank 0's value, on all processes. All of them must call this."""
         return self.gather(value if self.rank == 0 else None)[0]
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         self.gather(None)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a stage runs, as opposed to what it does."""
+    """How and where a stage runs, as opposed to what it does."""
 
     seed: int = 0
     device: str = "cpu"
@@ -108,27 +107,26 @@ class Context:
     recipe_dir: Path = field(default_factory=Path.cwd)
     progress: Progress = field(default_factory=Progress)
     group: Group = field(default_factory=Group)
-    shard: bool = False  # spread the weights that are trained over the group
+    shard: bool = False  # shard the trained weights over the group
 
     @property
     def rank(self) -> int:
-        """This process's number among those of the run; 0 writes the artifact."""
+        """This process's rank; 0 writes the artifact."""
         return self.group.rank
 
     @property
     def world(self) -> int:
-        """How many processes the run has."""
+        """The number of processes."""
         return self.group.world
 
     def resolve(self, path: str) -> Path:
-        """A path written in the recipe, taken relative to the recipe's folder."""
-        found = Path(path).expanduser()
-        return found if found.is_absolute() else self.recipe_dir / found
+        """A path from the recipe, relative to the recipe's folder."""
+        return self.recipe_dir / Path(path).expanduser()
 
 
 def check_deepest(key: str, depths: Sequence[int], blocks: int, where: str) -> None:
-    """`UserError` unless the depths that the recipe's `key` names end with all of the blocks that the model `where`
-    names has."""
+    """`UserError` unless the depths under the recipe's `key` end with the number of blocks of the model that `where`
+    names."""
     if depths[-1] != blocks:
         raise UserError(
             f"{key} ends with {depths[-1]}, but {where} has {blocks} blocks; the last depth is the whole model, so "
@@ -141,6 +139,6 @@ class Inputs:
     """The folders a stage reads."""
 
     base: Path  # checkpoint folder of the unpruned model
-    model: Path  # checkpoint folder of the model so far; the base before any stage made one
+    model: Path  # checkpoint folder of the latest model; the base if no stage has made one
     stages: dict[str, Path] = field(default_factory=dict)  # finished earlier stages, by name
     name: str = "model"  # of the unpruned model: a Hub id, or the name of a file or folder without its path

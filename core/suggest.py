@@ -7,9 +7,9 @@ from difflib import SequenceMatcher
 
 
 def similar(name: str, known: Iterable[str], *, least: float = 0.6, given: Collection[str] = ()) -> list[str]:
-    """The known names that are like another, the nearest first; case does not matter.
+    """The known names that are similar to `name`, nearest first; case is ignored.
 
-    `least` is how like, from 0 to 1 (the same). Of two equally near, one that was not `given` as well comes first.
+    `least` is the minimum similarity, from 0 to 1 (equal). Of two equally similar ones, one not in `given` comes first.
     """
     likeness = {each: SequenceMatcher(None, each.lower(), name.lower()).ratio() for each in known}
     near = [each for each in likeness if likeness[each] >= least]
@@ -17,7 +17,7 @@ def similar(name: str, known: Iterable[str], *, least: float = 0.6, given: Colle
 
 
 def nearest(name: str, known: Iterable[str], given: Collection[str] = ()) -> str | None:
-    """The known name that is most like another; None if none is near."""
+    """The most similar known name; None if none is near."""
     return next(iter(similar(name, known, given=given)), None)
 
 

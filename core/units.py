@@ -23,5 +23,5 @@ def percent(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, in minutes where it is a minute or more."""
+    """Seconds, as minutes and seconds from one minute on."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -1,7 +1,7 @@
-"""Operations and bytes read, and how many of both running a model takes. No torch.
+"""The operations, and the bytes read, that running a model takes. No torch.
 
-Counted are the matrix products (2 operations per weight and token) and attention (4 × heads × head size per pair of
-tokens). Decoding has to read all weights for every step.
+Counted are matrix products (2 operations per weight and token) and attention (4 × heads × head size per pair of
+tokens). Decoding reads all weights at every step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from .geometry import Geometry
 
 @dataclass(frozen=True)
 class Work:
-    """Operations, and bytes read again for steps too small to keep the processor busy; on the device, and on the host's
-    processors."""
+    """Operations, and the bytes read in steps limited by memory bandwidth; on the device and on the host CPU."""
 
     flops: float = 0.0
     read: float = 0.0
-    double: float = 0.0  # of it in float64
+    double: float = 0.0  # the part of it in float64
     host_flops: float = 0.0
     host_double: float = 0.0
     host_read: float = 0.0
@@ -33,15 +32,15 @@ class Work:
         return self.flops + self.double + self.host_flops + self.host_double
 
     def beside(self) -> Work:
-        """The same work, all of it on the host's processors."""
+        """The same work, all on the host CPU."""
         flops, double = self.flops + self.host_flops, self.double + self.host_double
         return Work(host_flops=flops, host_double=double, host_read=self.read + self.host_read)
 
 
 def forward(shape: Geometry, blocks: float, tokens: float, context: float, heads: float | None = None) -> float:
-    """Operations of a forward pass over `tokens` tokens that see `context` others on average.
+    """Operations of a forward pass over `tokens` tokens that attend to `context` others on average.
 
-    `heads`: positions whose logits are computed; all of them if not given.
+    `heads` is the number of positions whose logits are computed (default: all).
     """
     weights = blocks * shape.block_products
     attention = 4 * blocks * shape.heads * shape.head_size * context
@@ -52,9 +51,9 @@ def forward(shape: Geometry, blocks: float, tokens: float, context: float, heads
 def decoding(
     shape: Geometry, blocks: int, rows: int, together: float, prompt: int, new: int, weights: float, size: int
 ) -> Work:
-    """Writing `new` tokens after `prompt` tokens, for `rows` rows, `together` at once.
+    """Generating `new` tokens after `prompt` tokens, for `rows` rows, `together` at once.
 
-    Every step reads the weights (bytes) and, of each row, the keys and values of `size` bytes a number.
+    Every step reads the weights (bytes) and each row's keys and values, at `size` bytes per number.
     """
     flops = forward(shape, blocks, rows * prompt, prompt / 2, rows)
     flops += forward(shape, blocks, rows * new, prompt + new / 2)
@@ -63,5 +62,5 @@ def decoding(
 
 
 def batches(rows: int, batch: int) -> float:
-    """How many rows are together on average where the last batch may be smaller."""
+    """The average number of rows per batch, as the last one may be smaller."""
     return rows / math.ceil(rows / batch)

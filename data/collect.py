@@ -57,28 +57,28 @@ def collect(
     With several data sets the next row comes from the one furthest behind its share; when one runs out, that is noted
     and the others supply the rest. Raises `UserError` for unreadable data, and if fewer than two rows are usable.
     """
-    found = sources(config, context)
+    origins = sources(config, context)
     overlap = Overlap(config.decontaminate, context) if config.decontaminate else None
     sieve = _Sieve(tokenizer, config.length, overlap)
     streams = []
-    for number, source in enumerate(found):
+    for number, source in enumerate(origins):
         several = f"/{number}" if isinstance(config, DatasetsConfig) else ""
         records = read_records(source, cache, f"{context.seed}/data{several}" if config.shuffle else None)
-        streams.append(sieve.usable(records, source, number, len(found)))
+        streams.append(sieve.usable(records, source, number, len(origins)))
     golds: list[Gold] = []
-    taken = [0] * len(found)
+    taken = [0] * len(origins)
     with context.progress.bar("rows", config.rows) as advance:
-        for number, gold in _interleaved(streams, _weights(config), config.rows, taken, found, context):
+        for number, gold in _interleaved(streams, _weights(config), config.rows, taken, origins, context):
             golds.append(gold)
             taken[number] += 1
             advance()
-    sieve.tell(config, found, context)
+    sieve.tell(config, origins, context)
     _enough(config, golds, sieve, context)
     result = Collected(sorted(golds, key=lambda gold: gold.row.id), sieve.counts)
     if overlap is not None:
         result.contaminated = Counter({name: overlap.counts[name] for name in overlap.names})
     if isinstance(config, DatasetsConfig):
-        for source, count in zip(found, taken, strict=True):
+        for source, count in zip(origins, taken, strict=True):
             result.sets[source.config.title] = result.sets.get(source.config.title, 0) + count
     return result
 
@@ -211,10 +211,10 @@ def _identity(record: DatasetRecord) -> str:
 def _enough(config: DatasetConfig | DatasetsConfig, golds: list[Gold], sieve: _Sieve, context: Context) -> None:
     if len(golds) < 2:
         several = isinstance(config, DatasetsConfig)
-        what = f"data.sets: the {len(config.sets)} data sets have" if several else f"data.path: {config.path} has"
+        subject = f"data.sets: the {len(config.sets)} data sets have" if several else f"data.path: {config.path} has"
         first = next(iter(sieve.details.values()), "")
         raise UserError(
-            f"{what} {len(golds)} usable rows, but at least 2 are needed: one to train on and one to "
+            f"{subject} {len(golds)} usable rows, but at least 2 are needed: one to train on and one to "
             f"hold out (dropped: {reasons(sieve.counts) or 'none'})" + (f"; the first: {first}" if first else "")
         )
     if isinstance(config, DatasetsConfig) and len(golds) < config.rows:

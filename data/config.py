@@ -244,13 +244,13 @@ class Columns(Section):
     def columns(self) -> dict[str, str]:
         """What is read from which column: prompt and response, or messages, or text, and what goes with them."""
         if self.messages is not None:
-            found: dict[str, str | None] = {"messages": self.messages}
+            columns: dict[str, str | None] = {"messages": self.messages}
         elif self.text is not None:
-            found = {"text": self.text}
+            columns = {"text": self.text}
         else:
-            found = {"prompt": self.prompt or "prompt", "response": self.response or "response"}
-        found |= {"context": self.context, "tools": self.tools, "answer": self.answer, "tests": self.tests}
-        return {key: column for key, column in found.items() if column is not None}
+            columns = {"prompt": self.prompt or "prompt", "response": self.response or "response"}
+        columns |= {"context": self.context, "tools": self.tools, "answer": self.answer, "tests": self.tests}
+        return {key: column for key, column in columns.items() if column is not None}
 
 
 class WeightedSet(Columns):

@@ -31,7 +31,7 @@ def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], n
         "tokens": ((k,), np.uint16 if vocabulary <= 1 << 16 else np.int32),
         "log_probs": ((k + 1,), np.float16),
     }
-    return {name: (shape, np.dtype(kind)) for name, (shape, kind) in arrays.items()}
+    return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
 
 
 def rows_of(config: DataConfig) -> RowCounts | None:
@@ -172,9 +172,9 @@ def _engine_work(config: DataConfig, text: Text, at: Setting) -> Work:
         together = min(config.batch, LLAMACPP_ROWS)
         return decoding(shape, blocks, rows, together, text.prompt, text.new, weights, BYTES["float16"]).beside()
     together = vllm_rows(config, engine, at) if isinstance(engine, VllmSettings) else batches(rows, config.batch)
-    found = decoding(shape, blocks, rows, together, text.prompt, text.new, at.whole, at.size)
+    work = decoding(shape, blocks, rows, together, text.prompt, text.new, at.whole, at.size)
     gpus = engine.gpus if isinstance(engine, VllmSettings) else 1
-    return Work(found.flops / gpus, found.read / gpus)
+    return Work(work.flops / gpus, work.read / gpus)
 
 
 def vllm_rows(config: DataConfig, engine: VllmSettings, at: Setting) -> int:

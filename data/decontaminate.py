@@ -67,11 +67,11 @@ def evaluation_file(file: str, context: Context) -> Path:
 
 def read_texts(path: Path) -> Iterator[str]:
     """All texts of a file: every string in its JSON rows, or the whole of a .txt file."""
-    what = "data.decontaminate.files: "
+    prefix = "data.decontaminate.files: "
     if path.suffix.lower() == ".txt":
-        yield read_text(path, what)
+        yield read_text(path, prefix)
         return
-    for _, row in json_lines(path, what):
+    for _, row in json_lines(path, prefix):
         yield from strings(row)
 
 

@@ -82,24 +82,24 @@ def draw_rows(drawer: Drafts, context: Context, hint: str) -> tuple[list[Draft],
 
     Raises `UserError` with the hint if hardly any row is usable; fewer rows than requested are noted.
     """
-    wanted = drawer.config.rows
+    target = drawer.config.rows
     kept: list[Draft] = []
     counts: Counter[str] = Counter()
-    with context.progress.bar("self-data", wanted) as advance:
+    with context.progress.bar("self-data", target) as advance:
         for drafts in drawer.batches():
             before = len(kept)
             for draft in drafts:
-                if len(kept) < wanted:
+                if len(kept) < target:
                     counts[draft.status] += 1
                     kept += [draft] if draft.status == KEPT else []
             advance(len(kept) - before, f"{sum(counts.values())} drawn")
-            if len(kept) == wanted:
+            if len(kept) == target:
                 break
     dropped = reasons(counts)
-    if len(kept) < max(2, wanted // 10):
+    if len(kept) < max(2, target // 10):
         raise UserError(f"only {len(kept)} of {sum(counts.values())} generated rows are usable ({dropped}); {hint}")
-    if len(kept) < wanted:
-        context.progress.note(f"{len(kept)} rows instead of {wanted} after data.max_attempts ({dropped})")
+    if len(kept) < target:
+        context.progress.note(f"{len(kept)} rows instead of {target} after data.max_attempts ({dropped})")
     elif dropped:
         context.progress.note(dropped_note(counts))
     return kept, counts

@@ -188,14 +188,14 @@ def _record(
 ) -> DatasetRecord:
     place = table.place(number)
     try:
-        found = _read(values, columns, pads=table.pads)
+        parts = _read(values, columns, pads=table.pads)
     except Unusable as error:
         return DatasetRecord(number, dropped=error.reason, detail=f"{place} {error.detail}".strip(), place=place)
-    texts = [found.get("messages"), found.get("text"), found.get("tools"), found.get("answer"), found.get("tests")]
+    texts = [parts.get("messages"), parts.get("text"), parts.get("tools"), parts.get("answer"), parts.get("tests")]
     if not is_unicode(texts):
         detail = f"{place} has half of a surrogate pair (such as \\ud83d alone), which is not valid text"
         return DatasetRecord(number, dropped=UNICODE, detail=detail, place=place)
-    return DatasetRecord(number, place=place, **found)
+    return DatasetRecord(number, place=place, **parts)
 
 
 def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dict[str, Any]:
@@ -217,14 +217,14 @@ def _read(values: dict[str, Any], columns: dict[str, str], *, pads: bool) -> dic
         turns = column("messages", lambda value: conversation(value, pads=pads))
     else:
         turns = _pair(column, pads)
-    found: dict[str, Any] = {"messages": _usable(turns)}
+    parts: dict[str, Any] = {"messages": _usable(turns)}
     if "answer" in values:
-        found["answer"] = column("answer", _words).strip()
+        parts["answer"] = column("answer", _words).strip()
     if "tests" in values:
-        found["tests"] = column("tests", _tests)
+        parts["tests"] = column("tests", _tests)
     if "tools" in values:
-        found["tools"] = column("tools", lambda value: tool_definitions(value, pads=pads))
-    return found
+        parts["tools"] = column("tools", lambda value: tool_definitions(value, pads=pads))
+    return parts
 
 
 def _pair(column: Callable[[str, Callable[[Any], Any]], Any], pads: bool) -> Messages:

@@ -78,7 +78,7 @@ class Rewriter:
         """The outcome of each row with `rewrite` set, and tokens sampled per second, if any were."""
         batches = list(self._batches(golds))
         longest = max((_how(gold).max_tokens + size for batch in batches for gold, size in batch), default=0)
-        found: list[RewriteOutcome] = []
+        outcomes: list[RewriteOutcome] = []
         with (
             Writer(self.engine, self.base, longest, self.batch, self.context) as writer,
             self.context.progress.bar("rewriting", sum(map(len, batches))) as advance,
@@ -88,10 +88,10 @@ class Rewriter:
                 return [asdict(outcome) for outcome in self._draw([gold for gold, _ in batches[number]], writer)]
 
             for records in in_rounds(self.parts, len(batches), self.context.group, draw):
-                found += [RewriteOutcome(**record) for record in records]
-                taken = sum(outcome.origin != "gold" for outcome in found)
-                advance(len(records), f"{taken} of {len(found)} accepted")
-        return found, writer.speed()
+                outcomes += [RewriteOutcome(**record) for record in records]
+                taken = sum(outcome.origin != "gold" for outcome in outcomes)
+                advance(len(records), f"{taken} of {len(outcomes)} accepted")
+        return outcomes, writer.speed()
 
     def _batches(self, golds: Sequence[Gold]) -> Iterator[list[tuple[Gold, int]]]:
         """Batches of (row, prompt length): rows with the same settings together, sorted by length within a window to
@@ -117,12 +117,12 @@ class Rewriter:
             return 0
 
     def _draw(self, golds: list[Gold], writer: Writer) -> list[RewriteOutcome]:
-        found: dict[int, RewriteOutcome] = {}
+        outcomes: dict[int, RewriteOutcome] = {}
         open_golds = []
         for gold in golds:
             why = self._hopeless(gold)
             if why:
-                found[gold.row.id] = RewriteOutcome(
+                outcomes[gold.row.id] = RewriteOutcome(
                     gold.row.id, "gold", why, row_seed(self.seed, gold.row.id, "rewrite")
                 )
             else:
@@ -130,12 +130,12 @@ class Rewriter:
         how = golds[0].rewrite
         if how is not None and how.own_answer_first:
             own = self._round(open_golds, writer, "own")
-            found |= {outcome.id: outcome for outcome in own}
-            open_golds = [gold for gold in open_golds if found[gold.row.id].origin == "gold"]
+            outcomes |= {outcome.id: outcome for outcome in own}
+            open_golds = [gold for gold in open_golds if outcomes[gold.row.id].origin == "gold"]
         for outcome in self._round(open_golds, writer, "rewritten"):
-            before = found.get(outcome.id)
-            found[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
-        return [found[gold.row.id] for gold in golds]
+            before = outcomes.get(outcome.id)
+            outcomes[outcome.id] = replace(outcome, drawn=outcome.drawn + (before.drawn if before else 0))
+        return [outcomes[gold.row.id] for gold in golds]
 
     def _round(self, golds: list[Gold], writer: Writer, origin: Origin) -> list[RewriteOutcome]:
         """One model answer per row: its own, or a rewrite of gold."""
@@ -225,10 +225,10 @@ def examples(golds: Sequence[Gold], outcomes: Sequence[RewriteOutcome], count: i
     written = sorted((outcome for outcome in outcomes if outcome.text), key=lambda outcome: outcome.id)
     taken = [outcome for outcome in written if outcome.origin != "gold"][:count]
     kept = [outcome for outcome in written if outcome.origin == "gold"][:count]
-    found = []
+    shown = []
     for outcome in [*taken, *kept]:
         asked = last_answer(_turns(by_id[outcome.id]))
-        found.append(
+        shown.append(
             {
                 "prompt": asked.before[-1]["content"],
                 "gold": asked.gold,
@@ -237,7 +237,7 @@ def examples(golds: Sequence[Gold], outcomes: Sequence[RewriteOutcome], count: i
                 "why": outcome.why,
             }
         )
-    return found
+    return shown
 
 
 def shares(rows: Sequence[Row]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _limit(seconds: int, megabytes: int) -> None:
         import resource
     except ImportError:  # Windows: the parent's timeout is the limit
         return
-    wanted = {
+    limits = {
         "RLIMIT_CPU": seconds,
         "RLIMIT_AS": megabytes << 20,
         "RLIMIT_FSIZE": 0,
@@ -63,7 +63,7 @@ def _limit(seconds: int, megabytes: int) -> None:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    for name, value in wanted.items():
+    for name, value in limits.items():
         limit = getattr(resource, name, None)
         if limit is not None:
             hard = resource.getrlimit(limit)[1]

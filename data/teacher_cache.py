@@ -185,11 +185,11 @@ class TeacherCache:
                 row, start = origin[b, places[0]].tolist()
                 first, last = self._windows.get((row, start), (0, 0))
                 learned = places[1:][mask[b, places[1:]]]
-                wanted = origin[b, learned, 1]
-                indices = first + np.searchsorted(self._positions[first:last], wanted)
+                targets = origin[b, learned, 1]
+                indices = first + np.searchsorted(self._positions[first:last], targets)
                 if len(learned) and (
                     indices[-1] >= last
-                    or not np.array_equal(self._positions[indices], wanted)
+                    or not np.array_equal(self._positions[indices], targets)
                     or not np.array_equal(self._targets[indices], ids[b, learned])
                 ):
                     raise UserError(

@@ -1,1 +1,1 @@
-"""Winning the quality back: objectives, teacher and training."""
+"""Recovery: the pruned model is trained with the unpruned one as its teacher."""

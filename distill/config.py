@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,25 +12,25 @@ from ..core.stage import Section
 from ..training.config import AnyObjective, Schedule, TrainingConfig, Tune
 
 FORMAT = 1
-RESERVED = ("start", "merge")  # in a merge these are the model that all variants start from, and the result
+RESERVED = ("start", "merge")  # names that a merge uses for the variants' common start and for its result
 
 
 class Variant(Section):
-    """One of several students: its name, and what differs from the rest of the section."""
+    """One of several students: its name, and the keys in which it differs from the section."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names its folder, and the model in `merge`")
-    seed: int | None = Field(default=None, ge=0, description="of the order of its rows and its adapters")
+    seed: int | None = Field(default=None, ge=0, description="random seed of its adapters and of the order of its rows")
     rows: tuple[float, float] = Field(
         default=(0.0, 1.0),
-        description="which training rows it learns from: [from, to], as shares of them in the data stage's order",
+        description="the training rows it learns from: [from, to], as fractions of all rows in the data stage's order",
     )
-    objective: AnyObjective | None = Field(default=None, description="as in the section")
-    tune: Tune | None = Field(default=None, description="as in the section")
-    epochs: float | None = Field(default=None, gt=0, description="comes before the section's max_steps")
-    max_steps: int | None = Field(default=None, ge=1, description="as in the section")
-    lr: float | None = Field(default=None, gt=0, description="as in the section")
-    schedule: Schedule | None = Field(default=None, description="as in the section")
-    warmup: float | None = Field(default=None, ge=0, lt=1, description="as in the section")
+    objective: AnyObjective | None = Field(default=None, description="overrides the section's")
+    tune: Tune | None = Field(default=None, description="overrides the section's")
+    epochs: float | None = Field(default=None, gt=0, description="overrides the section's epochs and max_steps")
+    max_steps: int | None = Field(default=None, ge=1, description="overrides the section's")
+    lr: float | None = Field(default=None, gt=0, description="overrides the section's")
+    schedule: Schedule | None = Field(default=None, description="overrides the section's")
+    warmup: float | None = Field(default=None, ge=0, lt=1, description="overrides the section's")
 
     @field_validator("rows")
     @classmethod
@@ -43,13 +44,13 @@ OVERRIDES = tuple(name for name in Variant.model_fields if name not in ("name", 
 
 
 class DistillConfig(TrainingConfig):
-    """Recovery: the pruned model learns from what the unpruned one wrote, and from its distributions."""
+    """Recovery: the pruned model is trained on rows with the unpruned one as its teacher."""
 
     stage: ClassVar[str] = "distill"
 
     variants: list[Variant] | None = Field(
         default=None,
-        description="several students, trained one after another; `select` chooses the one that goes on",
+        description="several students, trained one after another; the one best by `select` is kept",
     )
 
     @field_validator("variants")
@@ -58,26 +59,27 @@ class DistillConfig(TrainingConfig):
         if value is None:
             return None
         if len(value) < 2:
-            raise ValueError("variants are two or more; for one student leave the key out")
+            raise ValueError("variants needs two or more entries; for a single student leave the key out")
         names = [variant.name for variant in value]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two variants are named {name!r}")
             if name in RESERVED:
-                raise ValueError(f"no variant can be named {name!r}: in a merge that name means something else")
-        for i, one in enumerate(value):
-            for other in value[:i]:
-                if one.model_dump(exclude={"name"}) == other.model_dump(exclude={"name"}):
-                    raise ValueError(f"{other.name} and {one.name} would be the same student; give one another seed")
+                raise ValueError(f"a variant cannot be named {name!r}: that name is reserved for merges")
+        for earlier, later in itertools.combinations(value, 2):
+            if earlier.model_dump(exclude={"name"}) == later.model_dump(exclude={"name"}):
+                raise ValueError(
+                    f"{earlier.name} and {later.name} would be the same student; give one of them another seed"
+                )
         return value
 
     @property
     def students(self) -> Sequence[DistillConfig]:
-        """The section as it is for each student: for each variant, or for the one there is."""
+        """The section for each student: one per variant, or the section itself."""
         return [self] if self.variants is None else [self.of(variant) for variant in self.variants]
 
     def of(self, variant: Variant) -> DistillConfig:
-        """The section as it is for one variant."""
+        """The section with a variant's overrides."""
         own = {name: value for name in OVERRIDES if (value := getattr(variant, name)) is not None}
         if "epochs" in own and "max_steps" not in own:
             own["max_steps"] = None

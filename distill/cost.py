@@ -1,4 +1,4 @@
-"""What recovery takes: one student, or one for each variant."""
+"""Cost of recovery: one student, or one per variant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distill stage: the pruned model learns from the unpruned one; the best checkpoint of the best student is kept."""
+"""The distill stage: trains the pruned model against the unpruned one, and keeps the best student's best checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ __all__ = ["check", "run"]
 def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement).
 
-    With variants each one has these two in `variants/NAME/`, the best one's are here as well, and `variants.json`
-    has the figures of all. A variant that is finished is not trained again. Several processes train together; the
-    first one writes.
+    With variants each has these two in `variants/NAME/`, the best one's are here as well, and `variants.json` has the
+    figures of all. A finished variant is not trained again. Several processes train together; rank 0 writes.
     """
     jobs = plan_jobs(config, out_dir, context)
     pending = context.group.share([job.name for job in jobs if job.figures is None])
@@ -35,7 +34,7 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     link_files(out_dir / "variants" / chosen / "model", out_dir / "model")
     shutil.copyfile(out_dir / "variants" / chosen / "curves.jsonl", out_dir / "curves.jsonl")
     write_record(config, jobs, figures, chosen, out_dir)
-    context.progress.note(f"of {len(jobs)} variants {chosen} goes on")
+    context.progress.note(f"selected variant: {chosen} of {len(jobs)}")
     seconds = round(sum(entry.seconds_training for entry in figures.values()), 1)
     every = {name: entry.model_dump() for name, entry in figures.items()}
     return every[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": every}

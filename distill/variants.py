@@ -1,4 +1,4 @@
-"""Several students from one section: what each one is, where it goes, and which of them goes on."""
+"""Several students from one section: their settings, their folders, and the choice of the best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import DistillConfig
 
 
 def plan_jobs(config: DistillConfig, out_dir: Path, context: Context) -> list[TrainingJob]:
-    """A job per variant; the section itself is the only one where it has none."""
+    """A job per variant; without variants a single job, the section itself."""
     work = out_dir / WORK
     if config.variants is None:
         return [TrainingJob("", config, context, (0.0, 1.0), out_dir, work)]
@@ -30,7 +30,7 @@ def plan_jobs(config: DistillConfig, out_dir: Path, context: Context) -> list[Tr
 
 
 def choose(config: DistillConfig, best: dict[str, HeldOutFigures]) -> str:
-    """The variant with the best held-out figure at the step it kept; of two alike the first."""
+    """The variant whose kept checkpoint has the best held-out figure; of equals the first."""
     key = "eval_perplexity" if config.select == "perplexity" else "eval_kl"
     return min(best, key=lambda name: getattr(best[name], key))
 
@@ -38,7 +38,7 @@ def choose(config: DistillConfig, best: dict[str, HeldOutFigures]) -> str:
 def write_record(
     config: DistillConfig, jobs: list[TrainingJob], figures: dict[str, StudentFigures], chosen: str, out_dir: Path
 ) -> None:
-    """Write `variants.json`; without times, so that the same inputs give the same bytes."""
+    """Write `variants.json`. It holds no times, so that the same inputs give the same bytes."""
     variants = [
         VariantFigures(
             name=job.name,

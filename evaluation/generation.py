@@ -73,22 +73,22 @@ def write_with_model(
     advance: Advance,
 ) -> list[str]:
     """A torch model's answer to each prompt."""
-    found: list[str] = []
+    texts: list[str] = []
     stop, how = stops(tokenizer), Sampling(max_tokens, temperature=0)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         ended = _line_ended(tokenizer) if part[0].one_line else None
         rows = sample(model, [p.ids for p in part], [0] * len(part), how, stop=stop, stopped=ended)
-        found += [text_of(tokenizer, row.tokens) for row in rows]
+        texts += [text_of(tokenizer, row.tokens) for row in rows]
         advance(len(part))
-    return found
+    return texts
 
 
 def write_with_engine(
     engine: Engine, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], max_tokens: int, advance: Advance
 ) -> list[str]:
     """An artifact's answer to each prompt, in its runtime."""
-    found: list[str] = []
+    texts: list[str] = []
     stop: Collection[int] = stops(tokenizer)
     for prompt in prompts:
         ended = _line_ended(tokenizer) if prompt.one_line else None
@@ -97,9 +97,9 @@ def write_with_engine(
             tokens.append(token)
             if ended is not None and ended(tokens):
                 break
-        found.append(text_of(tokenizer, tokens))
+        texts.append(text_of(tokenizer, tokens))
         advance(1)
-    return found
+    return texts
 
 
 def text_of(tokenizer: ModelTokenizer, tokens: list[int]) -> str:
@@ -127,18 +127,18 @@ def judge(
 
 def is_right(written: str, answer: str) -> bool:
     """Whether an output is the answer."""
-    wanted = number(answer)
-    if wanted is not None:
+    expected = number(answer)
+    if expected is not None:
         numbers = _NUMBER.findall(written)
-        return bool(numbers) and _decimal(numbers[-1]) == wanted
+        return bool(numbers) and _decimal(numbers[-1]) == expected
     return normalised(written) == normalised(answer)
 
 
 def contains(written: str, answer: str) -> bool:
     """Whether an output contains the answer: a number among its numbers, other answers as whole words."""
-    wanted = number(answer)
-    if wanted is not None:
-        return any(_decimal(found) == wanted for found in _NUMBER.findall(written))
+    expected = number(answer)
+    if expected is not None:
+        return any(_decimal(number_text) == expected for number_text in _NUMBER.findall(written))
     return re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", normalised(written)) is not None
 
 

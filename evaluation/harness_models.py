@@ -74,7 +74,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: object
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = []
+        results: list[tuple[float, bool]] = []
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]
             windows = []
@@ -83,14 +83,14 @@ class EngineLM(TemplateLM):
                 windows.append(ScoringWindow.of(ids, max(1, len(ids) - len(ending))))
             for request, scores in zip(part, self.engine.score(windows, top_k=1), strict=True):
                 total = sum(score.target_logprob for score in scores)
-                found.append((total, all(score.top == score.target for score in scores)))
+                results.append((total, all(score.top == score.target for score in scores)))
                 if request[0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
-        return found
+                    self.cache_hook.add_partial("loglikelihood", request[0], results[-1])
+        return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in lm-eval's rolling windows."""
-        found = []
+        sums = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -99,20 +99,20 @@ class EngineLM(TemplateLM):
                 context_len=1,
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
-            found.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            sums.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), sums[-1])
+        return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text generated after each prompt, up to the first of the request's stop strings."""
-        found = []
+        texts = []
         for prompt, settings in (request.args for request in requests):
             options: dict[str, Any] = dict(normalize_gen_kwargs(settings))
             room = options["max_gen_toks"]
             ids = self.tok_encode(prompt)[-max(1, self.max_length - room) :]
-            found.append(self._write(ids, room, [text for text in options["until"] if text], options))
-            self.cache_hook.add_partial("generate_until", (prompt, settings), found[-1])
-        return found
+            texts.append(self._write(ids, room, [text for text in options["until"] if text], options))
+            self.cache_hook.add_partial("generate_until", (prompt, settings), texts[-1])
+        return texts
 
     def _write(self, ids: list[int], room: int, until: list[str], options: dict[str, Any]) -> str:
         tokens: list[int] = []

@@ -1,7 +1,7 @@
-"""A KV cache of bounded size in torch, where each KV head of each block keeps its own entries.
+"""A KV cache of bounded size in torch, for measuring eviction policies; every KV head of every block evicts on its own.
 
-The rules are those of every runtime (`kv`); here policies are measured, so that all of them run: heads, attention and
-labels are at hand. Shapes are of one row; T tokens are read at once, n entries are held by each of G KV heads.
+It follows the rules of all runtimes (`kv`), and gives policies all that any of them needs: retaining heads, attention
+and labels. Shapes are for a single sequence: T tokens are read at once, each of G KV heads holds n entries.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from ..modeling.retaining import RetainingHeads
 from ..modeling.rotary import Rotary, check_positions
 from ..modeling.shape import AttentionShape
 
-Watch = Callable[[Heads, Tensor, Tensor], None]  # a block's heads; its keys (G, n, d) and their places (G, n)
+Watch = Callable[[Heads, Tensor, Tensor], None]  # a block's heads; its keys (G, n, d) and their positions (G, n)
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Whether queries at places (T,) see keys at places (G, n): (G, T, n)."""
+    """Whether queries at positions (T,) see keys at positions (G, n): (G, T, n)."""
     distance = queries[:, None] - keys[:, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class Layer:
-    """One block's entries, in buffers that have room for `room` of them per head."""
+    """One block's entries, in buffers for `room` entries per head."""
 
     def __init__(self, shape: AttentionShape, room: int, like: Tensor, turning: bool):
         size = (shape.kv_heads, room)
         self.keys, self.values = (like.new_empty((*size, shape.size)) for _ in range(2))
-        self.unturned = like.new_empty((*size, shape.size)) if turning else None  # keys without rotary positions
+        self.unturned = like.new_empty((*size, shape.size)) if turning else None  # keys before rotary embedding
         self.positions = torch.empty(size, dtype=torch.long, device=like.device)
         self.scores = np.empty(size, np.float32)
         self.count = 0
 
     def append(self, **parts: Tensor) -> None:
-        """Entries behind those that are there; each part (G, T, …)."""
+        """Append T entries; each part is (G, T, …)."""
         tokens = parts["keys"].shape[1]
         for name, part in parts.items():
             getattr(self, name)[:, self.count : self.count + tokens] = part
         self.count += tokens
 
     def keep(self, kept: NDArray[np.int64]) -> None:
-        """Only the entries at `kept` (G, m), in that order."""
+        """Keep the entries at indices `kept` (G, m) only, in that order."""
         count = kept.shape[1]
         self.scores[:, :count] = np.take_along_axis(self.scores[:, : self.count], kept, 1)
         index = torch.from_numpy(kept).to(self.positions.device)
@@ -78,11 +78,11 @@ class Layer:
 
 
 class KVCache:
-    """Reads one prompt with a model, then what follows it. `length` and `new` are the most tokens either has.
+    """Runs a model over one prompt of at most `length` tokens, then over at most `new` tokens after it.
 
-    `heads` and `labels` (per block (G, N), of the prompt's first N tokens) are for policies that need them. `watch`, if
-    set, sees every block as it is read. Raises `UserError` where positions go beyond what the model was trained for,
-    `ValueError` for a policy without what it needs.
+    `heads` and `labels` (per block (G, N), for the prompt's first N tokens) are for policies that need them. `watch`,
+    if set, is called for every block with its heads, keys and positions. Raises `UserError` where positions exceed what
+    the model was trained for, `ValueError` for a policy whose needs are not met.
     """
 
     def __init__(
@@ -111,28 +111,29 @@ class KVCache:
         shape, weight = AttentionShape.of(decoder.config), decoder.embedding.weight
         self.layers = [Layer(shape, room, weight, self.rotary is not None) for _ in range(decoder.num_blocks)]
         self.seen = 0  # tokens read
-        self.most = 0  # entries that each head has held
+        self.most = 0  # most entries that a head has held at once
 
     @property
     def held(self) -> int:
-        """Entries of each block and KV head."""
+        """Entries that each KV head of each block holds."""
         return self.layers[0].count
 
     @property
     def bytes(self) -> int:
-        """Of the keys and values, when most were held."""
-        one = self.layers[0].keys[:, :1]
-        return 2 * one.numel() * one.element_size() * self.most * len(self.layers)
+        """Size of keys and values at their peak."""
+        entry = self.layers[0].keys[:, :1]
+        return 2 * entry.numel() * entry.element_size() * self.most * len(self.layers)
 
     def copy(self) -> KVCache:
-        """The same state once more, to read on in another way."""
+        """An independent copy, to continue from the same state in another way."""
         twin = object.__new__(KVCache)
         twin.__dict__ = {**self.__dict__, "layers": [layer.copy() for layer in self.layers]}
         return twin
 
     @torch.inference_mode()
     def read_prompt(self, prompt: Sequence[int], count: int | None = None) -> Tensor:
-        """Read a prompt, or on where it was left: its first `count` steps. Logits (V,) after what was read."""
+        """Read a prompt up to its `count`-th step (all by default), from where it was left. Logits (V,) after the last
+        token read."""
         if not prompt:
             raise UserError("the prompt has no tokens")
         plan = [step for step in steps(len(prompt), self.settings)[:count] if step.start >= self.seen]
@@ -140,17 +141,17 @@ class KVCache:
 
     @torch.inference_mode()
     def read_on(self, ids: Sequence[int]) -> Tensor:
-        """Read tokens after the prompt; logits (T, V) after each. One by one where they evict, else in chunks."""
+        """Read tokens after the prompt; logits (T, V) after each. One at a time if each may evict, else in chunks."""
         size = 1 if self.settings.evict_decoding else self.settings.chunk
-        found = []
+        logits = []
         for start in range(0, len(ids), size):
             if self.settings.evict_decoding:
                 self._make_room()
-            found.append(self.decoder.head(self._read(ids[start : start + size], decoding=True)))
-        return torch.cat(found)
+            logits.append(self.decoder.head(self._read(ids[start : start + size], decoding=True)))
+        return torch.cat(logits)
 
     def write(self, logits: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
-        """Tokens decoded greedily, `logits` (V,) first, until one of `stop` or `tokens` of them."""
+        """Decode greedily from `logits` (V,), at most `tokens` tokens, ending before one of `stop`."""
         written: list[int] = []
         while len(written) < tokens and (token := int(logits.argmax())) not in stop:
             written.append(token)
@@ -159,7 +160,7 @@ class KVCache:
         return written
 
     def _read(self, ids: Sequence[int], decoding: bool = False) -> Tensor:
-        """Hidden states (T, H) of tokens after those seen."""
+        """Hidden states (T, H) of the next tokens."""
         device = self.decoder.embedding.weight.device
         places = torch.arange(self.seen, self.seen + len(ids), device=device)
         rotary = places if self.rotary is None else places - self.seen + self.held
@@ -177,13 +178,13 @@ class KVCache:
             if heads.window is not None and self.seen + len(ids) > heads.window:
                 mask = visible(places, layer.positions[:, :n], heads.window)
                 mask = mask.repeat_interleave(len(heads.queries) // len(heads.keys), 0)
-            found = _attention(heads, layer.keys[:, :n], layer.values[:, :n], mask)
+            output = _attention(heads, layer.keys[:, :n], layer.values[:, :n], mask)
             if self.watch is not None:
                 self.watch(heads, layer.keys[:, :n], layer.positions[:, :n])
             qkv = projected.pop(heads.block)[0] if "heads" in self.policy.needs else None
             scores = entry_scores(self.policy, self._view(heads, layer, places, qkv, decoding))
             layer.scores[:, n - scores.shape[1] : n] = scores
-            return found
+            return output
 
         self.most = max(self.most, self.held + len(ids))
         tokens = torch.tensor(list(ids), device=device)
@@ -196,7 +197,7 @@ class KVCache:
         return hidden
 
     def _view(self, heads: Heads, layer: Layer, places: Tensor, qkv: Tensor | None, decoding: bool) -> View:
-        """What the policy may ask of a block; its `qkv` (T, I) are before norms and rotary positions."""
+        """What the policy sees of a block; `qkv` (T, I) is the projections' output, before norms and rotation."""
         predicted = labels = None
         if qkv is not None and self.heads is not None:
             predicted = self.heads.score(heads.block, qkv).T.float().cpu().numpy()
@@ -214,20 +215,20 @@ class KVCache:
         return View(heads.block, len(heads.keys), text, decoding, predicted, attention, labels)
 
     def _shared_mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """(T, n): what T new tokens see where no window slides, the same for all heads; None: all before them."""
+        """The mask (T, n) of T new tokens without a sliding window, the same for all heads; None if none is needed."""
         if tokens == 1 or self.held == 0:
             return None
         columns = torch.arange(self.held + tokens, device=device)
         return columns <= columns[self.held :, None]
 
     def _make_room(self) -> None:
-        """Evict one entry of every head where the cache is full."""
+        """Evict one entry per head if the cache is full."""
         assert self.settings.budget is not None
         if self.held >= self.settings.budget + self.settings.local:
             self._keep(self.held - 1, self.settings.local)
 
     def _evict(self, protected: int) -> None:
-        """Keep the budget's best entries of every head."""
+        """Keep each head's best entries, as many as the budget allows."""
         if self.settings.budget is not None and self.held > self.settings.budget:
             self._keep(self.settings.budget, protected)
 
@@ -240,15 +241,17 @@ class KVCache:
 
 
 def _logits(heads: Heads, queries: Tensor, keys: Tensor) -> Tensor:
-    """(G, query heads per G, T, n) float32, before the softmax, of queries (heads, T, d)."""
+    """Attention logits (G, query heads per KV head, T, n) in float32 of queries (heads, T, d)."""
     grouped = queries.reshape(len(keys), -1, *queries.shape[1:])
     return (grouped @ keys[:, None].transpose(-1, -2)).float() * heads.scaling
 
 
 def answer_labels(cache: KVCache, answer: Sequence[int]) -> list[Tensor]:
-    """Labels (G, N) per block of the N prompt tokens that a full cache has read: each key's largest logit, before the
-    softmax, over the true answer's queries, which are read after them. Keys that none of these sees (sliding windows)
-    get -inf."""
+    """Labels (G, N) per block for the N prompt tokens of a cache that has evicted nothing.
+
+    A key's label is its largest attention logit over the queries of the true answer, which is read after the prompt.
+    Keys that no such query sees (sliding windows) get -inf.
+    """
     if cache.held != cache.seen or not answer:
         raise ValueError("labels need a cache that has evicted nothing, and an answer")
     prompt = cache.seen
@@ -266,7 +269,7 @@ def answer_labels(cache: KVCache, answer: Sequence[int]) -> list[Tensor]:
 
 
 def _attention(heads: Heads, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """(heads, T, d). Without a mask a prompt's first tokens see those before them, and a single token all there is."""
+    """Attention output (heads, T, d). Without a mask it is causal for several tokens, and unmasked for a single one."""
     causal = mask is None and heads.queries.shape[1] > 1
     return torch.nn.functional.scaled_dot_product_attention(
         heads.queries[None], keys[None], values[None], mask, is_causal=causal, scale=heads.scaling, enable_gqa=True

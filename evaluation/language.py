@@ -106,13 +106,13 @@ class BaseLogProbs:
         """Write the files from (log-probabilities (n, V), targets (n,)) in order; they appear only when complete."""
         partial = self.file.with_suffix(".partial")
         array = np.memmap(partial, dtype=np.float16, mode="w+", shape=self.shape)
-        top, target, total = (np.empty(len(array), kind) for kind in (np.int64, np.float32, np.float64))
+        top, target, total = (np.empty(len(array), dtype) for dtype in (np.int64, np.float32, np.float64))
         done = 0
-        for logs, wanted in chunks:
+        for logs, target_ids in chunks:
             part = slice(done, done + len(logs))
             array[part] = logs.clamp_min(LEAST).half().cpu().numpy()
             top[part] = logs.argmax(-1).cpu().numpy()
-            target[part] = logs.gather(1, wanted[:, None])[:, 0].cpu().numpy()
+            target[part] = logs.gather(1, target_ids[:, None])[:, 0].cpu().numpy()
             total[part] = logs.exp().sum(-1, dtype=torch.float64).cpu().numpy()
             done += len(logs)
         array.flush()
@@ -140,8 +140,8 @@ class Base:
     def __getitem__(self, positions: slice | int) -> np.ndarray:
         """Log-probabilities (n, V) or (V,), float32, renormalized so that rounding to float16 keeps their sum."""
         logs = np.array(self.logs[positions], np.float32)
-        found = np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)
-        return logs - np.log(found / self.total[positions][..., None]).astype(np.float32)
+        sums = np.exp(logs).sum(-1, keepdims=True, dtype=np.float64)
+        return logs - np.log(sums / self.total[positions][..., None]).astype(np.float32)
 
 
 @torch.no_grad()
@@ -161,16 +161,16 @@ def measure_model(
 ) -> LanguageFigures:
     """Perplexity of a torch model and, with the base's log-probabilities, KL and agreement."""
     totals, reference = Totals(), base.open() if base is not None else None
-    for logs, wanted in log_probs(model, rows, advance):
+    for logs, target_ids in log_probs(model, rows, advance):
         start = totals.tokens
-        totals.nll -= float(logs.gather(1, wanted[:, None]).sum(dtype=torch.float64))
-        totals.tokens += len(wanted)
+        totals.nll -= float(logs.gather(1, target_ids[:, None]).sum(dtype=torch.float64))
+        totals.tokens += len(target_ids)
         if reference is not None:
-            part = slice(start, start + len(wanted))
+            part = slice(start, start + len(target_ids))
             expected = torch.from_numpy(reference[part]).to(logs.device)
             totals.kl += float((expected.exp() * (expected - logs)).sum(dtype=torch.float64))
             totals.agree += float((torch.from_numpy(reference.top[part]).to(logs.device) == logs.argmax(-1)).sum())
-            totals.compared += len(wanted)
+            totals.compared += len(target_ids)
     return totals.metrics()
 
 

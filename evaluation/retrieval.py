@@ -53,7 +53,7 @@ class Measured:
     budget: float | None  # as asked for; None: everything is kept
     entries: int | None  # the budget in keys per block and KV head
     bytes: int  # of keys and values, when most were held
-    depths: list[float]  # of the numbers asked for
+    depths: list[float]  # of the hidden numbers
     hits: list[bool]
     nll: list[float]  # in nats, of each true answer, or of the continuation
     tokens: list[int]  # of these
@@ -86,12 +86,12 @@ class Retrieval:
     def items(self) -> list[Item]:
         """All texts, shortest first."""
         config = self.config
-        found = []
+        items = []
         for length in sorted(config.lengths):
             for task in config.tasks:
                 depths = config.depths if task == "passkey" else [None]
-                found += [Item(task, length, row, depth) for row in range(config.rows) for depth in depths]
-        return found
+                items += [Item(task, length, row, depth) for row in range(config.rows) for depth in depths]
+        return items
 
     def made(self, item: Item) -> Reading | Continuation:
         seed = f"retrieval/{self.seed}/{item.row}"
@@ -103,12 +103,12 @@ class Retrieval:
 
     def ways(self) -> list[tuple[str, float | None]]:
         """Policies with their budgets, in the order of the configuration."""
-        found: list[tuple[str, float | None]] = []
+        ways: list[tuple[str, float | None]] = []
         for policy in self.config.policies:
             budgets: list[float | None] = [None] if policy == FULL else [*self.config.budgets]
             for budget in budgets:
-                found.append((policy, budget))
-        return found
+                ways.append((policy, budget))
+        return ways
 
     def collect(
         self,
@@ -121,13 +121,13 @@ class Retrieval:
         """`run`, but each measurement is saved to `file` at once, so a killed run can resume; the file's measurements
         of other texts or policies stay in it. `told` is called with all measurements after each new one."""
         before = read_json_value(file) if file.exists() else []
-        found = {one.key: one for one in (Measured(**values) for values in before)}
-        advance(sum(name in found for name in self.names()))
-        for one in self.run(model, checkpoint, advance, list(found)):
-            found[one.key] = one
-            write_json(file, [asdict(one) for one in found.values()])
-            told(list(found.values()))
-        return [found[name] for name in self.names()]
+        measured = {entry.key: entry for entry in (Measured(**values) for values in before)}
+        advance(sum(name in measured for name in self.names()))
+        for entry in self.run(model, checkpoint, advance, list(measured)):
+            measured[entry.key] = entry
+            write_json(file, [asdict(entry) for entry in measured.values()])
+            told(list(measured.values()))
+        return [measured[name] for name in self.names()]
 
     def run(
         self, model: CausalModel, checkpoint: Path | None, advance: Advance, done: Collection[str] = ()
@@ -174,7 +174,7 @@ class Reader:
         self.labels: list[Tensor] | None = None
 
     def settings(self, policy: str, entries: int | None) -> KvBudget:
-        """The configuration's, else as the heads were meant."""
+        """The configuration's settings, else those that the heads were trained for."""
         config, meant = self.config, self.meant
         most = meant.stabilizers if entries is None else min(meant.stabilizers, entries // 4)
         return KvBudget(
@@ -182,7 +182,7 @@ class Reader:
             meant.chunk if config.chunk is None else config.chunk,
             most if config.stabilizers is None else config.stabilizers,
             meant.local if config.local is None else config.local,
-            "recent" if policy == FULL else policy,  # of a full cache nothing is evicted, whatever scores it has
+            "recent" if policy == FULL else policy,  # a full cache evicts nothing, so any policy will do
             config.evict_while_decoding and entries is not None,
             config.positions,
             meant.pool,
@@ -222,19 +222,19 @@ class Reader:
             yield cache, cache.read_prompt(prompt)
 
     def _labels(self) -> list[Tensor]:
-        """What the true answers attend to, the most of all questions: the oracle knows all that will be asked."""
-        found: list[Tensor] = []
+        """The maximum over all questions of the true answers' labels: the oracle knows everything that is asked."""
+        largest: list[Tensor] = []
         for number, (cache, _) in enumerate(self._caches(self.settings(FULL, None))):
             labels = answer_labels(cache, self.answers[number])
-            found = labels if not found else [_greater(a, b) for a, b in zip(found, labels, strict=True)]
-        return found
+            largest = labels if not largest else [_greater(a, b) for a, b in zip(largest, labels, strict=True)]
+        return largest
 
 
 def nll_after(cache: KVCache, logits: Tensor, after: Sequence[int]) -> float:
     """Negative log-likelihood in nats of the tokens `after`, following what the cache has read; `logits` (V,) are its
     last ones."""
-    found = torch.cat([logits[None], cache.read_on(after[:-1])]) if len(after) > 1 else logits[None]
-    return -float(found.float().log_softmax(-1)[range(len(after)), list(after)].sum())
+    after_each = torch.cat([logits[None], cache.read_on(after[:-1])]) if len(after) > 1 else logits[None]
+    return -float(after_each.float().log_softmax(-1)[range(len(after)), list(after)].sum())
 
 
 def _greater(a: Tensor, b: Tensor) -> Tensor:
@@ -246,11 +246,11 @@ def _greater(a: Tensor, b: Tensor) -> Tensor:
 def summarised(measured: Sequence[Measured]) -> list[RetrievalResult]:
     """The report's entries: one per task, length, depth, policy and budget."""
     cells: dict[tuple[str, int, float | None, str, float | None], _Cell] = {}
-    for one in measured:
-        asked = (one.depths, one.hits) if one.depths else ([None], [None])
-        for depth, hit, nll, tokens in zip(*asked, one.nll, one.tokens, strict=True):
-            cell = cells.setdefault((one.task, one.length, depth, one.policy, one.budget), _Cell(one, depth))
-            cell.kv_bytes = max(cell.kv_bytes, one.bytes)
+    for entry in measured:
+        asked = (entry.depths, entry.hits) if entry.depths else ([None], [None])
+        for depth, hit, nll, tokens in zip(*asked, entry.nll, entry.tokens, strict=True):
+            cell = cells.setdefault((entry.task, entry.length, depth, entry.policy, entry.budget), _Cell(entry, depth))
+            cell.kv_bytes = max(cell.kv_bytes, entry.bytes)
             cell.n += 1
             cell.hits += bool(hit)
             cell.nll += nll

@@ -52,8 +52,8 @@ class RetrievalQuestion:
 
     def is_right(self, written: str) -> bool:
         """Whether the first number in the output is the right one, digit by digit."""
-        found = FIRST_NUMBER.search(written)
-        return found is not None and found.group() == self.number
+        match = FIRST_NUMBER.search(written)
+        return match is not None and match.group() == self.number
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,15 @@ def _reading(
 
 def _cut(tokenizer: ModelTokenizer, sentences: list[str], tokens: int) -> list[tuple[str, int]]:
     """The first sentences of at most `tokens` tokens in all, each with its number of tokens."""
-    found: list[tuple[str, int]] = []
+    counted: list[tuple[str, int]] = []
     total = 0
     for sentence in sentences:
         count = len(tokenizer(f" {sentence}", add_special_tokens=False, verbose=False)["input_ids"])
         total += count
         if total > tokens:
             break
-        found.append((sentence, count))
-    return found
+        counted.append((sentence, count))
+    return counted
 
 
 def hide(sentences: Sequence[tuple[str, int]], facts: Sequence[str], depths: Sequence[float]) -> str:

@@ -96,7 +96,7 @@ def compare(outcome: TaskOutcome, base: TaskOutcome | None) -> TaskResult:
 
     `base` is None for the base itself, and if there is none.
     """
-    found = TaskResult(
+    result = TaskResult(
         kind=outcome.kind,
         metric=outcome.metric,
         value=outcome.value,
@@ -105,16 +105,16 @@ def compare(outcome: TaskOutcome, base: TaskOutcome | None) -> TaskResult:
         metrics=outcome.metrics,
     )
     if outcome.scores:
-        found.low, found.high = _finite(interval(outcome.scores))
+        result.low, result.high = _finite(interval(outcome.scores))
     if base is None:
-        return found
-    found.difference = outcome.value - base.value
+        return result
+    result.difference = outcome.value - base.value
     if outcome.scores and base.scores:
-        found.difference_low, found.difference_high = _finite(paired_interval(base.scores, outcome.scores))
+        result.difference_low, result.difference_high = _finite(paired_interval(base.scores, outcome.scores))
     if outcome.higher_is_better:
-        found.kept = outcome.value / base.value if base.value > 0 else None
-        found.kept_above_chance = kept_above_chance(outcome.value, base)
-    return found
+        result.kept = outcome.value / base.value if base.value > 0 else None
+        result.kept_above_chance = kept_above_chance(outcome.value, base)
+    return result
 
 
 def _finite(found: Interval) -> tuple[float | None, float | None]:

@@ -102,20 +102,21 @@ class Suite:
 
     def longest(self) -> int:
         """Tokens of the longest text that tasks give an artifact, answer included; 0 without tasks."""
-        found = [len(prompt.ids) + self.config.max_tokens for prompts in self.prompts.values() for prompt in prompts]
+        lengths = [len(prompt.ids) + self.config.max_tokens for prompts in self.prompts.values() for prompt in prompts]
         for rows in self.local.values():
             for row in rows:
                 if isinstance(row, ChoiceQuestion):
                     prompt, endings = split_tokens(self.tokenizer, row)
-                    found.append(len(prompt) + max(map(len, endings)))
-        return max([*found, HARNESS_TOKENS + 1 if self.harness else 0], default=0)
+                    lengths.append(len(prompt) + max(map(len, endings)))
+        return max([*lengths, HARNESS_TOKENS + 1 if self.harness else 0], default=0)
 
     def run(self, role: str, player: Player) -> dict[str, TaskOutcome]:
         """The outcome of every task, in the recipe's order."""
-        found: dict[str, TaskOutcome] = {}
+        outcomes: dict[str, TaskOutcome] = {}
         for name in map(task_name, self.config.tasks):
-            found[name] = self._local(role, name, player) if name in self.local else self._harness(role, name, player)
-        return found
+            measure = self._local if name in self.local else self._harness
+            outcomes[name] = measure(role, name, player)
+        return outcomes
 
     def _local(self, role: str, name: str, player: Player) -> TaskOutcome:
         rows = self.local[name]
@@ -158,12 +159,12 @@ def side_by_side(models: Sequence[MeasuredModel]) -> list[ModelEntry]:
 
 def question_scores(models: Sequence[MeasuredModel]) -> dict[str, dict[str, list[float]]]:
     """Every question's score, for tasks that have them: {task: {role: scores}}."""
-    found: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
     for model in models:
         for name, outcome in model.tasks.items():
             if outcome.scores:
-                found.setdefault(name, {})[model.role] = outcome.scores
-    return found
+                scores.setdefault(name, {})[model.role] = outcome.scores
+    return scores
 
 
 def write_answers(answers: dict[str, dict[str, list[float]]], file: Path) -> None:

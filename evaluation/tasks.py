@@ -132,7 +132,7 @@ def engine_scores(engine: Engine, tokenizer: ModelTokenizer, row: ChoiceQuestion
     """Summed log-likelihood of each choice after the prompt, in nats, in an artifact's runtime."""
     prompt, endings = split_tokens(tokenizer, row)
     windows = [ScoringWindow.of([*prompt, *ending], len(prompt)) for ending in endings]
-    return [sum(d.target_logprob for d in found) for found in engine.score(windows, top_k=1)]
+    return [sum(d.target_logprob for d in distributions) for distributions in engine.score(windows, top_k=1)]
 
 
 @torch.no_grad()
@@ -158,8 +158,8 @@ def choice_scores(model: CausalModel, tokenizer: ModelTokenizer, row: ChoiceQues
         logits = lead.expand(len(endings), -1, -1)
     logs: Tensor = logits.float().log_softmax(-1)
     for number, ending in enumerate(endings):
-        wanted = torch.tensor(ending, device=device)
-        scores[number] = logs[number, : len(ending)].gather(1, wanted[:, None]).sum()
+        targets = torch.tensor(ending, device=device)
+        scores[number] = logs[number, : len(ending)].gather(1, targets[:, None]).sum()
     return scores.tolist()
 
 

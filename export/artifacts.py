@@ -105,8 +105,8 @@ class Kind(ABC):
 
     @abstractmethod
     def check_graph(self, depth: int, reference: Reference) -> float:
-        """The mean KL of one depth at the type `precise`; `UserError` where it computes something else than the
-        checkpoint's first so many blocks, and where texts end otherwise or the chat template is another."""
+        """The mean KL of one depth at the type `precise`; `UserError` if it differs from the checkpoint truncated to
+        that depth, or has other end-of-text tokens or another chat template."""
 
     def file(self, depth: int) -> Path:
         return self.making.bundle / self.path(depth)

@@ -10,7 +10,7 @@ from ..core.work import Work, forward
 from ..runtime.cost import artifact_bytes, scoring
 from .config import ExportConfig
 
-RUNTIME = 720e6  # measured behind a whole run of SmolLM2, of whose freed memory glibc keeps some
+RUNTIME = 720e6  # measured after a whole run of SmolLM2; includes freed memory that glibc keeps
 ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has

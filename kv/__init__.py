@@ -1,6 +1,6 @@
-"""The rules of a KV cache of fixed size, once for torch, ONNX Runtime and llama.cpp. Numpy alone.
+"""The rules of a KV cache of fixed size, shared by torch, ONNX Runtime and llama.cpp. Numpy only.
 
-`settings` says how much is held and how a prompt is read, `steps` plans the reading, `policies` score what was read,
-`eviction` chooses what stays. The caches themselves are their runtimes': `evaluation/kv_cache.py`,
-`runtime/bounded_text.py` and `runtime/llamacpp_kv.py`.
+`settings` has the budget and how a prompt is read, `steps` plans the reading, `policies` score tokens, `eviction`
+chooses what to keep. The caches themselves are in `evaluation/kv_cache.py`, `runtime/bounded_text.py` and
+`runtime/llamacpp_kv.py`.
 """

@@ -1,7 +1,7 @@
-"""Which entries of one block's KV heads stay: first tokens and protected ones, then the best of the rest.
+"""Chooses the entries that one block's KV heads keep: the first tokens and protected ones, then the best of the rest.
 
-Each of G KV heads holds n entries in the order of the text, and evicts its own. Where a runtime can only drop a token
-from all heads at once, `tokens` chooses.
+Each of G KV heads holds n entries in text order, and evicts independently. `tokens` is for runtimes that can only drop
+a token from all heads at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .policy import Floats, Policy, View
 
 
 def entry_scores(policy: Policy, view: View) -> Floats:
-    """A policy's scores, (G, T) or (G, n), with the text's first tokens at inf where they are to stay."""
+    """A policy's scores, (G, T) or (G, n), with inf for first tokens that must stay."""
     scores = policy.score(view)
     first = int(np.searchsorted(view.places, policy.first))
     if first:
@@ -24,8 +24,8 @@ def entry_scores(policy: Policy, view: View) -> Floats:
 
 
 def best(scores: Floats, budget: int, protected: int = 0) -> NDArray[np.int64]:
-    """Indices (G, budget), ascending, of the greatest of scores (G, n), n ≥ budget, the last `protected` among them; of
-    equal ones the first."""
+    """Indices (G, budget), ascending, of the highest of scores (G, n), n ≥ budget, always including the last
+    `protected`; of equal scores the first."""
     ranks = -scores
     if protected:
         ranks[:, ranks.shape[1] - protected :] = -np.inf
@@ -33,7 +33,7 @@ def best(scores: Floats, budget: int, protected: int = 0) -> NDArray[np.int64]:
 
 
 def worst(scores: Floats, protected: int = 0) -> NDArray[np.int64]:
-    """Index (G,) of the smallest of scores (G, n) without the last `protected`; of equal ones the last: the one entry
-    that `best` leaves out of n - 1."""
+    """Index (G,) of the lowest of scores (G, n), excluding the last `protected`; of equal scores the last. It is the
+    entry that `best` drops for a budget of n - 1."""
     older = scores[:, : scores.shape[1] - protected]
     return older.shape[1] - 1 - older[:, ::-1].argmin(axis=1)

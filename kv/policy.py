@@ -1,8 +1,8 @@
-"""What a policy is: scores for the tokens that a bounded cache has read. The greater ones stay.
+"""The interface of an eviction policy: it scores the tokens that a bounded cache has read; the highest scores stay.
 
-A policy is asked once per block whenever tokens have been read together: a chunk of a prompt, its local tail, a token
-that was written. It never sees what comes later. What it can ask for differs between runtimes (`needs`): every runtime
-gives places in the text and the predictions of retaining heads; attention and labels exist in torch alone.
+A policy is called per block whenever tokens have been read together: a chunk of a prompt, its local tail, a generated
+token. It never sees later tokens. What it may use depends on the runtime (`needs`): all provide positions and the
+predictions of retaining heads; attention and labels exist only in torch.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NEEDED: dict[Need, str] = {
 
 @dataclass(frozen=True)
 class View:
-    """One block when T tokens have been read together; with them each of its G KV heads holds n entries."""
+    """One block after T tokens have been read together; each of its G KV heads now holds n entries."""
 
     block: int
     heads: int  # G
-    places: NDArray[np.int64]  # (T,), ascending: where the T tokens stand in the text
-    decoding: bool = False  # they come after the prompt
-    predicted: Floats | None = None  # heads: (G, T), what the retaining heads say of the T tokens
-    # attention: given W, the mean attention of the newest W of the T tokens to each entry, (G, query heads per G, n)
+    places: NDArray[np.int64]  # (T,), ascending: the T tokens' positions in the text
+    decoding: bool = False  # whether the tokens come after the prompt
+    predicted: Floats | None = None  # heads: (G, T), the retaining heads' predictions for the T tokens
+    # attention(W): the mean attention of the newest W of the T tokens to each entry, (G, query heads per KV head, n)
     attention: Callable[[int], Floats] | None = None
-    labels: Floats | None = None  # labels: (G, T), the largest logit of the true answer; inf where there is none
+    labels: Floats | None = None  # labels: (G, T), the true answer's largest attention logit; inf where unknown
 
 
 class Policy(Method, ABC):
@@ -56,16 +56,16 @@ class Policy(Method, ABC):
 
     @property
     def first(self) -> int:
-        """How many of a text's first tokens stay whatever their score."""
+        """How many of a text's first tokens always stay."""
         return 0
 
     @abstractmethod
     def score(self, view: View) -> Floats:
-        """Scores (G, T) of the T tokens; or (G, n) of all entries, which then replace those given before."""
+        """Scores (G, T) of the T tokens; or (G, n) of all entries, which replace earlier scores."""
 
 
 def check_needs(policy: Policy, given: Collection[Need], where: str) -> None:
-    """`UserError` for a policy that needs what a runtime (`where`) does not give."""
+    """`UserError` for a policy that needs what the runtime named by `where` does not provide."""
     missing = [NEEDED[need] for need in sorted(policy.needs - set(given))]
     if missing:
         raise UserError(

@@ -24,7 +24,7 @@ Positions = Literal["true", "contiguous"]
 
 
 class HeadSettings(Section):
-    """How retaining heads are meant to be used; each value can be chosen anew at run time."""
+    """The settings that retaining heads were trained for; each can be overridden at run time."""
 
     budget: int = Field(
         default=1024, ge=1, description="keys and values kept per block and KV head, unless chosen at run time"
@@ -32,24 +32,20 @@ class HeadSettings(Section):
     chunk: int = Field(
         default=256, ge=1, description="tokens of a prompt read between evictions, unless chosen at run time"
     )
-    stabilizers: int = Field(
-        default=64, ge=0, description="newest tokens of a chunk that are kept whatever their score"
-    )
+    stabilizers: int = Field(default=64, ge=0, description="newest tokens of a chunk, which are always kept")
     local: int = Field(default=100, ge=1, description="last tokens of a prompt, which are read last and kept")
     pool: int = Field(
         default=9,
         ge=1,
-        description="a token's score is the mean over so many neighbours, itself in the middle; published: 1",
+        description="a token's score is averaged over this many neighbours, centred on it; published: 1",
     )
-    sinks: int = Field(
-        default=4, ge=0, description="first tokens of a text that are kept whatever their score; published: 0"
-    )
+    sinks: int = Field(default=4, ge=0, description="first tokens of a text, which are always kept; published: 0")
 
     @model_validator(mode="after")
     def _stabilizers_fit(self) -> Self:
         if self.stabilizers > self.budget:
             raise ValueError(
-                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}); make them fewer"
+                f"stabilizers ({self.stabilizers}) are part of the budget ({self.budget}): lower them or raise it"
             )
         return self
 
@@ -57,11 +53,11 @@ class HeadSettings(Section):
     @classmethod
     def _odd(cls, pool: int) -> int:
         if pool % 2 == 0:
-            raise ValueError(f"{pool} neighbours have no middle; write an odd number")
+            raise ValueError(f"{pool} neighbours have no centre; write an odd number")
         return pool
 
     def numbers(self) -> dict[str, int]:
-        """These six values alone, by name, also of a section that has more."""
+        """These six values by name, also from a section with more keys."""
         return {name: getattr(self, name) for name in HeadSettings.model_fields}
 
     def write(self, model: Path) -> None:
@@ -70,7 +66,7 @@ class HeadSettings(Section):
 
 
 def read_settings(model: Path) -> HeadSettings:
-    """What the heads of a checkpoint or bundle were trained for. `UserError` for a missing or broken file."""
+    """The settings of the heads in a checkpoint or bundle. `UserError` for a missing or broken file."""
     file = model / FOLDER / SETTINGS
     try:
         values = read_json(file)
@@ -81,17 +77,17 @@ def read_settings(model: Path) -> HeadSettings:
 
 @dataclass(frozen=True)
 class KvBudget:
-    """How one cache reads a prompt, and what it holds per block and KV head. `UserError` for what cannot be."""
+    """How one cache reads a prompt, and what it holds per block and KV head. `UserError` for invalid combinations."""
 
     budget: int | None  # entries held before the local tail; None: all
     chunk: int = 256  # tokens read between evictions
     stabilizers: int = 64  # newest entries that stay after every chunk but the last
     local: int = 100  # last tokens of a prompt, read after all evictions
-    policy: str = "retaining"  # which scores decide: a name that `policies` knows
-    evict_decoding: bool = False  # then budget + local entries are held at most; else every new one stays
-    positions: Positions = "true"  # contiguous: what is held is rotated anew to 0, 1, 2, …
-    pool: int = 1  # retaining: a score is the mean over so many neighbours read together; odd
-    sinks: int = 0  # retaining: first tokens of a text that stay whatever their score
+    policy: str = "retaining"  # the name of a policy
+    evict_decoding: bool = False  # True: at most budget + local entries are held; False: all new ones stay
+    positions: Positions = "true"  # contiguous: entries are rotated again to 0, 1, 2, …
+    pool: int = 1  # retaining: scores are averaged over this many neighbours read together; odd
+    sinks: int = 0  # retaining: first tokens of a text, which always stay
 
     def __post_init__(self) -> None:
         from .policies import policy  # numpy, which reading a recipe does not need
@@ -99,8 +95,8 @@ class KvBudget:
         policy(self.policy)
         if self.positions not in get_args(Positions):
             known = get_args(Positions)
-            there = f"{', '.join(known)}{did_you_mean(self.positions, known)}"
-            raise UserError(f"there are no KV positions {self.positions!r}; there are: {there}")
+            options = f"{', '.join(known)}{did_you_mean(self.positions, known)}"
+            raise UserError(f"there are no KV positions {self.positions!r}; there are: {options}")
         if self.chunk < 1 or self.local < 0 or self.stabilizers < 0:
             raise UserError("a KV budget needs a chunk of 1 token or more, and no negative numbers")
         if self.budget is not None and self.budget < max(1, self.stabilizers):
@@ -115,7 +111,7 @@ class KvBudget:
 
 
 def choose_budget(bundle: Path, budget: int, **values: Any) -> KvBudget:
-    """A budget for a bundle; what is None of `values` is as its heads were made for, else as by default.
+    """A budget for a bundle; where `values` are None, the heads' settings apply, else the defaults.
 
     `UserError` where the policy needs heads and the bundle has none.
     """
@@ -128,7 +124,7 @@ def choose_budget(bundle: Path, budget: int, **values: Any) -> KvBudget:
     settings = KvBudget(budget, **given)
     if "heads" in make(settings).needs:
         raise UserError(
-            f"{bundle} has no retaining heads, so nothing says what to keep: train them with a recipe's `retain` "
+            f"{bundle} has no retaining heads to choose what to keep: train them with a recipe's `retain` "
             "section, or choose --kv-policy recent or random"
         )
     return settings

@@ -1,4 +1,4 @@
-"""How a prompt is read in steps: in chunks with an eviction after each, then its last tokens, which all stay."""
+"""Plans how a prompt is read: in chunks with an eviction after each, then its last tokens, which all stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens `start` to `end` of a prompt, read in one forward pass; none where `start` is `end`."""
+    """Tokens `start` to `end` of a prompt, read in one forward pass; nothing is read if they are equal."""
 
     start: int
     end: int
@@ -22,12 +22,12 @@ class Step:
 
 
 def steps(length: int, settings: KvBudget, held: int = 0) -> list[Step]:
-    """How a prompt of `length` tokens is read behind the `held` entries of the text before it."""
+    """The steps for a prompt of `length` tokens that follows `held` entries of earlier text."""
     body = max(0, length - settings.local)
     evicts = settings.budget is not None
     plan = []
     if settings.budget is not None and held + length - body > settings.budget + settings.local:
-        # Answers were written since the last eviction: short turns alone must not let the cache grow.
+        # Tokens were generated since the last eviction, and a series of short turns must not let the cache grow.
         plan.append(Step(0, 0, True, settings.stabilizers if body else 0))
     for start in range(0, body, settings.chunk):
         end = min(start + settings.chunk, body)
@@ -38,8 +38,8 @@ def steps(length: int, settings: KvBudget, held: int = 0) -> list[Step]:
 def read_in_steps(
     ids: Sequence[int], plan: Iterable[Step], read: Callable[[Sequence[int]], Read], evict: Callable[[int], None]
 ) -> Read:
-    """Read a prompt as planned; what `read` gave of its last tokens. `evict` is told how many of the newest entries are
-    protected. `ValueError` if there is nothing to read."""
+    """Read a prompt as planned; returns what `read` returned for its last tokens. `evict` gets the number of newest
+    entries that are protected. `ValueError` if there is nothing to read."""
     last: list[Read] = []
     for step in plan:
         if step.start < step.end:
@@ -52,7 +52,7 @@ def read_in_steps(
 
 
 def shared_steps(prompts: Sequence[Sequence[int]], settings: KvBudget) -> int:
-    """How many of their first steps all prompts have in common, at least the last of each left out."""
+    """How many first steps all prompts have in common, excluding at least the last of each."""
     plans = [steps(len(prompt), settings)[:-1] for prompt in prompts]
     count = 0
     for together in zip(*plans, strict=False):
@@ -64,7 +64,7 @@ def shared_steps(prompts: Sequence[Sequence[int]], settings: KvBudget) -> int:
 
 
 def most_held(settings: KvBudget, length: int, new: int = 0) -> int:
-    """Entries held at most per KV head, with up to `new` tokens written after up to `length` of a prompt."""
+    """The most entries held per KV head, for a prompt of up to `length` tokens and up to `new` generated ones."""
     if settings.budget is None:
         return length + new
     reading = min(length, settings.budget + settings.chunk)

@@ -45,9 +45,9 @@ def check_alike(folders: Mapping[str, Path], *, any_dtype: bool) -> None:
         )
         difference = next(differences, None)
         if difference is not None:
-            what, one, other = difference
+            subject, reference, other = difference
             raise UserError(
-                f"{names[0]} and {name} cannot be merged: {what} is {one} in {names[0]} and {other} in {name}"
+                f"{names[0]} and {name} cannot be merged: {subject} is {reference} in {names[0]} and {other} in {name}"
             )
 
 

@@ -91,8 +91,8 @@ def _check_type(where: str, parameter: Any, setting: object) -> None:
         try:
             parameter.validate(value)
         except ValueError as error:
-            kind = getattr(parameter.value_type, "__name__", parameter.value_type)
-            raise UserError(f"{where}: {value!r} is not of type {kind}") from error
+            type_name = getattr(parameter.value_type, "__name__", parameter.value_type)
+            raise UserError(f"{where}: {value!r} is not of type {type_name}") from error
 
 
 def _check_present(config: MergeConfig, method: Any, names: Sequence[str], base: str | None) -> None:

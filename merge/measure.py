@@ -19,8 +19,8 @@ from .cost import CHUNK
 
 @torch.no_grad()
 def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> list[States]:
-    """The unpruned model's hidden states and head at the response positions of each batch. The model is run once and
-    not kept."""
+    """The unpruned model's head, and its hidden states at the response positions of each batch. The model is run once
+    and then freed."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
     head = Head(decoder.head_weight.detach().clone(), decoder.softcap)
     return [States(_response_states(decoder, batch.to(context.device))[0], head) for batch in batches]

@@ -1,4 +1,4 @@
-"""A folder that holds an adapter alone (what peft saves), as the model it makes of its base."""
+"""Merges an adapter folder (as peft saves it) with its base model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path) -> None:
 
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter} has no {WEIGHTS}; only safetensors are read (pickled weights can run code)")
-    kind = read_json(adapter / ADAPTER_CONFIG).get("peft_type")
+    method = read_json(adapter / ADAPTER_CONFIG).get("peft_type")
     counts = Counter(tensor.dtype for tensor in tensor_headers(base).values())
     model = load_model(base, DTYPES[counts.most_common(1)[0][0]])
     try:
@@ -35,6 +35,6 @@ def merge_adapter(adapter: Path, base: Path, folder: Path) -> None:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"adapter {adapter} ({kind}) cannot be merged into {base}: {reason}") from error
+        raise UserError(f"adapter {adapter} ({method}) cannot be merged into {base}: {reason}") from error
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else base)
     save_checkpoint(merged, tokenizer, folder)

@@ -48,8 +48,8 @@ class Whole:
         self.probs = self.log_probs.exp()
 
     def kl(self, log_probs: Tensor) -> Tensor:
-        kind = log_probs.dtype
-        return (self.probs.to(kind) * (self.log_probs.to(kind) - log_probs)).sum(-1)
+        dtype = log_probs.dtype
+        return (self.probs.to(dtype) * (self.log_probs.to(dtype) - log_probs)).sum(-1)
 
 
 @dataclass(frozen=True)

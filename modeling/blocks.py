@@ -209,8 +209,8 @@ def kept_blocks(config: ModelConfig) -> list[int]:
 def depths(config: ModelConfig) -> list[int]:
     """Depths the model was trained to run at, ascending: its first d blocks, then the final norm and the head.
     For a model not trained for several depths, only its number of blocks."""
-    found = getattr(config, DEPTHS, None)
-    return list(found) if found is not None else [config.num_hidden_layers]
+    recorded = getattr(config, DEPTHS, None)
+    return list(recorded) if recorded is not None else [config.num_hidden_layers]
 
 
 def forget_depths(config: ModelConfig) -> None:
@@ -230,10 +230,10 @@ def config_at(config: ModelConfig, depth: int) -> Any:
     """A copy of a configuration for the model's first `depth` blocks, or for the whole model."""
     if not 1 <= depth <= config.num_hidden_layers:
         raise ValueError(f"a model of {config.num_hidden_layers} blocks has no depth {depth}")
-    found = copy.deepcopy(config)
+    shortened = copy.deepcopy(config)
     if depth < config.num_hidden_layers:
-        _cut_config(found, list(range(depth)))
-    return found
+        _cut_config(shortened, list(range(depth)))
+    return shortened
 
 
 def drop_blocks(model: CausalModel, dropped: Collection[int]) -> None:

@@ -24,7 +24,7 @@ from .types import CausalModel, ModelTokenizer
 from .weights import INDEX, SINGLE
 
 SHARD = 2 << 30  # bytes of weights in a file
-# Keys in which libraries note where they read a model from.
+# Keys in which libraries record where they read a model from.
 PLACES = ("_model_name_or_path", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
@@ -135,7 +135,7 @@ def link_file(source: Path, target: Path) -> None:
     """Give a file a second name by a hard link where the file system has them, else by a copy."""
     try:
         os.link(source, target)
-    except OSError:  # links are not to be had here, or not between these two places
+    except OSError:  # no hard links here, or not between these two file systems
         shutil.copyfile(source, target)
 
 

@@ -37,11 +37,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
     """`UserError` for a model whose weights are already integers or 8-bit floats, saying what to do instead."""
-    found = values.get("quantization_config")
-    if not found:
+    quantization = values.get("quantization_config")
+    if not quantization:
         return
-    kind = described_quantization(found)
-    method = found.get("quant_method", "") if isinstance(found, dict) else ""
+    description = described_quantization(quantization)
+    method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
     way = "use the float checkpoint it was made from"
     if method == "bitsandbytes":
         way += ", or load it with transformers and save it after `model.dequantize()`"
@@ -51,7 +51,7 @@ def check_not_quantized(values: Mapping[str, Any], where: object) -> None:
             + ("`run_compressed=False`" if method == "compressed-tensors" else "`dequantize=True`")
             + ", and save it"
         )
-    raise UserError(f"{where} is already quantized ({kind}), and only float weights can be read: {way}")
+    raise UserError(f"{where} is already quantized ({description}), and only float weights can be read: {way}")
 
 
 def described_quantization(found: object) -> str:
@@ -72,12 +72,13 @@ def _repaired(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[
         return values, []
     values, notes = dict(values), []
     family = FAMILIES.get(str(values.get("model_type")))
-    for name, kind in (family.per_block if family else PER_BLOCK).items():
+    for name, entry_type in (family.per_block if family else PER_BLOCK).items():
         entries = values.get(name)
         if entries is None:
             continue
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, kind) for entry in entries):
-            raise UserError(f"{path}: {name} must be a list with one {'string' if kind is str else 'number'} per block")
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, entry_type) for entry in entries):
+            described = "string" if entry_type is str else "number"
+            raise UserError(f"{path}: {name} must be a list with one {described} per block")
         if len(entries) == blocks:
             continue
         if len(set(entries)) > 1:

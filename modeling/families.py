@@ -1,7 +1,7 @@
 """Every supported model family as one record: what the toolkit must know about it and cannot read elsewhere.
 
-A record holds names, types and flags; the code that uses them is shared by all families. So a family that differs from
-a supported one only by its names needs a record in `FAMILIES` and nothing else. Defaults are Llama's.
+A record holds names, types and flags; the code that uses them is shared by all families. A family that differs from a
+supported one only in its names needs a record in `FAMILIES` and nothing else. Defaults are Llama's.
 Classes are named, not imported: neither torch nor transformers is loaded here.
 """
 
@@ -31,9 +31,9 @@ class Block:
     qk_norms: tuple[str, str] | None = None  # norms of each head's queries and keys, before rotary positions
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or a single name: gate and up in one matrix
     mlp_out: str = "mlp.down_proj"
-    # Norms of what attention and MLP give, applied before it is added to the residual stream. Without them the two
-    # output projections are what a block adds, and any linear map behind the MLP can be fused into `mlp_out`; with
-    # them only a scale per channel can be fused, into the norm's weight.
+    # Norms of the outputs of attention and MLP, applied before these are added to the residual stream. Without them any
+    # linear map of the MLP's output can be fused into `mlp_out`; with them only a scale per channel can, into the
+    # norm's weight.
     added_norms: tuple[str, str] | None = None
 
 
@@ -44,13 +44,13 @@ class Gguf:
     architecture: str
     ropes: tuple[str, ...] = ("default", "linear", "yarn")  # kinds of rotary positions that its graph computes
     adjacent_pairs: bool = False  # it rotates adjacent pairs: rows of queries and keys are reordered for it
-    # Sliding windows: "none", it knows none of this architecture; "one", the file names the window, but all blocks see
-    # everything; "blocks", each block slides or does not, and sliding ones have rotary positions of their own.
+    # Sliding windows: "none", not supported for this architecture; "one", the file names the window, but all blocks see
+    # everything; "blocks", each block slides or not, and sliding ones have rotary positions of their own.
     windows: Literal["none", "one", "blocks"] = "none"
-    original_context: bool = False  # its files name the context before rotary scaling even where nothing is scaled
+    original_context: bool = False  # its files name the context before rotary scaling even if nothing is scaled
     query_scale: bool = False  # it scales attention by a rule of its own: the difference goes into the query norms
-    # Whether it counts a model of 80 blocks as a 70B, whose value matrices get fewer bits: never, with grouped
-    # queries, always.
+    # Whether it treats a model of 80 blocks as a 70B, whose value matrices get fewer bits: never, with grouped queries,
+    # or always.
     is_70b: Literal["never", "grouped", "always"] = "never"
     # Settings that give projections biases, all of them or none → those projections, by llama.cpp's names.
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -32,7 +32,7 @@ from .gguf_tokenizer import TOKENIZER_KEYS, build_tokenizer, end_ids
 from .soundness import expected_shapes
 from .types import ModelConfig
 
-# Keys of an architecture that say what a configuration has.
+# Keys of an architecture with a counterpart in the configuration.
 READ = {
     "context_length",
     "block_count",
@@ -57,7 +57,7 @@ READ_OF_WINDOWS: dict[str, set[str]] = {
     "one": {"attention.sliding_window"},
     "blocks": {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
 }
-# Keys that may stand there as long as they ask for nothing.
+# Keys that are accepted with a value that changes nothing.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "expert_count": lambda value: value == 0,
     "expert_used_count": lambda value: value == 0,
@@ -76,7 +76,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "attention.clamp_kqv": lambda value: value == 0.0,
     "attention.max_alibi_bias": lambda value: value == 0.0,
 }
-# Namespaces that hold what llama.cpp computes with; in others there are notes of whoever made the file.
+# Namespaces that llama.cpp computes with; others hold notes by whoever made the file.
 MEANING = ("tokenizer.", "adapter.", "clip.", "diffusion.", "xielu.", "dflash.")
 
 
@@ -92,15 +92,15 @@ def convert_gguf(file: Path, folder: Path) -> None:
     values = Values(metadata, file)
     config = _config(values, tensors)
     _check_keys(values)
-    wanted = expected_shapes(config)
+    shapes = expected_shapes(config)
     if config.tie_word_embeddings:
-        wanted.pop(HEAD, None)
-    places = _places(config, wanted, tensors, file)
+        shapes.pop(HEAD, None)
+    places = _places(config, shapes, tensors, file)
     save_checkpoint(None, build_tokenizer(metadata, config.vocab_size, file), folder)
     config.architectures, config.dtype = [values.family.model_class], "float32"
     config.save_pretrained(folder)
     _write_generation_config(metadata, folder)
-    write_shards(folder, wanted, lambda name: _weight(name, wanted[name], places, config))
+    write_shards(folder, shapes, lambda name: _weight(name, shapes[name], places, config))
 
 
 class Values:
@@ -130,8 +130,8 @@ class Values:
         if value is None:
             raise UserError(f"{self.file} has no {name}, so the model is incomplete")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            what = "a value per block" if isinstance(value, list) else repr(value)
-            raise UserError(f"{self.file}: {name} is {what}, but must be a single number")
+            description = "a value per block" if isinstance(value, list) else repr(value)
+            raise UserError(f"{self.file}: {name} is {description}, but must be a single number")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -143,18 +143,18 @@ class Values:
 
 
 def _tensors(files: list[Path], metadata: Mapping[str, Any]) -> dict[str, TensorPlace]:
-    found: dict[str, TensorPlace] = {}
+    tensors: dict[str, TensorPlace] = {}
     for number, file in enumerate(files):
         if number and read_header(file).get("split.no") != number:
             raise UserError(f"{file} is not part {number + 1} of {files[0].name}")
         for name, place in read_tensors(file).items():
-            if name in found:
-                raise UserError(f"tensor {name} is in both {found[name].file.name} and {file.name}")
-            found[name] = place
-    count = metadata.get("split.tensors.count", len(found))
-    if count != len(found):
-        raise UserError(f"{files[0]} and its parts hold {len(found)} tensors, but the header says {count}")
-    return found
+            if name in tensors:
+                raise UserError(f"tensor {name} is in both {tensors[name].file.name} and {file.name}")
+            tensors[name] = place
+    count = metadata.get("split.tensors.count", len(tensors))
+    if count != len(tensors):
+        raise UserError(f"{files[0]} and its parts hold {len(tensors)} tensors, but the header says {count}")
+    return tensors
 
 
 def _config(values: Values, tensors: Mapping[str, TensorPlace]) -> Any:
@@ -228,31 +228,31 @@ def _rope(values: Values, tensors: Mapping[str, TensorPlace], size: int, setting
                 f"{values.file}: {turned} of a head's {size} dimensions are rotated, which is not supported"
             )
         rope["partial_rotary_factor"] = turned / size
-    kind = str(values.metadata.get(f"{values.architecture}.rope.scaling.type", "none"))
+    scaling = str(values.metadata.get(f"{values.architecture}.rope.scaling.type", "none"))
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
     trained = settings["max_position_embeddings"]
     original = values.count("rope.scaling.original_context_length", trained)
     attention = values.number("rope.scaling.attn_factor", 1.0)
     if FACTORS in tensors and not np.all(read_tensor(tensors[FACTORS]) == 1):
-        found = llama3_parameters(read_tensor(tensors[FACTORS]), rope["rope_theta"], size)
-        if found is None or kind not in ("none", "linear") or factor not in (0.0, 1.0):
+        parameters = llama3_parameters(read_tensor(tensors[FACTORS]), rope["rope_theta"], size)
+        if parameters is None or scaling not in ("none", "linear") or factor not in (0.0, 1.0):
             raise UserError(
                 f"{values.file}: its rotary factors ({FACTORS}) do not follow Llama 3's rule, the only one supported; "
                 "use the original checkpoint"
             )
-        return rope | found
-    if LONG_FACTORS in tensors or SHORT_FACTORS in tensors or kind == "longrope":
+        return rope | parameters
+    if LONG_FACTORS in tensors or SHORT_FACTORS in tensors or scaling == "longrope":
         return rope | _longrope(values, tensors, original, attention, settings)
-    if kind in ("none", "linear") and factor in (0.0, 1.0):
+    if scaling in ("none", "linear") and factor in (0.0, 1.0):
         _attention_is_plain(values, attention)
         return rope
-    if kind in ("linear", "none"):  # llama.cpp scales linearly where no kind is named
+    if scaling in ("linear", "none"):  # llama.cpp scales linearly where no kind is named
         _attention_is_plain(values, attention)
         return rope | {"rope_type": "linear", "factor": _decimal(factor)}
-    if kind == "yarn":
+    if scaling == "yarn":
         _attention_is_plain(values, attention)
         return rope | {"rope_type": "yarn", "factor": _decimal(factor), "original_max_position_embeddings": original}
-    raise UserError(f"{values.file}: rope scaling {kind!r} is not supported; use the original checkpoint")
+    raise UserError(f"{values.file}: rope scaling {scaling!r} is not supported; use the original checkpoint")
 
 
 def _attention_is_plain(values: Values, factor: float) -> None:
@@ -329,25 +329,25 @@ def _places(
     """transformers' name → llama.cpp's and where the tensor lies; None for a missing bias, which is zero."""
     family = family_of(config)
     names = tensor_names(family, config.num_hidden_layers, list(wanted))
-    found: dict[str, tuple[str, TensorPlace] | None] = {}
+    places: dict[str, tuple[str, TensorPlace] | None] = {}
     for name, theirs in names.items():
         if theirs is not None and theirs in tensors:
-            found[name] = theirs, tensors[theirs]
+            places[name] = theirs, tensors[theirs]
         elif family.gguf.biases and name.endswith(".bias"):
-            found[name] = None  # transformers knows biases of all projections or of none
+            places[name] = None  # transformers knows biases of all projections or of none
         else:
             raise UserError(f"{file} lacks {theirs or name}, so the model is incomplete")
-    used = {place[0] for place in found.values() if place is not None} | {FACTORS, LONG_FACTORS, SHORT_FACTORS}
+    used = {place[0] for place in places.values() if place is not None} | {FACTORS, LONG_FACTORS, SHORT_FACTORS}
     surplus = next((name for name in tensors if name not in used), None)
     if surplus is not None:
         raise UserError(
             f"{file} holds {surplus}, which cannot be expressed in a {config.model_type} checkpoint, and dropping it "
             "would change the model; use the original checkpoint"
         )
-    for place in found.values():
+    for place in places.values():
         if place is not None and place[1].file.stat().st_size < place[1].offset + _bytes(place[1], file):
             raise UserError(f"{place[1].file} is truncated within tensor {place[0]}; copy or download it again")
-    return found
+    return places
 
 
 def _bytes(place: TensorPlace, file: Path) -> int:
@@ -360,13 +360,13 @@ def _bytes(place: TensorPlace, file: Path) -> int:
 
 def read_tensor(place: TensorPlace) -> np.ndarray:
     """A tensor in float32."""
-    kind = gguf.GGMLQuantizationType(place.kind)
+    ggml_type = gguf.GGMLQuantizationType(place.kind)
     data = np.memmap(place.file, np.uint8, "r", place.offset, (_bytes(place, place.file),))
     rows = math.prod(place.shape[:-1])
     try:
-        values = gguf.dequantize(np.asarray(data).reshape(rows, -1), kind)
+        values = gguf.dequantize(np.asarray(data).reshape(rows, -1), ggml_type)
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"{place.file}: weights of type {kind.name} are not supported: {error}") from error
+        raise UserError(f"{place.file}: weights of type {ggml_type.name} are not supported: {error}") from error
     return np.ascontiguousarray(values, np.float32).reshape(place.shape)
 
 
@@ -374,10 +374,10 @@ def _weight(
     name: str, shape: tuple[int, ...], places: Mapping[str, tuple[str, TensorPlace] | None], config: ModelConfig
 ) -> np.ndarray:
     """One of transformers' weights, float32."""
-    found = places[name]
-    if found is None:
+    source = places[name]
+    if source is None:
         return np.zeros(shape, np.float32)
-    theirs, place = found
+    theirs, place = source
     if place.shape != shape:
         raise UserError(f"{place.file}: {theirs} has shape {list(place.shape)}, but the metadata ask for {list(shape)}")
     values = read_tensor(place)

@@ -20,7 +20,7 @@ from .types import ModelConfig
 Array = NDArray[np.float32]
 FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-TOLERANCE = 1e-5  # relative, of rotary factors that are worked out anew
+TOLERANCE = 1e-5  # relative error allowed for recomputed rotary factors
 
 
 def name_map(family: Family, blocks: int) -> gguf.TensorNameMap:
@@ -147,7 +147,7 @@ def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any]
             least = high / fast if np.isfinite(fast) else 0.0
             candidates.append((math.sqrt(max(least, 1e-9) / slow) if least and slow else least or 1 / slow, high))
     for context, high in candidates:
-        found = {
+        parameters = {
             "rope_type": "llama3",
             "rope_theta": theta,
             "factor": factor,
@@ -155,6 +155,6 @@ def llama3_parameters(factors: Array, theta: float, size: int) -> dict[str, Any]
             "high_freq_factor": round(float(high), 6),
             "original_max_position_embeddings": max(1, round(context)),
         }
-        if np.allclose(llama3_factors(found, size), factors, rtol=TOLERANCE, atol=0):
-            return found
+        if np.allclose(llama3_factors(parameters, size), factors, rtol=TOLERANCE, atol=0):
+            return parameters
     return None

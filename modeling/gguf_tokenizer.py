@@ -17,7 +17,7 @@ from .pretokenizers import ALIASES, IGNORE_MERGES, PRE_TOKENIZERS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 SPACE = "▁"
 KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # special tokens of Phi-3 that spaces may follow
-# Keys that are read here, and those that no text tokenizer of the kinds that are read depends on.
+# Keys that are read here, and keys that the supported tokenizers do not depend on.
 _IDS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "separator", "cls", "mask")
 _INFILL = ("prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")
 TOKENIZER_KEYS = {
@@ -41,8 +41,8 @@ TOKENIZER_KEYS = {
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The tokens that end a text according to the file: end of text, of a turn, of a message."""
-    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(int(number) for number in found if number is not None))
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(int(number) for number in ids if number is not None))
 
 
 def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) -> Any:
@@ -50,19 +50,19 @@ def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) ->
 
     Raises `UserError` for unsupported tokenizers and pre-tokenizers, and for damaged ones.
     """
-    kind = metadata.get("tokenizer.ggml.model")
+    model = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(tokens) > vocab_size:
         raise UserError(f"{file} has no token list, or one longer than its {vocab_size} embeddings")
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise UserError(f"{file} has {len(types)} token types for {len(tokens)} tokens")
-    if kind == "gpt2":
+    if model == "gpt2":
         parts = _byte_level(metadata, tokens, types, file)
-    elif kind == "llama":
+    elif model == "llama":
         parts = _sentence_pieces(metadata, tokens, types, file)
     else:
-        raise UserError(f"{file}: tokenizer model {kind!r} is not supported; use the original checkpoint folder")
+        raise UserError(f"{file}: tokenizer model {model!r} is not supported; use the original checkpoint folder")
     special = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -86,9 +86,9 @@ def build_tokenizer(metadata: Mapping[str, Any], vocab_size: int, file: Path) ->
 
 def _added(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     flags = {"single_word": False, "lstrip": False, "normalized": False}
-    # llama.cpp knows by the model's name that spaces behind these are no part of the text.
+    # llama.cpp decides by the model's name that spaces after these are not part of the text.
     strips = re.search(r"phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE) is not None
-    kind = metadata.get("tokenizer.ggml.model")
+    model = metadata.get("tokenizer.ggml.model")
     return [
         {
             "id": number,
@@ -98,7 +98,7 @@ def _added(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, A
             **flags,
         }
         for number, (token, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token_type in (CONTROL, USER_DEFINED) or (kind == "llama" and token_type == UNKNOWN)
+        if token_type in (CONTROL, USER_DEFINED) or (model == "llama" and token_type == UNKNOWN)
     ]
 
 
@@ -181,25 +181,25 @@ def _sentence_pieces(metadata: Mapping[str, Any], tokens: list[str], types: list
 
 
 def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[list[str]]:
-    """The merges that score best first, as SentencePiece does them: every pair of pieces that makes a piece.
+    """All pairs of pieces that form a piece, best score first, which is SentencePiece's order of merging.
 
-    Pieces that share the least score are those that nothing merges into.
+    Pieces that share the lowest score are never the result of a merge.
     """
     plain = [number for number, token_type in enumerate(types) if token_type in (NORMAL, UNUSED)]
     pieces = {tokens[number]: scores[number] for number in plain}
     least = min(pieces.values(), default=0.0)
     unreached = least if sum(score == least for score in pieces.values()) > 1 else None
     rank = {token: number for number, token in enumerate(tokens)}
-    found: list[tuple[float, int, int, int, list[str]]] = []
+    merges: list[tuple[float, int, int, int, list[str]]] = []
     for token, score in pieces.items():
         if score == unreached:
             continue
         halves = [(token[:at], token[at:]) for at in range(1, len(token))]
         pairs = [pair for pair in halves if pair[0] in pieces and pair[1] in pieces]
         pairs.sort(key=lambda pair: (rank[pair[0]], rank[pair[1]]))
-        found += [(-score, rank[token], *map(rank.__getitem__, pair), list(pair)) for pair in pairs]  # type: ignore[misc]
-    found.sort(key=lambda entry: entry[:4])
-    return [pair for *_, pair in found]
+        merges += [(-score, rank[token], *map(rank.__getitem__, pair), list(pair)) for pair in pairs]  # type: ignore[misc]
+    merges.sort(key=lambda entry: entry[:4])
+    return [pair for *_, pair in merges]
 
 
 def _ends(metadata: Mapping[str, Any], special: Mapping[str, str], tokens: Sequence[str], inner: object) -> Any:

@@ -1,8 +1,8 @@
 """Linear layers on x86 processors: float32 products by oneDNN.
 
-torch has MKL multiply float32 matrices, which leaves AVX-512 unused on AMD's processors. oneDNN, which torch also
-carries, does not: twice as fast for 256 rows and 1.5 times for 16 on an AMD EPYC; with AVX2 alone they are much alike
-(`benchmarks/linear.py`). Results differ in rounding alone.
+torch multiplies float32 matrices with MKL, which does not use AVX-512 on AMD processors. oneDNN, also part of torch,
+does: on an AMD EPYC it is 2 times as fast for 256 rows and 1.5 times for 16; with AVX2 only, both are about equally
+fast (`benchmarks/linear.py`). Results differ only in rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# oneDNN keeps a program of some 0.6 MB for every shape that it has multiplied, 1,024 of them by default: with rows of
-# all lengths that came to 0.7 GB. It looks at the variable when it is first used. A new program takes some 0.4 ms.
+# oneDNN caches a kernel of about 0.6 MB for every shape, up to 1,024 by default: with rows of all lengths that came to
+# 0.7 GB. It reads the variable when it is first used. Generating a kernel takes about 0.4 ms.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-SMALLEST = 1 << 16  # weights below which a call costs more than the product
+SMALLEST = 1 << 16  # weights; below this the call's overhead exceeds the product's time
 
 
 class Linear(nn.Linear):
@@ -53,7 +53,7 @@ def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and inputs.numel() > 0
         and inputs.ndim > 1
         and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (inputs, weight, bias))
-        and type(weight) in (Tensor, nn.Parameter)  # none that is spread over processes or held in fewer bits
+        and type(weight) in (Tensor, nn.Parameter)  # neither sharded nor quantized
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and _available()
@@ -71,7 +71,7 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 class _Product(torch.autograd.Function):
-    """oneDNN's product has no gradient in torch; what is kept for it is what `functional.linear` keeps."""
+    """oneDNN's product has no gradient in torch; this saves the same tensors for it as `functional.linear`."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

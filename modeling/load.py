@@ -72,14 +72,14 @@ def _download(source: ModelSource) -> Path:
 
     def fetch(*patterns: str, ignore: str | None = None) -> Path:
         try:
-            found = snapshot_download(
+            snapshot = snapshot_download(
                 source.text, revision=commit, allow_patterns=list(patterns), ignore_patterns=ignore
             )
-            return Path(found)
+            return Path(snapshot)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(f"model {source.text!r} could not be downloaded: {error}") from error
 
-    # The Hub's * reaches into folders (original/, onnx/), where other copies of the model lie.
+    # The Hub's * also matches in folders (original/, onnx/), which hold other copies of the model.
     folder = fetch("*.json", "*.jinja", "*.model", ignore="*/*")
     fetch(f"{MORE_TEMPLATES}/*.jinja")
     if is_adapter_alone(folder):
@@ -110,7 +110,7 @@ def config_of(values: dict[str, Any], folder: Path) -> Any:
     try:
         with quiet():
             config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-    except Exception as error:  # its classes check themselves, each in its way
+    except Exception as error:  # each class validates itself and raises errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder / 'config.json'} is not a valid configuration: {reason[:300]}") from error
     config._name_or_path = str(folder)  # as a loaded model's has it
@@ -130,7 +130,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
     from .soundness import check_finite
 
     config = load_config(folder)
-    for file in weight_files(folder):  # a truncated file is the commonest damage; its header says how long it must be
+    for file in weight_files(folder):  # truncation is the most common damage; the header has the expected length
         safetensors_header(file)
     try:
         with quiet():
@@ -144,15 +144,15 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", **opti
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # a wrong value in a configuration raises whatever it happens to meet
+    except Exception as error:  # a wrong value in a configuration can raise anything
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
             raise
         raise UserError(f"the weights in {folder} could not be loaded: {error}") from error
     model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys"):
-        names = sorted(name for name in info[kind] if not name.endswith("rotary_emb.inv_freq"))
+    for problem in ("missing_keys", "unexpected_keys"):
+        names = sorted(name for name in info[problem] if not name.endswith("rotary_emb.inv_freq"))
         if names:
-            lacks = "lacks" if kind == "missing_keys" else "has, unknown to its configuration,"
+            lacks = "lacks" if problem == "missing_keys" else "has, unknown to its configuration,"
             raise UserError(f"{folder} {lacks} {len(names)} weights, {names[0]} among them: the checkpoint is broken")
     if "quantization_config" not in options:
         model = model.to(device)
@@ -178,7 +178,7 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, use_fast=True, trust_remote_code=False
             )  # or it asks on the console whether to run the code
-            tokenizer.decode(tokenizer("a")["input_ids"])  # some wrong values show themselves only in use
-    except Exception as error:  # tokenizers raises plain Exception; a wrong value whatever it happens to meet
+            tokenizer.decode(tokenizer("a")["input_ids"])  # some wrong values only fail in use
+    except Exception as error:  # tokenizers raises plain Exception, and a wrong value can raise anything
         raise UserError(f"the tokenizer in {folder} could not be loaded: {error}") from error
     return tokenizer

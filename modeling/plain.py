@@ -1,9 +1,9 @@
 """A checkpoint folder that every library reads the same way: the model's files and nothing else.
 
-People's folders hold more than a model: a vendor's copy of the weights, an adapter that transformers would attach by
-itself, chat templates in any of three historical places, a configuration that another tool left half changed. If
-libraries read such a folder differently, they make different models, so it is not used in place but replaced by a plain
-folder of links to its files, with the corrections.
+Users' folders hold more than a model: a vendor's copy of the weights, an adapter that transformers would attach
+automatically, chat templates in any of three historical places, a configuration that another tool left half changed.
+Libraries that read such a folder differently build different models. So it is not used in place, but replaced by a
+plain folder of links to its files, with the corrections applied.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _link(folder: Path, place: Path, files: Mapping[str, Path]) -> None:
 def _write(place: Path, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         file = place / name
-        file.unlink(missing_ok=True)  # a link to the original, which stays as it is
+        file.unlink(missing_ok=True)  # a link; the original is not touched
         if not file.parent.is_dir():
             file.parent.mkdir()
         write_whole(file, text)

@@ -30,9 +30,9 @@ def _split(regex: str) -> dict[str, Any]:
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
-# Those whose whole words, where the vocabulary has them, are tokens whatever the merges say.
+# Those in which a whole word of the vocabulary is a token regardless of the merges.
 IGNORE_MERGES = ("llama-bpe", "tekken")
-# Other names that llama.cpp gives the same pre-tokenizers.
+# Other llama.cpp names of the same pre-tokenizers.
 ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 # name -> (normalizer, pre_tokenizer), as in tokenizer.json
 PRE_TOKENIZERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
@@ -46,15 +46,15 @@ PRE_TOKENIZERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
 
 def recognise(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> str | None:
     """The GGUF name of a tokenizer.json's normalizer and pre-tokenizer, or None if it is not in the table."""
-    wanted = (_plain(normalizer), _plain(pre_tokenizer))
+    pair = (_plain(normalizer), _plain(pre_tokenizer))
     for name, (known_normalizer, known_pre) in PRE_TOKENIZERS.items():
-        if wanted == (_plain(known_normalizer), _plain(known_pre)):
+        if pair == (_plain(known_normalizer), _plain(known_pre)):
             return name
     return None
 
 
 def _plain(part: dict[str, Any] | None) -> str | None:
-    """A canonical text of everything that affects the split, so without offset trimming."""
+    """Canonical JSON of everything that affects the split; trimming of offsets does not."""
     if part is None:
         return None
 

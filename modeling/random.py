@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, built on the spot: for tests and for trying recipes in seconds."""
+"""Tiny random checkpoints of every family, for tests and for trying recipes in seconds."""
 
 from __future__ import annotations
 

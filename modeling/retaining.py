@@ -1,4 +1,4 @@
-"""Retaining heads (Locret, arXiv 2410.01805): a score per token, block and KV head that a bounded cache keeps by.
+"""Retaining heads (Locret, arXiv 2410.01805): a score per token, block and KV head by which a bounded cache evicts.
 
 A head per block, without biases: W2 · SiLU(W1 · [q; k; v]). q, k and v are the projections' outputs, biases added,
 before their norms and rotary positions. Tokens are kept by scores averaged over neighbours (`HeadSettings.pool`): a
@@ -58,7 +58,7 @@ def has_heads(checkpoint: Path) -> bool:
 
 
 def save_heads(heads: RetainingHeads, settings: HeadSettings, checkpoint: Path) -> None:
-    """Write the heads into a checkpoint's folder; the same bytes each time."""
+    """Write the heads into a checkpoint's folder; equal heads give equal bytes."""
     from safetensors.torch import save_file
 
     folder = checkpoint / FOLDER
@@ -82,13 +82,13 @@ def load_heads(checkpoint: Path, config: ModelConfig) -> RetainingHeads:
     shape, blocks = AttentionShape.of(config), config.num_hidden_layers
     first = weights.get("blocks.0.w1.weight", torch.empty(0, 0))
     heads = RetainingHeads(blocks, shape, len(first))
-    wanted = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
-    wrong = next((name for name, size in wanted.items() if name not in weights or weights[name].shape != size), None)
+    shapes = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
+    wrong = next((name for name, size in shapes.items() if name not in weights or weights[name].shape != size), None)
     if wrong is not None or not len(first):
-        there = f"has {tuple(weights[wrong].shape)}" if wrong in weights else "is missing"
+        actual = f"has {tuple(weights[wrong].shape)}" if wrong in weights else "is missing"
         raise UserError(
             f"the retaining heads in {checkpoint / FOLDER} do not fit a model of {blocks} blocks: {wrong} should have "
-            f"shape {wanted.get(wrong or '')}, but {there}"
+            f"shape {shapes.get(wrong or '')}, but {actual}"
         )
-    heads.load_state_dict({name: weights[name] for name in wanted})
+    heads.load_state_dict({name: weights[name] for name in shapes})
     return heads

@@ -1,7 +1,7 @@
-"""What retaining heads learn (Locret, arXiv 2410.01805): how much an answer attends to each key of its prompt.
+"""Labels for retaining heads (Locret, arXiv 2410.01805): how much an answer attends to each key of its prompt.
 
 The label of prompt position k and KV head j is the largest logit, before the softmax, that any answer position and any
-query head of j's group has for k. Computed from chunks: no matrix of all queries and all keys ever exists.
+query head of j's group has for k. They are computed in chunks, without a matrix of all queries by all keys.
 """
 
 from __future__ import annotations

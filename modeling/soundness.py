@@ -20,7 +20,7 @@ from .weights import FLOATS, TensorHeader, Tensors, tensor_headers
 if TYPE_CHECKING:
     from torch import Tensor
 
-DERIVED = (".rotary_emb.inv_freq",)  # ends of names that old versions saved and every version works out anew
+DERIVED = (".rotary_emb.inv_freq",)  # suffixes of tensors that old versions saved and every version recomputes
 
 
 def check_checkpoint(folder: Path, *, finite: bool = False) -> None:
@@ -79,29 +79,29 @@ def _check_types(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
 
 
 def _check_names(folder: Path, config: ModelConfig, headers: Mapping[str, TensorHeader]) -> None:
-    wanted = expected_shapes(config)
-    there = {name: tensor.shape for name, tensor in headers.items() if not name.endswith(DERIVED)}
+    expected = expected_shapes(config)
+    actual = {name: tensor.shape for name, tensor in headers.items() if not name.endswith(DERIVED)}
     if config.tie_word_embeddings:
-        wanted.pop(HEAD, None)
-        there.pop(HEAD, None)
-    missing, surplus = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+        expected.pop(HEAD, None)
+        actual.pop(HEAD, None)
+    missing, surplus = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if missing or surplus:
-        raise UserError(_difference(folder, config, missing, surplus, _blocks(there)))
-    for name in sorted(wanted):
-        if wanted[name] != there[name]:
+        raise UserError(_difference(folder, config, missing, surplus, _blocks(actual)))
+    for name in sorted(expected):
+        if expected[name] != actual[name]:
             raise UserError(
-                f"{folder}: {name} has shape {list(there[name])}, but config.json asks for {list(wanted[name])}: they "
-                "belong to different models"
+                f"{folder}: {name} has shape {list(actual[name])}, but config.json asks for {list(expected[name])}: "
+                "they belong to different models"
             )
 
 
 def _difference(folder: Path, config: ModelConfig, missing: list[str], surplus: list[str], blocks: int) -> str:
     """What is wrong with the names of tensors."""
-    wanted = config.num_hidden_layers
-    if blocks and blocks != wanted:
+    configured = config.num_hidden_layers
+    if blocks and blocks != configured:
         return (
-            f"{folder}: the weights have {blocks} blocks, but config.json says {wanted} (num_hidden_layers): correct "
-            "the number there, or copy the checkpoint again"
+            f"{folder}: the weights have {blocks} blocks, but config.json says {configured} (num_hidden_layers): "
+            "correct the number there, or copy the checkpoint again"
         )
     adapters = [name for name in surplus if ".lora_" in name or ".base_layer." in name]
     if adapters:

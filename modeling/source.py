@@ -18,9 +18,9 @@ from ..core.gguf_header import split_files
 from .weights import ADAPTER_CONFIG, INDEX, is_adapter_alone, weight_files
 
 SUFFIXES = (".json", ".jinja", ".model")
-NOT_OF_THE_MODEL = (ADAPTER_CONFIG, INDEX)  # the index is, where it stands beside the files that it lists
+NOT_OF_THE_MODEL = (ADAPTER_CONFIG, INDEX)  # the index is part of it only beside the files that it lists
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-GGUF_FORMAT = 2  # of what is made of a GGUF file; a new number makes it anew
+GGUF_FORMAT = 2  # of the checkpoint made from a GGUF file; raising it converts files again
 FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE, or random:FAMILY"
 
 
@@ -121,7 +121,7 @@ def base_of_adapter(folder: Path, base_dir: Path) -> ModelSource:
 def fingerprint_source(source: ModelSource, cache: Path, base_dir: Path | None = None) -> str:
     """A hash of the source's content: weights and configuration, not its location.
 
-    File hashes are kept in `cache`/hashes.json by size and modification time, so that a second look is instant.
+    File hashes are cached in `cache`/hashes.json by size and modification time.
     A Hub repository is identified by its commit.
     """
     if source.kind == "random":
@@ -194,7 +194,7 @@ def hash_file(path: Path, cache: Path | None = None) -> str:
     store = cache / "hashes.json" if cache else None
     known: dict[str, str] = {}
     if store is not None and store.exists():
-        with suppress(UserError):  # what is damaged is made again
+        with suppress(UserError):  # a damaged cache is rebuilt
             known = read_json(store)
         if key in known:
             return known[key]

@@ -1,6 +1,6 @@
-"""What transformers' objects are to this package, for annotations; importing it imports neither torch nor transformers.
+"""Protocols of transformers' objects, for annotations; importing this imports neither torch nor transformers.
 
-`load_config`, `load_model` and `load_tokenizer` give objects that have these attributes, whatever their own classes.
+`load_config`, `load_model` and `load_tokenizer` return objects with these attributes, whatever their classes.
 """
 
 from __future__ import annotations

@@ -71,13 +71,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor → file name, from an index. `UserError` if it is damaged or names a file outside its folder."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} has no weight_map of tensor names to files; download the checkpoint again")
-    for name in found.values():
+    for name in files.values():
         if PurePath(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{index} lists {name!r}, which is not the name of a .safetensors file beside it")
-    return found
+    return files
 
 
 def is_adapter_alone(folder: Path) -> bool:
@@ -115,13 +115,13 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
     Raises `UserError` for a tensor that is in two of them.
     """
-    found: dict[str, TensorHeader] = {}
+    headers: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
         for name, entry in safetensors_header(file).items():
-            if name in found:
-                raise UserError(f"{folder}: tensor {name} is in both {found[name].file.name} and {file.name}")
-            found[name] = TensorHeader(file, entry["dtype"], tuple(entry["shape"]))
-    return found
+            if name in headers:
+                raise UserError(f"{folder}: tensor {name} is in both {headers[name].file.name} and {file.name}")
+            headers[name] = TensorHeader(file, entry["dtype"], tuple(entry["shape"]))
+    return headers
 
 
 class Tensors:

@@ -1,1 +1,1 @@
-"""The conductor: command line, recipe, runner, store, plan and report."""
+"""Recipe, runner, stage folders, plan, report, and the functions of the Python API."""

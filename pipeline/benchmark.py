@@ -1,4 +1,4 @@
-"""Speed and memory of every depth of a bundle beside its measured quality, and what becomes of the figures."""
+"""Speed and memory of every depth of a bundle beside its measured quality; writing these figures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def bench(
     budget = choose_budget(bundle, kv_budget) if isinstance(kv_budget, int) else kv_budget
     if budget is not None and speculate:
         raise UserError("--speculate cannot be combined with --kv-budget: leave one of them out")
-    found = measure_all(
+    measured = measure_all(
         bundle,
         engine or (None if budget is None else "onnx"),
         type,
@@ -109,8 +109,8 @@ def bench(
         threads=threads,
     )
     drafts: list[DraftFigures] = []
-    for figures in found if speculate else []:
-        same = [f.depth for f in found if (f.engine, f.type) == (figures.engine, figures.type)]
+    for figures in measured if speculate else []:
+        same = [f.depth for f in measured if (f.engine, f.type) == (figures.engine, figures.type)]
         if figures.depth < max(same):
             progress.note(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
             how = {"draft_tokens": draft_tokens, "new_tokens": new_tokens, "threads": threads}
@@ -118,7 +118,7 @@ def bench(
     manifest = read_bundle(bundle)
     return BenchReport(
         name=manifest.name,
-        depths=_with_quality(manifest, found),
+        depths=_with_quality(manifest, measured),
         drafts=[BenchDraft(**asdict(draft)) for draft in drafts],
         kv=budget,
     )
@@ -156,10 +156,10 @@ def write_bench(report: BenchReport, out: Path) -> None:
 
 
 def keep_in_run(report: BenchReport, bundle: Path, note: Callable[[str], None]) -> list[Path]:
-    """Where the bundle lies in a finished run, put the figures into the run's report; what was written.
+    """Add the figures to the report of the run that the bundle belongs to, if it does; returns the files written.
 
-    Where the report cannot be drawn here, `note` gets the reason, and the figures are kept all the same. With a KV
-    budget nothing is written: the run's report sets speed against quality, which a budget changes.
+    If the report cannot be drawn here, `note` gets the reason, and the figures are saved nevertheless. With a KV budget
+    nothing is written: the run's report plots speed against quality, which a budget changes.
     """
     stage = bundle.resolve().parent
     run = stage.parent

@@ -1,4 +1,4 @@
-"""Merging, exporting and evaluating checkpoints, without a recipe: what `compress.api` offers beside the single stages.
+"""The functions of `compress.api` that merge, export and evaluate checkpoints without a recipe.
 
 `**keys` are those of the recipe's section of the same name, checked with the same messages.
 """
@@ -28,7 +28,7 @@ from .places import bundle_name, check_file, check_name, check_new
 from .progress import OnProgress, as_progress
 from .steps import RowsLike, rows_folder
 
-EVEN = {"t": 0.5, "weight": 1.0}  # what a method must be told and is not told
+EVEN = {"t": 0.5, "weight": 1.0}  # defaults for parameters that a method requires
 
 
 def merge(
@@ -43,13 +43,13 @@ def merge(
     runs: str | Path = "runs",
     on_progress: OnProgress = None,
 ) -> Path:
-    """Merge checkpoints of one shape and one vocabulary by a method of mergekit into the checkpoint folder `out`.
+    """Merge checkpoints of the same shape and vocabulary with a method of mergekit into the checkpoint folder `out`.
 
     >>> merge([first.model, second.model], "merged", method="slerp", set=["parameters.t=0.3"])
 
     `base` is the model they come from, for methods that need one; `set` are overrides of the recipe's `merge` section.
-    Parameters that the method needs and `set` does not have are even: t is 0.5, every weight 1. `seed` is for methods
-    that draw at random. Raises `UserError` with the first thing in which two checkpoints differ.
+    Required parameters that `set` lacks weight all models equally: t is 0.5, every weight 1. `seed` is for methods that
+    sample. Raises `UserError` with the first difference that keeps two checkpoints from being merged.
     """
     need("compress merge", *FULL)
     out, cache = Path(out), cache_of(runs)
@@ -68,10 +68,10 @@ def merge(
     for override in set:
         apply_override(tree, override, {})
     config = checked(MergeConfig, tree)
-    wanted = [entry.model for entry in config.models or []] + ([config.base_model] if config.base_model else [])
-    check_sources(wanted, cache)
+    sources = [entry.model for entry in config.models or []] + ([config.base_model] if config.base_model else [])
+    check_sources(sources, cache)
     context = Context(seed=seed, device=device, progress=as_progress(on_progress))
-    folders = {name: resolve(name, cache, progress=context.progress) for name in wanted}
+    folders = {name: resolve(name, cache, progress=context.progress) for name in sources}
     with readable_errors(f"merge, writing to {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         merge_checkpoints(config, folders, out, context)
@@ -88,15 +88,15 @@ def export(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> BundleManifest:
-    """Export a checkpoint into the new bundle `out`, every artifact compared with it in its stock runtime.
+    """Export a checkpoint into the new bundle `out`; every artifact is compared with it in its stock runtime.
 
     >>> export(recovered.model, "bundle", gguf=["Q4_K_M"], onnx=["int4"], rows=rows).artifacts[0].verification.kl
 
-    `keys` are those of the recipe's `export` section: gguf, onnx, depths, verify … With `rows` rounding errors are
-    weighed by an importance matrix. `name` names the artifacts; the checkpoint's name if not given. The bundle's
-    manifest is returned: sizes in bytes, bits per weight, perplexity and KL (nats per token) of every artifact.
+    `keys` are those of the recipe's `export` section: gguf, onnx, depths, verify … With `rows` an importance matrix
+    weights rounding errors. `name` names the artifacts (default: the checkpoint's name). Returns the bundle's manifest:
+    sizes in bytes, bits per weight, perplexity and KL (nats per token) of every artifact.
 
-    Raises `UserError` for what a format cannot carry, and for an artifact past the tolerance of its type.
+    Raises `UserError` for models that a format cannot represent, and for an artifact past its type's tolerance.
     """
     need("compress export", *FULL)
     config = checked(ExportConfig, keys)
@@ -117,16 +117,16 @@ def export(
 
 
 def extract(bundle: str | Path, out: str | Path, *, type: str, depth: int | None = None) -> str:
-    """Write one depth of a bundle's `type` as a .gguf file or ONNX folder of its own; all blocks without `depth`.
+    """Write one depth of a bundle's `type` as a standalone .gguf file or ONNX folder; all blocks without `depth`.
 
-    Returns a remark on where the bundle's retaining heads are; empty where it has none. Raises
-    `UserError` for a type or depth that the bundle lacks.
+    Returns a note on where the bundle's retaining heads are, or "" if it has none. Raises `UserError` for a type or
+    depth that the bundle lacks.
     """
     bundle, out = Path(bundle), Path(out)
     check_new(out)
     from ..export.extract import extract as write
 
-    manifest = read_bundle(bundle, hashes=True)  # what is copied is what was verified
+    manifest = read_bundle(bundle, hashes=True)  # so that what is copied is what was verified
     with readable_errors(f"extract, writing to {out}"):
         artifact = write(bundle, type, depth, out)
     retaining = manifest.retaining
@@ -150,7 +150,7 @@ def evaluate(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> list[ModelEntry]:
-    """Measure a checkpoint at each of its depths, or every artifact of a bundle folder; first the `base`, if given.
+    """Measure a checkpoint at each of its depths, or every artifact of a bundle; the `base`, if given, comes first.
 
     >>> evaluate("bundle", base=model, text="wiki.txt", tasks=["builtin:copy"], limit=50)[1].perplexity
 
@@ -158,7 +158,7 @@ def evaluate(
     `text`, or on the held-out `rows`. `tasks` are JSONL files, builtin:copy, builtin:addition and names of lm-eval
     tasks. `keys` are those of the recipe's `evaluate` section: tokens, window, limit, retrieval …
 
-    Raises `UserError` where there is nothing to measure on, and for a task that cannot be read.
+    Raises `UserError` if there is nothing to measure on, and for a task that cannot be read.
     """
     need("compress eval", *FULL)
     check_dtype(dtype)
@@ -173,7 +173,7 @@ def evaluate(
     check_sources([*([] if is_bundle else [str(model)]), *([] if base is None else [str(base)])], cache)
     data = rows_folder(rows)
     if is_bundle:
-        read_bundle(path, hashes=True)  # what is measured is what was verified
+        read_bundle(path, hashes=True)  # so that what is measured is what was verified
     from ..evaluation.stage import check, evaluate_path
     from ..modeling.load import resolve
 
@@ -186,7 +186,7 @@ def evaluate(
 
 
 def values_of(overrides: Sequence[str], option: str) -> Mapping[str, object]:
-    """KEY=VALUE of a section's keys, given with `option`, as values."""
+    """The values of KEY=VALUE texts that were given with `option`, for a section's keys."""
     tree = CommentedMap()
     for override in overrides:
         apply_override(tree, override, {}, option)
@@ -198,7 +198,7 @@ def _here(path: str | Path | None) -> str | None:
 
 
 def _check_files(config: EvaluateConfig, text: str | Path | None) -> None:
-    """Refuse texts and tasks that cannot be read, before any model is."""
+    """Reject unreadable texts and tasks before any model is read."""
     if text is not None:
         check_file(Path(text), "--text")
     for task in config.tasks:

@@ -14,7 +14,7 @@ from ..core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-# Errors by which libraries say that a file is broken: what is broken, by the names of module and class.
+# Libraries' errors for a broken file: (module, class) → what is broken.
 BROKEN = {
     ("jinja2", "TemplateError"): "a chat template",
     ("safetensors", "SafetensorError"): "a safetensors file",
@@ -65,21 +65,22 @@ def explained(error: Exception, where: str) -> UserError | None:
             f"a file that was read is not {error.encoding} text: {error.reason} at byte {error.start} ({where})"
         )
     if isinstance(error, UnicodeEncodeError):
-        found = ascii(error.object[error.start : error.end])
+        characters = ascii(error.object[error.start : error.end])
         return UserError(
-            f"a text contains {found}, which is not a character and cannot be written as {error.encoding} ({where})"
+            f"a text contains {characters}, which is not a character and cannot be written as {error.encoding} "
+            f"({where})"
         )
     if isinstance(error, json.JSONDecodeError):
         return UserError(f"a file that was read is not valid JSON: {error} ({where})")
-    for (module, name), what in BROKEN.items():
-        kind = getattr(sys.modules.get(module), name, None)
-        if isinstance(kind, type) and isinstance(error, kind):
-            return UserError(f"{what} that was read is broken: {one_line(str(error))} ({where})")
+    for (module, name), subject in BROKEN.items():
+        error_class = getattr(sys.modules.get(module), name, None)
+        if isinstance(error_class, type) and isinstance(error, error_class):
+            return UserError(f"{subject} that was read is broken: {one_line(str(error))} ({where})")
     return None
 
 
 def _file(error: OSError) -> str:
-    """The files that an error of the system is about."""
+    """The files that a system error is about."""
     names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     return " → ".join(os.fsdecode(name) for name in names)
 
@@ -91,7 +92,7 @@ def one_line(text: str) -> str:
 
 
 def without_foreign_advice(message: str) -> str:
-    """A message without the advice of transformers to run code that comes with a model, which is never done here."""
+    """A message without transformers' advice to run a model's own code, which is never done here."""
     if "trust_remote_code" not in message:
         return message
     sentences = re.split(r"(?<=[.!?])\s+|\n+", message)

@@ -1,7 +1,7 @@
 """Several processes that run one recipe, as `torchrun` and `accelerate launch` start them.
 
-The two set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Training talks over NCCL on GPUs and over gloo on
-CPUs; what the processes exchange about the run goes over gloo as JSON.
+The two set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Training communicates over NCCL on GPUs and over
+gloo on CPUs; information about the run is exchanged over gloo as JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..core.errors import UserError
 from ..core.stage import Group
 
 JOINING = timedelta(minutes=10)
-TIMEOUT = timedelta(days=7)  # stages that are not shared may take long; a process that died is noticed at once
+TIMEOUT = timedelta(days=7)  # stages that are not shared may take long; a dead process is noticed at once anyway
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Settings of accelerate launch that the recipe or an option decides here: (its value for "off", what to use instead).
+# Settings of accelerate launch that the recipe or an option decides: (its value for "off", what to use instead).
 FOREIGN = {
     "ACCELERATE_USE_FSDP": ("false", "--shard"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "--shard"),
@@ -52,10 +52,10 @@ class Processes(Group):
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
     def first_to_fail(self) -> bool:
-        """Whether this process is the first to fail: the first one reports the error."""
+        """Whether this process is the first to fail, and so the one that reports the error."""
         try:
             return self.store.add("compress/failed", 1) == 1
-        except RuntimeError:  # the store went with the process that kept it
+        except RuntimeError:  # the process that held the store has ended
             return False
 
 
@@ -66,7 +66,7 @@ def is_first() -> bool:
 
 @contextmanager
 def processes(device: str) -> Iterator[tuple[Group, str]]:
-    """The run's processes and this one's device (`cuda` becomes the GPU of its local rank); alone without a launcher.
+    """The run's processes and this one's device (`cuda` becomes the GPU of its local rank); one without a launcher.
 
     An error in one process ends all: the others cannot continue, and exit silently with code 2.
     Raises `UserError` for a device that several processes cannot use.
@@ -99,14 +99,14 @@ def in_turn(group: Group, make: Callable[[], Made]) -> Made:
     """Run `make` on rank 0, then, once its caches exist, on the other ranks; its result on each."""
     if group.rank > 0:
         group.barrier()
-    made = make()
+    result = make()
     if group.rank == 0:
         group.barrier()
-    return made
+    return result
 
 
 def check_shared(folder: Path, group: Group) -> None:
-    """Make the folder; `UserError` unless all processes see it."""
+    """Create the folder; `UserError` unless all processes see it."""
     if group.world == 1:
         return
     if group.rank == 0:
@@ -115,24 +115,24 @@ def check_shared(folder: Path, group: Group) -> None:
     if group.rank == 0:
         file.touch()
     group.barrier()
-    found = group.gather([socket.gethostname(), file.exists()])
+    seen_by = group.gather([socket.gethostname(), file.exists()])
     if group.rank == 0:
         file.unlink()
-    blind = [f"process {rank} on {host}" for rank, (host, seen) in enumerate(found) if not seen]
+    blind = [f"process {rank} on {host}" for rank, (host, seen) in enumerate(seen_by) if not seen]
     if blind:
         raise UserError(
-            f"{', '.join(blind)}: does not see the folder {folder.resolve()} of process 0 on {found[0][0]}; "
+            f"{', '.join(blind)}: does not see the folder {folder.resolve()} of process 0 on {seen_by[0][0]}; "
             "put --runs on a file system that all processes share"
         )
 
 
 def check_same(what: str, value: object, group: Group) -> None:
     """`UserError` unless all processes have the same value."""
-    found = group.gather(value)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    values = group.gather(value)
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
     if other is not None:
         raise UserError(
-            f"processes 0 and {other} differ in {what}: {found[0]} and {found[other]}; "
+            f"processes 0 and {other} differ in {what}: {values[0]} and {values[other]}; "
             "start all of them with the same command, recipe, files and versions"
         )
 

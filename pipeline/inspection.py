@@ -1,4 +1,4 @@
-"""What a file or folder is, and what is in it, from headers alone. No torch."""
+"""Describes a file or folder from its headers. No torch."""
 
 from __future__ import annotations
 
@@ -216,8 +216,7 @@ def _text(value: object) -> str | None:
 
 
 def read_config_as_is(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The values of config.json, and what is to be said of them: what is put right when it is read as a model, and why
-    it is not read."""
+    """The values of config.json, and notes: corrections made when it is read as a model, or why it cannot be."""
     try:
         return read_config(path)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Making one stage: work in a partial folder, look at what it saved, write its manifest, and seal it."""
+"""Makes one stage: runs it in a partial folder, checks what it saved, writes its manifest, and seals the folder."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ NEW, RESUMED, SEALED = "new", "resumed", "sealed"
 class Origin:
     """What a stage is made from, for its manifest."""
 
-    source: str  # the unpruned model, as the user has it
+    source: str  # the unpruned model, as the user named it
     fingerprint: str  # of the unpruned model
     inputs: dict[str, str]  # the stages it reads → their fingerprints
-    planned: int | None = None  # peak memory by plan, bytes
+    planned: int | None = None  # planned peak memory in bytes
 
 
 def make_stage(
@@ -55,16 +55,15 @@ def make_stage(
 ) -> None:
     """Make one stage, resuming an unfinished one; with `anew` a complete one is made again from scratch.
 
-    `work` is done in place of the stage's `run`.
-
-    All processes of the run call this. Safe to kill at any moment and to call again.
+    `work`, if given, replaces the stage's `run`. All processes of the run call this. It can be killed at any moment and
+    called again.
     """
     name, group = spec.name, context.group
     begun = group.share(_begin(folder, anew) if group.rank == 0 else None)
     if begun == SEALED:
         return
     metrics: dict[str, Any] = {}
-    give_back_memory()  # of the stage before, or of reading a GGUF file
+    give_back_memory()  # memory of the previous stage, or of reading a GGUF file
     with Meter() as meter, readable_errors(f"stage {name}, writing to {folder.partial}"):
         if group.rank == 0 or spec.parallel:
             metrics = (work or spec.module().run)(config, inputs, folder.partial, context)
@@ -78,7 +77,7 @@ def make_stage(
 
 
 def _begin(folder: StageFolder, anew: bool) -> str:
-    """Get the stage's folder ready to work in; how it was found."""
+    """Prepare the stage's folder; returns the state it was in."""
     if anew and folder.complete:
         shutil.rmtree(folder.partial, ignore_errors=True)
     elif folder.sealed:
@@ -127,8 +126,8 @@ def _finish(
 
 
 def check_saved(model: Path, stage: str) -> None:
-    """`UserError` unless what a stage saved is a whole model, read back: every tensor that its configuration asks for,
-    all numbers finite, and a tokenizer."""
+    """Read back the model that a stage saved; `UserError` unless it has every tensor that its configuration asks for,
+    only finite numbers, and a tokenizer."""
     from ..modeling.load import load_tokenizer
     from ..modeling.soundness import check_checkpoint
 
@@ -151,7 +150,7 @@ def check_device(context: Context) -> None:
 
 
 def input_hashes(stage: str, config: Section, context: Context, cache: Path) -> list[str]:
-    """sha256 of every local file that a section names; `UserError` for one that is not there."""
+    """sha256 of every local file that a section names; `UserError` for one that does not exist."""
     named = [path for file in config.input_files() for path in _existing(stage, context.resolve(file))]
     return [hash_file(path, cache) for path in named]
 
@@ -166,23 +165,23 @@ def _existing(stage: str, path: Path) -> list[Path]:
 
 
 def shown_name(source: ModelSource) -> str:
-    """The name that artifacts of a model get: the whole Hub id, or a valid file name."""
+    """A model's name for its artifacts: the whole Hub id, or a valid file name."""
     return source.title if source.kind == "hub" else bundle_name(source.title)
 
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that affect results."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """The machine that the figures were measured on."""
+    """The machine on which the figures are measured."""
     import psutil
 
     torch = sys.modules.get("torch")

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import psutil
 
-INTERVAL = 0.05  # seconds between looks at the resident memory
+INTERVAL = 0.05  # seconds between samples of the resident memory
 
 
 class Meter:
@@ -51,7 +51,7 @@ def _resident(process: psutil.Process) -> int:
         try:
             total += child.memory_info().rss
         except psutil.Error:
-            continue  # it ended between the two looks
+            continue  # it ended between listing and reading
     return total
 
 

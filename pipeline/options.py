@@ -1,4 +1,4 @@
-"""Options given as Python values or on the command line, checked as the sections of a recipe are."""
+"""Options given as Python values or on the command line, checked like the sections of a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ S = TypeVar("S", bound=Section)
 
 
 def as_json(values: Any) -> str:
-    """Values that a recipe file could have, as JSON: sections by their keys, paths as texts."""
+    """Values as JSON, as a recipe file would have them: sections as their keys, paths as text."""
     return json.dumps(values, default=_plain)
 
 
@@ -25,7 +25,7 @@ def _plain(value: object) -> Any:
 
 
 def choose_section(section: type[S], given: S | None, keys: Mapping[str, object], name: str) -> S:
-    """A section that was given as it is, or by its keys."""
+    """The section that was given as an object, or as its keys."""
     if given is None:
         return checked(section, keys, name)
     if keys:
@@ -34,10 +34,10 @@ def choose_section(section: type[S], given: S | None, keys: Mapping[str, object]
 
 
 def checked(section: type[S], values: Mapping[str, Any], name: str = "") -> S:
-    """The section with these keys; what is None is left out.
+    """The section with these keys; None values are left out.
 
-    Raises `UserError` in the words that a recipe's problems have, in one line: "prune.block: unknown key 'block'; did
-    you mean 'blocks'?". `name` is the section's, where the user would not know which one is meant.
+    Raises `UserError` with a recipe's message in one line: "prune.block: unknown key 'block'; did you mean 'blocks'?".
+    `name` is the section's name, if the message needs it to be clear.
     """
     text = as_json({key: value for key, value in values.items() if value is not None})
     try:

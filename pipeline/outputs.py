@@ -135,11 +135,11 @@ def recipe_summary(recipe: Recipe) -> RecipeSummary:
 
 def shipped_recipes() -> list[ShippedRecipe]:
     """The recipes in the package, each with the first line of its file."""
-    found = []
+    recipes = []
     for name, path in shipped().items():
         first = next(iter(path.read_text(encoding="utf-8").splitlines()), "").lstrip("# ")
-        found.append(ShippedRecipe(name=name, path=printable(path), summary=first))
-    return found
+        recipes.append(ShippedRecipe(name=name, path=printable(path), summary=first))
+    return recipes
 
 
 _SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {

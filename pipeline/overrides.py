@@ -1,4 +1,4 @@
-"""KEY=VALUE of `--set`, put into the tree of a recipe or of one of its sections."""
+"""Applies `--set` KEY=VALUE to the tree of a recipe or of one of its sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stages import STAGES
 def apply_override(
     tree: CommentedMap, override: str, origins: dict[tuple[Any, ...], str], option: str = "--set"
 ) -> None:
-    """Put KEY=VALUE into a recipe's tree in place, and note in `origins` which keys came from it."""
+    """Put KEY=VALUE into a recipe's tree, in place, and record in `origins` which keys came from it."""
     given = f"{option} {override}"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -43,7 +43,7 @@ def apply_override(
 
 
 def _make_room(tree: CommentedMap, stage: str) -> None:
-    """A stage that the recipe does not have gets its place before the first stage that reads what it makes."""
+    """Insert a new stage before the first stage that reads its output."""
     if stage in STAGES and stage not in tree:
         readers = [i for i, name in enumerate(tree) if name in STAGES and stage in STAGES[name].reads]
         tree.insert(min(readers, default=len(tree)), stage, None)
@@ -65,7 +65,7 @@ def _put(node: CommentedMap | CommentedSeq, part: str, value: object, given: str
 
 
 def _from_here(value: object) -> Any:
-    """Paths typed on the command line are relative to where it was typed, not to the recipe."""
+    """Paths from the command line are relative to the current folder, not to the recipe's."""
     if isinstance(value, list):
         return [_from_here(item) for item in value]
     if isinstance(value, str) and ("/" in value or "." in value) and Path(value).exists():

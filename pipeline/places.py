@@ -1,6 +1,6 @@
-"""What was typed on the command line, checked before any work: names, texts, and places to write to and read from.
+"""Checks of command-line input before any work: names, texts, and paths to read from or write to.
 
-Places are checked by writing to them; nothing is left behind.
+Places to write to are checked by writing there; nothing is left behind.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..core.files import json_lines, read_text, why_not_utf8
 from .explain import FULL
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs and bundles, and with that of files
-LONGEST_NAME = 100  # a file's name adds a type, a depth and a part, and may have 255 bytes
+LONGEST_NAME = 100  # file names add a type, a depth and a part, and are limited to 255 bytes
 _PROBE = ".compress-probe"
 
 
 def check_name(name: str, option: str = "--name") -> None:
-    """`UserError` unless a file may be named so on every system."""
+    """`UserError` for a name that is not a valid file name on every system."""
     if not re.fullmatch(NAME, name) or len(name) > LONGEST_NAME:
         raise UserError(
             f"{option} {name!r}: a name consists of letters, digits, '.', '_' and '-', begins with a letter or "
@@ -32,7 +32,7 @@ def check_name(name: str, option: str = "--name") -> None:
 
 
 def bundle_name(name: str) -> str:
-    """A bundle's name from a file's or folder's: characters that file names should not have become '-'."""
+    """A bundle's name from a file's or folder's name: characters that file names should not have become '-'."""
     plain = re.sub(r"[^\w.+()\[\] -]", "-", name).strip(" .-")[:LONGEST_NAME]
     return plain or "model"
 
@@ -48,7 +48,7 @@ def check_text(text: str | None, option: str) -> None:
 
 
 def decode(data: bytes, where: str) -> str:
-    """The text of UTF-8 bytes, without a byte order mark and with every line ending as a newline."""
+    """The text of UTF-8 bytes, without a byte order mark and with newlines as line ends."""
     try:
         return StringIO(data.decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError as error:
@@ -70,7 +70,7 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_new(path: Path, option: str = "--out") -> None:
-    """`UserError` unless a file or folder can be made at `path`, where nothing or an empty folder is."""
+    """`UserError` unless a file or folder can be created at `path`, where there is nothing or an empty folder."""
     if path.name in ("", ".."):
         raise UserError(f"{option} {path}: give the name of the file or folder to create")
     with _refusing(path, option):
@@ -83,7 +83,7 @@ def check_new(path: Path, option: str = "--out") -> None:
 
 
 def check_file_place(path: Path, option: str = "--out") -> None:
-    """`UserError` unless a file can be written at `path`, over an older one."""
+    """`UserError` unless a file can be written at `path`, possibly replacing an older one."""
     if path.name in ("", "..") or path.is_dir():
         raise UserError(f"{option} {path}: give the name of a file")
     with _refusing(path, option), _made([*_missing(path.parent), path.with_name(f"{path.name}.probe")]) as probe:
@@ -91,7 +91,7 @@ def check_file_place(path: Path, option: str = "--out") -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """`UserError` unless files can be written in a folder, which is made if it must be."""
+    """`UserError` unless files can be written in a folder, which need not exist yet."""
     with _refusing(path, option), _made(_missing(path)):
         _write_in(path)
 
@@ -109,7 +109,7 @@ def _refusing(path: Path, option: str) -> Iterator[None]:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the outermost first."""
+    """The missing folders on the way to `folder`, itself included, outermost first."""
     missing = []
     while not os.path.lexists(folder):
         missing.append(folder)
@@ -119,16 +119,16 @@ def _missing(folder: Path) -> list[Path]:
 
 @contextmanager
 def _made(folders: list[Path]) -> Iterator[Path]:
-    """Make folders that are not there, and take them away again; the last of them."""
-    made: list[Path] = []
+    """Create missing folders inside the context, and remove them again; yields the last one."""
+    created: list[Path] = []
     try:
         for folder in folders:
             if not folder.is_dir():
                 folder.mkdir()
-                made.append(folder)
+                created.append(folder)
         yield folders[-1] if folders else Path()
     finally:
-        for folder in reversed(made):
+        for folder in reversed(created):
             folder.rmdir()
 
 

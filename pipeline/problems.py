@@ -1,4 +1,4 @@
-"""Problems of a recipe: what is wrong, where, and the likely intended key."""
+"""Problems in a recipe: what is wrong, where, and the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.suggest import did_you_mean, nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong at one key path."""
+    """One problem at one key path."""
 
     path: tuple[str | int, ...]
     message: str
@@ -33,7 +33,7 @@ class Problem:
 
 
 def _line(tree: object, path: tuple[str | int, ...]) -> int:
-    """The line of the deepest key on the path that the file has, counted from 1."""
+    """The line, from 1, of the deepest key on the path that is in the file."""
     line = 1
     for part in path:
         if isinstance(tree, CommentedMap):
@@ -52,7 +52,7 @@ def _line(tree: object, path: tuple[str | int, ...]) -> int:
 
 def describe_problems(error: ValidationError, plain: object, model: type[BaseModel]) -> list[Problem]:
     """pydantic's errors in the recipe's terms, each misspelt key with its nearest valid one."""
-    # Nothing is known of the options of a kind that is not there, or whose package is broken.
+    # Options of a kind that does not exist, or whose package is broken, cannot be checked.
     unusable = [_real_path(d, plain) for d in error.errors() if d["type"] in (UNUSABLE, "union_tag_invalid")]
     unknown = [
         found
@@ -60,7 +60,7 @@ def describe_problems(error: ValidationError, plain: object, model: type[BaseMod
         if not any(found[0].path[: len(path)] == path for path in unusable)
     ]
     problems = [problem for problem, _ in unknown]
-    # A key that is missing only because it was misspelt is named once, as the misspelling.
+    # A key that is missing because it was misspelt is reported once, as the misspelling.
     meant = {(*problem.path[:-1], guess) for problem, guess in unknown if guess}
     covered = {problem.path for problem in problems}
     found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
@@ -75,7 +75,7 @@ def describe_problems(error: ValidationError, plain: object, model: type[BaseMod
         found.setdefault(path, []).append(detail)
     paths = [problem.path for problem in problems] + list(found)
     for path, details in found.items():
-        # Where something deeper is wrong, the member of a union that was meant is known; the others are not missed.
+        # A problem further inside shows which member of a union was meant; problems of the others are dropped.
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
         if not (deeper and all(detail["type"].endswith("_type") for detail in details)):
             messages = dict.fromkeys(_message(detail) for detail in details)
@@ -98,21 +98,21 @@ def unknown_keys(
     for key, child in value.items():
         if key in known:
             kinds = [model.model_fields[key].annotation for model in candidates if key in model.model_fields]
-            below = [model for kind in kinds for model in _models(kind)]
+            below = [model for option in kinds for model in _models(option)]
             named = isinstance(child, dict) and any(
-                get_origin(kind) is dict for kind in kinds
-            )  # keys of the user's own
+                get_origin(option) is dict for option in kinds
+            )  # the user may choose keys freely
             for name, item in child.items() if named else [(None, child)]:
                 yield from unknown_keys(item, below, (*path, key, name) if named else (*path, key))
             continue
-        # A key of a sibling kind is spelt right but belongs elsewhere; say what is valid here either way.
+        # A key of another kind is spelt correctly but does not belong here; list the valid ones in either case.
         near = nearest(key, known, value)
         hint = f"did you mean {near!r}?" if near else f"valid keys: {', '.join(sorted(known))}"
         yield Problem((*path, key), f"unknown key {key!r}; {hint}"), near
 
 
 def _by_tag(value: dict[str, Any], models: list[type[BaseModel]]) -> list[type[BaseModel]]:
-    """Of the members of a tagged union, the one whose tag (a Literal field) the value names; else all."""
+    """The member of a tagged union that the value's tag (a Literal field) names; without one, all members."""
     for model in models:
         for name, info in model.model_fields.items():
             if get_origin(info.annotation) is Literal and value.get(name) in get_args(info.annotation):
@@ -162,7 +162,7 @@ def _message(detail: ErrorDetails) -> str:
 
 
 def _given(detail: ErrorDetails) -> str:
-    """What stood there, where that is one value and the message does not say it."""
+    """The given value, if it is a single one and the message does not contain it."""
     given = detail.get("input")
     if isinstance(given, (dict, list)) or detail["type"].startswith(("union_tag", "missing", UNUSABLE)):
         return ""

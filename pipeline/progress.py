@@ -1,4 +1,4 @@
-"""Progress handed to a function of the user's."""
+"""Passes progress to a user's function."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..core.stage import Advance, Progress
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step forward, or one line worth reading."""
+    """An advance of a task, or a line of text."""
 
-    label: str  # what is being done; empty for a line that belongs to nothing
+    label: str  # the task; empty for a line of text
     done: int = 0  # steps, of `total`
-    total: int | None = None  # None: not known
-    note: str = ""  # a figure such as a loss; or the line
+    total: int | None = None  # None: unknown
+    note: str = ""  # a figure such as a loss, or the line
 
 
 class CallbackProgress(Progress):
-    """Calls a function with every event."""
+    """A `Progress` that calls a function with every event."""
 
     def __init__(self, call: Callable[[ProgressEvent], None]):
         self.call = call
@@ -44,7 +44,7 @@ OnProgress = Progress | Callable[[ProgressEvent], None] | None
 
 
 def as_progress(given: OnProgress) -> Progress:
-    """A `Progress` of what a caller gave; a silent one of None."""
+    """The `Progress` for a caller's function; a silent one for None."""
     if isinstance(given, Progress):
         return given
     return Progress() if given is None else CallbackProgress(given)

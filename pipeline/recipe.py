@@ -36,7 +36,7 @@ from .stages import STAGES
 
 
 class ModelSpec(Section):
-    """A model source with what cannot be written in one string."""
+    """A model source with further settings."""
 
     source: str = Field(description="Hub id, folder, .gguf file, package:NAME/FILE or random:FAMILY")
     config: str | None = Field(
@@ -75,7 +75,7 @@ class RecipeKeys(Section):
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe. Where a section has a `kind`, that word alone is short for it."""
+    """The JSON schema of a recipe. A section with a `kind` may be written as that word alone."""
     schema = RecipeKeys.model_json_schema()
     for section in schema["$defs"].values():
         for name, node in section.get("properties", {}).items():
@@ -86,14 +86,14 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
-    """The names of the kinds that a schema node chooses from; none if it chooses from nothing."""
-    for option in node.get("anyOf", []):  # of a key that may be left out
+    """The names of the kinds that a schema node offers, if any."""
+    for option in node.get("anyOf", []):  # an optional key
         if "$ref" not in option and (kinds := _kinds(option, definitions)):
             return kinds
     if node.get("discriminator", {}).get("propertyName") == "kind":
         return sorted(node["discriminator"]["mapping"])
-    kind = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
-    return [kind["const"]] if "const" in kind else []
+    field = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
+    return [field["const"]] if "const" in field else []
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,16 @@ def find_recipe(text: str) -> Path:
         return known[name]
     if path.is_dir():
         raise UserError(f"{text} is a folder; give a recipe file (.yaml) or one of: {', '.join(known)}")
-    there = ", ".join(known)
+    listed = ", ".join(known)
     raise UserError(
-        f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {there}{did_you_mean(name, known)}"
+        f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {listed}{did_you_mean(name, known)}"
     )
 
 
 def _checked(
     path: Path, content: str, overrides: Sequence[str], given: Mapping[tuple[Any, ...], str] | None = None
 ) -> Recipe:
-    """`given`: where keys are from, where not from a line of the file."""
+    """`given`: the origin of keys that are not from a line of the file."""
     tree = _parse(path, content)
     origins = dict(given or {})
     for override in overrides:
@@ -192,7 +192,7 @@ def _checked(
     problems: list[Problem] = []
     recipe: RecipeKeys | None = None
     try:
-        # JSON mode, strict: "6" is no number and true no count, but a YAML list may fill a tuple.
+        # Strict JSON mode: "6" is not a number and true not a count, but a YAML list may become a tuple.
         recipe = RecipeKeys.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
         problems = describe_problems(error, plain, RecipeKeys)
@@ -218,7 +218,7 @@ def _parse(path: Path, content: str) -> CommentedMap:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         parts = [" ".join(part.split()) for part in (error.context, error.problem) if part]
         raise UserError(f"{place}: {', '.join(parts) or 'not valid YAML'}") from error
-    except Exception as error:  # the parser has errors of every kind for what it does not expect
+    except Exception as error:  # the parser can raise anything for unexpected input
         raise UserError(f"{path}: not valid YAML: {one_line(str(error))}") from error
     if not isinstance(tree, CommentedMap):
         raise UserError(f"{path}: a recipe is a mapping of keys such as name, model, prune")
@@ -226,16 +226,16 @@ def _parse(path: Path, content: str) -> CommentedMap:
 
 
 def _plain(node: object) -> Any:
-    """ruamel's containers as plain ones, keys as text."""
+    """ruamel's containers as plain Python ones, keys as text."""
     if isinstance(node, dict):
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if isinstance(node, bool) or node is None:
         return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
+    for plain_type in (int, float, str):
+        if isinstance(node, plain_type):
+            return plain_type(node)
     return node
 
 
@@ -249,6 +249,6 @@ def _order_problems(order: tuple[str, ...]) -> list[Problem]:
         for other in spec.reads:
             if other in order[position + 1 :]:
                 problems.append(
-                    Problem((name,), f"the stage {name} reads what {other} makes, so {other} must come before it")
+                    Problem((name,), f"the stage {name} reads the output of {other}, so {other} must come before it")
                 )
     return problems

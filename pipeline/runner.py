@@ -1,4 +1,4 @@
-"""Running a recipe: which stages are complete, what each reads, and making the rest."""
+"""Runs a recipe: finds out which stages are complete and makes the others."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .store import StageFolder, fingerprint, lock
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a recipe runs."""
+    """How and where a recipe runs."""
 
     runs: Path = Path("runs")
     device: str = "cpu"
     dtype: str = "float32"
     until: str | None = None
-    start: str | None = None  # make this stage and what follows it again, complete or not
-    shard: bool = False  # spread full tuning over the run's processes
+    start: str | None = None  # make this stage and all after it again, even if complete
+    shard: bool = False  # shard full tuning over the run's processes
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of this run: what it is, where it goes, and whether it must be made."""
+    """A stage of this run, its folder, and whether it must be made."""
 
     spec: StageSpec
     config: Any
@@ -66,7 +66,7 @@ class Run:
 
 
 def plan_run(loaded: Recipe, options: Options) -> Run:
-    """Work out fingerprints and which stages are pending; nothing is written but the cache of file hashes."""
+    """Compute fingerprints and which stages are pending; only the cache of file hashes is written."""
     order = _selected(loaded.order, options)
     source = parse_source(loaded.source, loaded.folder)
     cache = options.runs / ".sources"
@@ -100,8 +100,8 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
 def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
     for flag, name in (("--until", options.until), ("--from", options.start)):
         if name is not None and name not in order:
-            there = ", ".join(order) or "none"
-            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {there}{did_you_mean(name, order)}")
+            listed = ", ".join(order) or "none"
+            raise UserError(f"{flag} {name}: the recipe has no such stage; it has {listed}{did_you_mean(name, order)}")
     if options.until is None:
         return order
     order = order[: order.index(options.until) + 1]
@@ -111,9 +111,9 @@ def _selected(order: tuple[str, ...], options: Options) -> tuple[str, ...]:
 
 
 def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
-    """Make the pending stages. Safe to kill at any moment and to call again.
+    """Make the pending stages. It can be killed at any moment and called again.
 
-    With several processes all of them call this; the first one holds the lock and writes what is not a stage's own.
+    With several processes all of them call this; rank 0 holds the lock and writes the files that belong to no stage.
     """
     group = group or Group()
     with readable_errors(f"writing to {run.folder}"), lock(run.folder) if group.rank == 0 else nullcontext():
@@ -123,7 +123,7 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
             _save_recipe(run)
             for stage in run.stages:
                 if not stage.pending:
-                    # Damage is found before anything is built on it.
+                    # Find damage before anything is built on it.
                     stage.folder.manifest(run.cache if run.pending else None)
         if not run.pending:
             return
@@ -150,7 +150,7 @@ def _prepare(run: Run, context: Context) -> Path:
         if ready is not None:
             ready(stage.config, context)
     if any(getattr(run.loaded.section(name), "depths", None) for name in run.loaded.order):
-        settings(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # the depths fit
+        settings(run.loaded, read_geometry(run.loaded, run.cache), context.dtype, False)  # raises if depths do not fit
     base = resolve(run.loaded.source, run.cache, base_dir=run.loaded.folder, progress=context.progress)
     for stage in run.pending:
         check = getattr(stage.spec.module(), "check", None)
@@ -160,12 +160,12 @@ def _prepare(run: Run, context: Context) -> Path:
 
 
 def _planned(run: Run, base: Path, world: int) -> dict[str, int]:
-    """The planned peak memory of every stage, in bytes; on CUDA what torch is to allocate."""
+    """The planned peak memory of every stage in bytes; on CUDA torch's allocations."""
     shape = geometry_of(read_json(base / "config.json"))
     cuda = run.options.device.startswith("cuda")
     shards = world if run.options.shard else 1
-    found = planned_memory(run.loaded, shape, run.options.dtype, cuda, shards)
-    return {name: memory.peak - (memory.parts.get("runtime", 0) if cuda else 0) for name, memory in found.items()}
+    needs = planned_memory(run.loaded, shape, run.options.dtype, cuda, shards)
+    return {name: memory.peak - (memory.parts.get("runtime", 0) if cuda else 0) for name, memory in needs.items()}
 
 
 def _make(
@@ -179,9 +179,9 @@ def _make(
 
 
 def _current_model(run: Run, base: Path, done: dict[str, Path]) -> Path:
-    """The checkpoint of the last finished stage that makes one; the unpruned model where none does."""
-    made = [stage.spec.name for stage in run.stages if stage.spec.makes_model and stage.spec.name in done]
-    return done[made[-1]] / "model" if made else base
+    """The checkpoint of the last finished stage that makes one; without one the unpruned model."""
+    makers = [stage.spec.name for stage in run.stages if stage.spec.makes_model and stage.spec.name in done]
+    return done[makers[-1]] / "model" if makers else base
 
 
 def _save_recipe(run: Run) -> None:

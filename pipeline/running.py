@@ -29,7 +29,7 @@ class RunResult:
     folder: Path  # `runs`/NAME
     stages: dict[str, Path]  # stage → its folder, in order
     made: tuple[str, ...]  # the stages that this call made; the others were complete
-    model: Path | None  # checkpoint folder of the last stage that makes a model; None where none does
+    model: Path | None  # checkpoint folder of the last stage that makes a model; None without one
     report: Report  # what report.json holds
 
     @cached_property
@@ -39,13 +39,13 @@ class RunResult:
 
     @property
     def report_file(self) -> Path:
-        """The report as one self-contained page; report.json is beside it."""
+        """The report as a self-contained HTML page; report.json is beside it."""
         return self.folder / "report.html"
 
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage of a run before it runs."""
+    """A stage's state before a run."""
 
     name: str
     folder: Path
@@ -121,7 +121,7 @@ def dry_run(
 
 
 def _planned(recipe: Recipe | Path | str, set: Sequence[str], options: Options, work: Callable[[Run, Group], T]) -> T:
-    """Read the recipe and find out what is to be done, in every process of the run; then `work`."""
+    """Read the recipe and plan the run, in every process; then call `work`."""
     with processes(options.device) as (group, own_device):
         check_dtype(options.dtype)
 

@@ -1,4 +1,4 @@
-"""Which stages there are, in their order, and where their code is. No torch.
+"""The stages, in order, and where their code is. No torch.
 
 A stage is its folder (core/stage.py says what is in it), one line in `STAGES`, and one field of `RecipeKeys`.
 """
@@ -18,10 +18,10 @@ class StageSpec:
 
     name: str
     package: str  # below compress; its modules `config`, `cost` and `stage` are used
-    needs: tuple[str, ...] = ()  # earlier stages that it cannot do without
-    parallel: bool = False  # several processes share its work; else the first does it and the others wait
-    makes_model: bool = False  # leaves a checkpoint folder in `model`, which the stages behind it go on from
-    reads: tuple[str, ...] = ()  # all earlier stages, whose output it depends on where the recipe has them
+    needs: tuple[str, ...] = ()  # earlier stages that it requires
+    parallel: bool = False  # whether several processes share its work; else rank 0 does it and the others wait
+    makes_model: bool = False  # whether it writes a checkpoint folder `model`, which later stages start from
+    reads: tuple[str, ...] = ()  # all earlier stages; it depends on the output of those that the recipe has
 
     @property
     def format(self) -> int:
@@ -29,7 +29,7 @@ class StageSpec:
 
     @property
     def cost(self) -> StageCost[Any]:
-        """What the stage says that it takes."""
+        """The stage's estimates."""
         return importlib.import_module(f"..{self.package}.cost", __package__).COST
 
     def module(self) -> Any:
@@ -38,7 +38,7 @@ class StageSpec:
 
 
 def in_order(*stages: StageSpec) -> dict[str, StageSpec]:
-    """Stages by name, each of which reads all that come before it."""
+    """Stages by name; each reads all that come before it."""
     names = [spec.name for spec in stages]
     return {spec.name: replace(spec, reads=tuple(names[:number])) for number, spec in enumerate(stages)}
 

@@ -1,11 +1,11 @@
-"""Single stages on checkpoint folders, without a recipe: what `compress.api` offers beside whole runs.
+"""The functions of `compress.api` that run single stages on checkpoint folders, without a recipe.
 
-Every step reads folders and writes one new folder `out`, which is a stage's folder: a manifest with seeds, versions and
-hashes, and for stages that make a model a checkpoint in `out`/model. It appears when it is whole; a step that was
-killed resumes when it is called again with the same settings.
+Every step reads folders and writes one new stage folder `out`: a manifest with seeds, versions and hashes, and for
+stages that make a model a checkpoint in `out`/model. The folder appears when it is complete; a step that was killed
+resumes when it is called again with the same settings.
 
-`section` and `**keys` are the recipe's section of the same name: an object such as `PruneConfig(blocks=6)`, or its keys
-as arguments. Wrong keys, types and values are refused before any weight is read, with the messages of a recipe.
+`section` or `**keys` give the recipe's section of the same name: an object such as `PruneConfig(blocks=6)`, or its keys
+as arguments. Wrong keys, types and values are rejected before any weight is read, with a recipe's messages.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StageResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What the stage counted and measured."""
+        """The stage's own figures."""
         return self.manifest.metrics
 
     @property
@@ -79,7 +79,7 @@ class PruneResult(ModelResult):
 
     @property
     def dropped(self) -> list[int]:
-        """The removed blocks, by their numbers in the model that was pruned."""
+        """The removed blocks, as indices in the model that was pruned."""
         return self.metrics["dropped"]
 
 
@@ -87,7 +87,7 @@ RowsLike = StageResult | Path | str
 
 
 class _Data(Section):
-    """The section alone, which has a form for each source."""
+    """A wrapper for checking the section, whose type depends on its source."""
 
     data: DataConfig
 
@@ -104,7 +104,7 @@ def collect_rows(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> StageResult:
-    """Rows for calibration, training and measurement: written by the unpruned `model`, or from a data set.
+    """Collect rows for calibration, training and measurement, written by the unpruned `model` or from a data set.
 
     >>> rows = collect_rows(model, "rows", source="magpie", rows=92)
 
@@ -132,7 +132,7 @@ def prune(
 
     >>> prune(model, "pruned", rows=rows, blocks=6, search="greedy", heal="refit").dropped
 
-    `rows`, of `collect_rows` or a run's data stage, are the calibration rows, unless `calibration` names a text.
+    `rows`, from `collect_rows` or a run's data stage, are the calibration rows, unless `calibration` names a text.
     `keys` are those of the recipe's `prune` section. Raises `UserError` for too many blocks or too few rows.
     """
     config = choose_section(PruneConfig, section, keys, "prune")
@@ -154,12 +154,12 @@ def heal(
     runs: str | Path = "runs",
     on_progress: OnProgress = None,
 ) -> ModelResult:
-    """Heal a cut: the blocks that `model` has left of `base`, with `base`'s weights and the gaps closed.
+    """Heal a cut again: keep the blocks of `base` that `model` has, with `base`'s weights, and close the gaps.
 
     >>> heal("pruned/model", "healed", "refit", base=model, rows=rows)
 
-    `method` and `calibration` are the keys `heal` and `calibration` of the recipe's `prune` section. Training of
-    `model` since the cut is lost: its weights are not read. Raises `UserError` where no block was removed.
+    `method` and `calibration` are the keys `heal` and `calibration` of the recipe's `prune` section. The weights of
+    `model` are not read, so any training since the cut is lost. Raises `UserError` if no block was removed.
     """
     config = checked(PruneConfig, {"blocks": 0, "heal": method, "calibration": calibration})
     call = _Call("prune", config, out, device, dtype, seed, runs, on_progress)
@@ -212,7 +212,7 @@ def sort(
 
     >>> sort(recovered.model, "sorted", base=model, rows=rows, depths=[12, 18, 24])
 
-    `keys` are those of the recipe's `sort` section. Raises `UserError` where the last depth is not all blocks.
+    `keys` are those of the recipe's `sort` section. Raises `UserError` if the last depth is not all blocks.
     """
     config = choose_section(SortConfig, section, keys, "sort")
     call = _Call("sort", config, out, device, dtype, seed, runs, on_progress)
@@ -232,11 +232,11 @@ def retain(
     on_progress: OnProgress = None,
     **keys: object,
 ) -> ModelResult:
-    """Train retaining heads, which score what a KV cache of fixed size keeps; the model's own weights do not change.
+    """Train retaining heads, by whose scores a KV cache of fixed size evicts; the model's own weights do not change.
 
     >>> retain(model, "headed", rows=rows, budget=1024)
 
-    `keys` are those of the recipe's `retain` section. Raises `UserError` without rows and without `dataset`.
+    `keys` are those of the recipe's `retain` section. Raises `UserError` if neither `rows` nor `dataset` is given.
     """
     config = choose_section(RetainConfig, section, keys, "retain")
     if rows is None and config.dataset is None:
@@ -247,7 +247,7 @@ def retain(
 
 @dataclass(frozen=True)
 class _StepFolder(StageFolder):
-    """A stage's folder of the user's choosing."""
+    """A stage's folder at a path chosen by the user."""
 
     out: Path
 
@@ -257,13 +257,13 @@ class _StepFolder(StageFolder):
 
     @property
     def partial(self) -> Path:
-        # Its settings are in its name: a step with others begins anew.
+        # The fingerprint in the name makes a step with other settings start over.
         return self.out.with_name(f".{self.out.name}-{self.fingerprint[:12]}.partial")
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One step: what is done, where to, and how."""
+    """The arguments of one step."""
 
     name: str
     config: Section
@@ -281,7 +281,7 @@ class _Call:
         rows: RowsLike | None = None,
         work: Work | None = None,
     ) -> Path:
-        """Make the stage's folder; `base` is the unpruned model, `model` what the stage goes on from."""
+        """Make the stage's folder; `base` is the unpruned model, `model` the stage's input."""
         need(f"the step {self.name}", *FULL)
         from ..modeling.load import resolve
 
@@ -319,7 +319,7 @@ class _Call:
 
 
 def rows_folder(rows: RowsLike | None) -> Path | None:
-    """The folder of a data stage; `UserError` where it has no rows."""
+    """The folder of a data stage; `UserError` if it has no rows."""
     if rows is None:
         return None
     folder = Path(str(rows))

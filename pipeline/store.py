@@ -20,12 +20,12 @@ from ..modeling.source import hash_file, hash_json
 from ..records.manifest import StageFile, StageManifest
 
 MANIFEST = StageManifest.FILE
-DISCARDED = ".old"  # end of the names of folders that are about to be deleted
+DISCARDED = ".old"  # suffix of folders that are about to be deleted
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """Where one stage of one run lives: `<run>/<stage>-<fingerprint>`."""
+    """The folder of one stage of one run: `<run>/<stage>-<fingerprint>`."""
 
     run: Path
     stage: str
@@ -37,7 +37,7 @@ class StageFolder:
 
     @property
     def partial(self) -> Path:
-        """Where it is made; renamed to `path` when whole."""
+        """Where it is made; renamed to `path` when complete."""
         return self.run / f".{self.path.name}.partial"
 
     @property
@@ -45,9 +45,9 @@ class StageFolder:
         return self.path.is_dir()
 
     def manifest(self, hashes: Path | None = None) -> StageManifest:
-        """The manifest of a complete stage; `UserError` if the folder was damaged since.
+        """The manifest of a complete stage; `UserError` if the folder has been damaged since.
 
-        With a folder for known `hashes`, every file is compared by its hash; else by its size alone.
+        With a folder for cached `hashes`, every file is compared by its hash; else only by its size.
         """
         try:
             manifest = StageManifest.read(self.path)
@@ -69,21 +69,21 @@ class StageFolder:
 
     @property
     def sealed(self) -> bool:
-        """Whether the partial folder is whole, and only its renaming was missed."""
+        """Whether the partial folder is complete and only has to be renamed."""
         return (self.partial / MANIFEST).is_file()
 
     def finish(self, manifest: StageManifest) -> None:
-        """Write the manifest of the partial folder, its files added, flush everything to disk, and rename it."""
-        made = _files(self.partial)
-        hashes: dict[tuple[int, int], str] = {}  # a file with several names, as depths share weights, is read once
+        """Add the files to the manifest, write it, flush everything to disk, and rename the partial folder."""
+        written = _files(self.partial)
+        hashes: dict[tuple[int, int], str] = {}  # a file with several names (depths share weights) is read once
         files: dict[str, StageFile] = {}
-        for file in made:
+        for file in written:
             state = file.stat()
             key = state.st_dev, state.st_ino
             if key not in hashes:
                 hashes[key] = hash_file(file)
             files[str(file.relative_to(self.partial))] = StageFile(bytes=state.st_size, sha256=hashes[key])
-        for file in made:
+        for file in written:
             _flush(file)
         manifest.model_copy(update={"files": files}).write(self.partial)
         _flush(self.partial / MANIFEST)
@@ -93,8 +93,8 @@ class StageFolder:
     def seal(self) -> None:
         """Rename the partial folder without its working state; a kill in between leaves it `sealed`.
 
-        The working state is moved away before it is deleted: half of it would mislead a run that resumes from it.
-        An older folder, made again on request, goes only once the new one is whole.
+        The working state is moved away before it is deleted, because half of it would mislead a resumed run. An older
+        folder that is being replaced is deleted only once the new one is complete.
         """
         old = self.run / f".{self.path.name}{DISCARDED}"
         shutil.rmtree(old, ignore_errors=True)
@@ -119,9 +119,9 @@ def fingerprint(
     files: list[str],
     packages: dict[str, str] | None = None,
 ) -> str:
-    """What a stage's output depends on, as sha256 hex: its precision too, but not the device or the machine.
+    """A hash (sha256 hex) of everything that a stage's output depends on: dtype included, device and machine not.
 
-    `packages` are those that added methods which the stage uses, with their versions.
+    `packages` are those whose methods the stage uses, with their versions.
     """
     parts = [stage, format, config, seed, dtype, base, inputs, files]
     return hash_json([*parts, packages] if packages else parts)
@@ -129,7 +129,7 @@ def fingerprint(
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """One process per run folder; a second one gets a `UserError` naming the holder. The lock ends with its process."""
+    """Lock a run folder; a second process gets a `UserError` naming the holder. The lock ends with its process."""
     run.mkdir(parents=True, exist_ok=True)
     holder = run / ".lock-holder.json"
     guard = FileLock(run / ".lock")
@@ -159,7 +159,7 @@ def _describe(holder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file of a stage but its manifest and its working state, in a fixed order."""
+    """All files of a stage except its manifest and working state, in a fixed order."""
     left_out = (folder / MANIFEST, folder / f"{MANIFEST}.tmp")
     return sorted(
         file

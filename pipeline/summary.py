@@ -1,4 +1,4 @@
-"""The last lines of a run: its results, and where they are."""
+"""The end of a run: its report, and the summary that is printed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .report.schema import Report
 from .report.tasks import task_lines
 from .runner import Run
 
-# How a figure that this version shows is missing, or is none.
+# Errors for a figure that is missing from a report, or null.
 MISSING = (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError, UndefinedError)
-LAST = "last-run.json"  # which stage folders the run's last execution consisted of
+LAST = "last-run.json"  # lists the stage folders of the run's last execution
 
 
 def finish(run: Run, made: int) -> Report:
@@ -60,17 +60,17 @@ def rebuild(folder: Path) -> list[Path]:
 
 
 def _build(folder: Path, name: str, recipe: str, stages: list[StageRecord]) -> tuple[Report, str]:
-    """The report and its page, drawn even where it is not written: every figure that it shows must be there."""
+    """The report and its page. The page is always rendered, to check that all its figures exist."""
     try:
         report = build_report(name, recipe, stages)
         return report, render(report)
     except (*MISSING, UserError) as error:
-        what = (
+        reason = (
             str(error) if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         )
         raise UserError(
-            f"the stages in {folder} are damaged, or were made by another version of compress ({what}); run its recipe "
-            "again, with --from where a stage is damaged"
+            f"the stages in {folder} are damaged, or were made by another version of compress ({reason}); run its "
+            "recipe again, with --from where a stage is damaged"
         ) from error
 
 
@@ -108,7 +108,7 @@ def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()
 
 
 def show_tasks(models: list[ModelEntry], console: Console) -> None:
-    """The task results: a table per task, a line per model."""
+    """The task results: a table per task, a row per model."""
     table: Table | None = None
     for line in task_lines(models):
         if line.first:
@@ -118,14 +118,14 @@ def show_tasks(models: list[ModelEntry], console: Console) -> None:
             table.add_column("model", no_wrap=True)
             for column in ("score", "95 %\ninterval", "points\nto base", "kept", "above\nchance"):
                 table.add_column(column, justify="right", no_wrap=True)
-        assert table is not None  # the first line of all is the first of its task
+        assert table is not None  # the first row is the first of its task
         table.add_row(line.role, line.score, line.interval, line.difference, line.kept, line.kept_above_chance)
     if table is not None:
         console.print(table)
 
 
 def show_retrieval(models: list[ModelEntry], console: Console) -> None:
-    """Retrieval from long prompts: a table per task, a line per model, policy and budget."""
+    """Retrieval from long prompts: a table per task, a row per model, policy and budget."""
     tables: list[Table] = []
     for line in retrieval_lines(models):
         if line.first:

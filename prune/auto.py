@@ -1,4 +1,4 @@
-"""`blocks: auto`: how many blocks go, from a curve of cuts of every size measured on held-out rows."""
+"""`blocks: auto`: the number of blocks to drop, from the held-out perplexity of cuts of growing size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .scoring import Scorer
 from .searches import choose
 from .study import Study
 
-MISSES = 2  # sizes in a row that miss the perplexity before larger cuts are no longer tried
-STEPS = 12  # tokens timed of each model, in turn
+MISSES = 2  # stop after this many sizes in a row above the perplexity limit
+STEPS = 12  # tokens timed per model, the two models taking turns
 
 
 def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, list[CurvePoint]]:
@@ -33,7 +33,7 @@ def decide(study: Study, config: PruneConfig, candidates: range) -> tuple[Cut, l
     curve = [_point(study, config, ())]
     study.progress.note(f"held-out perplexity of the unpruned model: {curve[0].pruned:.2f}")
     met = curve[:1] if _meets(curve[0], goal) else []
-    compared: dict[int, dict[str, Candidate] | None] = {}  # what each size's search was compared with
+    compared: dict[int, dict[str, Candidate] | None] = {}  # size → the cuts that its search's result was compared with
     for count in range(1, most + 1):
         if met and goal.perplexity is None:
             break
@@ -95,14 +95,14 @@ def _perplexity(scorer: Scorer, cut: Cut) -> float:
 
 
 def remaining(decoder: Decoder, cut: Cut) -> float:
-    """The share of parameters that stays."""
+    """The share of the parameters that is left."""
     total = sum(p.numel() for p in decoder.model.parameters())
     return 1 - sum(p.numel() for block in cut for p in decoder.blocks[block].parameters()) / total
 
 
 @torch.no_grad()
 def latency_share(decoder: Decoder, cut: Cut) -> float:
-    """Time per generated token without some blocks, as a share of the whole model's: the median of steps in turn."""
+    """Time per generated token without some blocks, relative to the whole model's; the median of alternating steps."""
     ids = torch.full((1, 1), 3, device=decoder.model.device)
 
     def step() -> float:

@@ -18,10 +18,10 @@ FORMAT = 2
 
 
 class Calibration(Section):
-    """The tokens on which importance is measured, cuts are scored and healing is fitted."""
+    """The tokens for measuring importance, scoring cuts and fitting heals."""
 
     tokens: int = Field(
-        default=16384, ge=16, description="how many tokens of the data stage's training rows, or of `text`"
+        default=16384, ge=16, description="number of tokens, from the data stage's training rows or from `text`"
     )
     length: int = Field(default=512, ge=8, description="tokens per packed row")
     batch: int = Field(default=4, ge=1, description="packed rows per forward pass")
@@ -29,12 +29,12 @@ class Calibration(Section):
     scoring: int = Field(
         default=4096,
         ge=2,
-        description="how many of these tokens cuts are scored on (greedy, beam, auto; perplexity, kl, taylor)",
+        description="how many of these tokens to score cuts on (greedy, beam, auto; perplexity, kl, taylor)",
     )
     held_out: int = Field(
         default=4096,
         ge=2,
-        description="how many of these tokens greedy, beam and auto hold out to compare their results on",
+        description="how many of these tokens to hold out for comparing results (greedy, beam, auto)",
     )
 
 
@@ -58,7 +58,9 @@ class Goal(Section):
         default=None, description="remove as few blocks as bring the weights down to this share of the unpruned model's"
     )
     latency: Share | None = Field(
-        default=None, description="the same for the time per generated token, measured on the machine of the run"
+        default=None,
+        description="remove as few blocks as bring the time per generated token down to this share, measured on the "
+        "machine of the run",
     )
     at_most: int | None = Field(
         default=None, ge=1, description="maximum number of blocks to remove; null: half of them"
@@ -80,7 +82,7 @@ class PruneConfig(Section):
     goal: Goal | None = Field(default=None, description="for blocks: auto; null: perplexity within 1.2 × the base's")
     importance: AnyMetric = Field(
         default_factory=Angular,
-        description=f"what blocks are compared by where search is window or lowest: {METRICS.listed()}",
+        description=f"metric that ranks blocks for search: window and lowest: {METRICS.listed()}",
     )
     position: Literal["last", "all"] = Field(
         default="all", description="where importance is measured: on every token, or on the last token of each row"
@@ -97,23 +99,23 @@ class PruneConfig(Section):
 
     @property
     def splits(self) -> bool:
-        """Whether scoring and held-out rows are kept apart from those that healing is fitted on."""
+        """Whether scoring rows, held-out rows and the rows that heals are fitted on are disjoint."""
         return self.blocks == "auto" or isinstance(self.search, Scored)
 
     @property
     def copying(self) -> float:
-        """The share of scoring and held-out rows in which a text is read twice."""
+        """The share of scoring and held-out rows in which a text is repeated."""
         return self.search.copying if isinstance(self.search, Scored) else 0.0
 
     @property
     def scores_healed(self) -> bool:
-        """Whether a search scores cuts as healed."""
-        wanted = self.search.healed if isinstance(self.search, Scored) else None
-        return self.heal.kind != "none" if wanted is None else wanted
+        """Whether the search scores cuts healed."""
+        setting = self.search.healed if isinstance(self.search, Scored) else None
+        return self.heal.kind != "none" if setting is None else setting
 
     @field_serializer("importance")
     def _short(self, metric: Metric, info: SerializationInfo) -> str | dict[str, Any]:
-        """A metric without options is written as its name."""
+        """Serialize a metric without options as its name."""
         written = metric.model_dump(mode=info.mode)
         return metric.kind if written.keys() == {"kind"} else written
 

@@ -1,8 +1,8 @@
-"""Rows in which a text stands twice.
+"""Rows in which a text is repeated, to find cuts that can no longer copy from the context.
 
-A model that has lost the heads which find what came before and go on from there (arXiv 2209.11895) still writes fluent
-text: perplexity and KL on ordinary rows hardly see it, answers that repeat something from their prompt fail. In the
-second half of these rows the unpruned model is all but certain of every token, and a cut that cannot copy is not.
+A model that has lost its induction heads (arXiv 2209.11895) still writes fluent text: perplexity and KL on ordinary
+rows hardly notice, but answers that quote the prompt fail. In the repeated half of these rows the unpruned model
+predicts every token with near certainty; a cut that cannot copy does not.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..data.packing import Batch
 
 
 def read_twice(batches: Sequence[Batch], share: float) -> list[Batch]:
-    """Batches in which that share of the packed rows, spread evenly, has in place of the second half of each of its
-    segments the first half once more. An odd segment's last token stays."""
-    found, number = [], 0
+    """Batches in which the given share of packed rows, evenly spread, has the second half of each segment replaced by
+    its first half. The last token of a segment of odd length stays."""
+    repeated, number = [], 0
     for batch in batches:
         ids = batch.input_ids.clone()
         for row, segments in enumerate(batch.segment_ids):
@@ -27,5 +27,5 @@ def read_twice(batches: Sequence[Batch], share: float) -> list[Batch]:
                 places = (segments == segment).nonzero().flatten()
                 half = len(places) // 2
                 ids[row, places[half : 2 * half]] = ids[row, places[:half]]
-        found.append(replace(batch, input_ids=ids))
-    return found
+        repeated.append(replace(batch, input_ids=ids))
+    return repeated

@@ -1,7 +1,7 @@
-"""What the search for blocks to drop takes, and healing.
+"""Cost of choosing blocks and of healing.
 
-A greedy search is counted as if no cut were given up early, each cut run from its block on: about half of the blocks
-that are left. What `beam` and `blocks: auto` try depends on what they find, so they have no figure.
+A greedy search is counted as if no cut were dropped early; each cut runs from its block on, about half of the remaining
+blocks. `beam` and `blocks: auto` have no figure, because what they try depends on their results.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .searches.lowest import Lowest
 from .searches.window import Window
 
 RUNTIME = 600e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-CHUNK = 256  # positions whose logits exist at once where cuts are scored
-HELD = 1024  # tokens whose states around every block are kept to choose ridges by
-EVERY = 8  # each such packed row is held out for that
-RIDGES = (1e-2, 1e-1, 1.0)  # that cuts are scored with where healing has none
-GUARDED = 3  # cuts that held-out rows compare at the end
-GAPS_PER_BLOCK = 1 / 2  # of cuts that need not be one run; found on SmolLM2: 2 to 4 gaps at 6 blocks, 2 or 3 at 9
-SQUARES = 3  # products with the features' sums per candidate, besides the solution
+CHUNK = 256  # positions whose logits are held at once when cuts are scored
+HELD = 1024  # tokens whose hidden states around every block are kept for selecting ridges
+EVERY = 8  # every EVERY-th packed row is held out for that
+RIDGES = (1e-2, 1e-1, 1.0)  # for scoring healed cuts where the heal has no ridges of its own
+GUARDED = 3  # cuts that are compared on the held-out rows at the end
+GAPS_PER_BLOCK = 1 / 2  # gaps per dropped block of a free-form cut; on SmolLM2 2 to 4 gaps for 6 blocks, 2 or 3 for 9
+SQUARES = 3  # matrix products with the features' sums per candidate, besides the solution
 
 
 def _leaves(config: PruneConfig, at: Setting) -> Setting:
-    """The model without the blocks that go, measured as cut and as healed."""
+    """The model without the dropped blocks, measured pruned and healed."""
     dropped = _dropped(config, at.shape)
     if dropped >= at.shape.blocks:
         raise UserError(f"prune.blocks is {dropped}, but the model has {at.shape.blocks} blocks")
@@ -43,7 +43,7 @@ def _leaves(config: PruneConfig, at: Setting) -> Setting:
 
 
 def _dropped(config: PruneConfig, shape: Geometry) -> int:
-    """How many blocks go; of `auto` what can be told beforehand, for the rest none: an upper bound of everything."""
+    """Number of blocks to drop. For `auto` only what the goal determines beforehand, else 0: an upper bound of cost."""
     if config.blocks != "auto":
         return config.blocks
     if config.goal is None or config.goal.size is None:
@@ -53,12 +53,12 @@ def _dropped(config: PruneConfig, shape: Geometry) -> int:
 
 
 def _need(config: PruneConfig, at: Setting) -> Need:
-    """One batch's hidden states between all blocks, and the sums of the least-squares fit."""
+    """One batch's hidden states at all block boundaries, and the sums of the least-squares fit."""
     shape, after = at.shape, _leaves(config, at)
     tokens = config.calibration.batch * config.calibration.length
     inner = _features(config.heal, shape)
-    one = inner * (inner + 2 * shape.hidden) * 8  # the sums of the rows that are fitted, or held out
-    sums = 0 if config.heal.kind == "none" else 4 * one  # both, and the solution's own copies
+    square_sums = inner * (inner + 2 * shape.hidden) * 8  # sums of the rows that are fitted or held out
+    sums = 0 if config.heal.kind == "none" else 4 * square_sums  # both, and the solution's own copies
     note = f"{after.kept} of {shape.blocks} blocks stay"
     if config.blocks == "auto" and after.kept == shape.blocks:
         note = "as many blocks go as the goal allows"
@@ -98,7 +98,7 @@ def _changes(config: PruneConfig, _at: Setting) -> Iterable[Overrides]:
 
 
 def _work(config: PruneConfig, at: Setting) -> Work | None:
-    """The pass for importance, the search, and healing; None where it cannot be told from the recipe."""
+    """The importance pass, the search and healing; None where the recipe does not determine it."""
     greedy = isinstance(config.search, Greedy)
     if config.blocks == "auto" or not (greedy or isinstance(config.search, (Window, Lowest))):
         return None
@@ -109,22 +109,22 @@ def _work(config: PruneConfig, at: Setting) -> Work | None:
     if greedy:
         tokens = max(calibration.length, tokens - calibration.scoring - calibration.held_out)
     scan = Work(forward(at.shape, at.shape.blocks, tokens, calibration.length / 2, 0))
-    found = scan + _healing(config, config.blocks, tokens, at)
-    return found + _greedy(config, config.blocks, tokens, at) if greedy else found
+    work = scan + _healing(config, config.blocks, tokens, at)
+    return work + _greedy(config, config.blocks, tokens, at) if greedy else work
 
 
 def greedy_runs(blocks: int, candidates: int, count: int) -> tuple[float, int]:
-    """How many blocks are run on the scoring rows until `count` are dropped, and how many cuts are scored."""
+    """How many block passes over the scoring rows it takes to drop `count` blocks, and how many cuts are scored."""
     runs, cuts = 0.0, 0
     for dropped in range(count):
         left, tried = blocks - dropped, candidates - dropped
-        runs += tried * left / 2 + left  # and what all of them share
+        runs += tried * left / 2 + left  # and the part that all cuts share
         cuts += tried
     return runs, cuts
 
 
 def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
-    """Rounds over all candidates, on the scoring rows; then the guard, on the held-out ones."""
+    """Rounds over all candidates on the scoring rows, then the guard on the held-out rows."""
     calibration, shape = config.calibration, at.shape
     half, total, hidden = calibration.length / 2, shape.blocks, shape.hidden
     candidates = total - (1 if config.heal.kind == "none" else 2)
@@ -132,7 +132,7 @@ def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
     scored, held = calibration.scoring, calibration.held_out
     flops = forward(shape, runs, scored, half, 0) + cuts * forward(shape, 0, scored, 0)
     flops += GUARDED * forward(shape, total, held, half)
-    for rows in (scored, held):  # what the unpruned model says: its logits, and the head's rows weighed by them
+    for rows in (scored, held):  # the unpruned model's logits, and the head's rows weighted by them
         flops += forward(shape, total, rows, half, 2 * rows)
     if not config.scores_healed:
         return Work(flops)
@@ -147,12 +147,12 @@ def _greedy(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
 
 
 def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
-    """Per gap the passes up to it, half of the model each, the sums, and their solutions with every ridge."""
+    """Per gap: passes up to it (half of the model on average), the sums, and their solutions with every ridge."""
     heal, shape, hidden = config.heal, at.shape, at.shape.hidden
     if not isinstance(heal, LeastSquares) or not count:
         return Work()
     gaps = 1 if isinstance(config.search, Window) else math.ceil(count * GAPS_PER_BLOCK)
-    passes = heal.rounds * (2 * gaps - 1)  # behind a healed gap the unpruned model is run besides
+    passes = heal.rounds * (2 * gaps - 1)  # after a healed gap the unpruned model runs as well
     features = _features(heal, shape)
     sums = heal.rounds * gaps * 2 * tokens * features * (features + 2 * hidden)
     tried = heal.rounds * gaps * (len(heal.ridge) + 1)
@@ -163,7 +163,7 @@ def _healing(config: PruneConfig, count: int, tokens: int, at: Setting) -> Work:
 
 
 def _features(heal: Heal, shape: Geometry) -> int:
-    """What of a token the sums of a fit are taken over."""
+    """Number of features per token that a fit sums over."""
     return shape.intermediate if isinstance(heal, LeastSquares) and heal.fits_down_proj else shape.hidden
 
 

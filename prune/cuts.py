@@ -24,5 +24,5 @@ def gaps(dropped: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def describe(dropped: Iterable[int]) -> str:
-    """Block numbers as people write them: 3, 17-22."""
+    """Block numbers as compact text: 3, 17-22."""
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in gaps(dropped)) or "none"

@@ -1,4 +1,4 @@
-"""Orthogonal matrices with entries of one size: Hadamard matrices where there are any, else the nearest to them."""
+"""Orthogonal matrices with entries of equal magnitude: Hadamard matrices where they exist, else close to them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def hadamard(size: int) -> Tensor:
         core, used = torch.ones(1, 1, dtype=torch.float64), 0
     else:
         for used in range(2, doublings + 1):
-            found = _paley(odd << used)
-            if found is not None:
-                core = found
+            paley = _paley(odd << used)
+            if paley is not None:
+                core = paley
                 break
         else:
             core, used = _cosines(odd), 0
@@ -53,7 +53,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _jacobsthal(prime: int) -> Tensor:
-    """(prime, prime): 1 where the difference of row and column is a square of the field, −1 where not, 0 for none."""
+    """(prime, prime) Jacobsthal matrix: 1 where row − column is a square modulo `prime`, −1 where not, 0 if it is 0."""
     squares = {number * number % prime for number in range(1, prime)}
     signs = torch.tensor([0.0] + [1.0 if n in squares else -1.0 for n in range(1, prime)], dtype=torch.float64)
     numbers = torch.arange(prime)

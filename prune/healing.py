@@ -1,4 +1,4 @@
-"""Closing the gaps that dropped blocks leave: upstream first, each behind the healed ones, by a heal of prune/heals."""
+"""Heals the gaps of a cut from the first to the last, each with the gaps before it healed, by a heal of prune/heals."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def heal(
 ) -> list[Healing]:
     """Change the blocks around each gap of the *unpruned* model so that the pruned one follows it.
 
-    The blocks themselves are dropped by the caller afterwards. Without dropped blocks nothing is touched. Raises
-    `UserError` where there is no block before a gap, or where the last block goes.
+    The caller drops the blocks afterwards. Without dropped blocks nothing changes. Raises `UserError` if there is no
+    block before a gap, or if the last block is dropped.
     """
     values, report = fit_gaps(model, dropped, batches, config, progress or Progress())
     for parameter, value in values.items():
@@ -36,7 +36,7 @@ def heal(
 def fit_gaps(
     model: CausalModel, dropped: Sequence[int], batches: Sequence[Batch], config: Heal, progress: Progress
 ) -> tuple[Values, list[Healing]]:
-    """What `heal` changes, for `modeling.blocks.replaced`; the model is left as it is."""
+    """The values that `heal` sets, for `modeling.blocks.replaced`; the model is left unchanged."""
     decoder, runs = Decoder(model), gaps(dropped)
     if config.kind == "none" or not runs:
         return {}, []

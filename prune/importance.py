@@ -1,9 +1,9 @@
-"""Importance of blocks from one forward pass: how far apart the hidden states around them are.
+"""Importance of blocks from one forward pass, as distances between the hidden states around them.
 
 Block influence (ShortGPT, arXiv 2403.03853) is 1 − cos of a block's input and output; angular distance (arXiv
-2403.17887) is arccos of that cosine over π, across a window of blocks. Both follow from the cosines between the
-hidden states at all block boundaries, and relative magnitude needs their lengths besides, so one pass serves all three
-and every window length. Nothing is stored per token: memory is the hidden states of one batch.
+2403.17887) is arccos of that cosine over π, across a window of blocks. Both follow from the cosines between the hidden
+states at all block boundaries; relative magnitude also needs their norms. One pass therefore serves all three, for
+every window length. Nothing is stored per token: memory is one batch's hidden states.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.types import CausalModel
 
-TOKENS_AT_ONCE = 256  # of pairwise cosines; keeps the stacked copy of the hidden states within the CPU's caches
+TOKENS_AT_ONCE = 256  # for pairwise cosines; keeps the stacked copy of the hidden states within the CPU's caches
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def boundaries(decoder: Decoder) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def scan(model: CausalModel, batches: Iterable[Batch], advance: Advance | None = None) -> dict[str, Distances]:
-    """Distances over all tokens ("all") and over the last token of each row ("last"); padding counts nowhere."""
+    """Distances over all tokens ("all") and over the last token of each row ("last"); padding is ignored."""
     decoder = Decoder(model)
     size = decoder.num_blocks + 1
     sums = {name: _Sums(size, model.device) for name in ("all", "last")}
@@ -88,7 +88,7 @@ def scan(model: CausalModel, batches: Iterable[Batch], advance: Advance | None =
 
 
 def last_tokens(segment_ids: Tensor) -> Tensor:
-    """True where a row's last token stands; (B, T) bool from segment ids, −1 being padding."""
+    """True at each row's last token; (B, T) bool from segment ids, where −1 is padding."""
     following = torch.nn.functional.pad(segment_ids[:, 1:], (0, 1), value=-1)
     return (segment_ids >= 0) & (following != segment_ids)
 

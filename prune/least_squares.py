@@ -1,9 +1,9 @@
-"""Ridge regression from sums: what an MLP should add, from what it adds or is given.
+"""Ridge regression from accumulated sums, for the output that an MLP should have.
 
-X and s minimise Σ w²·‖x·X + s·r − z‖² + α‖X − s·X₀‖² over tokens: x are the features, r the residual stream, z where
-the stream should be, w a weight per token, X₀ what X is shrunk towards. s is 1 unless it is asked for, and
-never below LEAST_SCALE. Sums are float64 and do not grow with the number of tokens. Where only a scale per channel can
-be fused, X is diagonal.
+X and s minimise Σ w²·‖x·X + s·r − z‖² + α‖X − s·X₀‖² over tokens: x are the features (the MLP's output or `down_proj`'s
+input), r the residual stream, z the target stream, w a weight per token, X₀ the matrix that X is shrunk towards. s is 1
+unless it is fitted, and at least LEAST_SCALE. The sums are float64 and do not grow with the number of tokens. X is
+diagonal where only a scale per channel can be fused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEAST_SCALE = 0.1  # the stream is divided by s, so it must stay well above 0
 
 @dataclass
 class Sums:
-    """Sums over tokens, float64; of a diagonal problem only the diagonals."""
+    """Sums over tokens, float64; for a diagonal problem only the diagonals."""
 
     xx: Tensor  # (F, F) or (F,)
     xd: Tensor  # (F, H) or (F,), d = z − r
@@ -53,7 +53,7 @@ class Sums:
         if self.diagonal:
             self.xx += x.square().sum(0)
         else:
-            self.xx.addmm_(x.T, x)  # in place: another such square is as much as a block's weights and more
+            self.xx.addmm_(x.T, x)  # in place: a second such matrix would be larger than a block's weights
         self.xd += self._product(x, d)
         self.xr += self._product(x, r)
         self.dd += float(d.square().sum())
@@ -79,13 +79,13 @@ class Sums:
         fixed = self._divide(alpha, self.xd + alpha * prior)
         if not scaled:
             return fixed, 1.0
-        # With s = 1 + t: x·X + t·r should be d, and X = fixed − t·turn for any t; what is left is quadratic in t.
+        # With s = 1 + t: x·X + t·r should equal d, so X = fixed − t·turn for any t; the error is quadratic in t.
         turn = self._divide(alpha, self.xr - alpha * prior)
         away, drift = fixed - prior, turn + prior
         curve = self.rr - 2 * float((turn * self.xr).sum()) + self._square(turn, turn) + alpha * _dot(drift, drift)
         slope = self.rd - float((turn * self.xd).sum()) - float((fixed * self.xr).sum()) + self._square(fixed, turn)
         slope += alpha * _dot(away, drift)
-        # Above a bound, a parabola is least at its bottom or at the bound. Without a curve any t is as good.
+        # Above a bound, a parabola's minimum is its vertex or the bound. If it is flat, any t is as good.
         t = max(slope / curve, LEAST_SCALE - 1.0) if curve > 0 else 0.0
         return fixed - t * turn, 1.0 + t
 
@@ -120,7 +120,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """The solution that held-out rows chose, on all rows."""
+    """A solution on all rows, with the ridge that is best on the held-out rows."""
 
     solution: Tensor
     scale: float
@@ -133,11 +133,11 @@ class Fit:
 def choose(
     sums: Sequence[Sums], ridges: Sequence[float], toward: Tensor, unhealed: Tensor, *, scaled: bool = False
 ) -> Fit:
-    """Solve with the ridge whose solution on the fitted rows has the least error on the held-out ones.
+    """Solve with the ridge that, fitted on the fit rows, has the smallest error on the held-out rows.
 
-    `sums` are those of the rows to fit on and of the held-out ones; `toward` is X₀, `unhealed` the X that changes
-    nothing, for comparison. Solved on the processor: a solution takes several times the memory of the sums, gigabytes
-    where 14,336 features are fitted, and a GPU that holds the model has no room for them.
+    `sums` are those of the fit rows and of the held-out rows; `toward` is X₀, `unhealed` the X that changes nothing,
+    for comparison. This runs on the CPU: a solution takes several times the memory of the sums (gigabytes for 14,336
+    features), which a GPU that holds the model does not have.
     """
     device, home = toward.device, torch.device("cpu")
     fit, held = (part.to(home) for part in sums)

@@ -1,11 +1,11 @@
-"""What a linear heal of any gap needs, gathered for all gaps in one pass (see heal/linear.py for the map itself).
+"""Statistics for the linear heals of all gaps, gathered in one pass (heals/linear.py describes the map itself).
 
-For a gap behind block i, ended by block j, the map depends on Σ uᵀu and Σ uᵀ(h − r) alone: u is what block i's MLP
-adds, r the residual stream it is added to, h the stream after block j. All of that is the unpruned model's, so one
-pass serves every gap that is not longer than `longest`. Sums do not grow with tokens: (longest + 1) · L · H² float32
-(of products taken in float64), or · H where only a scale per channel can be fused. The ridge is chosen per gap on
-some held-out tokens, whose hidden states are kept. All of this is kept in the machine's own memory, as the maps are
-(15 GB for an 8B model and 6 blocks): a GPU takes the products, and has each map for as long as it is applied.
+For a gap after block i the map depends only on Σ uᵀu and Σ uᵀ(h − r): u is the output of block i's MLP, r the residual
+stream it is added to, h the stream after the gap's last block. All of these are the unpruned model's, so one pass
+serves every gap of up to `longest` blocks. The sums do not grow with the number of tokens: (longest + 1) · L · H²
+float32 (of products in float64), or · H where only a scale per channel can be fused. The ridge is selected per gap on
+some held-out tokens, whose hidden states are kept. Sums and maps are held in host memory (15 GB for an 8B model and 6
+blocks); a GPU computes the products, and holds a map only while it is applied.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .cost import EVERY, HELD
 class _States:
     """Hidden states of N tokens around every block, (N, H) each."""
 
-    mlp: list[Tensor]  # what the block's MLP adds
-    after: list[Tensor]  # the stream that it has been added to
+    mlp: list[Tensor]  # the MLP's output
+    after: list[Tensor]  # the stream after it was added
 
     def residual(self, block: int) -> Tensor:
-        """The stream that the MLP of `block` adds to."""
+        """The stream that the output of `block`'s MLP is added to."""
         return self.after[block] - self.mlp[block]
 
 
@@ -59,8 +59,8 @@ class Moments:
         self._held = self._gather(batches, advance)
 
     def map(self, first: int, last: int) -> Tensor:
-        """T, (H, H) or (H,), float32, behind the MLP of block `first` − 1 for the gap `first` … `last`; in the
-        machine's own memory."""
+        """T, (H, H) or (H,), float32, after the MLP of block `first` − 1 for the gap `first` … `last`; in host
+        memory."""
         if (first, last) not in self._maps:
             block, device = first - 1, self.decoder.model.device
             u, d = self._held.mlp[block], self._held.after[last] - self._held.residual(block)
@@ -111,7 +111,7 @@ class Moments:
         return _States(*([torch.cat(block).float() for block in zip(*part, strict=True)] for part in parts))
 
     def _states(self, batch: Batch) -> _States:
-        """Of every position of a batch, in one forward pass."""
+        """The states at every position of a batch, from one forward pass."""
         decoder, states = self.decoder, _States([], [])
         hidden = decoder.embed(batch.input_ids)
         for block in range(decoder.num_blocks):
@@ -122,16 +122,16 @@ class Moments:
         return states
 
     def _add(self, states: _States, index: Tensor) -> None:
-        """Add the positions `index` of a batch."""
+        """Add a batch's positions `index` to the sums."""
         for block, mlp in enumerate(states.mlp):
             u, residual = mlp[index].double(), states.residual(block)[index]
             self._uu[block] += (u.T @ u if self._full else u.square().sum(0)).cpu()
             for last in range(block + 1, min(block + self.longest, self.decoder.num_blocks - 1) + 1):
-                d = (states.after[last][index] - residual).double()  # what the MLP would have to add
+                d = (states.after[last][index] - residual).double()  # the output that the MLP would need to have
                 self._ud[block, last] += (u.T @ d if self._full else (u * d).sum(0)).cpu()
 
 
 def apply_map(mlp: Tensor, map: Tensor) -> Tensor:
-    """What an MLP adds (..., H) through a full map (H, H) or a scale per channel (H,)."""
+    """Apply a full map (H, H) or a scale per channel (H,) to an MLP's output (..., H)."""
     map = map.to(mlp.device)
     return mlp * map if map.ndim == 1 else mlp @ map.to(mlp.dtype)

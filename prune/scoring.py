@@ -1,19 +1,20 @@
-"""How good the model is without some of its blocks: many cuts at once, sharing what they have in common.
+"""Scores cuts (sets of removed blocks) by the quality of the model without them, many cuts at once.
 
-A cut is scored on packed rows by the mean, over tokens, of KL(unpruned ‖ cut) or of the negative log-likelihood of the
-next token. Both are `logsumexp(W·h) − e·h + c` with h the cut model's last hidden state, W the head, and e and c per
-token fixed by the unpruned model (the expected head row, minus its entropy) or by the text (the next token's head row,
-0): they cost one matrix product, and no logits of the unpruned model are kept.
+A cut's score is the mean over the tokens of packed rows of KL(unpruned ‖ cut), or of the next token's negative
+log-likelihood. Both have the form `logsumexp(W·h) − e·h + c`, where h is the cut model's last hidden state and W the
+head. e and c are constants per token: for KL the expected head row under the unpruned model's distribution and that
+distribution's negative entropy, for the likelihood the next token's head row and 0. A score therefore costs one matrix
+product, and the unpruned model's logits need not be stored.
 
-What is saved against a forward pass per cut: blocks before the first change are run once for all cuts (their hidden
-states are kept for one batch at a time), and cuts that are clearly worse than those they compete with are given
-up before the rows end.
+Two things make this cheaper than a forward pass per cut: the blocks before the first new gap run once for all cuts
+(their hidden states are held for one batch at a time), and a cut that is clearly worse than its competitors is dropped
+before it has seen all rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,47 +31,47 @@ from .cuts import Cut, gaps
 from .moments import Moments, apply_map
 
 Measure = Literal["kl", "perplexity"]
-SURE = 3.5  # standard errors by which a cut must be behind to be given up early
-ROWS = 6  # packed rows seen before any cut is given up
-TOKENS_TOGETHER = 8192  # of several cuts in one forward pass of a block, on a GPU; a CPU gains nothing from more
+SURE = 3.5  # a cut that trails by this many standard errors is dropped early
+ROWS = 6  # packed rows that every cut sees before any is dropped
+TOKENS_TOGETHER = 8192  # tokens per forward pass of a block on a GPU, over several cuts; batching gains nothing on CPUs
 
 
 @dataclass(frozen=True)
 class Score:
-    """A cut's figures on the scoring rows: nats per token, and whether all rows were seen."""
+    """A cut's score in nats per token, and whether it is the mean over all rows."""
 
     mean: float
     complete: bool = True
 
     @property
     def perplexity(self) -> float:
-        """Of a negative log-likelihood."""
+        """exp of the mean; meaningful for negative log-likelihoods."""
         return math.exp(min(self.mean, 700.0))
 
 
 @dataclass
 class _Running:
-    """One cut on its way through the blocks of one batch."""
+    """One cut's forward pass over one batch."""
 
     hidden: Tensor  # (B, T, H)
-    at: int  # the next block it has not seen
+    at: int  # the next block to run
     removed: frozenset[int]
-    maps: dict[int, Tensor] = field(default_factory=dict)  # behind which blocks' MLPs which map is
+    maps: dict[int, Tensor] = field(default_factory=dict)  # block → the map applied to its MLP's output
 
 
 @dataclass
 class _Target:
-    """What a batch is scored against."""
+    """A batch with its per-token constants e and c (see the module's docstring)."""
 
     batch: Batch
-    rows: Tensor  # (N,) of the positions that predict something
-    columns: Tensor
-    expected: Tensor  # (N, H)
-    constant: Tensor  # (N,)
+    rows: Tensor  # (N,) row indices of the positions that have a next token
+    columns: Tensor  # (N,) column indices of the same
+    expected: Tensor  # (N, H): e
+    constant: Tensor  # (N,): c
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the positions whose next token is of the same packed row."""
+    """Row and column indices of the positions whose next token belongs to the same segment of the packed row."""
     segments = batch.segment_ids
     same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] >= 0)
     rows, columns = same.nonzero(as_tuple=True)
@@ -80,8 +81,8 @@ def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 class Scorer:
     """Scores cuts of one model on one set of packed rows.
 
-    With `moments`, gaps are scored as they would be healed: by the linear map that the unpruned model's statistics
-    give. `passes` counts what was spent, in forward passes of the unpruned model over all rows.
+    With `moments`, cuts are scored healed: each gap is bridged by the linear map fitted to the unpruned model's
+    statistics. `passes` is the cost so far, in forward passes of the unpruned model over all rows.
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], measure: Measure, moments: Moments | None = None):
@@ -107,7 +108,7 @@ class Scorer:
 
     @torch.no_grad()
     def prepare(self) -> list[_Target]:
-        """What the batches are scored against, found once: for KL one forward pass."""
+        """The targets of all batches, computed once; KL takes one forward pass of the unpruned model."""
         if self._targets is None:
             self._targets = [self._target(batch.to(self.decoder.model.device)) for batch in self.batches]
         return self._targets
@@ -116,12 +117,12 @@ class Scorer:
     def score(
         self, cuts: Sequence[Cut], parent: Cut = (), keep: int | None = None, advance: Advance | None = None
     ) -> dict[Cut, Score]:
-        """Scores of cuts that each contain `parent`, whose hidden states they share.
+        """Scores of cuts that all contain `parent`, so that its hidden states serve all of them.
 
-        With `keep`, cuts that will hardly be among the `keep` best are given up early; their scores are means
-        over the rows they saw.
+        With `keep`, cuts that are very unlikely to be among the `keep` best are dropped early; their scores are means
+        over the rows seen until then.
         """
-        seen: dict[Cut, list[Tensor]] = {cut: [] for cut in cuts}  # (rows, 2) sums and tokens of each batch
+        seen: dict[Cut, list[Tensor]] = {cut: [] for cut in cuts}  # per batch (rows, 2): sum of losses, tokens
         finished: dict[Cut, Score] = {}
         for number, target in enumerate(self.prepare()):
             sums = self._batch(list(seen), parent, target)
@@ -138,7 +139,7 @@ class Scorer:
         return {cut: finished[cut] for cut in cuts}
 
     def _batch(self, cuts: Sequence[Cut], parent: Cut, target: _Target) -> dict[Cut, Tensor]:
-        """Each cut's (rows, 2) sums over a batch's tokens: losses, and how many."""
+        """For each cut, a batch's (rows, 2): sum of the losses and number of tokens per row."""
         starts = self._starts(cuts, parent, target.batch)
         self._run(list(starts.values()), target.batch)
         count = len(target.batch.input_ids)
@@ -158,28 +159,26 @@ class Scorer:
         return logits.logsumexp(-1) - (hidden.float() * expected).sum(-1) + constant
 
     def _starts(self, cuts: Sequence[Cut], parent: Cut, batch: Batch) -> dict[Cut, _Running]:
-        """Where each cut leaves what it shares with the parent: the hidden states there, and the next block."""
+        """Where each cut departs from its parent: the hidden states at that point and the next block to run."""
         plans = {cut: self._plan(cut, parent) for cut in cuts}
-        first = {cut: plan[0] for cut, plan in plans.items()}
-        wanted = {gap[0] for gap in first.values()}
-        before, added = self._trunk(parent, wanted, batch)
+        before, added = self._trunk(parent, {gap[0] for gap, _ in plans.values()}, batch)
         starts = {}
         for cut, (gap, maps) in plans.items():
             hidden = before[gap[0]]
             block = gap[0] - 1
-            if block in maps and block in added:  # the parent's own map, if any, is in `before`; start without it
+            if block in maps and block in added:  # `before` may hold the parent's map, so start from the parts
                 residual, mlp = added[block]
                 hidden = residual + apply_map(mlp, maps[block])
             starts[cut] = _Running(hidden, gap[1] + 1, frozenset(cut), {b: m for b, m in maps.items() if b > gap[1]})
         return starts
 
     def _plan(self, cut: Cut, parent: Cut) -> tuple[tuple[int, int], dict[int, Tensor]]:
-        """The first gap that the parent does not have, and the maps behind all gaps."""
+        """The first gap that the parent lacks, and the maps that heal all gaps."""
         if not set(parent) <= set(cut):
             raise ValueError(f"{cut} does not extend {parent}")
         old = gaps(parent)
         new = [gap for gap in gaps(cut) if gap not in old]
-        return new[0] if new else (0, -1), self._maps(cut)  # nothing new: from the first block on
+        return new[0] if new else (0, -1), self._maps(cut)  # no new gap: start at the first block
 
     def _maps(self, cut: Cut) -> dict[int, Tensor]:
         if self.moments is None:
@@ -187,25 +186,24 @@ class Scorer:
         return {first - 1: self.moments.map(first, last) for first, last in gaps(cut) if first > 0}
 
     def _trunk(
-        self, parent: Cut, wanted: Iterable[int], batch: Batch
+        self, parent: Cut, departures: Collection[int], batch: Batch
     ) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-        """The parent's hidden states before some blocks, and what the block before each was made of: the residual
-        stream and its MLP's own addition to it."""
-        wanted = set(wanted)
+        """The parent's hidden states before each block of `departures`, and the two terms that the block ahead of it
+        adds up: the residual stream and its MLP's output."""
         maps, removed = self._maps(parent), frozenset(parent)
         hidden = self.decoder.embed(batch.input_ids)
         before, added = {0: hidden}, {}
-        for block in range(max(wanted)):
+        for block in range(max(departures)):
             if block not in removed:
                 hidden, residual, mlp = self._block(hidden, block, batch.position_ids, maps.get(block))
-                if block + 1 in wanted and self.moments is not None:
+                if block + 1 in departures and self.moments is not None:
                     added[block] = (residual, mlp)
-            if block + 1 in wanted:
+            if block + 1 in departures:
                 before[block + 1] = hidden
         return before, added
 
     def _run(self, running: Sequence[_Running], batch: Batch) -> None:
-        """Take every cut to the last block; several share a forward pass where that is faster."""
+        """Run every cut through to the last block, several cuts per forward pass where that is faster."""
         for block in range(self.decoder.num_blocks):
             active = [r for r in running if r.at <= block and block not in r.removed]
             for part in range(0, len(active), self.together):
@@ -228,7 +226,8 @@ class Scorer:
     def _block(
         self, hidden: Tensor, block: int, positions: Tensor, map: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's output with its MLP's addition mapped, the residual stream before that, and the addition."""
+        """A block's output with `map` applied to its MLP's output, the residual stream before the MLP, and the MLP's
+        unmapped output."""
         self.spent += len(hidden)
         with self.decoder.mlp_addition(block) as seen:
             out = self.decoder.run(hidden, [block], positions)
@@ -246,9 +245,9 @@ class Scorer:
         expected, constant = [], []
         for part in hidden.split(CHUNK):
             logs = self.decoder.head(part).float().log_softmax(-1)
-            chances = logs.exp()
-            expected.append(linear(chances.to(weight.dtype), weight.t()))
-            constant.append((chances * logs).sum(-1))
+            probabilities = logs.exp()
+            expected.append(linear(probabilities.to(weight.dtype), weight.t()))
+            constant.append((probabilities * logs).sum(-1))
         return _Target(batch, rows, columns, torch.cat(expected).float(), torch.cat(constant))
 
     def _of_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +255,7 @@ class Scorer:
 
 
 def behind(seen: dict[Cut, list[Tensor]], keep: int) -> list[Cut]:
-    """Cuts that are worse than the `keep`-th best by more than chance would make them, row against row."""
+    """Cuts that are significantly worse than the `keep`-th best in a paired comparison over rows."""
     if len(seen) <= keep:
         return []
     values = {cut: torch.cat(parts) for cut, parts in seen.items()}
@@ -266,12 +265,12 @@ def behind(seen: dict[Cut, list[Tensor]], keep: int) -> list[Cut]:
     if rows < ROWS:
         return []
     tokens = limit[:, 1].mean()
-    found = []
+    worse = []
     for cut in ranked[keep:]:
         difference = (values[cut][:, 0] - limit[:, 0]) / tokens
         if float(difference.mean()) > SURE * float(difference.std()) / rows**0.5:
-            found.append(cut)
-    return found
+            worse.append(cut)
+    return worse
 
 
 def _mean(parts: Sequence[Tensor]) -> float:

@@ -29,20 +29,20 @@ LEDGER = "search.jsonl"
 
 
 def check(config: PruneConfig, base: Path, context: Context) -> None:
-    """Refuse more blocks than there are, and calibration texts that are not there."""
+    """Reject too many blocks, and a calibration text that does not exist."""
     model = load_config(base)
     candidates = candidate_blocks(config, model.num_hidden_layers)
     if config.blocks != "auto" and config.blocks > len(candidates):
         raise UserError(
             f"prune.blocks is {config.blocks}, but the model has {model.num_hidden_layers} blocks, of which "
-            f"{len(candidates)} can go; lower prune.blocks"
+            f"{len(candidates)} can be removed; lower prune.blocks"
         )
     if config.calibration.text and not context.resolve(config.calibration.text).is_file():
         raise UserError(f"prune.calibration.text: no file {context.resolve(config.calibration.text)}")
 
 
 def candidate_blocks(config: PruneConfig, blocks: int) -> range:
-    """The blocks that may go: all but one; with healing neither the first nor the last."""
+    """The blocks that may be dropped: all but one; with healing neither the first nor the last."""
     return range(0, blocks - 1) if config.heal.kind == "none" else range(1, blocks - 1)
 
 
@@ -52,7 +52,7 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     tokenizer = load_tokenizer(inputs.model)
     batches = _batches(config, inputs, tokenizer, context)
     record = _choose(config, model, batches, out_dir / WORK / LEDGER, context)
-    give_back_memory()  # of the search's statistics; healing has sums of its own
+    give_back_memory()  # that of the search's statistics; healing gathers its own
     record.healing = _heal_and_save(model, tokenizer, record.dropped, batches, config, out_dir, context)
     record.kept = kept_blocks(model.config)
     record.write(out_dir)
@@ -96,7 +96,7 @@ def _heal_and_save(
 def _choose(
     config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context
 ) -> Importance:
-    """The blocks to drop, and what was measured on the way; what it takes to find them is let go."""
+    """The blocks to drop, and the measurements; memory that only the search needs is freed."""
     study = _study(config, model, batches, ledger, context)
     blocks = study.num_blocks
     distances = study.distances
@@ -134,7 +134,8 @@ def _batches(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokenizer, con
 
 
 def _study(config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context) -> Study:
-    """Where cuts are tried out, on rows that healing is not fitted on, and compared on rows that neither has seen."""
+    """A study whose scoring rows are disjoint from those that heals are fitted on, and whose held-out rows are in
+    neither."""
     calibration = config.calibration
     options: dict[str, Any] = {"position": config.position, "ledger": ledger, "progress": context.progress}
     if config.blocks == "auto":
@@ -156,7 +157,7 @@ def _study(config: PruneConfig, model: CausalModel, batches: list[Batch], ledger
 
 
 def take(batches: list[Batch], tokens: int) -> tuple[list[Batch], list[Batch]]:
-    """As many batches from the start as hold that many tokens, and the rest."""
+    """The first batches that hold `tokens` tokens together, and the rest."""
     count = total = 0
     while count < len(batches) and total < tokens:
         total += batches[count].tokens

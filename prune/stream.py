@@ -1,4 +1,4 @@
-"""The residual stream around a gap: what every way to heal is fitted on."""
+"""The residual stream around a gap: the data that heals are fitted on."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ Values = dict[nn.Parameter, Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The N real tokens of one packed row at a gap, (N, H) each but `inner`."""
+    """States at a gap for the N tokens of one packed row (padding excluded), (N, H) each except `inner`."""
 
-    held: bool  # out of the fit, to choose by
-    inner: Tensor  # (N, intermediate): what `down_proj` of the block before the gap is given
-    mlp: Tensor  # what that block's MLP adds to the stream
+    held: bool  # held out of the fit, for selection
+    inner: Tensor  # (N, intermediate): the input of `down_proj` in the block before the gap
+    mlp: Tensor  # that block's MLP output
     residual: Tensor  # the stream it is added to
-    target: Tensor  # the unpruned model's stream behind the gap, scaled as the stream before it is
+    target: Tensor  # the unpruned model's stream after the gap, scaled as the stream before it is
 
 
 @dataclass
 class Gap:
-    """One gap of a model whose earlier gaps are healed."""
+    """One gap of a model whose earlier gaps are already healed."""
 
     decoder: Decoder
     first: int
     last: int
     upstream: list[int]  # dropped blocks before it
-    downstream: list[int]  # kept blocks behind it
-    original: Values  # the unpruned model's values of what healing the gaps before it has changed
+    downstream: list[int]  # kept blocks after it
+    original: Values  # the unpruned model's values of the parameters that healing earlier gaps changed
     scale: float  # of the stream before it
     batches: list[Batch]
     held_out: float
@@ -51,25 +51,25 @@ class Gap:
 
     @property
     def identity(self) -> Tensor:
-        """The map behind the MLP that changes nothing, float64: (H, H), or (H,) where only a scale per channel can be
-        fused."""
+        """The identity map after the MLP, float64: (H, H), or (H,) where only a scale per channel can be fused."""
         ones = torch.ones(self.decoder.hidden_size, dtype=torch.float64, device=self.decoder.model.device)
         return ones.diag() if self.decoder.can_fuse_after_mlp else ones
 
     def sums(self) -> list[Sums]:
-        """For a map behind the MLP: empty sums of the rows to fit on, and of the held-out ones."""
+        """Empty sums for a map after the MLP: of the fit rows, and of the held-out rows."""
         size, full = self.decoder.hidden_size, self.decoder.can_fuse_after_mlp
         return [Sums.empty(size, size, self.decoder.model.device, diagonal=not full) for _ in range(2)]
 
     def rescaled(self, scale: float) -> Values:
-        """The blocks behind the gap adding 1/scale as much, so that the stream there may be smaller by `scale`."""
+        """Values that make the blocks after the gap add 1/scale as much, so that the stream may be `scale` times
+        smaller."""
         values: Values = {}
         for block in self.downstream:
             values |= self.decoder.rescaled(block, 1 / scale)
         return values
 
     def record(self, fit: Fit, scale: float = 1.0) -> Healing:
-        """What is told of a gap that was healed by least squares."""
+        """The record of a gap that was healed by least squares."""
         return Healing(self.block, (self.first, self.last), fit.ridge, fit.errors, fit.unhealed, fit.tokens, scale)
 
     def rows(self) -> Iterator[Tokens]:
@@ -98,7 +98,7 @@ class Gap:
         with decoder.mlp_addition(self.block) as seen:
             out = decoder.run(decoder.run(start, kept, positions), [self.block], positions)
         seen = dict(seen)
-        if self.upstream:  # behind healed gaps, the block is fed other than it was in the unpruned model
+        if self.upstream:  # after a healed gap the block's input differs from the unpruned model's
             with replaced(self.original):
                 target = decoder.run(start, range(self.last + 1), positions)
         else:

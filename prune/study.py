@@ -1,4 +1,4 @@
-"""The unpruned model and the tokens it is studied on: what metrics and searches share, each thing measured once."""
+"""Measurements of the unpruned model that metrics and searches share; each is made once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .scoring import Measure, Scorer
 
 
 class Study:
-    """What is known of a model's blocks.
+    """Measurements of a model's blocks, computed when first asked for.
 
-    `batches` are all calibration rows (hidden-state metrics, healing statistics), `scoring` those on which cuts are
-    scored, `held_out` some that neither of the two has seen.
+    `batches` are all calibration rows (for hidden-state metrics and healing statistics), `scoring` the rows that cuts
+    are scored on, `held_out` rows that are in neither.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Study:
         self.decoder = Decoder(model)
         self.batches, self.held_out, self.position = list(batches), list(held_out), position
         self.scoring = self.batches if scoring is None else list(scoring)
-        self.longest = longest  # gap that statistics are gathered for; None: as long as a search needs
+        self.longest = longest  # longest gap to gather statistics for; None: as long as the search needs
         self.progress = progress or Progress()
-        self.notes: SearchNotes = {}  # what a search leaves for the record
+        self.notes: SearchNotes = {}  # what the search records for importance.json
         self._known: dict[Any, Any] = {}
         self._ledger = ledger
         self._recorded = read_ledger(ledger) if ledger is not None else {}
@@ -55,12 +55,12 @@ class Study:
 
     @cached_property
     def distances(self) -> dict[str, Distances]:
-        """Between all block boundaries, over all tokens ("all") and over the last one of each row ("last")."""
+        """Distances between all pairs of block boundaries, over all tokens ("all") and each row's last ("last")."""
         with self.progress.bar("importance", sum(batch.tokens for batch in self.batches)) as advance:
             return scan(self.decoder.model, self.batches, advance)
 
     def moments(self, longest: int, ridges: Sequence[float], toward: str) -> Moments:
-        """Statistics that heal any gap of up to `longest` blocks, from one pass."""
+        """Statistics for healing any gap of up to `longest` blocks, gathered in one pass."""
 
         def gather() -> Moments:
             with self.progress.bar("healing statistics", sum(batch.tokens for batch in self.batches)) as advance:
@@ -69,14 +69,14 @@ class Study:
         return self.remember(("moments", longest, tuple(ridges), toward), gather)
 
     def scorer(self, measure: Measure, moments: Moments | None = None, *, held_out: bool = False) -> Scorer:
-        """Scores cuts on the scoring rows, or on the held-out ones."""
+        """The scorer of cuts on the scoring rows, or on the held-out rows."""
         rows = self.held_out if held_out else self.scoring
         return self.remember(
             ("scorer", measure, moments, held_out), lambda: Scorer(self.decoder, rows, measure, moments)
         )
 
     def removal(self, measure: Measure, length: int) -> list[float]:
-        """The measure without each run of `length` blocks, nothing healed, by the first of them."""
+        """The measure without blocks i … i + length − 1, unhealed, for every first block i."""
 
         if length == self.num_blocks:
             return [float("inf")]
@@ -84,19 +84,19 @@ class Study:
         def score() -> list[float]:
             windows: list[Cut] = [cut(range(first, first + length)) for first in range(self.num_blocks - length + 1)]
             with self.progress.bar(f"{measure} of removals", len(windows)) as advance:
-                found = self.scorer(measure).score(windows, advance=advance)
-            return [score.perplexity if measure == "perplexity" else score.mean for score in found.values()]
+                scores = self.scorer(measure).score(windows, advance=advance)
+            return [score.perplexity if measure == "perplexity" else score.mean for score in scores.values()]
 
         return self.recorded(f"{measure} of every {length} blocks", score)
 
     def remember(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gave the first time that `key` was asked for."""
+        """The value of `compute`, called the first time that `key` is asked for."""
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
 
     def recorded(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The same for what JSON can hold, written down at once: a study that was killed does not compute it again."""
+        """As `remember`, for JSON values, and written to the ledger at once: a killed search resumes from it."""
         if key not in self._recorded:
             value = compute()
             if self._ledger is not None:
@@ -108,7 +108,7 @@ class Study:
 
 
 def read_ledger(file: Path) -> dict[str, Any]:
-    """What was written down; a last line that a kill has cut short is taken off the file."""
+    """The ledger's values by key; a last line that a kill cut short is removed from the file."""
     if not file.exists():
         return {}
     whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")

@@ -1,4 +1,4 @@
-"""Trying cuts out: rounds of scores that are written down as they are made, so that a killed search goes on."""
+"""Rounds of scored cuts, for the searches. Each goes into the study's ledger, from which a killed search resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .study import Study
 
 
 class Trials:
-    """The scores of one search, on the study's scoring rows and on its held-out rows."""
+    """Scores cuts for one search, on the study's scoring rows and on its held-out rows."""
 
     def __init__(self, study: Study, config: PruneConfig, search: Scored, count: int, candidates: range):
         self.study, self.config, self.count, self.candidates = study, config, count, candidates
@@ -31,13 +31,13 @@ class Trials:
 
     @contextmanager
     def progress(self, trials: int) -> Iterator[None]:
-        """A bar over about so many trials, with the best cut so far."""
+        """A progress bar for about `trials` scored cuts that shows the best so far."""
         with self.study.progress.bar("search", trials) as advance:
             self._advance = advance
             yield
 
     def grow(self, width: int) -> list[Cut]:
-        """The best `width` cuts of `count` blocks, best first, each grown from one of the best of the size before."""
+        """The best `width` cuts of `count` blocks, best first; a beam search that adds one block per round."""
         beam: list[Cut] = [()]
         for size in range(1, self.count + 1):
             scores: dict[Cut, float] = {}
@@ -49,7 +49,7 @@ class Trials:
         return beam
 
     def exchange(self, current: Cut, visited: Collection[Cut]) -> Cut | None:
-        """The best cut that differs from the current one in one block and was not visited; None if there is none."""
+        """The best unvisited cut that differs from the current one in one block; None if there is none."""
         scores: dict[Cut, float] = {}
         for block in current:
             parent = cut(set(current) - {block})
@@ -58,17 +58,17 @@ class Trials:
         return min(scores, key=lambda c: (scores[c], c)) if scores else None
 
     def best(self, cuts: Sequence[Cut]) -> Cut:
-        """The best of some cuts on the held-out rows; the first of equals."""
+        """The best of the cuts on the held-out rows; of equals the first."""
         values = {c: self.held_out(c) for c in cuts}
         return min(values, key=lambda c: values[c])
 
     def held_out(self, cut: Cut) -> float:
-        """Nats per token on the held-out rows."""
+        """A cut's nats per token on the held-out rows."""
         key = f"held-out {self.measure} {self._how} {list(cut)}"
         return self.study.recorded(key, lambda: self._scorer(held_out=True).score([cut])[cut].mean)
 
     def guarded(self, best: Cut) -> Cut:
-        """The cut, unless held-out rows prefer what a single pass would have chosen."""
+        """The cut, or that of a cheap single-pass method where this scores better on the held-out rows."""
         if not self.search.guard:
             return best
         angular, influence = (
@@ -79,30 +79,30 @@ class Trials:
             "lowest influence": Lowest().choose(self.study, influence, self.count, self.candidates),
         }
         chosen = self.best([best, *cheap.values()])
-        found = {self.search.kind: best, **cheap}
+        compared = {self.search.kind: best, **cheap}
         self.study.notes["guard"] = {
-            name: {"dropped": list(value), "held_out": self.held_out(value)} for name, value in found.items()
+            name: {"dropped": list(value), "held_out": self.held_out(value)} for name, value in compared.items()
         }
         if chosen != best:
             name = next(name for name, value in cheap.items() if value == chosen)
             self.study.progress.note(
-                f"held-out rows prefer the {name} ({describe(chosen)}) to what the search found ({describe(best)})"
+                f"held-out rows prefer the {name} ({describe(chosen)}) to the search's cut ({describe(best)})"
             )
         return chosen
 
     def _scores(self, cuts: list[Cut], parent: Cut, keep: int) -> dict[Cut, float]:
-        """Of the cuts that were not given up, the nats per token on the scoring rows."""
+        """Nats per token on the scoring rows, of the cuts that were not dropped early."""
         if not cuts:
             return {}
         key = f"{self.measure} {self._how} keep {keep} {[list(c) for c in cuts]}"
 
         def score() -> Any:
             scorer = self._scorer()
-            scorer.prepare()  # no part of the round: a search that goes on after a kill does it again
+            scorer.prepare()  # not counted in the round's cost: a resumed search has to repeat it
             before = scorer.spent
-            found = scorer.score(cuts, parent, keep=keep, advance=self._advance)
+            scores = scorer.score(cuts, parent, keep=keep, advance=self._advance)
             return {
-                "scores": [[list(c), s.mean] for c, s in found.items() if s.complete],
+                "scores": [[list(c), s.mean] for c, s in scores.items() if s.complete],
                 "passes": (scorer.spent - before) / (scorer.rows * self.study.num_blocks),
             }
 
@@ -111,7 +111,7 @@ class Trials:
         return {tuple(c): value for c, value in known["scores"]}
 
     def _count(self, passes: float) -> None:
-        """Note what a round cost, once, however often its scores are asked for again."""
+        """Add a round's cost to the notes; its scores may be asked for again, but it counts once."""
         self.study.notes["passes"] = self.study.notes.get("passes", 0.0) + passes
 
     def _scorer(self, *, held_out: bool = False) -> Scorer:
@@ -132,6 +132,6 @@ class Trials:
     def _note(self, size: int, best: Cut, score: float) -> None:
         rounds = self.study.notes.setdefault("rounds", [])
         entry: Round = {"dropped": list(best), "score": score}
-        if entry not in rounds:  # larger cuts grow from the same ones
+        if entry not in rounds:  # a search of larger cuts passes through the same rounds
             rounds.append(entry)
         self._advance(0, f"best {size}: {describe(best)} ({self.measure} {score:.4f})")

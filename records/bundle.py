@@ -1,4 +1,4 @@
-"""`manifest.json` of a bundle: what a model is shipped as."""
+"""`manifest.json` of a bundle."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ class BundleManifest(Record):
     files: list[FileEntry]
 
     def contents(self) -> dict[str, Any]:
-        """What the file holds: nothing is said of what there is none of."""
+        """The file's contents, without null values."""
         return self.model_dump(exclude_none=True)

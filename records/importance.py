@@ -1,4 +1,4 @@
-"""`importance.json`: what the prune stage measured, which blocks it chose, and how it healed the gaps."""
+"""`importance.json`: the prune stage's measurements, the dropped blocks, and the healing of the gaps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Healing:
     gap: tuple[int, int]  # first and last dropped block
     ridge: float
     errors: dict[str, float]  # held-out error by candidate: a ridge, or for cosine a round
-    unhealed_error: float  # the same of leaving everything as it is
+    unhealed_error: float  # held-out error without healing
     tokens: int
-    scale: float = 1.0  # by which the stream behind the gap is smaller than the unpruned model's
+    scale: float = 1.0  # factor by which the stream after the gap is smaller than the unpruned model's
 
 
 class Round(TypedDict):
@@ -39,11 +39,11 @@ class Candidate(TypedDict):
 
 
 class SearchNotes(TypedDict, total=False):
-    """What a search of cuts tried; empty for one that scores none."""
+    """The record of a search over cuts; empty for a search that scores none."""
 
     passes: float  # the cost of the search, in forward passes over the scoring rows
     rounds: list[Round]
-    guard: dict[str, Candidate]  # by how the cut was found
+    guard: dict[str, Candidate]  # method → its cut, compared at the end
 
 
 class CurvePoint(Entry):
@@ -55,7 +55,7 @@ class CurvePoint(Entry):
     pruned_ratio: float  # as a multiple of the unpruned model's
     healed_ratio: float
     size: float  # share of the parameters that is left
-    latency: float | None  # share of the time per token, where it was measured
+    latency: float | None  # share of the time per token, if measured
 
 
 class Importance(Record):
@@ -68,9 +68,9 @@ class Importance(Record):
     blocks: int  # of the unpruned model
     dropped: list[int]
     importance: str  # the metric
-    position: str  # of the tokens that distances are measured at: all or last
+    position: str  # tokens at which distances are measured: all or last
     search: str
-    tokens: int  # of the calibration rows
+    tokens: int  # in the calibration rows
     values: list[float]  # the metric, block by block
     distances: dict[str, dict[str, list[list[float]]]]  # position → metric → window length − 1 → first block
     trials: SearchNotes

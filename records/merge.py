@@ -13,7 +13,7 @@ class Merged(Entry):
     """Held-out figures of the merge, or of one of its parents."""
 
     name: str
-    merged: bool  # whether the merge was made from it
+    merged: bool  # whether it went into the merge
     eval_kl: float
     eval_perplexity: float
 
@@ -31,10 +31,10 @@ class MergeRecord(Record):
 
     @property
     def method(self) -> str:
-        """mergekit's name of it."""
+        """mergekit's name of the method."""
         return str(self.config["method"])
 
     @property
     def parents(self) -> list[str]:
-        """The names of what was merged, in the recipe's order."""
+        """The names of the merged models, in the recipe's order."""
         return [str(model["model"]) for model in self.config["models"]]

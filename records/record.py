@@ -1,4 +1,4 @@
-"""What all records have in common: reading a file with checks, writing it whole."""
+"""Base classes of all records: validated reading and atomic writing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..core.files import read_json_value, write_json
 
 
 class Entry(BaseModel):
-    """Part of a record: a key that it does not know is an error."""
+    """Part of a record; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SparseEntry(Entry):
-    """An entry that is written without the keys that it was not given."""
+    """An entry that is written without keys that were not set."""
 
     @model_serializer(mode="wrap")
     def _given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -26,21 +26,21 @@ class SparseEntry(Entry):
 
 
 class Record(BaseModel):
-    """The contents of a JSON file of a fixed name."""
+    """The contents of a JSON file with a fixed name."""
 
     FILE: ClassVar[str]
-    TITLE: ClassVar[str]  # what an error message calls the file
+    TITLE: ClassVar[str]  # the file's name in error messages
     INDENT: ClassVar[int] = 1
     ASCII: ClassVar[bool] = True  # whether other characters are written as \\uXXXX
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The record of a folder. `UserError` names file and key where it is missing, damaged or of another version."""
+        """The record of a folder. `UserError`, naming file and key, if it is missing, damaged or of another version."""
         return cls.read_file(folder / cls.FILE)
 
     @classmethod
     def read_file(cls, path: Path) -> Self:
-        """As `read`, of a file of another name."""
+        """As `read`, from a file with another name."""
         try:
             return cls.model_validate(read_json_value(path))
         except ValidationError as error:
@@ -50,7 +50,7 @@ class Record(BaseModel):
 
     @classmethod
     def read_if_there(cls, folder: Path | None) -> Self | None:
-        """As `read`; None where there is no folder, or no such file in it."""
+        """As `read`; None if there is no folder, or no such file in it."""
         return cls.read(folder) if folder is not None and (folder / cls.FILE).is_file() else None
 
     def write(self, folder: Path) -> None:
@@ -58,9 +58,9 @@ class Record(BaseModel):
         self.write_file(folder / self.FILE)
 
     def write_file(self, path: Path) -> None:
-        """Write the record as a file of another name."""
+        """Write the record to a file with another name."""
         write_json(path, self.contents(), indent=self.INDENT, ascii=self.ASCII)
 
     def contents(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The file's contents."""
         return self.model_dump()

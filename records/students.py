@@ -1,4 +1,4 @@
-"""`variants.json`, and the figures of a training that it consists of."""
+"""`variants.json`, and the figures of a training, of which it consists."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HeldOutFigures(SparseEntry):
 
 
 class StudentFigures(SparseEntry):
-    """What a training came to."""
+    """The result of a training."""
 
     objective: str
     steps: int
@@ -39,11 +39,11 @@ class StudentFigures(SparseEntry):
     best: HeldOutFigures  # at the step that was kept
     target_tokens: int  # response tokens learned from, over all epochs
     train_tokens: int  # of the rows
-    seconds_training: float = 0.0  # left out where the same inputs must give the same bytes
+    seconds_training: float = 0.0  # left out where equal inputs must give equal bytes
 
 
 class VariantName(Entry):
-    """What tells one student of several from the others."""
+    """The settings in which one of several students differs from the others."""
 
     name: str
     seed: int

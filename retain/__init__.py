@@ -1,1 +1,1 @@
-"""Training retaining heads: which keys and values of a long context are worth keeping."""
+"""Trains retaining heads, which predict the keys and values of a long context that are worth keeping."""

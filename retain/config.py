@@ -12,7 +12,7 @@ from ..kv.settings import HeadSettings
 
 FORMAT = 4
 LONGEST = 10240  # tokens per row, as published
-SPREAD = 8  # the shortest made row is so many times shorter than the longest
+SPREAD = 8  # the longest generated row is this many times as long as the shortest
 
 
 class LongRows(Columns):
@@ -27,19 +27,19 @@ class LongRows(Columns):
 
 class RetainConfig(HeadSettings):
     """Retaining heads (Locret, arXiv 2410.01805): a head per block learns which keys an answer will attend to. The
-    model itself stays as it is."""
+    model itself does not change."""
 
     width: int | None = Field(
-        default=None, ge=1, description="of the heads; null: a quarter of the model's hidden size"
+        default=None, ge=1, description="width of the heads; null: a quarter of the model's hidden size"
     )
     dataset: LongRows | None = Field(
-        default=None, description="a data set of long prompts with answers; null: rows are made of the data stage's"
+        default=None, description="a data set of long prompts with answers; null: rows are built from the data stage's"
     )
     rows: int = Field(
-        default=1000, ge=1, description="long rows that are read, each once; of a data set at most so many"
+        default=1000, ge=1, description="number of long rows to read, each once; the maximum for a data set"
     )
     tokens: int = Field(
-        default=128, ge=2, description="tokens of each row that heads learn from, in pairs of neighbours"
+        default=128, ge=2, description="tokens per row that the heads learn from, in pairs of neighbours"
     )
     length: int | None = Field(
         default=None,
@@ -48,10 +48,10 @@ class RetainConfig(HeadSettings):
     )
     labels: Literal["detrended", "published"] = Field(
         default="detrended",
-        description="what heads learn: logits less what comes of a key's distance to the answer alone, or as published",
+        description="target of the heads: logits without the effect of a key's distance to the answer, or as published",
     )
-    steps: int = Field(default=3000, ge=1, description="optimizer steps of every head")
-    batch: int = Field(default=1024, ge=2, description="tokens of a step, drawn from all rows")
+    steps: int = Field(default=3000, ge=1, description="optimizer steps per head")
+    batch: int = Field(default=1024, ge=2, description="tokens per step, sampled from all rows")
     lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="of AdamW"
@@ -61,10 +61,12 @@ class RetainConfig(HeadSettings):
         default=2 / 3,
         ge=0,
         lt=1,
-        description="share of the steps over which the rate rises, before it falls to nothing",
+        description="share of the steps over which the rate rises, before it falls to zero",
     )
-    clip: float = Field(default=0.5, gt=0, description="gradients are cut off at this value, each for itself")
-    smooth: float = Field(default=0.0025, ge=0, description="weight of the squared difference of neighbours' scores")
+    clip: float = Field(default=0.5, gt=0, description="limit of each gradient element's absolute value")
+    smooth: float = Field(
+        default=0.0025, ge=0, description="weight of the squared difference between neighbours' scores"
+    )
     heldout: int = Field(default=8, ge=1, description="rows to measure on")
     eval_every: int = Field(default=100, ge=1, description="steps between measurements on them")
 
@@ -79,12 +81,12 @@ class RetainConfig(HeadSettings):
             )
 
     def longest(self, positions: int) -> int:
-        """Tokens in the longest row, for a model trained for so many positions."""
+        """Tokens in the longest row, for a model trained for `positions` positions."""
         return self.length or min(LONGEST, positions)
 
 
 def head_width(width: int | None, hidden: int) -> int:
-    """The heads' width: a quarter of the hidden size, as published for Llama-3.1-8B, up to a multiple of 64."""
+    """The heads' width: a quarter of the hidden size, as published for Llama-3.1-8B, as a multiple of 64."""
     return width or -(-hidden // 4 // 64) * 64 or 64
 
 

@@ -1,4 +1,4 @@
-"""What training retaining heads takes: a pass over long rows, then one block's head after another."""
+"""Cost of training retaining heads: a pass over long rows, then one block's head after another."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from ..modeling.cost import labelling_bytes
 from .config import SPREAD, RetainConfig, head_width, measured_after
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-KEPT = "bfloat16"  # of what heads are given: as wide as float32, whatever a family's keys look like; half its size
-SHORTEST = 128  # longest row that is proposed where memory is short
+KEPT = (
+    "bfloat16"  # dtype of the heads' stored inputs: float32's range, which some families' keys need, at half the size
+)
+SHORTEST = 128  # the least `length` that is proposed where memory is short
 
 
 def _need(config: RetainConfig, at: Setting) -> Need:
-    """The model, and a pass over the longest row; then, one after another, a block's pairs and its head."""
+    """The model with a pass over the longest row; then one block's pairs and head at a time."""
     shape, tokens = at.shape, config.longest(at.shape.positions)
     width, heads = head_parameters(config, at)
     own = heads // at.kept
-    pair = shape.qkv * BYTES[KEPT] + shape.kv_heads * 4  # bytes of a token, with its labels
-    kept = (config.rows + config.heldout) * config.tokens * pair  # of a block, at most
+    pair = shape.qkv * BYTES[KEPT] + shape.kv_heads * 4  # bytes per token, labels included
+    kept = (config.rows + config.heldout) * config.tokens * pair  # per block, at most
     holding = {
         "runtime": at.runtime(RUNTIME),
         "weights": at.small,
-        "adapters": 2 * heads * 4,  # and the untrained ones they are compared with
+        "adapters": 2 * heads * 4,  # the heads, and the untrained ones they are compared with
     }
     reading = holding | {
         "activations": tokens * (shape.state + shape.qkv) * at.size,
@@ -37,24 +39,23 @@ def _need(config: RetainConfig, at: Setting) -> Need:
         "other": kept,
     }
     note = f"heads, {heads / 1e6:.1f} M trained; rows of up to {tokens} tokens"
-    # The model beside them is the one before, by links.
+    # The model itself takes no space: it is linked to the stage's input.
     return Need(worst(reading, learning), heads * 4, note, kept * at.kept)
 
 
 def head_parameters(config: RetainConfig, at: Setting) -> tuple[int, int]:
-    """The width of retaining heads, and how many parameters those of all blocks have."""
+    """The width of retaining heads, and the number of parameters over all blocks."""
     width = head_width(config.width, at.shape.hidden)
     return width, at.kept * width * (at.shape.qkv + at.shape.kv_heads)
 
 
 def _work(config: RetainConfig, at: Setting) -> Work | None:
-    """Rows whose lengths are spread evenly on a scale of ratios, held-out ones like them, which are read twice, and the
-    heads' steps."""
+    """The rows, with lengths spread log-uniformly; the held-out rows, which are read twice; and the heads' steps."""
     if config.dataset is not None:
-        return None  # as long as they are
+        return None  # a data set's lengths are unknown
     longest = config.longest(at.shape.positions)
     mean = longest * (1 - 1 / SPREAD) / math.log(SPREAD)
-    seen = longest * (1 + 1 / SPREAD) / 4  # on average by a token
+    seen = longest * (1 + 1 / SPREAD) / 4  # per token, on average
     heads = head_parameters(config, at)[1]
     held = config.heldout * min(config.tokens, mean) * len(measured_after(config))
     flops = forward(at.shape, at.kept, mean * (config.rows + 2 * config.heldout), seen, 0)

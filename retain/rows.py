@@ -1,5 +1,5 @@
-"""Long rows to learn from: the self-data's documents one after another, with facts hidden among them and asked about at
-the end; or a user's own."""
+"""Long training rows: documents of the data stage one after another, with hidden facts that are asked about at the end;
+or a user's own rows."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..modeling.types import ModelTokenizer
 from .config import SPREAD, LongRows
 
 LEAD = "Read the following. A question about it comes at the end."
-LEAST = 32  # tokens of documents in a row
-TRIES = 20  # draws of facts that are too long for the longest row
+LEAST = 32  # minimum tokens of documents per row
+TRIES = 20  # attempts at drawing facts that fit into the longest row
 BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
-PASSKEYS = (  # as it is told, asked and answered
+PASSKEYS = (  # statement, question, answer
     ("The pass key is {0}. Remember it. {0} is the pass key.", "What is the pass key?", "The pass key is {0}."),
     ("One of the special magic numbers is {0}.", "What is the special magic number?", "The magic number is {0}."),
     ("Keep this code: {0}.", "Which code were you to keep?", "The code I was to keep is {0}."),
 )
-KEYS = (  # of a place
+KEYS = (  # statements of a place's number
     "The key of the {0} is {1}.",
     "To open the {0}, enter {1}.",
     "The {0} has the number {1}.",
@@ -52,7 +52,7 @@ THINGS = {
 
 @dataclass(frozen=True)
 class LongRow:
-    """Tokens of a row; the first `prompt` of them are the prompt, the rest is the answer."""
+    """A row's tokens; the first `prompt` of them are the prompt, the rest is the answer."""
 
     ids: list[int]
     prompt: int
@@ -60,7 +60,7 @@ class LongRow:
 
 @dataclass(frozen=True)
 class Document:
-    """A row of the data stage as a text to be read; a conversation's first question can be asked again."""
+    """A row of the data stage as a text to read; a conversation's first question can be asked again."""
 
     text: str
     tokens: int
@@ -76,8 +76,8 @@ class HiddenQuestion:
     facts: list[str]
     question: str
     answer: str
-    cut: bool = False  # the answer stops in the middle
-    document: Document | None = None  # that is hidden, rather than a sentence
+    cut: bool = False  # whether the answer is cut short
+    document: Document | None = None  # hidden in place of a sentence
 
 
 def passkey(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
@@ -88,7 +88,7 @@ def passkey(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
 
 
 def keys(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
-    """Several numbers, each of a named place; all are asked for, since a reader cannot know which will be."""
+    """Several numbers, each of a named place. All are asked for, because a reader cannot know which will be."""
     places = draw.sample(PLACES, draw.randint(4, 8))
     told = draw.choice(KEYS)
     lines = {place: told.format(place, _number(draw)) for place in places}
@@ -100,18 +100,18 @@ def keys(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
 def facts(draw: random.Random, _documents: list[Document]) -> HiddenQuestion:
     """Statements about people; all are asked for."""
     people = draw.sample(PEOPLE, draw.randint(3, 6))
-    found = {name: (thing := draw.choice(list(THINGS)), draw.choice(THINGS[thing])) for name in people}
+    known = {name: (thing := draw.choice(list(THINGS)), draw.choice(THINGS[thing])) for name in people}
     asked = draw.sample(people, len(people))
 
     def told(name: str) -> str:
-        return f"{name}'s {found[name][0]} is {found[name][1]}."
+        return f"{name}'s {known[name][0]} is {known[name][1]}."
 
-    question = " ".join(f"What is {name}'s {found[name][0]}?" for name in asked)
+    question = " ".join(f"What is {name}'s {known[name][0]}?" for name in asked)
     return HiddenQuestion([told(name) for name in people], question, " ".join(told(name) for name in asked))
 
 
 def again(draw: random.Random, documents: list[Document]) -> HiddenQuestion:
-    """A conversation that is one of the documents: its question once more, and the same answer."""
+    """A conversation among the documents, whose question is asked again and expects the same answer."""
     document = draw.choice([document for document in documents if document.question])
     return HiddenQuestion([document.text], document.question, document.answer, document.cut, document)
 
@@ -129,7 +129,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class Maker:
-    """Makes rows of up to `length` tokens from documents; a row depends on its number and the seed alone."""
+    """Builds rows of up to `length` tokens from documents; a row depends only on its number and the seed."""
 
     def __init__(self, tokenizer: ModelTokenizer, documents: list[Document], length: int, seed: str):
         self.tokenizer, self.documents, self.length, self.seed = tokenizer, documents, length, seed
@@ -138,8 +138,8 @@ class Maker:
         self.kinds = KINDS if self.askable else KINDS[:-1]
 
     def row(self, number: int) -> LongRow:
-        """Row `number`: kinds take turns, lengths are drawn evenly on a scale of ratios. Raises `UserError` where the
-        longest possible row has no room for documents."""
+        """Row `number`: kinds take turns, lengths are log-uniform. Raises `UserError` if even the longest row has no
+        room for documents."""
         draw = random.Random(f"{self.seed} {number}")
         length = round(self.length / SPREAD ** draw.random())
         asked, depths, bare = self._asked(self.kinds[number % len(self.kinds)], draw)
@@ -150,10 +150,10 @@ class Maker:
             row = self._encode(self._documents(order, room, asked.document), asked, depths)
             if len(row.ids) <= length:
                 return row
-            room -= len(row.ids) - length  # tokens that the pieces have only together
+            room -= len(row.ids) - length  # tokens that appear only when the pieces are joined
 
     def _asked(self, kind: Kind, draw: random.Random) -> tuple[HiddenQuestion, list[float], int]:
-        """What is asked, how deep each fact lies, and the row's tokens without documents."""
+        """The questions, the depth of each fact, and the row's tokens without documents."""
         for _ in range(TRIES):
             asked = kind(draw, self.askable)
             depths = [draw.random() for _ in asked.facts]
@@ -161,12 +161,11 @@ class Maker:
             if bare + LEAST <= self.length:
                 return asked, depths, bare
         raise UserError(
-            f"retain.length: {self.length} tokens have no room for documents beside a question and what it asks about; "
-            "make it longer"
+            f"retain.length: {self.length} tokens have no room for documents beside a question and its facts; raise it"
         )
 
     def _documents(self, order: list[Document], tokens: int, without: Document | None) -> str:
-        """Documents one after another, again and again if there are too few, cut after so many tokens."""
+        """Documents one after another, repeated if there are too few, and cut to `room` tokens."""
         taken, count = [], 0
         others = [document for document in order if document is not without] or order
         while count < tokens:
@@ -181,7 +180,7 @@ class Maker:
     def _encode(self, text: str, asked: HiddenQuestion, depths: list[float]) -> LongRow:
         hidden = hide(text, asked.facts, depths)
         prompt = f"{LEAD}\n\n{hidden}\n\n{asked.question}"
-        if not getattr(self.tokenizer, "chat_template", None):  # a model without chat reads on
+        if not getattr(self.tokenizer, "chat_template", None):  # a base model continues the text
             before = self.tokenizer(f"{prompt}\n", verbose=False)["input_ids"]
             after = self.tokenizer(asked.answer, add_special_tokens=False, verbose=False)["input_ids"]
             return LongRow([*before, *after], len(before))
@@ -192,8 +191,8 @@ class Maker:
 
 
 def hide(text: str, facts: list[str], depths: list[float]) -> str:
-    """A text with each fact as a paragraph of its own, at the break between sentences or lines that is nearest to its
-    depth: 0 is the beginning, 1 the end."""
+    """A text with each fact inserted as a paragraph, at the sentence or line break nearest to its depth (0 is the
+    beginning, 1 the end)."""
     breaks = [0, *(match.end() for match in BREAK.finditer(text)), len(text)]
     places = [min(breaks, key=lambda place: abs(place - depth * len(text))) for depth in depths]
     pieces, rest = [], len(text)
@@ -205,7 +204,7 @@ def hide(text: str, facts: list[str], depths: list[float]) -> str:
 
 
 def last_answer(encoded: Encoded) -> LongRow | None:
-    """A conversation up to the end of its last answer; None where that has no tokens or nothing before it."""
+    """A conversation up to the end of its last answer; None if that is empty or nothing precedes it."""
     mask = encoded.loss_mask
     end = max((i for i, learned in enumerate(mask) if learned), default=-1) + 1
     prompt = end
@@ -216,11 +215,11 @@ def last_answer(encoded: Encoded) -> LongRow | None:
 
 def read_documents(tokenizer: ModelTokenizer, folder: Path, split: Split) -> list[Document]:
     """The rows of one split of a data stage's folder as documents; `UserError` if there are none."""
-    found = [_document(tokenizer, row) for row in read_rows(folder, split)]
-    found = [document for document in found if document.tokens]
-    if not found:
-        raise UserError(f"no {split} row of {folder.name} has a text to make long rows of")
-    return found
+    documents = [_document(tokenizer, row) for row in read_rows(folder, split)]
+    documents = [document for document in documents if document.tokens]
+    if not documents:
+        raise UserError(f"no {split} row of {folder.name} has text to build long rows from")
+    return documents
 
 
 def _document(tokenizer: ModelTokenizer, row: Row) -> Document:
@@ -239,7 +238,7 @@ def _document(tokenizer: ModelTokenizer, row: Row) -> Document:
 
 @dataclass(frozen=True)
 class RetainRows:
-    """Rows to learn from, by number below `count`, and rows to measure on."""
+    """Training rows, by number below `count`, and held-out rows."""
 
     train: Callable[[int], LongRow]
     count: int
@@ -247,14 +246,14 @@ class RetainRows:
 
 
 def made_rows(tokenizer: ModelTokenizer, folder: Path, length: int, count: int, heldout: int, seed: int) -> RetainRows:
-    """Rows made of a data stage's documents: its training rows' to learn from, its held-out rows' to measure on."""
+    """Rows built from a data stage's documents: training rows from its training rows, held-out from its held-out."""
     train = Maker(tokenizer, read_documents(tokenizer, folder, "train"), length, f"retain {seed}")
     held = Maker(tokenizer, read_documents(tokenizer, folder, "heldout"), length, f"retain heldout {seed}")
     return RetainRows(train.row, count, [held.row(number) for number in range(heldout)])
 
 
 def _users_row(tokenizer: ModelTokenizer, record: DatasetRecord) -> tuple[LongRow | None, str, str]:
-    """The row, or why there is none."""
+    """The row, or the reason why it cannot be used."""
     if record.messages is None:
         return None, record.dropped or "no_answer", record.detail
     try:
@@ -267,10 +266,10 @@ def _users_row(tokenizer: ModelTokenizer, record: DatasetRecord) -> tuple[LongRo
 def users_rows(
     tokenizer: ModelTokenizer, config: LongRows, length: int, wanted: int, heldout: int, context: Context, cache: Path
 ) -> RetainRows:
-    """A user's rows in an order drawn from the seed: the first `heldout` to measure on, then at most `wanted` to learn
-    from. Longer ones are left out. Raises `UserError` where too few are left."""
+    """A user's rows, shuffled by the seed: the first `heldout` are held out, at most `wanted` of the rest are for
+    training. Rows that are too long are left out. Raises `UserError` if too few remain."""
     source = DatasetSource(config, context, "retain.dataset")
-    found: list[LongRow] = []
+    rows: list[LongRow] = []
     longer = 0
     dropped: Counter[str] = Counter()
     first = ""
@@ -283,20 +282,20 @@ def users_rows(
         if len(row.ids) > length:
             longer += 1
             continue
-        found.append(row)
-        if len(found) == heldout + wanted:
+        rows.append(row)
+        if len(rows) == heldout + wanted:
             break
-    if len(found) <= heldout:
+    if len(rows) <= heldout:
         more = f", {reasons(dropped)}; the first: {first}" if first else ""
         raise UserError(
-            f"retain.dataset: {config.title} has {len(found)} usable rows of at most {length} tokens ({longer} are "
+            f"retain.dataset: {config.title} has {len(rows)} usable rows of at most {length} tokens ({longer} are "
             f"longer{more}); {heldout} are held out (retain.heldout), and at least one more is needed"
         )
     if dropped:
         context.progress.note(f"rows of {config.title} that cannot be used: {reasons(dropped)}; the first: {first}")
     if longer:
         context.progress.note(f"{longer} rows of more than {length} tokens are left out")
-    train = found[heldout:]
+    train = rows[heldout:]
     if len(train) < wanted:
-        context.progress.note(f"{len(train)} rows to learn from, not {wanted} (retain.rows): there are no more")
-    return RetainRows(train.__getitem__, len(train), found[:heldout])
+        context.progress.note(f"{len(train)} training rows instead of {wanted} (retain.rows): the data set has no more")
+    return RetainRows(train.__getitem__, len(train), rows[:heldout])

@@ -1,7 +1,7 @@
-"""What heads learn from: of every long row some pairs of neighbouring tokens, with what answers make of them.
+"""The heads' training samples: pairs of neighbouring tokens from every long row, with their labels.
 
-The model stays as it is, so a row is read once, and what is kept of it on disk serves as many steps as one likes.
-Pairs, because the loss compares neighbours' scores; few of many rows, because tokens of one row say much the same.
+The model does not change, so each row is read once, and the samples stored on disk serve any number of steps. Samples
+are pairs because the loss compares neighbours' scores; many rows give few each, because one row's tokens are similar.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Pairs:
 
 
 def learned_labels(config: RetainConfig, seen: BlockLabels) -> Tensor:
-    """What a block's head is to say of the prompt positions that the answer sees, (N - first, G) float32."""
+    """The targets of a block's head at the prompt positions that the answer sees, (N - first, G) float32."""
     labels = seen.labels[seen.first :]
     return detrended(labels) if config.labels == "detrended" and len(labels) else labels
 
 
 def draw_pairs(count: int, tokens: int, draw: random.Random) -> list[int]:
-    """First positions of up to `tokens` / 2 pairs among `count` positions, in order; no position is in two pairs."""
+    """First positions of up to `tokens` / 2 disjoint pairs among `count` positions, in order."""
     starts = range(draw.randrange(2) if count > 2 else 0, count - 1, 2)
     return sorted(draw.sample(starts, min(tokens // 2, len(starts))))
 
 
 def keep_pairs(decoder: Decoder, row: LongRow, file: Path, config: RetainConfig, name: str) -> None:
-    """Read a row and keep pairs of every block's tokens, drawn by the row's name. The file is whole or not there."""
+    """Read a row and save pairs of every block's tokens, sampled by the row's name; the file appears atomically."""
     kept: dict[str, Tensor] = {}
 
     def keep(seen: BlockLabels) -> None:
@@ -72,7 +72,7 @@ def keep_all(
     seed: int,
     advance: Callable[[], Any],
 ) -> list[Path]:
-    """Pairs of rows, by name and in order; a file per row, and a row whose file is there is not even made."""
+    """The pairs of rows by name, in order, a file per row; a row whose file exists is not built again."""
     folder.mkdir(exist_ok=True)
     files = []
     for name, make in rows.items():
@@ -95,7 +95,7 @@ def read_pairs(files: Sequence[Path], block: int) -> Pairs:
     labels = torch.empty(sum(counts), 2, sizes[1])
     start = 0
     for file, count in zip(files, counts, strict=True):
-        with safe_open(file, framework="pt") as saved:  # filled in place: no second copy of all of them
+        with safe_open(file, framework="pt") as saved:  # filled in place, to avoid a second copy
             inputs[start : start + count] = saved.get_tensor(f"{block}.inputs")
             labels[start : start + count] = saved.get_tensor(f"{block}.labels")
         start += count

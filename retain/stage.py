@@ -1,4 +1,4 @@
-"""The retain stage: the model as it is, with heads that say which keys and values are worth keeping."""
+"""The retain stage: adds heads to the model that predict which keys and values are worth keeping."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ CURVES = "curves.jsonl"
 
 
 def check(config: RetainConfig, base: Path, context: Context) -> None:
-    """Refuse rows that are not there, and rows longer than what the model was trained for, before any work is done."""
+    """Reject missing rows, and rows longer than the model was trained for, before any work is done."""
     positions = load_config(base).max_position_embeddings
     if config.length is not None and config.length > positions:
         raise UserError(
-            f"retain.length is {config.length}, but the model was trained for {positions} positions: beyond them "
-            f"it does not find what it is asked about; write {positions} or less"
+            f"retain.length is {config.length}, but the model was trained for {positions} positions and cannot use "
+            f"more; write {positions} or less"
         )
     if config.dataset is not None:
         local_file(DatasetSource(config.dataset, context, "retain.dataset"))
 
 
 def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
-    """Write `model/`, the model so far by links and its heads in `model/retaining/`, and `curves.jsonl`, a line per
-    step and per measurement. A killed run goes on behind the last row it read, or the last head it trained."""
+    """Write `model/` (links to the input model, and its heads in `model/retaining/`) and `curves.jsonl`, a line per
+    step and per measurement. A killed run resumes after the last row it read, or the last head it trained."""
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     started = time.monotonic()
@@ -93,8 +93,8 @@ def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) ->
 
 
 def link_model(source: Path, folder: Path) -> None:
-    """A checkpoint's files under a second name, without heads it may have; the files themselves where it is a folder of
-    links, as in the Hub's cache."""
+    """Link a checkpoint's files into a new folder, leaving out its heads; symbolic links, as in the Hub's cache, are
+    resolved."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for file in checkpoint_files(source):

@@ -1,4 +1,4 @@
-"""Training retaining heads, one block's after the other, on pairs of tokens drawn from all rows that were read."""
+"""Trains retaining heads, one block after another, on pairs of tokens sampled from all rows."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ from .rows import LongRow
 from .samples import Pairs, learned_labels, read_pairs
 
 SHARE = 4  # recall is measured at a budget of a quarter of the prompt
-MEASURED = 4096  # held-out pairs whose scores exist at once
+MEASURED = 4096  # held-out pairs per forward pass
 
 
 def block_loss(scores: Tensor, labels: Tensor, smooth: float, blocks: int) -> Tensor:
     """One block's share of the published loss, from scores and labels (P, 2, G) of pairs of neighbours: the mean
-    smooth-L1 error, over the number of blocks; and `smooth` times the mean squared difference of neighbours' scores."""
+    smooth-L1 error, divided by the number of blocks, plus `smooth` times the mean squared difference between
+    neighbours' scores."""
     error = nn.functional.smooth_l1_loss(scores, labels) / blocks
     return error + smooth * (scores[:, 1] - scores[:, 0]).square().mean()
 
 
 def kept_share(scores: Tensor, labels: Tensor, budget: int) -> float:
-    """Of the `budget` positions with the greatest labels, the share that are among the `budget` with the greatest
-    scores; (N, G) each, the mean over heads."""
-    wanted = torch.zeros_like(labels, dtype=torch.bool).scatter_(0, labels.topk(budget, 0).indices, True)
-    return wanted.gather(0, scores.topk(budget, 0).indices).float().mean().item()
+    """Recall: the share of the `budget` positions with the highest labels that are among the `budget` with the highest
+    scores; (N, G) each, averaged over heads."""
+    important = torch.zeros_like(labels, dtype=torch.bool).scatter_(0, labels.topk(budget, 0).indices, True)
+    return important.gather(0, scores.topk(budget, 0).indices).float().mean().item()
 
 
 def kept_shares(
     decoder: Decoder, rows: Sequence[LongRow], config: RetainConfig, *several: RetainingHeads
 ) -> list[float]:
-    """The share of each row's best quarter that each of several sets of heads keeps: the mean over rows, blocks and KV
-    heads. One pass per row."""
+    """The recall of each row's best quarter for several sets of heads, averaged over rows, blocks and KV heads; one
+    pass per row."""
     shares: list[list[float]] = [[] for _ in several]
 
     def look(seen: BlockLabels) -> None:
@@ -61,7 +62,7 @@ def kept_shares(
 
 
 def learning_rate(config: RetainConfig, step: int) -> float:
-    """The rate of step `step`, counted from 1: it rises evenly, then falls evenly to nothing, which no step has."""
+    """The learning rate of step `step`, from 1: a linear warmup, then a linear decay that reaches 0 after the last."""
     rising = max(1, round(config.warmup * config.steps))
     if step <= rising:
         return config.lr * step / rising
@@ -69,14 +70,14 @@ def learning_rate(config: RetainConfig, step: int) -> float:
 
 
 def fresh_heads(decoder: Decoder, width: int, seed: int) -> RetainingHeads:
-    """Heads before any training, float32; the same for the same seed."""
+    """Untrained heads, float32; determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RetainingHeads(decoder.num_blocks, AttentionShape.of(decoder.config), width)
 
 
 def batches(count: int, size: int, steps: int, draw: torch.Generator) -> Iterator[Tensor]:
-    """Numbers of pairs, `size` for each step: all `count` in an order drawn anew each time round."""
+    """Indices of pairs, `size` per step: passes over all `count`, each in a new random order."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(order) < size:
@@ -87,7 +88,7 @@ def batches(count: int, size: int, steps: int, draw: torch.Generator) -> Iterato
 
 @dataclass(frozen=True)
 class Curve:
-    """A block's share of the loss: of every step, and on held-out pairs before the first, after every `eval_every`-th
+    """A block's share of the loss: at every step, and on held-out pairs before the first, after every `eval_every`-th
     and after the last."""
 
     losses: Tensor  # (steps,)
@@ -95,8 +96,8 @@ class Curve:
 
 
 def learn(head: nn.Module, train: Pairs, held: Pairs, config: RetainConfig, blocks: int, seed: str) -> Curve:
-    """Train one block's head in place; of the measured ones the best on held-out pairs is kept, of equals the first.
-    Raises `UserError` where training diverges."""
+    """Train one block's head in place and keep the best measured state on held-out pairs, of equals the first. Raises
+    `UserError` if training diverges."""
     device = next(head.parameters()).device
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
@@ -141,9 +142,9 @@ def train_heads(
     seed: int,
     advance: Advance,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Train every block's head in place on the pairs in files; the loss of all blocks as lines, one per step and one
-    per measurement, and the held-out loss of the heads that are kept. Each head is written to `work` when it is
-    trained; those found there are not trained again."""
+    """Train every block's head in place on the pairs in files. Returns the loss over all blocks as lines, one per step
+    and one per measurement, and the held-out loss of the heads that are kept. Each trained head is written to `work`;
+    heads found there are not trained again."""
     work.mkdir(exist_ok=True)
     curves = []
     for block, head in enumerate(heads.blocks):
@@ -153,7 +154,7 @@ def train_heads(
         else:
             pairs, checked = read_pairs(train, block), read_pairs(held, block)
             if not len(pairs) or not len(checked):
-                raise UserError(f"no two neighbouring tokens of a row are seen by its answer in block {block}")
+                raise UserError(f"in block {block} no answer sees two neighbouring tokens of its row")
             name = f"retain {seed} {block}"
             curves.append(curve := learn(head, pairs, checked, config, len(heads.blocks), name))
             state = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
@@ -171,7 +172,7 @@ def _load(head: nn.Module, file: Path) -> Curve:
 
 
 def _lines(curves: Sequence[Curve], config: RetainConfig) -> list[dict[str, Any]]:
-    """The blocks' shares added up."""
+    """The sum of the blocks' shares."""
     losses = torch.stack([curve.losses for curve in curves]).double().sum(0).tolist()
     heldout = torch.stack([curve.heldout for curve in curves]).double().sum(0).tolist()
     lines: list[dict[str, Any]] = [

@@ -1,7 +1,7 @@
-"""The types of exported files, a line each: what they weigh and what rounding to them may cost. No torch.
+"""The types of exported files, one line each: their size, and the limit on what rounding may cost. No torch.
 
-A GGUF type that gives every tensor its own type or the next that fits needs no more than its line; a mix has its rule
-in export/quantize.py. An ONNX precision's line names its quantizers, each a file in export/quantizers/.
+A GGUF type that gives every tensor one type (or the nearest that fits) needs only its line; a mix also has its rule in
+export/quantize.py. An ONNX precision's line names its quantizers, each a file in export/quantizers/.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ArtifactType:
-    """What is known of a type before a file is made."""
+    """Properties of a type."""
 
     typical: float  # bits per weight of a file, scales and higher types for some tensors included
     most: float  # the same, for the check of free disk
     kl: float  # limit on the mean KL to the checkpoint: what rounding may cost
-    calibrated: bool = True  # rounding errors can be weighed by an importance matrix
-    retaining: float | None = None  # least correlation of retaining scores, for types whose graphs have them
+    calibrated: bool = True  # whether an importance matrix can weight rounding errors
+    retaining: float | None = None  # lowest correlation allowed of retaining scores, for types whose graphs have them
     blocks: str | None = None  # ONNX: quantizer of the blocks' matrices; None: float32
     head: str | None = None  # ONNX: quantizer of the output head and the embedding; None: float32
 
 
 # A SmolLM2-135M of 24 blocks, not yet recovered, has (without importance matrix) a mean KL of F16 1e-5, Q8_0 0.004,
 # Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8 0.005, fp32 below 1e-6; worse models have more. Retaining heads
-# are not quantized themselves; they read what quantized blocks give.
+# are not quantized themselves, but read the outputs of quantized blocks.
 GGUF_TYPES = {
     "F16": ArtifactType(16, 16, kl=0.001, calibrated=False),
     "Q8_0": ArtifactType(8.5, 8.5, kl=0.02, calibrated=False),

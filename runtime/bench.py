@@ -15,7 +15,7 @@ from .generator import Request, RequestWork
 from .measure import answer, in_own_process, peak_memory
 from .session import Session, Settings, choose_artifact, depth_artifacts
 
-# What drafts are measured on: speed without a draft does not depend on the text, acceptance does.
+# Prompts for measuring drafts. Acceptance depends on the text; speed without a draft does not.
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper.",
@@ -25,7 +25,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class DepthFigures:
-    """One engine, type and depth. The first token's time is that of the whole prompt and one token."""
+    """One engine, type and depth. The time to the first token covers the whole prompt and one token."""
 
     engine: str
     type: str
@@ -54,9 +54,9 @@ class DraftFigures:
     draft_tokens: int
     tokens: int
     acceptance: float  # of the drafted tokens
-    plain_tokens_per_second: float  # prefill left out, as in the next
+    plain_tokens_per_second: float  # without prefill, as the next
     draft_tokens_per_second: float
-    equal: bool  # the text is that of the full depth alone
+    equal: bool  # whether the text equals that of the full depth alone
 
 
 def measure_depth(
@@ -107,15 +107,15 @@ def measure_all(
 ) -> list[DepthFigures]:
     """Every engine, type and depth of the bundle, or the given ones; `settings` as for `measure_depth`."""
     manifest = read_bundle(bundle)
-    choose_artifact(manifest, engine, kind)  # says what there is
+    choose_artifact(manifest, engine, kind)  # an error lists the available ones
     formats = {"gguf": "llama.cpp", "onnx": "onnx"}
-    found = []
+    measured = []
     for entry in sorted(manifest.artifacts, key=lambda entry: (entry.format, entry.type, entry.depth)):
         name = formats[entry.format]
         if engine in (None, name) and (kind is None or kind.lower() == entry.type.lower()):
-            found.append(measure_depth(bundle, name, entry.type, entry.depth, **settings))
-            done(found[-1])
-    return found
+            measured.append(measure_depth(bundle, name, entry.type, entry.depth, **settings))
+            done(measured[-1])
+    return measured
 
 
 def choose_depth(
@@ -139,12 +139,12 @@ def choose_depth(
     engine, kind = choose_artifact(manifest, engine, kind)
     tried = []
     for depth in reversed(depth_artifacts(manifest, engine, kind)):
-        found = measure_depth(bundle, engine, kind, depth, **settings)
-        tried.append(found)
-        if found.latency_ms <= (latency_ms or float("inf")) and found.peak_memory_bytes <= (
+        measured = measure_depth(bundle, engine, kind, depth, **settings)
+        tried.append(measured)
+        if measured.latency_ms <= (latency_ms or float("inf")) and measured.peak_memory_bytes <= (
             memory_bytes or float("inf")
         ):
-            return found
+            return measured
     limits = [f"{latency_ms:g} ms per token"] if latency_ms is not None else []
     limits += [f"{memory_bytes / 1e6:.0f} MB"] if memory_bytes is not None else []
     figures = "; ".join(f"depth {f.depth}: {f.latency_ms:.1f} ms, {f.peak_memory_bytes / 1e6:.0f} MB" for f in tried)
@@ -163,13 +163,13 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
         loaded = time.perf_counter() - started
         firsts, decodes = [], []
         for turn in range(values["repeat"] + 1):
-            # Another first token each time, so that nothing of the prompt is known.
+            # A different first token each time, so that no prefix is reused.
             prompt = [(7 * i + 13 * turn) % 97 + 3 for i in range(prompt_tokens)]
             request = Request(prompt, new_tokens + 1 if turn else 2, values["depth"])
-            first, decode, made = _clock(session, request)
+            first, decode, count = _clock(session, request)
             if turn:  # the first turn warms up
                 firsts.append(first)
-                decodes.append(made / decode)
+                decodes.append(count / decode)
     figures = DepthFigures(
         values["engine"],
         values["kind"],
@@ -185,13 +185,13 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clock(session: Session, request: Request, work: RequestWork | None = None) -> tuple[float, float, int]:
-    """(seconds to the first token, seconds of the others, how many others)."""
+    """(seconds to the first token, seconds for the others, number of others)."""
     started = time.perf_counter()
     tokens = session.tokens(request, work or RequestWork())
     next(tokens, None)
     first = time.perf_counter()
-    made = sum(1 for _ in tokens)
-    return first - started, time.perf_counter() - first, made
+    count = sum(1 for _ in tokens)
+    return first - started, time.perf_counter() - first, count
 
 
 def _time_draft(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ class BlockChain:
     """The blocks between depths, and the head, each in a session of its own; holds no text.
 
     `folder` is an ONNX folder with the graph of the deepest model; `depths` ascend and end at the greatest depth
-    wanted, blocks beyond which are not loaded. `threads` 0 is one per core. With `scores` the parts give their blocks'
-    retaining scores as well. `UserError` for missing or broken files.
+    wanted; blocks beyond it are not loaded. `threads` 0 is one per core. With `scores` the parts also output their
+    blocks' retaining scores. `UserError` for missing or broken files.
     """
 
     def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0, scores: bool = False):
@@ -35,7 +35,7 @@ class BlockChain:
         decoder = config["decoder"]
         self.folder = Path(folder)
         self.depths = tuple(depths)
-        self.context = int(config["context_length"]) - 1  # the row that onnx_cut adds takes a place
+        self.context = int(config["context_length"]) - 1  # onnx_cut's extra row takes a position
         self.hidden, self.vocabulary = int(decoder["hidden_size"]), int(config["vocab_size"])
         self.kv_shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
         file = self.folder / decoder["filename"]
@@ -49,9 +49,9 @@ class BlockChain:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
+        options.log_severity_level = 4  # errors are raised; nothing may reach the terminal
         options.intra_op_num_threads = threads_of(threads)
-        # Each session has threads of its own, which would go on spinning while the next session works.
+        # Each session has its own threads, which would keep spinning while the next session works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         folder = str(file.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -64,13 +64,13 @@ class BlockChain:
         """Logits (T, V) float32 of hidden states (1, T, H) behind the last block, the final norm not yet applied."""
         count = states.shape[1]
         zeros = np.zeros((1, count, self.hidden), np.float32)
-        found = np.empty((1, count, self.vocabulary), np.float32)
+        logits = np.empty((1, count, self.vocabulary), np.float32)
         assert self.head.start is not None
         bind_array(binding.bind_input, self.head.start.residual, states)
         bind_array(binding.bind_input, self.head.start.addition, zeros)
-        bind_array(binding.bind_output, "logits", found)
+        bind_array(binding.bind_output, "logits", logits)
         self.sessions[-1].run_with_iobinding(binding)
-        return found[0]
+        return logits[0]
 
     def close(self) -> None:
         self.sessions = []

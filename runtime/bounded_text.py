@@ -1,8 +1,8 @@
-"""A text of any length whose cache has a fixed size: what it held is evicted as it is read on (`kv`).
+"""A text of any length in a cache of fixed size, in ONNX Runtime; entries are evicted as the text is read (`kv`).
 
-Read at one depth, by a chain's parts: a chunk goes through all of them, then every block evicts for itself, each KV
-head its own entries. What comes before the newest tokens cannot be had again, so another text is begun anew, and there
-are no drafts and no early exits, which take tokens back or read them late.
+It is read at one depth by a chain's parts: a chunk goes through all of them, then every block evicts, each KV head its
+own entries. Evicted entries cannot be restored, so a different text starts from an empty cache, and drafts and early
+exits, which take tokens back or read them late, are not supported.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .block_chain import BlockChain, bind_array
 from .onnx_engine import PREFILL_CHUNK
 from .rotary import rotary_frequencies, turn
 
-ENDLESS = 2**31  # tokens of a text without an end
+ENDLESS = 2**31  # tokens; stands for a text of unlimited length
 
 
 class BoundedText:
-    """Tokens that a chain has read at one depth, and the entries that are held of them.
+    """Tokens that a chain has read at one depth, and the entries held of them.
 
-    Every block and KV head holds the first `held` places of its buffers. Raises `UserError` for models whose attention
-    slides a window, and with contiguous positions for some rope scalings.
+    Every block and KV head uses the first `held` places of its buffers. Raises `UserError` for models with sliding
+    windows, and with contiguous positions for some rope scalings.
     """
 
     def __init__(self, chain: BlockChain, settings: KvBudget):
@@ -55,7 +55,7 @@ class BoundedText:
         self._bindings = [session.io_binding() for session in chain.sessions]
 
     def begin(self, ids: Sequence[int], depth: int) -> int:
-        """Make ready for a text at a depth: gone on with if it extends the one before, else begun anew. How many of
+        """Prepare for a text at a depth: continue if it extends the previous one, else start over. Returns how many of
         its tokens have been read."""
         read = len(self.tokens)
         if depth == self.depth and read < len(ids) and list(ids[:read]) == self.tokens:
@@ -67,7 +67,7 @@ class BoundedText:
         return 0
 
     def left(self) -> int:
-        """How many tokens more there are positions for."""
+        """How many more tokens there are positions for."""
         if self.settings.positions == "contiguous":
             return ENDLESS if self.settings.evict_decoding else self.chain.context - self.held
         return self.chain.context - len(self.tokens)
@@ -79,7 +79,7 @@ class BoundedText:
         return self._logits(read_in_steps(ids, plan, self._read, self._evict))
 
     def read_token(self, token: int) -> np.ndarray:
-        """Read one token that was written; logits (V,) after it."""
+        """Read one generated token; logits (V,) after it."""
         settings = self.settings
         if settings.evict_decoding and self.held >= self.budget + settings.local:
             self._drop_one()
@@ -102,7 +102,7 @@ class BoundedText:
         return self.chain.run_head(self._bindings[-1], states[:, -1:])[0]
 
     def _read(self, ids: Sequence[int], decoding: bool = False) -> np.ndarray:
-        """Hidden states (1, T, H) of the last tokens of `ids`, after all of them went through the depth's parts."""
+        """Run `ids` through the depth's parts; hidden states (1, T, H) of their last tokens."""
         states = None
         if self.held + len(ids) + 1 > self.room:
             self._grow(self.held + len(ids) + 1 + self.settings.chunk)
@@ -113,7 +113,7 @@ class BoundedText:
         return states
 
     def _score(self, count: int, decoding: bool) -> None:
-        """Let the policy score the newest tokens, which were read together; their heads' predictions are there."""
+        """Have the policy score the newest tokens, which were read together, from the heads' predictions."""
         places = np.arange(len(self.tokens) - count, len(self.tokens))
         for block, buffer in enumerate(self.scores):
             new = buffer[:, self.held - count : self.held]
@@ -123,7 +123,7 @@ class BoundedText:
     def _pass(self, ids: Sequence[int]) -> np.ndarray:
         chain, count, held = self.chain, len(ids), self.held
         first = held if self.frequencies is not None else len(self.tokens)
-        # All arrays bound here must live until the run is over.
+        # All arrays bound here must outlive the run.
         mask = np.ones((1, held + count + 1), np.int64)
         positions = np.arange(first, first + count + 1, dtype=np.int64)[None]
         tokens = np.asarray([ids], np.int64)
@@ -157,7 +157,7 @@ class BoundedText:
         return states
 
     def _evict(self, protected: int) -> None:
-        """Keep the budget's best entries of every block and head."""
+        """Keep the best entries of every block and head, as many as the budget allows."""
         budget = self.budget
         if self.held <= budget:
             return
@@ -171,19 +171,19 @@ class BoundedText:
         self.held = budget
 
     def _drop_one(self) -> None:
-        """Let the worst entry of every block and head go, the `local` newest left out."""
+        """Evict the worst entry of every block and head, except the `local` newest."""
         end = self.held
         for block in range(self.depth):
             for head, gone in enumerate(worst(self.scores[block][:, :end], self.settings.local)):
                 for buffer in (self.keys[block][0], self.values[block][0], self.scores[block]):
-                    buffer[head, gone : end - 1] = buffer[head, gone + 1 : end]  # numpy minds the overlap
+                    buffer[head, gone : end - 1] = buffer[head, gone + 1 : end]  # numpy handles the overlap
                 if self.frequencies is not None:
                     moved = self.keys[block][0, head : head + 1, gone : end - 1]
                     turn(moved, np.array([[-1]]), self.frequencies)
         self.held -= 1
 
     def _grow(self, room: int) -> None:
-        """Make room for so many entries, and bind the buffers anew."""
+        """Make room for `room` entries, and rebind the buffers."""
         heads, size = self.chain.kv_shape
         shapes = {"keys": (1, heads, room, size), "values": (1, heads, room, size), "scores": (heads, room)}
         for name, shape in shapes.items():
@@ -204,13 +204,13 @@ class BoundedText:
 
 
 def check_windows(config: dict[str, Any]) -> None:
-    """`UserError` for a model (its config.json) whose attention slides a window.
+    """`UserError` for a model (its config.json) with sliding windows.
 
-    The kernel counts a window in entries held, which are no longer the text's tokens once some were evicted.
+    The kernel counts the window in held entries, which no longer match the text's tokens after an eviction.
     """
     window = config.get("sliding_window")
     if any(sliding_blocks(config)) and window < config["max_position_embeddings"]:
         raise UserError(
-            f"a KV budget cannot be kept for a model whose attention slides a window of {window} tokens: ONNX Runtime "
-            "counts it in entries held, not in tokens of the text; run it without --kv-budget"
+            f"a KV budget does not work with this model's sliding window of {window} tokens, which ONNX Runtime "
+            "counts in held entries instead of tokens; run it without --kv-budget"
         )

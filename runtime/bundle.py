@@ -8,20 +8,20 @@ from ..core.errors import UserError
 from ..core.files import sha256
 from ..records.bundle import BundleManifest
 
-SMALL = 50 * 10**6  # bytes: tokenizers, configurations and templates are less, weights of real models more
+SMALL = 50 * 10**6  # bytes: tokenizers, configurations and templates are smaller, real models' weights larger
 
 
 def read_bundle(bundle: Path, *, hashes: bool = False) -> BundleManifest:
-    """The manifest of a bundle, once all its files were found to exist and have the right size.
+    """The manifest of a bundle, after checking that all its files exist and have the right size.
 
-    Files of up to 50 MB, or with `hashes` all of them, are also checked by hash.
+    Files of up to 50 MB, or with `hashes` all files, are also checked by hash.
 
     Raises `UserError` naming what is missing or changed.
     """
     if not (bundle / BundleManifest.FILE).is_file():
         raise UserError(f"{bundle} is not a bundle: it has no {BundleManifest.FILE}")
     manifest = BundleManifest.read(bundle)
-    compared: dict[tuple[int, int], str] = {}  # a file with several names, as depths share weights, is read once
+    compared: dict[tuple[int, int], str] = {}  # a file with several names (depths share weights) is read once
     for entry in manifest.files:
         file = bundle / entry.path
         if not file.is_file():

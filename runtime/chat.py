@@ -17,9 +17,9 @@ from ..core.chat_templates import TOKENIZER_CONFIG, chat_templates
 from ..core.errors import UserError
 from ..core.files import read_json_if_there
 
-# Each with role and content; perhaps with tool_calls, as `{"type": "function", "function": {"name", "arguments"}}`.
+# Each has role and content, optionally tool_calls: `{"type": "function", "function": {"name", "arguments"}}`.
 Messages = Sequence[Mapping[str, Any]]
-_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that every template gets
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -40,9 +40,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             undeclared = meta.find_undeclared_variables(environment.parse(source))
-        except Exception as error:  # a template is a program: any of Python's errors may come of a broken one
+        except Exception as error:  # a template is a program; a broken one can raise anything
             raise UserError(f"the chat template of {folder} is broken: {error}") from error
-        # What it reads that is neither the conversation nor ours; such as enable_thinking.
+        # Variables that it reads besides the standard ones, such as enable_thinking.
         self.variables = frozenset(undeclared - set(environment.globals) - set(_SPECIAL) - set(_GIVEN))
 
     def render(self, messages: Messages, *, answer: bool = True, variables: Mapping[str, Any] | None = None) -> str:
@@ -57,7 +57,7 @@ class ChatTemplate:
         marked, marks = _marked(messages)
         if marks:
             seen = self._render(marked, answer, variables)
-            missing = next((what for mark, what in marks if mark not in seen), None)
+            missing = next((missing_part for mark, missing_part in marks if mark not in seen), None)
             if missing is not None:
                 raise UserError(f"the model's chat template ignores {missing}: remove it from the conversation")
         return text

@@ -22,7 +22,7 @@ class Distribution:
     """A model's next-token distribution after `ids[:position]`."""
 
     position: int
-    target: int  # ids[position], the token that really follows
+    target: int  # ids[position], the token that actually follows
     target_logprob: float  # nats; exact in every engine
     token_ids: np.ndarray  # (K,) int64, most probable first; (V,) = 0 … V-1 when complete
     logprobs: np.ndarray  # (K,) or (V,) float32, in the order of token_ids
@@ -46,7 +46,7 @@ class ScoringWindow(NamedTuple):
         return cls(ids, range(first, len(ids)))
 
     def check(self, limit: int) -> None:
-        """Raise `ValueError` for positions that are not in the text, `UserError` for a text past `limit` tokens."""
+        """Raise `ValueError` for positions outside the text, `UserError` for a text longer than `limit` tokens."""
         inside = all(1 <= p < len(self.ids) for p in self.positions)
         if not inside or any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
             raise ValueError(f"positions must ascend from 1 to {len(self.ids) - 1}")
@@ -105,9 +105,9 @@ class Engine(ABC):
         tokens = self.generate(prompt, new_tokens + 1)
         next(tokens)
         prefilled = time.perf_counter()
-        made = sum(1 for _ in tokens)
+        count = sum(1 for _ in tokens)
         decoding = time.perf_counter() - prefilled
-        return Speed(prompt_tokens / (prefilled - started), made / decoding)
+        return Speed(prompt_tokens / (prefilled - started), count / decoding)
 
     @abstractmethod
     def close(self) -> None:
@@ -136,7 +136,7 @@ def distributions(
     if np.isnan(logits).any():
         raise UserError("the predictions are NaN: the weights are damaged or out of range")
     vocabulary = np.arange(logits.shape[-1], dtype=np.int64)
-    found = []
+    collected = []
     for row, position in zip(logits, positions, strict=True):
         logprobs = log_softmax(row)
         target = int(ids[position])
@@ -146,8 +146,8 @@ def distributions(
             tokens = tokens[np.lexsort((tokens, -logprobs[tokens]))]
         complete = tokens is vocabulary
         kept = logprobs if complete else logprobs[tokens]
-        found.append(Distribution(position, target, float(logprobs[target]), tokens, kept, complete))
-    return found
+        collected.append(Distribution(position, target, float(logprobs[target]), tokens, kept, complete))
+    return collected
 
 
 def divergence(reference: Distribution, other: Distribution) -> float:
@@ -178,7 +178,7 @@ def perplexity(scores: Iterable[Distribution]) -> float:
     """exp of the mean negative log-probability of the targets."""
     values = [score.target_logprob for score in scores]
     if not values:
-        raise ValueError("no predictions to take a perplexity of")
+        raise ValueError("no predictions to compute a perplexity from")
     return float(np.exp(-np.mean(np.asarray(values, np.float64))))
 
 
@@ -194,12 +194,12 @@ def pick(logits: np.ndarray, temperature: float, top_p: float, random: np.random
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """The fewest indices of weights (V,) that hold `top_p` of their sum, greatest first; at least one."""
-    wanted, count = top_p * float(weights.sum()), 256
+    mass, count = top_p * float(weights.sum()), 256
     while True:
         # Sorting a whole vocabulary takes longer than decoding a token of a small model.
         few = np.arange(len(weights)) if count >= len(weights) else np.argpartition(-weights, count)[:count]
         few = few[np.lexsort((few, -weights[few]))]
         cumulative = np.cumsum(weights[few])
-        if cumulative[-1] >= wanted or count >= len(weights):
-            return few[: int(np.searchsorted(cumulative, wanted)) + 1]
+        if cumulative[-1] >= mass or count >= len(weights):
+            return few[: int(np.searchsorted(cumulative, mass)) + 1]
         count *= 8

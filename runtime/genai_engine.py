@@ -43,7 +43,7 @@ class GenaiEngine(Engine):
     def score(
         self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
     ) -> list[list[Distribution]]:
-        found = []
+        scores = []
         for window in windows:
             window.check(self.context)
             here: list[Distribution] = []
@@ -55,8 +55,8 @@ class GenaiEngine(Engine):
                 here = distributions(logits[[p - 1 for p in window.positions]], window.ids, window.positions, top_k)
             if done:
                 done(len(here))
-            found.append(here)
-        return found
+            scores.append(here)
+        return scores
 
     def generate(
         self,
@@ -71,13 +71,13 @@ class GenaiEngine(Engine):
         random = np.random.default_rng(seed)
         generator = self._generator(len(ids) + max_tokens)
         generator.append_tokens(np.asarray([ids], np.int32))
-        for made in range(max_tokens):
+        for written in range(max_tokens):
             # Drawn here rather than by its own sampler, which would end at the model's end-of-text token unasked.
             token = pick(np.asarray(generator.get_logits(), np.float32).reshape(-1), temperature, top_p, random)
             if token in stop:
                 return
             yield token
-            if made + 1 >= max_tokens or len(ids) + made + 1 >= self.context:
+            if written + 1 >= max_tokens or len(ids) + written + 1 >= self.context:
                 return
             generator.append_tokens(np.asarray([[token]], np.int32))
 

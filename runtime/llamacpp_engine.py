@@ -26,9 +26,9 @@ from .llamacpp_server import SEEDS, checked, open_server, post
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
-MARGIN = 10.0  # nats between two lifted tokens, so that the upper one is drawn all but always
-# Tokens asked for at a time while a text is written: few at first, so that it begins at once. Asked for one by one
-# they would cost a request each; asked for as a stream they would come without those that end inside a character.
+MARGIN = 10.0  # nats between two lifted tokens, so that the upper one is almost always sampled
+# Tokens requested at a time during generation: few at first, so that it begins at once. One at a time would cost a
+# request each; a stream would omit tokens that end inside a character.
 STEPS = (1, 1, 2, 4, 8)
 DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the end of each request
 
@@ -52,7 +52,7 @@ class LlamaCppEngine(Engine):
         draft_tokens: int = 4,
     ):
         self.path = Path(file)
-        split_files(self.path)  # names a part that is missing; llama.cpp finds them by itself
+        split_files(self.path)  # raises for a missing part; llama.cpp finds the parts by itself
         header = read_header(self.path)
         architecture = header.get("general.architecture")
         trained = header.get(f"{architecture}.context_length")
@@ -64,7 +64,7 @@ class LlamaCppEngine(Engine):
         self._slots = slots
         self._plain: int | None = None
         threads = threads or cores()
-        # One token more: the server wants room for the token it samples.
+        # One more token: the server needs room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
         self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens)
 
@@ -80,12 +80,12 @@ class LlamaCppEngine(Engine):
         def work(window: ScoringWindow) -> list[Distribution]:
             slot = free.get()
             try:
-                found = []
+                scores = []
                 for position in window.positions:
-                    found.append(self._predict(slot, window.ids, position, top_k or self._vocabulary))
+                    scores.append(self._predict(slot, window.ids, position, top_k or self._vocabulary))
                     if done:
                         done(1)
-                return found
+                return scores
             finally:
                 free.put(slot)
 
@@ -164,12 +164,12 @@ class LlamaCppEngine(Engine):
     def _ask(self, slot: int, prompt: list[int], **options: Any) -> dict[str, Any] | None:
         request = {"prompt": prompt, "id_slot": slot, "n_predict": 1, "cache_prompt": True, **options}
         logprobs = self._send(request)["choices"][0]["logprobs"]
-        found = logprobs["content"][0] if logprobs else None
-        if found and any(
-            value is None for entry in (found, *found.get("top_logprobs", ())) for value in entry.values()
+        first = logprobs["content"][0] if logprobs else None
+        if first and any(
+            value is None for entry in (first, *first.get("top_logprobs", ())) for value in entry.values()
         ):
             raise UserError(f"{self.path} predicts NaN: its weights are damaged or out of range")
-        return found
+        return first
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
         return checked(self._server.handle_completions(request), self.path)
@@ -201,20 +201,22 @@ class LlamaCppEngine(Engine):
         sampling: dict[str, Any] = {"samplers": ["top_k"], "top_k": 1}
         if temperature > 0:
             sampling = {"samplers": ["temperature", "top_p"], "temperature": temperature, "top_p": top_p}
-        text, made, turn = [int(i) for i in ids], 0, 0
+        text, written, turn = [int(i) for i in ids], 0, 0
         limit = min(max_tokens, self.context - len(text) + 1)
-        while made < limit:
-            count = min(self._steps[min(turn, len(self._steps) - 1)], limit - made)
-            settings = {"n_predict": count, "seed": (seed + made) % SEEDS, "return_tokens": True, **sampling}
+        while written < limit:
+            count = min(self._steps[min(turn, len(self._steps) - 1)], limit - written)
+            settings = {"n_predict": count, "seed": (seed + written) % SEEDS, "return_tokens": True, **sampling}
             answer = self._post("/completion", {"prompt": text, "id_slot": 0, "cache_prompt": True, **settings})
             if note:
                 note(answer["timings"])
-            for token in answer["tokens"]:  # its own end-of-text tokens are among them, and end nothing by themselves
+            for token in answer[
+                "tokens"
+            ]:  # including its own end-of-text tokens, which do not end the text by themselves
                 if token in stop:
                     return
                 yield token
             text += answer["tokens"]
-            made, turn = made + len(answer["tokens"]), turn + 1
+            written, turn = written + len(answer["tokens"]), turn + 1
 
     def measure_speed(self, prompt_tokens: int = 128, new_tokens: int = 64) -> Speed:
         """Measured by llama.cpp itself."""

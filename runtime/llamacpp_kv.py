@@ -1,8 +1,7 @@
-"""Writing text with llama.cpp and a KV cache of bounded size: a policy says which tokens stay (`kv`).
+"""Generating text with llama.cpp and a KV cache of bounded size, from which a policy evicts tokens (`kv`).
 
-Where it needs retaining heads, llama.cpp's evaluation callback hands out every block's queries, keys and values as the
-projections give them while it reads tokens; the heads score them here, in numpy. Positions stay what they were in the
-text.
+For policies that need retaining heads, llama.cpp's evaluation callback supplies every block's queries, keys and values
+as the projections output them; the heads score them here, in numpy. Tokens keep their positions in the text.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from .engine import pick
 from .generator import Generator, Request, RequestWork, Tokens
 from .llama_library import Cache, LlamaModel
 
-BATCH = 512  # tokens read at once at most; a chunk may take several
+BATCH = 512  # maximum tokens per forward pass; a chunk may take several
 _PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
-# What the projections give is a product or, with a bias, a sum; norms and rotations of the same name come later.
+# A projection's output is a product or, with a bias, a sum; norms and rotations of the same name come later.
 _PROJECTIONS = ("MUL_MAT", "ADD")
 
 
 class TokenScorer:
-    """Retaining heads from a `heads.gguf` for a model's first `blocks` blocks: collects what llama.cpp computes.
+    """Retaining heads from a `heads.gguf` for a model's first `blocks` blocks; they score what llama.cpp computes.
 
-    `header` is the model's. `pairs_adjacent`: its query and key rows are reordered, so that pairs that are rotated
-    together are neighbours; the heads were trained on the halves' order, and their columns are reordered alike.
+    `header` is the model's. With `pairs_adjacent` its query and key rows are reordered so that the two of a rotated
+    pair are adjacent; the heads were trained on transformers' order, so their columns are reordered to match.
     """
 
     def __init__(self, file: Path, header: Mapping[str, Any], blocks: int, pairs_adjacent: bool):
@@ -57,11 +56,11 @@ class TokenScorer:
 
     @staticmethod
     def wanted(name: bytes, operation: str) -> bool:
-        """Whether a tensor of llama.cpp's graph is what a projection of a block gives."""
+        """Whether a tensor of llama.cpp's graph is the output of a block's projection."""
         return name[:4] in _PARTS and name[4:5] == b"-" and operation in _PROJECTIONS
 
     def observe(self, name: bytes, values: Floats) -> None:
-        """A block's part; the blocks come in order, and a sum with a bias after the product."""
+        """Receive a block's projection; blocks come in order, and a sum with a bias after the product."""
         block = int(name[5:])
         if block != self._block:
             self._finish()
@@ -80,7 +79,7 @@ class TokenScorer:
         self._scores.append(hidden @ w2)
 
     def take(self) -> Floats:
-        """Scores (tokens, blocks · KV heads) of what was read since the last time."""
+        """Scores (tokens, blocks · KV heads) of the tokens read since the last call."""
         self._finish()
         scores, self._scores, self._block = self._scores, [], 0
         if len(scores) != len(self._weights):
@@ -88,7 +87,7 @@ class TokenScorer:
         return np.concatenate(scores, axis=1)
 
     def forget(self) -> None:
-        """Whatever a read that failed has left."""
+        """Discard the remains of a failed read."""
         self._block, self._parts, self._scores = 0, {}, []
 
 
@@ -102,7 +101,7 @@ def read_heads(file: Path) -> dict[str, Floats]:
 
 
 def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArray[np.int64]:
-    """For each of llama.cpp's concatenated queries, keys and values the number of the same one in the heads' order."""
+    """For each row of llama.cpp's concatenated queries, keys and values, its index in the heads' order."""
     order = np.arange((heads + 2 * groups) * size)
     if pairs_adjacent:
         rotated = (heads + groups) * size
@@ -112,11 +111,11 @@ def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArra
 
 
 class LlamaCppKvGenerator(Generator):
-    """`files` maps depths to GGUF files; of the depths one is open at a time. `heads` is the bundle's `heads.gguf`,
-    read if the policy needs it.
+    """`files` maps depths to GGUF files, of which one is open at a time. `heads` is the bundle's `heads.gguf`, read if
+    the policy needs it.
 
-    The memory of the cache depends on `limits` and the tokens to write, not on the prompt. A text that goes on where
-    the one before it ended is read on; any other is read from its beginning, since what was dropped is missing.
+    The cache's memory depends on `limits` and the tokens to generate, not on the prompt. A text that extends the
+    previous one continues from it; any other is read from the start, because dropped tokens cannot be restored.
     """
 
     runtime = "llama.cpp"
@@ -124,7 +123,7 @@ class LlamaCppKvGenerator(Generator):
     def __init__(self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0):
         if limits.positions != "true":
             raise UserError(
-                f"llama.cpp keeps a KV budget at true positions only, not {limits.positions} ones: use the onnx engine"
+                f"llama.cpp supports a KV budget with true positions only, not {limits.positions}: use the onnx engine"
             )
         self._policy = make(limits)
         check_needs(self._policy, {"heads"}, "llama.cpp")
@@ -132,7 +131,7 @@ class LlamaCppKvGenerator(Generator):
         self._files, self._heads, self.limits = files, heads, limits
         self._threads = threads or cores()
         self._lock = threading.Lock()
-        self._depth = self._kv_heads = 0  # of the model that is open
+        self._depth = self._kv_heads = 0  # of the open model
         self._model: LlamaModel | None = None
         self._scorer: TokenScorer | None = None
         self._cache: Cache | None = None
@@ -144,7 +143,7 @@ class LlamaCppKvGenerator(Generator):
         if self._model is None or depth != self._depth:
             self.close()
             file = self._files[depth]
-            split_files(file)  # names a part that is missing; llama.cpp finds them by itself
+            split_files(file)  # raises for a missing part; llama.cpp finds the parts by itself
             model = self._model = LlamaModel(file)
             header = read_header(file)
             if "heads" in self._policy.needs:
@@ -153,7 +152,7 @@ class LlamaCppKvGenerator(Generator):
         return self._model
 
     def _begin(self, request: Request, cells: int) -> LlamaCppText:
-        """The text before, if it is the beginning of this one; else an empty one."""
+        """The previous text if this one extends it, else an empty one."""
         text = self._text
         if text is not None and request.depth == self._depth and text.cells >= cells and text.begins(request.ids):
             return text
@@ -173,13 +172,13 @@ class LlamaCppKvGenerator(Generator):
         return self._text
 
     def cells(self, new: int) -> int:
-        """The most tokens that are ever held of a text, `new` of them written at a time."""
+        """The most tokens held at once of a text with up to `new` generated tokens per answer."""
         return min(self.context, most_held(self.limits, self.context, new))
 
     def check(self, request: Request) -> None:
         super().check(request)
         if request.exits or request.draft_depth is not None:
-            raise UserError("llama.cpp with a bounded KV cache neither drafts nor exits early: leave that out")
+            raise UserError("llama.cpp with a bounded KV cache supports neither drafts nor early exit: leave them out")
 
     def generate(self, request: Request, work: RequestWork) -> Tokens:
         self.check(request)
@@ -190,14 +189,14 @@ class LlamaCppKvGenerator(Generator):
             work.reused = len(text.tokens)
             random = np.random.default_rng(request.seed)
             logits = text.read_prompt([int(token) for token in request.ids[work.reused :]])
-            for made in range(limit):
+            for written in range(limit):
                 token = pick(logits, request.temperature, request.top_p, random)
                 if token in request.stop:
                     work.finish = "stop"
                     return
                 work.depths[request.depth] += 1
                 yield token
-                if made + 1 < limit:
+                if written + 1 < limit:
                     logits = text.read_one(token)
 
     def close(self) -> None:
@@ -208,29 +207,29 @@ class LlamaCppKvGenerator(Generator):
 
 
 class LlamaCppText:
-    """One text in a cache that holds the tokens of it worth keeping."""
+    """One text, and the cache of the tokens kept of it."""
 
     def __init__(self, cache: Cache, scorer: TokenScorer | None, held: HeldTokens, limits: KvBudget):
         if limits.budget is None:
             raise ValueError("a bounded text needs a budget")
         self._cache, self._scorer, self.held = cache, scorer, held
         self._limits, self._budget, self.cells = limits, limits.budget, cache.cells
-        self.tokens: list[int] = []  # that were read
-        self._whole = True  # no read was broken off
+        self.tokens: list[int] = []  # read so far
+        self._whole = True  # no read was interrupted
 
     def begins(self, ids: Sequence[int]) -> bool:
-        """Whether a longer text begins with this one."""
+        """Whether `ids` extends this text."""
         read = len(self.tokens)
         return self._whole and read < len(ids) and list(ids[:read]) == self.tokens
 
     def read_prompt(self, ids: list[int]) -> Floats:
-        """Read a prompt, or what comes after the text so far, chunk by chunk and then its local tail; the logits (V,)
-        after it."""
+        """Read a prompt, or a continuation of the text so far, chunk by chunk and then its local tail. Returns the
+        logits (V,) after it."""
         plan = steps(len(ids), self._limits, len(self.held))
         return read_in_steps(ids, plan, self._read, lambda protected: self._evict(self._budget, protected))
 
     def read_one(self, token: int) -> Floats:
-        """Read a token that was written; the logits (V,) after it."""
+        """Read a generated token; logits (V,) after it."""
         limits = self._limits
         if limits.evict_decoding:
             self._evict(self._budget + limits.local - 1, limits.local)
@@ -260,9 +259,9 @@ def _kv_heads(header: Mapping[str, Any]) -> int:
 
 
 def _longest_text(file: Path) -> int:
-    """Tokens up to which llama.cpp rotates positions as the model does.
+    """The number of tokens for which llama.cpp rotates positions as the model does.
 
-    Of a model with two sets of rotary factors it takes the one for the cache's size: here that for short texts.
+    For a model with two sets of rotary factors it chooses by the cache's size: here the set for short texts.
     """
     header = read_header(file)
     name = header.get("general.architecture")

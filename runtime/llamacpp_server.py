@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ..core.errors import UserError
 
-LOG_SECONDS = 5  # in which llama.cpp says why it cannot load a file
+LOG_SECONDS = 5  # to wait for llama.cpp's message on why it cannot load a file
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
@@ -54,7 +54,7 @@ def open_server(
     except RuntimeError as error:
         parameters.verbosity = 1  # errors only: load again to learn why, catching what it writes
         raise UserError(f"llama.cpp cannot load {file}: {_reason(xllamacpp, parameters)}") from error
-    # A server that is closed before its loop has begun waits for that loop forever; an answer says it runs.
+    # A server that is closed before its loop has started waits for it forever; an answer shows that it runs.
     checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
     return server
 
@@ -63,7 +63,7 @@ def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:
     """The server's answer over HTTP, an error under "error". Never through a proxy: it is this process."""
     address = urlsplit(server.listening_address)
     assert address.hostname is not None
-    # A connection each: kept open, every answer would wait 40 ms for the acknowledgement of its header.
+    # One connection per request: on a kept-alive one, every answer would wait 40 ms for its header's ACK.
     connection = http.client.HTTPConnection(address.hostname, address.port)
     try:
         headers = {"Content-Type": "application/json", "Connection": "close"}
@@ -85,7 +85,7 @@ def short_spins() -> Iterator[None]:
     """Load a llama.cpp library inside this context.
 
     GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
-    machine that made decoding on two cores five to twenty times slower; the setting is read once, on loading.
+    machine, that slowed decoding on two cores down by a factor of 5 to 20; the setting is read once, on loading.
     """
     before = os.environ.get("GOMP_SPINCOUNT")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -125,7 +125,10 @@ def _settled(descriptor: int, marker: str) -> str:
     be late on a busy machine. Without a marker after `LOG_SECONDS`, what there is."""
     text, end = "", time.monotonic() + LOG_SECONDS
     while time.monotonic() < end:
-        before, text = text, os.pread(descriptor, 1 << 20, 0).decode(errors="replace")  # the writer's place stays
+        before, text = (
+            text,
+            os.pread(descriptor, 1 << 20, 0).decode(errors="replace"),
+        )  # does not move the writer's offset
         if marker in text and text == before:
             break
         time.sleep(0.05)

@@ -60,10 +60,10 @@ def in_own_process(module: str, path: Path, settings: dict[str, Any]) -> dict[st
 def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
     """The main program of such a process: print the result of `work`, or the error, as JSON."""
     try:
-        found = work(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        result = work(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except UserError as error:
-        found = {"error": str(error)}
-    print(json.dumps(found))
+        result = {"error": str(error)}
+    print(json.dumps(result))
 
 
 def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 def peak_memory() -> int:
     """The most memory this process has held, in bytes."""
     try:
-        # Linux hands getrusage's peak on from the process that started this one; this one is its own.
+        # On Linux getrusage's peak is inherited from the parent process; this figure is this process's own.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

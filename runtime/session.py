@@ -54,7 +54,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
-    reused_tokens: int  # of the prompt, kept from the request before
+    reused_tokens: int  # prompt tokens reused from the previous request
     depths: Mapping[int, int]  # depth -> how many tokens it decided
     drafted: int
     accepted: int
@@ -259,7 +259,7 @@ class Session:
                 text = stop.push(stream.push(token))
                 if stop.found:
                     break
-                yield Piece(text)  # even an empty one: whoever reads can stop after every token
+                yield Piece(text)  # even if empty: the reader can stop after every token
             else:
                 text = stop.push(stream.rest()) + stop.rest()
         depths = dict(sorted(Counter(work.depths).items()))
@@ -282,23 +282,23 @@ class Session:
 
 def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | None) -> tuple[str, str]:
     """(engine, type), with defaults for those not given; `UserError` listing the bundle's if it lacks them."""
-    there = [
+    pairs = [
         (name, entry.type) for name, form in FORMATS.items() for entry in manifest.artifacts if entry.format == form
     ]
-    found = list(dict.fromkeys(there))
-    listed = ", ".join(f"{name} {each}" for name, each in found)
+    choices = list(dict.fromkeys(pairs))
+    listed = ", ".join(f"{name} {each}" for name, each in choices)
     if engine is not None and engine not in FORMATS:
         raise UserError(
             f"there is no engine {engine!r}; there are: {', '.join(FORMATS)}{did_you_mean(engine, FORMATS)}"
         )
-    preferred = sorted(found, key=lambda choice: choice[0] != "llama.cpp")
+    preferred = sorted(choices, key=lambda choice: choice[0] != "llama.cpp")
     for name, each in preferred:
         if engine in (None, name) and (kind is None or kind.lower() == each.lower()):
             return name, each
-    wanted = " ".join(part for part in (engine, kind) if part)
-    types = [each for name, each in found if engine in (None, name)]
+    request = " ".join(part for part in (engine, kind) if part)
+    types = [each for name, each in choices if engine in (None, name)]
     meant = did_you_mean(kind, types) if kind else ""
-    raise UserError(f"the bundle has no artifact for {wanted}; it has: {listed or 'no artifacts'}{meant}")
+    raise UserError(f"the bundle has no artifact for {request}; it has: {listed or 'no artifacts'}{meant}")
 
 
 def depth_artifacts(manifest: BundleManifest, engine: str, kind: str) -> dict[int, ArtifactEntry]:

@@ -31,12 +31,12 @@ class DraftModel:
         if count < 1:
             return []
         self.text.add(tokens[self.text.keep(tokens) :])
-        found: list[int] = []
+        proposed: list[int] = []
         for _ in range(count):
-            found.append(int(np.argmax(self.text.logits(self.depth)[0])))
-            if len(found) < count:
-                self.text.add(found[-1:])
-        return found
+            proposed.append(int(np.argmax(self.text.logits(self.depth)[0])))
+            if len(proposed) < count:
+                self.text.add(proposed[-1:])
+        return proposed
 
 
 def write_verified(
@@ -49,14 +49,14 @@ def write_verified(
 ) -> Iterator[int]:
     """Up to `limit` tokens after `text`; drafts come from `draft`, or from the text's own `request.draft_depth`."""
     token = draw(text.logits(request.depth)[0])
-    made = 1
+    written = 1
     work.depths[request.depth] += 1
     yield token
-    while made < limit:
+    while written < limit:
         text.add([token])
         length = len(text.tokens)
-        # The full depth writes one token more than it accepts.
-        count = min(request.draft_tokens, limit - made - 1, text.chain.context - length)
+        # The full depth yields one token more than it accepts.
+        count = min(request.draft_tokens, limit - written - 1, text.chain.context - length)
         drafted = _draft(text, request.draft_depth, draft, count)
         rows = text.logits(request.depth, len(drafted) + 1)
         work.drafted += len(drafted)
@@ -65,8 +65,8 @@ def write_verified(
             hit = i < len(drafted) and token == drafted[i]
             work.accepted += hit
             if not hit:
-                text.cut(length + i)  # before the token is handed out: whoever takes it may never come back
-            made += 1
+                text.cut(length + i)  # before the token is yielded: the reader may never resume
+            written += 1
             work.depths[request.depth] += 1
             yield token
             if not hit:
@@ -76,12 +76,12 @@ def write_verified(
 def _draft(text: CachedText, depth: int | None, draft: DraftModel | None, count: int) -> list[int]:
     """Likely next tokens, which are appended to `text`."""
     if draft is not None:
-        found = draft.propose(text.tokens, count)
-        text.add(found)
-        return found
+        proposed = draft.propose(text.tokens, count)
+        text.add(proposed)
+        return proposed
     assert depth is not None
-    found = []
+    proposed = []
     for _ in range(count):
-        found.append(int(np.argmax(text.logits(depth)[0])))
-        text.add(found[-1:])
-    return found
+        proposed.append(int(np.argmax(text.logits(depth)[0])))
+        text.add(proposed[-1:])
+    return proposed

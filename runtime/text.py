@@ -9,10 +9,10 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import read_json_if_there
 
-_HALF = "\ufffd"  # what decoding makes of bytes that are no whole character
-_LONGEST = 3  # marks that the beginning of one character may decode to
+_HALF = "\ufffd"  # replacement character: what an incomplete character decodes to
+_LONGEST = 3  # most replacement characters that the beginning of one character decodes to
 _WINDOW = 32  # tokens decoded again for each new one
-_OVERLAP = 8  # of them kept when the window moves: more than one character can span
+_OVERLAP = 8  # tokens kept when the window moves; more than one character can span
 
 
 class Tokenizer:
@@ -48,11 +48,11 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many tokens it knows; their ids are below this number."""
+        """The vocabulary's size; all ids are below it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def number(self, token: str) -> int | None:
@@ -81,7 +81,7 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """The rest that was held back, at the end of the text."""
         text = self._tokenizer.decode(self._ids)
         piece, self._shown = text[self._shown :], len(text)
         return piece
@@ -112,7 +112,7 @@ class StopTexts:
         return text[: len(text) - longest]
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """The rest that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 

@@ -12,22 +12,22 @@ FORMAT = 1
 
 
 class SortConfig(TrainingConfig):
-    """Sorted training (SoFT, arXiv 2309.08968): at each depth the first so many blocks, with the norm and the head that
-    all share, become a model of their own. All of them learn from the unpruned model."""
+    """Sorted training (SoFT, arXiv 2309.08968): the first d blocks, with the shared norm and head, become a model of
+    their own for each depth d. All of them learn from the unpruned model."""
 
     stage: ClassVar[str] = "sort"
     sorts: ClassVar[bool] = True
 
     depths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
-        description="numbers of blocks to run at, ascending; the last is all the blocks the model has by then"
+        description="numbers of blocks to run at, ascending; the last must be all of the model's blocks at this stage"
     )
     weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
-        default=None, description="what each depth counts for, in the order of `depths`; null: all the same"
+        default=None, description="loss weight of each depth, in the order of `depths`; null: equal weights"
     )
     sample: int | None = Field(
         default=None,
         ge=1,
-        description="depths that learn from each response token: the deepest, and others drawn; null: all of them",
+        description="depths that learn from each response token: the deepest and randomly chosen others; null: all",
     )
 
     @field_validator("depths")

@@ -1,4 +1,4 @@
-"""What sorted training takes: a student with as many losses as there are depths."""
+"""Cost of sorted training: a student with one loss per depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .config import SortConfig
 
 
 def _leaves(config: SortConfig, at: Setting) -> Setting:
-    """A model that runs, and is measured, at each depth."""
+    """A model that later stages run and measure at each depth."""
     at.check_depths("sort.depths", config.depths)
     return replace(at, depths=tuple(config.depths), measured=(*at.measured, *config.depths))
 

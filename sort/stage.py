@@ -1,4 +1,4 @@
-"""The sort stage: one training for all depths; the checkpoint notes at which ones it runs."""
+"""The sort stage: trains all depths together; the checkpoint records which depths it runs at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import SortConfig
 
 
 def check(config: SortConfig, base: Path, context: Context) -> None:
-    """As of the distill stage; and refuse more blocks than even the unpruned model has, before any work is done."""
+    """The distill stage's checks; also reject more blocks than the unpruned model has, before any work is done."""
     check_training(config, base, context)
     blocks = load_config(base).num_hidden_layers
     if config.depths[-1] > blocks:

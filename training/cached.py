@@ -1,4 +1,4 @@
-"""The teacher as the data stage wrote it down: no unpruned model is held while training."""
+"""The cached teacher: the data stage stored its predictions, so training holds no unpruned model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .losses import TopK
 
 
 class CachedTeacher:
-    """The top-k log-probabilities of a data stage's folder, read from disk as they are needed."""
+    """The top-k log-probabilities in a data stage's folder, read from disk as needed."""
 
     def __init__(self, data: Path, batches: Sequence[Batch]):
-        """Raises `UserError` where the folder lacks what it has to say of the batches."""
+        """Raises `UserError` if the folder lacks predictions for the batches."""
         self.cache = TeacherCache(data)
         for batch in batches:
             self.cache.find(batch)
 
     def anchor(self, batch: Batch, positions: Tensor) -> TopK:
-        """`positions` are all of the batch's, in order."""
+        """`positions` are all target positions of the batch, in order."""
         return TopK(*read_top_k(self.cache, batch))

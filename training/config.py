@@ -1,4 +1,4 @@
-"""What the recipe's `distill` and `sort` sections have in common: objective, what is tuned, teacher, optimizer."""
+"""Keys shared by the recipe's `distill` and `sort` sections: objective, tuned weights, teacher, optimizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lora(Section):
 
 
 class Full(Section):
-    """Every weight is trained."""
+    """All weights are trained."""
 
     kind: Literal["full"] = "full"
 
@@ -46,13 +46,13 @@ class Copy(Section):
 
 
 class Shared(Section):
-    """Teacher and student are one set of weights: it runs all blocks with the adapters off (LoRA only)."""
+    """Teacher and student share one set of weights: the teacher runs all blocks with the adapters off (LoRA only)."""
 
     kind: Literal["shared"] = "shared"
 
 
 class Cached(Section):
-    """The teacher's likeliest tokens, which the data stage wrote down; see `data.teacher`."""
+    """The teacher's most likely tokens, stored by the data stage; see `data.teacher`."""
 
     kind: Literal["cached"] = "cached"
 
@@ -100,8 +100,8 @@ class TrainingConfig(Section):
     def _shared_needs_lora(self) -> Self:
         if isinstance(self.teacher, Shared) and any(isinstance(student.tune, Full) for student in self.students):
             raise ValueError(
-                "teacher: shared is for LoRA, which leaves the weights as they are; with tune: full they are trained, "
-                "and nothing would be left of the teacher: take teacher: copy or cached"
+                "teacher: shared needs LoRA, which leaves the model's own weights unchanged; tune: full would train "
+                "the teacher's weights too: choose teacher: copy or cached"
             )
         return self
 
@@ -110,19 +110,20 @@ class TrainingConfig(Section):
         if reads and "data" in sections and sections["data"].teacher is None:
             yield (
                 ("teacher",),
-                "cached reads what the data stage writes down; add data.teacher: {top_k: 64}, or take another teacher",
+                "cached reads predictions that the data stage stores; add data.teacher: {top_k: 64}, or choose another "
+                "teacher",
             )
 
     @property
     def students(self) -> Sequence[TrainingConfig]:
-        """The section as it is for each student; there is one."""
+        """The section for each student; here there is one."""
         return [self]
 
     @property
     def passes(self) -> int:
-        """How often the head works on each response token."""
+        """Passes through the head per response token."""
         return 1
 
     def depth_weights(self, blocks: int) -> dict[int, float]:
-        """What each trained depth of a model with so many blocks counts for; they sum to one."""
+        """The loss weight of each trained depth of a model with `blocks` blocks; they sum to one."""
         return {blocks: 1.0}

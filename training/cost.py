@@ -1,7 +1,7 @@
-"""What training a student takes, in the stages that do it.
+"""Cost of training students, for the stages that do it.
 
-Counted are 6 operations per weight and token: 2 forward, 2 backward through it, 2 for its own gradient, which frozen
-weights do not have; the anchor's forward 2 per weight of the unpruned model.
+Operations per weight and token: 2 forward, 2 backward, 2 for the weight's own gradient (frozen weights have none), and
+2 per weight of the unpruned model where it is the teacher.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ..core.work import Work, forward
 from .config import Cached, Copy, Full, Lora, Shared, TrainingConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-# Of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher its own two, its
-# probabilities, the difference and the product, before the gradients.
+# Copies of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher also its logits,
+# log-probabilities and probabilities, the difference and the product, before the gradients.
 HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
-SMALLEST_CHUNK, SHORTEST = 32, 128  # that are proposed where memory is short
+SMALLEST_CHUNK, SHORTEST = 32, 128  # the least that is proposed where memory is short
 
 
 def training_need(config: TrainingConfig, at: Setting) -> Need:
-    """Students one after another: the largest one's memory, everyone's disk."""
+    """Students one after another: the memory of the largest, the disk space of all."""
     students = [_student_need(student, at) for student in config.students]
     if len(students) == 1:
         return students[0]
-    most = max(students, key=lambda found: found.peak)
+    most = max(students, key=lambda need: need.peak)
     note = f"{len(students)} variants; the largest: {most.note}"
-    return Need(most.parts, sum(found.disk for found in students), note)
+    return Need(most.parts, sum(need.disk for need in students), note)
 
 
 def _student_need(config: TrainingConfig, at: Setting) -> Need:
-    """Student, teacher, what the backward pass needs, and one chunk of logits, at one depth after another."""
+    """Student, teacher, saved activations and one chunk of logits; depths run one after another."""
     shape, tokens = at.shape, config.batch * config.length
     student = shape.parameters(at.kept)
     anchored = config.objective.needs_teacher
@@ -43,9 +43,9 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
         note = "full tuning"
     else:
         bytes_per_weight = NF4 if config.tune.quantize_base else at.size
-        # Shared are all blocks, with what healing changed beside the original: one gap's down_proj.
+        # All blocks are shared; of what healing changed both versions are held: one gap's down_proj.
         held = shape.parameters(shape.blocks) + shape.hidden * shape.intermediate if shared else student
-        if shared and at.recovered:  # which changed every linear layer
+        if shared and at.recovered:  # recovery changed every linear layer
             held += at.kept * shape.block_products
         weights = int(held * bytes_per_weight)
         trained = lora_parameters(config.tune, shape, at.kept)
@@ -56,7 +56,7 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
     if at.shards > 1:
         if not isinstance(config.tune, Full):
             raise UserError(f"--shards: only full tuning can be sharded ({config.stage}.tune: full)")
-        # Whole at any time are two blocks, one in use and one being gathered, and what is not in blocks.
+        # Unsharded at any time: two blocks, one in use and one being gathered, and everything outside the blocks.
         whole = (2 * shape.block_parameters + shape.parameters(0)) * at.size
         weights, optimizer = weights // at.shards + whole, optimizer // at.shards
         note += f", per process of {at.shards}"
@@ -85,7 +85,7 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
 
 
 def saved_per_token(shape: Geometry) -> int:
-    """Numbers per token and block that the backward pass needs."""
+    """Activations per token and block that are saved for the backward pass."""
     return 14 * shape.hidden + 5 * shape.intermediate
 
 
@@ -106,7 +106,7 @@ def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
 
 
 def training_work(config: TrainingConfig, at: Setting, shares: Sequence[float] = (1.0,)) -> Work | None:
-    """Steps and measurements of all students, each of which learns from a share of the training rows."""
+    """Steps and measurements of all students, each on its share of the training rows."""
     if at.rows is None:
         return None
     flops, half = 0.0, config.length / 2
@@ -133,7 +133,7 @@ def _student_work(config: TrainingConfig, at: Setting, train: float, held: float
 
 
 def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides]:
-    """First those that leave the result as it is, then fewer bits, at last less context."""
+    """First changes that leave the result the same, then fewer bits, then shorter sequences."""
     section = config.stage
     yield from ((f"{section}.chunk={size}",) for size in halves(config.chunk, SMALLEST_CHUNK))
     if not config.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""One student that is to be trained: its settings, its share of the rows, and where it is kept."""
+"""One student to train: its settings, its share of the rows and its folders."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ T = TypeVar("T")
 class TrainingJob:
     """One student to be trained."""
 
-    name: str  # empty where it is the only one
-    config: TrainingConfig  # as it is for this student
-    context: Context  # with its seed
-    rows: tuple[float, float]  # shares of the training rows, from and to
-    folder: Path  # where its model and its curves go
-    work: Path  # what it resumes from
+    name: str  # empty for a single student
+    config: TrainingConfig  # the section with this student's overrides
+    context: Context  # with this student's seed
+    rows: tuple[float, float]  # its part of the training rows: from, to, as fractions
+    folder: Path  # for its model and curves
+    work: Path  # for checkpoints to resume from
 
     @property
     def label(self) -> str:
@@ -34,18 +34,18 @@ class TrainingJob:
 
     @property
     def figures(self) -> StudentFigures | None:
-        """Its figures once it is trained and saved; None before."""
+        """Its figures, once it is trained and saved; else None."""
         file = self.work / "done.json"
         return StudentFigures.model_validate(read_json(file)) if file.exists() else None
 
     def finish(self, figures: StudentFigures) -> None:
-        """Note that its model is saved, so that it is not trained again; its checkpoints, larger than it, go."""
+        """Record that its model is saved, so that it is not trained again, and delete its checkpoints."""
         write_json(self.work / "done.json", figures.model_dump())
         shutil.rmtree(self.work / "trainer", ignore_errors=True)
 
 
 def share(rows: Sequence[T], job: TrainingJob) -> list[T]:
-    """The rows of a job; neighbouring shares have no row in common and leave none out."""
+    """A job's rows; adjacent ranges neither overlap nor leave rows out."""
     start, end = (round(part * len(rows)) for part in job.rows)
     if start == end:
         raise UserError(

@@ -1,7 +1,7 @@
 """Objectives on response tokens, computed from hidden states a chunk of positions at a time.
 
-The objectives themselves are in training/objectives. The logits of a whole batch never exist: a chunk's gradient with
-respect to its hidden states is taken while its logits are there, and kept in their place.
+The objectives themselves are in training/objectives. The logits of a whole batch are never held: each chunk's gradient
+with respect to its hidden states is computed while its logits exist, and only the gradient is kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .objectives import Objective
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's k likeliest tokens, and all others as one bucket.
+    """The teacher's k most likely tokens, and all others as one bucket.
 
-    The divergence of distributions of which only the buckets are known is never more than the whole one:
+    The KL divergence over these buckets is a lower bound of the full one:
     Σ_topk p·(log p − log q) + p_rest·(log p_rest − log q_rest).
     """
 
-    tokens: Tensor  # (N, k) long, no token twice
-    log_probs: Tensor  # (N, k + 1); the last is the rest's; what they sum to is divided out
+    tokens: Tensor  # (N, k) int64, distinct per row
+    log_probs: Tensor  # (N, k + 1); the last is the rest's; normalized before use
 
     def at(self, part: slice) -> TopK:
         return TopK(self.tokens[part], self.log_probs[part])
@@ -39,7 +39,7 @@ class TopK:
             others = log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
             student = torch.cat([student, others[:, None]], -1)
         else:
-            teacher = teacher[:, :-1]  # there are no others
+            teacher = teacher[:, :-1]  # no other tokens
         probs = teacher.exp()
         return (probs * (teacher.where(probs > 0, 0.0) - student)).sum(-1)
 
@@ -124,8 +124,8 @@ class _Chunked(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
-        kind = torch.promote_types(hidden.dtype, torch.float32)
-        values = torch.zeros(3, *hidden.shape[:2], dtype=kind, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        values = torch.zeros(3, *hidden.shape[:2], dtype=dtype, device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             teacher = None if anchor is None else anchor.at(part)
@@ -136,13 +136,13 @@ class _Chunked(torch.autograd.Function):
                     loss, nll, kl = _per_token(objective, head.logits(h, w), targets[part], teacher)
                     total = (loss * weights[number, part]).sum()
                 if wants_hidden or wants_weight:
-                    wanted = [tensor for tensor in (h, w) if tensor.requires_grad]
-                    grads = list(torch.autograd.grad(total, wanted))
+                    inputs = [tensor for tensor in (h, w) if tensor.requires_grad]
+                    grads = list(torch.autograd.grad(total, inputs))
                     if grad_hidden is not None:
                         grad_hidden[number, part] = grads.pop(0)
                     if grad_weight is not None:
                         grad_weight += grads.pop(0)
-                values[:, number, part] = torch.stack([loss, nll, kl]).detach().to(kind)
+                values[:, number, part] = torch.stack([loss, nll, kl]).detach().to(dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(values)
         return (values[0] * weights).sum(), values

@@ -1,4 +1,4 @@
-"""Which batches a step learns from, however many processes share it."""
+"""The order of batches, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from ..data.packing import Batch
 
 
 class BatchOrder(Sampler[int]):
-    """Batch numbers of an epoch, in an order drawn from seed and epoch. Accelerate deals them out to the processes in
-    turn, so that each step learns from the same batches whatever their number; it would fill up with batches of the
-    epoch's beginning, and learn from those twice, so this ends with enough of `count`, the blank batch."""
+    """Batch indices of an epoch, shuffled by seed and epoch.
+
+    Accelerate deals them out to the processes in turn, so each step learns from the same batches however many processes
+    there are. It would pad an uneven epoch with batches from its beginning, which would count twice; instead the order
+    is padded here with `count`, the index of a blank batch.
+    """
 
     def __init__(self, count: int, world: int, seed: int):
         self.count, self.blanks, self.seed, self.epoch = count, -count % world, seed, 0
@@ -32,6 +35,6 @@ class BatchOrder(Sampler[int]):
 
 
 def blank(batches: list[Batch]) -> Batch:
-    """The smallest batch with nothing to learn in it: its loss and its gradients are zero."""
+    """The smallest batch without targets: its loss and gradients are zero."""
     smallest = min(batches, key=lambda batch: batch.input_ids.numel())
     return replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))

@@ -1,4 +1,4 @@
-"""What is written down while training: the curves, and the best weights."""
+"""The Trainer callback that writes the curves, measures on the held-out rows and keeps the best weights."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ if TYPE_CHECKING:
 
     from .train import DistillTrainer
 
-BEST = "best.json"  # in the working folder
+BEST = "best.json"  # in the stage's work folder
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best measurement so far, and the value that it was chosen by: lower is better."""
+    """The best held-out measurement so far, and the value it was selected by (lower is better)."""
 
     value: float
     figures: HeldOutFigures
 
     @classmethod
     def read(cls, file: Path) -> Best:
-        """What `write` wrote."""
+        """Read what `write` wrote."""
         values = read_json(file)
         return cls(values.pop("value"), HeldOutFigures.model_validate(values))
 
     def write(self, file: Path) -> None:
-        """Write it as a flat object."""
+        """Write value and figures as one flat JSON object."""
         write_json(file, {"value": self.value, **self.figures.model_dump()})
 
 
 class Recorder(TrainerCallback):
-    """Writes the curves, measures and keeps the best weights; asks for checkpoints. All processes measure, the first
-    one writes."""
+    """Writes the curves, measures on the held-out rows, keeps the best weights and requests checkpoints.
+
+    All processes measure; rank 0 writes.
+    """
 
     def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
         self.trainer, self.advance, self.group = trainer, advance, trainer.group
@@ -56,7 +58,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         if self.group.rank:
-            torch.manual_seed(args.seed + self.group.rank)  # each process drops out other numbers
+            torch.manual_seed(args.seed + self.group.rank)  # other dropout masks in each process
         begun = False
         if self.group.rank == 0:
             keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
@@ -69,7 +71,7 @@ class Recorder(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        # The Trainer does not reach the sampler of one of several processes that resumes within an epoch.
+        # When one of several processes resumes within an epoch, the Trainer does not set the sampler's epoch.
         self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
 
     def _epoch_steps(self) -> int:
@@ -78,7 +80,7 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self.lr = self.trainer._get_learning_rate()  # by the end of the step it is the next one's
+        self.lr = self.trainer._get_learning_rate()  # read now: on_step_end sees the next step's
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         trainer = self.trainer
@@ -111,25 +113,25 @@ class Recorder(TrainerCallback):
         self.advance(1, f"loss {loss:.3f}  {self.note}")
 
     def _measure(self, step: int) -> None:
-        found = self.trainer.measure(step)
-        for name, figure in (("loss", found.eval_loss), ("kl", found.eval_kl)):
+        figures = self.trainer.measure(step)
+        for name, figure in (("loss", figures.eval_loss), ("kl", figures.eval_kl)):
             if not math.isfinite(figure):
                 raise self.trainer.diverged(f"held-out {name}", figure, step)
         if self.group.rank == 0:
-            _append_line(self.curves, found.model_dump())
-        self.note = f"held-out kl {found.eval_kl:.3f}, perplexity {found.eval_perplexity:.2f}"
-        value = self._value(step, found)
-        # Killed between a measurement and its checkpoint, a run measures again: the same value changes nothing.
+            _append_line(self.curves, figures.model_dump())
+        self.note = f"held-out kl {figures.eval_kl:.3f}, perplexity {figures.eval_perplexity:.2f}"
+        value = self._value(step, figures)
+        # A run killed between a measurement and its checkpoint measures again; the same value changes nothing.
         if self.group.share(self.group.rank == 0 and self._is_best(value)):
             weights = trainable_state(self.trainer.student)
             if self.group.rank == 0:
                 save_whole(weights, self.best_weights)
-                Best(value, found).write(self.best)
+                Best(value, figures).write(self.best)
 
-    def _value(self, step: int, found: HeldOutFigures) -> float:
-        """What the step is chosen by."""
-        values = {"kl": found.eval_kl, "perplexity": found.eval_perplexity, "loss": found.eval_loss}
-        return values.get(self.trainer.config.select, -float(step))  # else the last one is
+    def _value(self, step: int, figures: HeldOutFigures) -> float:
+        """The value that the best step is selected by; lower is better."""
+        values = {"kl": figures.eval_kl, "perplexity": figures.eval_perplexity, "loss": figures.eval_loss}
+        return values.get(self.trainer.config.select, -float(step))  # select: last
 
     def _is_best(self, value: float) -> bool:
         best = Best.read(self.best).value if self.best.exists() else math.inf
@@ -137,7 +139,7 @@ class Recorder(TrainerCallback):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON lines of a file; a last line cut short by a kill is left out."""
+    """The complete JSON lines of a file; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]

@@ -1,4 +1,4 @@
-"""Students are trained one after another and saved with their curves."""
+"""Trains students one after another and saves them with their curves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def check(config: TrainingConfig, base: Path, context: Context) -> None:
-    """Refuse bits without bitsandbytes, and steps that do not divide among the processes, before any work is done."""
+    """Reject quantization without bitsandbytes, and steps that cannot be split among the processes, before any work."""
     if config.accumulate % context.world:
         raise UserError(
             f"{config.stage}.accumulate is {config.accumulate}, which is not a multiple of the "
@@ -87,7 +87,7 @@ def _train_student(
         steps, parameters = _train(job, preparation, train, later)
     if not later:
         preparation.forget()
-    give_back_memory()  # the trainer's objects refer to each other
+    give_back_memory()  # the trainer's objects form reference cycles
     if job.context.rank:
         return None
     seconds = time.monotonic() - started
@@ -120,7 +120,7 @@ def _train_student(
 
 
 def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: ModelTokenizer) -> list[Batch]:
-    """A job's share of the training rows, packed in an order drawn from its seed; batches are of like lengths."""
+    """A job's share of the training rows, shuffled by its seed and packed; batches hold rows of similar length."""
     own = share(rows, job)
     random.Random(job.context.seed).shuffle(own)
     return pack_rows(job.config, own, tokenizer, grouped=True)
@@ -129,7 +129,7 @@ def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: ModelTokenize
 def pack_rows(
     config: TrainingConfig, rows: list[Encoded], tokenizer: ModelTokenizer, *, grouped: bool = False
 ) -> list[Batch]:
-    """Rows as they are run: in packed sequences of the section's length, in their order."""
+    """Rows packed into sequences of the section's length, in order."""
     return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
 
 
@@ -140,6 +140,6 @@ def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later
     steps = total_steps(config, len(train))
     with context.progress.bar(f"{job.label}training", steps) as advance:
         trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
-        found = latest_checkpoint(work / "trainer") if context.rank == 0 else None
-        trainer.train(resume_from_checkpoint=context.group.share(str(found) if found else None))
+        checkpoint = latest_checkpoint(work / "trainer") if context.rank == 0 else None
+        trainer.train(resume_from_checkpoint=context.group.share(str(checkpoint) if checkpoint else None))
     return steps, sum(p.numel() for p in student.parameters() if p.requires_grad)

@@ -1,8 +1,8 @@
-"""Full tuning of what does not fit one GPU: weights, gradients and optimizer states in shards, one per process (FSDP2,
-arXiv 2304.11277).
+"""Full tuning of models that do not fit one GPU: weights, gradients and optimizer states are sharded over the processes
+(FSDP2, arXiv 2304.11277).
 
-The model is sharded before the Trainer sees it, block by block, so that no GPU ever holds all of it; the Trainer then
-leaves its placement alone. While a shard's weights are in use they are gathered, and let go again.
+The model is sharded block by block before the Trainer sees it, so that no GPU ever holds all of it; the Trainer then
+leaves its placement alone. Weights are gathered while they are in use, and freed again.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SCHEDULER = "scheduler.json"
 
 
 def sharded(make: Callable[[], Any], context: Context) -> Any:
-    """A student spread over the run's processes: each block as a unit, the rest as another; blocks compute in the run's
-    type.
+    """A student sharded over the run's processes: each block is one unit, the rest another; blocks compute in the run's
+    dtype.
 
-    `make` gives it whole, in float32 on the CPU. One process of each machine does so at a time: host memory has to hold
-    one model per machine.
+    `make` builds the whole model, in float32 on the CPU. The processes of a machine do so one at a time, so that host
+    memory has to hold a single model.
     """
-    group, kind = context.group, context.device.partition(":")[0]
-    mesh = init_device_mesh(kind, (group.world,))
+    group, device_type = context.group, context.device.partition(":")[0]
+    mesh = init_device_mesh(device_type, (group.world,))
     hosts = group.gather(socket.gethostname())
     turn = hosts[: group.rank].count(hosts[group.rank])
     student = None
@@ -57,7 +57,7 @@ def _shard(student: Any, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
         part.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")  # gloo cannot average
-    student.is_distributed_loading_by_transformers = True  # so the Trainer calls models it must not wrap
+    student.is_distributed_loading_by_transformers = True  # the Trainer's mark of a model that it must not wrap
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -72,7 +72,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(parameter: Tensor, value: Tensor) -> None:
-    """Put a whole tensor, which all processes have, into a parameter that may be sharded."""
+    """Copy a full tensor, which all processes hold, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
         value = value.to(parameter.device)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -80,7 +80,7 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
 
 
 def save_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path, group: Group) -> None:
-    """Write this process's shard of the optimizer's state; the first process writes the scheduler's as well."""
+    """Write this process's shard of the optimizer's state; rank 0 also writes the scheduler's."""
     state = optimizer.state_dict()["state"]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -92,7 +92,7 @@ def save_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path, g
 
 
 def load_optimizer(optimizer: Optimizer, scheduler: LRScheduler, folder: Path, group: Group) -> None:
-    """Read what `save_optimizer` wrote. Raises `UserError` where another number of processes wrote it."""
+    """Read what `save_optimizer` wrote. Raises `UserError` if another number of processes wrote it."""
     if not (folder / _file(group)).exists():
         raise UserError(
             f"{folder} was written with another --shard setting or number of processes than this run's "
@@ -119,7 +119,7 @@ def _local(value: Tensor) -> Tensor:
 
 
 def _placed(value: Tensor, parameter: DTensor) -> Tensor:
-    """A shard of a state as part of the whole; counters (no dimensions) are the same in all processes."""
+    """A shard of a state as a distributed tensor; counters (0-dimensional) are the same in all processes."""
     if value.ndim == 0:
         return value
     value = value.to(parameter.device)

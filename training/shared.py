@@ -1,8 +1,8 @@
-"""Teacher and student in one set of weights (LoRA): all blocks with the adapters off, and the kept ones with them on.
+"""Teacher and student in one set of weights (LoRA): all blocks without adapters, and the kept blocks with them.
 
-At rest the model is the student: gradient checkpointing runs blocks again in the backward pass, when whatever was
-switched for the teacher must be over. What healing changed is held beside the original; linear layers that it only
-multiplied (heal/refit.py, heal/patch.py) are held once, and the factor is applied to what they give.
+By default the model is the student, because gradient checkpointing runs blocks again in the backward pass, when the
+switch to the teacher must be undone. Of parameters that healing changed both versions are held; linear layers that it
+only scaled (heals/refit.py, heals/patch.py) are held once, and the factor is applied to their output.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Place = tuple[nn.Module, str]  # a module and the name of one of its parameters
 
 
 class SharedTeacher:
-    """The unpruned model, at rest its pruned and healed student with fresh adapters (`model`).
+    """The unpruned model, which by default runs as its pruned and healed student with fresh adapters (`model`).
 
-    The student is the same as one that was loaded from the pruned checkpoint. With `tune.quantize_base` what healing
-    changed is quantized as well. Raises `UserError` for targets of the adapters that are not there.
+    The student equals one loaded from the pruned checkpoint. With `tune.quantize_base` the parameters that healing
+    changed are quantized as well. Raises `UserError` for adapter targets that do not exist.
     """
 
     def __init__(self, base: Path, pruned: Path, tune: Lora, context: Context):
@@ -74,7 +74,7 @@ class SharedTeacher:
             stack.callback(_put, healed)
             _put(self._original)
             stack.callback(_restore, modes, trained)
-            # peft marks adapters as not trained when it turns them off, and as trained when it turns them on.
+            # peft sets requires_grad of adapters when it turns them on or off.
             stack.callback(self.model.base_model.enable_adapter_layers)
             self.model.base_model.disable_adapter_layers()
             stack.callback(setattr, self, "_teaching", False)
@@ -94,7 +94,7 @@ class SharedTeacher:
         return Head(self.decoder.head_weight.detach(), self.decoder.softcap)
 
     def anchor(self, batch: Batch, positions: Tensor) -> States:
-        with self.on():  # the head may be one of the things that the student has of its own
+        with self.on():  # the student may have a head of its own
             hidden = self.decoder.hidden(**batch.model_inputs())
             return States(hidden.flatten(0, 1)[positions], self.head)
 
@@ -106,8 +106,8 @@ class SharedTeacher:
 
 
 def _places(model: nn.Module, parameter: nn.Parameter) -> list[Place]:
-    """Where a parameter is; tied ones are in several places."""
-    return [(m, name) for m in model.modules() for name, found in m._parameters.items() if found is parameter]
+    """All places of a parameter; tied ones have several."""
+    return [(m, name) for m in model.modules() for name, value in m._parameters.items() if value is parameter]
 
 
 def _put(parameters: Mapping[Place, nn.Parameter | None]) -> None:
@@ -118,15 +118,15 @@ def _put(parameters: Mapping[Place, nn.Parameter | None]) -> None:
 def _restore(modes: Mapping[nn.Module, bool], trained: Mapping[nn.Parameter, bool]) -> None:
     for module, training in modes.items():
         module.training = training
-    for parameter, wanted in trained.items():
-        parameter.requires_grad_(wanted)
+    for parameter, trainable in trained.items():
+        parameter.requires_grad_(trainable)
 
 
 def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A frozen parameter of that value, held as the other one is: on its device, in its type or its 4 bits."""
+    """A frozen parameter with a new value, stored as the old one: on its device, in its dtype or 4 bits."""
     if type(old) is nn.Parameter:
         return nn.Parameter(value.to(old), requires_grad=False)
-    packed: Any = old  # bitsandbytes' Params4bit, which quantizes on its way to a device
+    packed: Any = old  # bitsandbytes' Params4bit, which quantizes when it is moved to a device
     options = {
         name: getattr(packed, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
     }

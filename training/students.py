@@ -1,4 +1,4 @@
-"""The student that is trained, its teacher, and the model that is saved in the end."""
+"""Builds the student, its teacher and the held-out reference, and at the end the model that is saved."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .weights import load_trainable
 
 
 class Preparation:
-    """Students, one after another, with their teachers and the held-out rows.
+    """Builds students one after another, with their teachers and the held-out reference.
 
-    The unpruned model looks at the held-out rows once for each way it is run: another way rounds differently, and a
-    run that was killed must find the figures it would have found. However the teacher is held, students are measured
-    against the unpruned model itself, or its quantized self where that is the teacher.
+    The reference on the held-out rows is computed once per way of holding the teacher (copy or shared, quantized or
+    not), because each rounds differently and a resumed run must report the same figures. Students are always measured
+    against the unpruned model, quantized only where the teacher is.
     """
 
     def __init__(self, inputs: Inputs, held: Sequence[Batch], context: Context):
@@ -40,46 +40,47 @@ class Preparation:
     def student(
         self, job: TrainingJob, train: Sequence[Batch], later: Sequence[TrainingJob]
     ) -> tuple[Student, Teacher | None, HeldOut]:
-        """A job's student, its teacher (none where the objective asks nothing of one), and the held-out rows; `later`
-        are the jobs to come."""
-        config, way, tune = job.config, job.config.teacher, job.config.tune
+        """A job's student, its teacher (None where the objective needs none), and the held-out rows; `later` are the
+        jobs that follow."""
+        config, holding, tune = job.config, job.config.teacher, job.config.tune
         anchored = config.objective.needs_teacher
-        bits = tune.quantize_base if isinstance(way, Shared) and isinstance(tune, Lora) else None
-        if anchored and isinstance(way, Shared) and isinstance(tune, Lora):
+        bits = tune.quantize_base if isinstance(holding, Shared) and isinstance(tune, Lora) else None
+        if anchored and isinstance(holding, Shared) and isinstance(tune, Lora):
             shared = SharedTeacher(self.inputs.base, self.inputs.model, tune, job.context)
             job.context.progress.note(
                 f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters are held twice"
             )
             held_out = self._look(f"shared {bits}", lambda: shared)
             return as_student(shared.model, shared.decoder, config), shared, held_out
-        how = way if isinstance(way, Copy) else Copy(quantize=bits)
+        copy = holding if isinstance(holding, Copy) else Copy(quantize=bits)
         teacher: Teacher | None = None
         if anchored:
-            cached = isinstance(way, Cached)
-            teacher = CachedTeacher(self.inputs.stages["data"], train) if cached else self._copied(how)
-        ran = f"copy {how.quantize}"
-        held_out = self._look(ran, lambda: self._copied(how))
-        if not (isinstance(way, Copy) and any(other.config.objective.needs_teacher for other in later)):
-            self._copy = None  # unless it is the teacher, it was only needed to say how far the students are from it
+            cached = isinstance(holding, Cached)
+            teacher = CachedTeacher(self.inputs.stages["data"], train) if cached else self._copied(copy)
+        variant = f"copy {copy.quantize}"
+        held_out = self._look(variant, lambda: self._copied(copy))
+        if not (isinstance(holding, Copy) and any(other.config.objective.needs_teacher for other in later)):
+            self._copy = None  # no later job learns from it: it served for the held-out reference alone
         student = build_student(config, self.inputs, job.context)
-        self._known[ran] = held_out.with_head_of(student.decoder)
-        return student, teacher, self._known[ran]
+        self._known[variant] = held_out.with_head_of(student.decoder)
+        return student, teacher, self._known[variant]
 
     def forget(self) -> None:
-        """Let go of what was seen, when no student is to come: the unpruned model's head alone, a part of a mapped
-        file, holds on to all of it."""
+        """Free the references once no student is left to build: the unpruned model's head, a slice of a mapped file,
+        keeps the whole file mapped."""
         self._known.clear()
         self._copy = None
 
-    def _copied(self, how: Copy) -> CopyTeacher:
+    def _copied(self, copy: Copy) -> CopyTeacher:
         if self._copy is None:
-            self._copy = CopyTeacher(self.inputs.base, how, self.context)
+            self._copy = CopyTeacher(self.inputs.base, copy, self.context)
         return self._copy
 
-    def _look(self, ran: str, teacher: Callable[[], CopyTeacher | SharedTeacher]) -> HeldOut:
-        if ran not in self._known:
-            self._known[ran] = hold_out(self.held, teacher(), self.context.device, self.context.group)
-        return self._known[ran]
+    def _look(self, variant: str, teacher: Callable[[], CopyTeacher | SharedTeacher]) -> HeldOut:
+        """The held-out rows as one variant of the teacher sees them; computed once."""
+        if variant not in self._known:
+            self._known[variant] = hold_out(self.held, teacher(), self.context.device, self.context.group)
+        return self._known[variant]
 
 
 def build_student(config: TrainingConfig, inputs: Inputs, context: Context, *, quantize: bool = True) -> Student:
@@ -102,15 +103,15 @@ def build_student(config: TrainingConfig, inputs: Inputs, context: Context, *, q
 
 
 def as_student(adapted: Any, decoder: Decoder, config: TrainingConfig) -> Student:
-    """A model with what is trained in it, to be called for hidden states."""
+    """The student of a model: `adapted` has the trained weights or adapters and is called for hidden states."""
     if config.gradient_checkpointing:
         decoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Student(adapted, decoder, Depths.of(config, decoder.num_blocks))
 
 
 def best_model(config: TrainingConfig, inputs: Inputs, work: Path, context: Context) -> Any:
-    """The student with its best weights, adapters merged into the full-precision weights, in the run's type."""
-    if context.world > 1:  # one of them makes it, and what they trained together may not fit its GPU
+    """The student with its best weights, adapters merged into full-precision weights, in the run's dtype."""
+    if context.world > 1:  # rank 0 builds it alone, and a model that was sharded may not fit its GPU
         context = replace(context, shard=False, device="cpu")
     student = build_student(config, inputs, context, quantize=False)
     load_trainable(student, work / "best.safetensors")

@@ -1,4 +1,4 @@
-"""The teacher: what the unpruned model says at the tokens that are learned; one way to have it per file."""
+"""Teachers: the unpruned model's distributions at the target tokens. cached.py and shared.py have the other two."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .config import Copy
 
 
 def quantization(kind: str | None, dtype: str) -> dict[str, Any]:
-    """`from_pretrained` options that hold linear layers in fewer bits; the head stays as it is."""
+    """`from_pretrained` options that quantize linear layers; the head stays unquantized."""
     if kind is None:
         return {}
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it tells of every cast
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it logs every cast
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -36,7 +36,7 @@ def quantization(kind: str | None, dtype: str) -> dict[str, Any]:
 
 
 class Teacher(Protocol):
-    """Where a student's anchor is from."""
+    """A source of teacher distributions."""
 
     def anchor(self, batch: Batch, positions: Tensor) -> Anchor:
         """Teacher distributions at the N positions, flat indices into the batch's (B·T), where targets are

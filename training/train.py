@@ -30,14 +30,17 @@ from .sharding import is_sharded, load_optimizer, save_optimizer
 from .teacher import Teacher
 from .weights import WEIGHTS, WHOLE, load_trainable, save_whole, trainable_state
 
-OPTIMIZER = "optimizer.pt"  # the Trainer's name for it
+OPTIMIZER = "optimizer.pt"  # the Trainer's file name
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
 
 
 class Student(nn.Module):
-    """The model being trained, called for its hidden states at every depth that learns, or for what `finish` makes of
-    them while all weights of a sharded model's head are there; one module, so that DDP and FSDP can wrap it."""
+    """The model being trained, as a single module that DDP and FSDP can wrap.
+
+    A call returns the hidden states at every trained depth, or the result of `finish` on them, which runs while a
+    sharded model's head is gathered.
+    """
 
     def __init__(self, model: nn.Module, decoder: Decoder, depths: Depths):
         super().__init__()
@@ -52,8 +55,8 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class DepthSums:
-    """Sums over response tokens: the weighted loss of all depths, which carries the gradient, and a row per depth of
-    loss, negative log-likelihood, KL and number of tokens, (D, 4)."""
+    """Sums over response tokens: the weighted loss of all depths, with its gradient, and per depth the loss, negative
+    log-likelihood, KL and number of tokens, (D, 4)."""
 
     loss: Tensor
     table: Tensor
@@ -68,8 +71,8 @@ class HeldOut:
     anchors: list[States]
 
     def with_head_of(self, decoder: Decoder) -> HeldOut:
-        """The same with the student's head for the teacher's, so that this can go: where they are equal and the
-        student's is not trained."""
+        """The same with the student's head in place of the teacher's, which can then be freed, if the two are equal and
+        the student's is frozen."""
         weight = decoder.head_weight
         if weight.requires_grad or not torch.equal(weight, self.anchors[0].head.weight):
             return self
@@ -79,8 +82,8 @@ class HeldOut:
 
 @torch.no_grad()
 def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | None = None) -> HeldOut:
-    """Run a teacher that has the unpruned model over the held-out batches once, every `world`-th in this process; only
-    response positions are kept. All processes have equally many: blank ones come on top."""
+    """Run the unpruned model over the held-out batches once, every `world`-th in this process; only response positions
+    are kept. All processes get the same number of batches, padded with blank ones."""
     if group is not None and group.world > 1:
         blanks = [blank(batches)] * (-len(batches) % group.world)
         batches = [*batches, *blanks][group.rank :: group.world]
@@ -92,8 +95,8 @@ def hold_out(batches: list[Batch], teacher: Any, device: str, group: Group | Non
 
 
 def lora_model(model: CausalModel, tune: Lora, seed: int) -> Any:
-    """The model with fresh adapters; everything else is frozen, but for the norm and the head where they are to be
-    trained. Raises `UserError` for unknown target names."""
+    """The model with fresh adapters; everything else is frozen, except the norm and the head if they are to be trained.
+    Raises `UserError` for unknown target names."""
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, tune.targets)
@@ -109,19 +112,19 @@ def lora_model(model: CausalModel, tune: Lora, seed: int) -> Any:
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     for parameter in beside:
-        parameter.data = parameter.data.float()  # as the adapters: small steps would be lost in fewer bits
+        parameter.data = parameter.data.float()  # as for the adapters: lower precision would lose small steps
         parameter.requires_grad_(True)
     return adapted
 
 
 def trained_beside(decoder: Decoder, tune: Lora) -> list[nn.Parameter]:
-    """Parameters that are trained as they are, beside the adapters."""
-    found = list(decoder.norm.parameters()) if tune.train_norm else []
-    return [*found, *decoder.head_module.parameters()] if tune.train_head else found
+    """Parameters that are trained directly, besides the adapters."""
+    parameters = list(decoder.norm.parameters()) if tune.train_norm else []
+    return [*parameters, *decoder.head_module.parameters()] if tune.train_head else parameters
 
 
 def _check_targets(model: CausalModel, targets: list[str] | str) -> None:
-    # peft is content when one of several names is found, and would adapt the head, which the loss reads unadapted.
+    # peft accepts a list if any of its names exists, and would adapt the head, which the loss reads without adapters.
     layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets if isinstance(targets, list) else []:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
@@ -146,7 +149,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=student,
             args=_arguments(config, work, context, len(batches)),
-            # The last is blank: where batches do not divide evenly, processes without one take it and learn nothing.
+            # The last batch is blank, for processes that get none when batches do not divide evenly.
             train_dataset=[*batches, blank(batches)],  # type: ignore[arg-type]
             data_collator=lambda items: vars(items[0]),
         )
@@ -183,27 +186,27 @@ class DistillTrainer(Trainer):
     def sums(self, model: nn.Module, batch: Batch) -> DepthSums:
         """The objective over one batch of training rows."""
         positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-        # The teacher first: the shared one changes the weights for its pass, when no graph hangs on them yet.
+        # The teacher first: a shared one changes weights for its pass, which must precede the student's graph.
         anchor = self.teacher.anchor(batch, positions) if self.teacher is not None else None
         drawn = self.depths.draw(len(positions), self._draw_seed())
         return self._objective(model, batch, positions, targets, anchor, drawn)
 
     def _draw_seed(self) -> int:
-        # Of the batch's place in the step, which is the same however many processes there are, and after a kill.
+        # Seeded by the batch's place in the step, which depends neither on the number of processes nor on resuming.
         place = self.passed * self.group.world + self.group.rank
         return random.Random(f"depths {self.args.seed} {self.state.global_step} {place}").getrandbits(63)
 
     def _objective(
         self, model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor, anchor: Anchor | None, drawn: Drawn
     ) -> DepthSums:
-        """The objective at some positions, computed where the head's weights are whole."""
+        """The objective at the given positions; called while the head's weights are gathered."""
         config, drawn = self.config, drawn.to(positions.device)
 
         def finish(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             head = Head(self.decoder.head_weight, self.decoder.softcap)
             states = drawn.take(torch.stack([depth.flatten(0, 1)[positions] for depth in hidden]))
             loss, values = weighted_loss(config.objective, states, drawn.weight, head, targets, anchor, config.chunk)
-            return loss.clone(), values  # FSDP2 wants no view of the loss
+            return loss.clone(), values  # FSDP2 does not accept a view of the loss
 
         inputs = batch.model_inputs()
         loss, values = model(finish=finish, **inputs) if self.sharded else finish(model(**inputs))
@@ -211,8 +214,8 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, step: int) -> HeldOutFigures:
-        """Loss, KL to the teacher and perplexity on the held-out rows of all processes, after so many steps: the
-        weighted mean over depths, and in a sorted training each depth's own."""
+        """Loss, KL to the teacher and perplexity on all processes' held-out rows, after `step` steps: the weighted mean
+        over depths, and for several depths also each depth's own."""
         self.student.eval()
         own: list[list[list[float]]] = []
         for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
@@ -224,7 +227,7 @@ class DistillTrainer(Trainer):
             own.append(sums.table.tolist())
         shares = self.group.gather(own)
         total = torch.zeros_like(self.running)
-        for number in range(sum(map(len, shares))):  # in the batches' order, however many processes there are
+        for number in range(sum(map(len, shares))):  # in batch order, for any number of processes
             total += torch.tensor(shares[number % len(shares)][number // len(shares)], dtype=torch.float64)
         means = self.depth_means(total)
         loss, nll, kl = self.depths.mean(means).tolist()
@@ -233,7 +236,7 @@ class DistillTrainer(Trainer):
         return HeldOutFigures(step=step, eval_loss=loss, eval_kl=kl, eval_perplexity=perplexity, **depths)
 
     def _numbers(self) -> Any:
-        """A head that is trained in float32 beside blocks of another type needs its products cast, as in training."""
+        """Autocast, as in training, for a head that is trained in float32 beside blocks of another dtype."""
         tune = self.config.tune
         cast = isinstance(tune, Lora) and tune.train_head
         return self.compute_loss_context_manager() if cast else nullcontext()
@@ -243,7 +246,7 @@ class DistillTrainer(Trainer):
         return table[:, :3] / table[:, 3:].clamp(min=1)
 
     def by_depth(self, means: Tensor) -> list[HeldOutDepth]:
-        """Each depth's figures."""
+        """The figures of each depth."""
         rows = zip(self.depths.blocks, means.tolist(), strict=True)
         return [
             HeldOutDepth(depth=depth, loss=loss, kl=kl, perplexity=math.exp(min(nll, 700)))
@@ -271,7 +274,7 @@ class DistillTrainer(Trainer):
         load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _stepped(self) -> tuple[Any, Any]:
-        """Optimizer and scheduler, which transformers types as whatever an accelerator may put in their place."""
+        """Optimizer and scheduler; transformers' annotations are wider, because an accelerator may wrap them."""
         return self.optimizer, self.lr_scheduler
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -307,8 +310,8 @@ def total_steps(config: TrainingConfig, batches: int) -> int:
 def _arguments(config: TrainingConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
     steps = total_steps(config, batches)
     on_cpu = context.device == "cpu"
-    # LoRA keeps its adapters in float32 beside weights of the given type; full tuning keeps float32 weights. float16
-    # needs its losses scaled, which there is no scaler for on CPUs.
+    # LoRA keeps float32 adapters beside weights of the given dtype; full tuning keeps float32 weights. float16 needs
+    # loss scaling, for which torch has no scaler on CPUs.
     mixed = context.dtype == "bfloat16" or (context.dtype == "float16" and not on_cpu)
     arguments = TrainingArguments(
         output_dir=str(work / "trainer"),
@@ -334,8 +337,8 @@ def _arguments(config: TrainingConfig, work: Path, context: Context, batches: in
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,  # the head is used, but outside what DDP sees
+        ddp_find_unused_parameters=False,  # the head is used, but not through DDP
         ddp_broadcast_buffers=False,  # they are constants
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU, however many there are
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU per process
     return arguments

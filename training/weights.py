@@ -1,4 +1,4 @@
-"""What is trained, written to disk and read again: the best weights, and checkpoints to resume from."""
+"""Saving and loading the trained parameters: the best weights, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WEIGHTS = "trainable.safetensors"
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, on the CPU. Of a sharded module they are gathered, for which all
-    processes must call this; the first one has them."""
+    """The trained parameters by name, on the CPU. Those of a sharded module are gathered: all processes must call this,
+    and rank 0 gets them."""
     state = {}
     if isinstance(module, FSDPModule):
-        module.reshard()  # after a forward pass alone, the root's weights still are whole
+        module.reshard()  # after a forward pass without backward, the root's weights are still gathered
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             value = whole(parameter)
@@ -34,7 +34,7 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable(module: nn.Module, file: Path) -> None:
-    """Put saved parameters back; the names must be the trained ones exactly."""
+    """Load saved parameters; their names must be exactly those of the trained ones."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with safe_open(file, framework="pt") as saved:  # one at a time: several processes may read it at once
         if set(saved.keys()) != parameters.keys():
@@ -44,18 +44,18 @@ def load_trainable(module: nn.Module, file: Path) -> None:
 
 
 def save_whole(state: dict[str, Tensor], file: Path) -> None:
-    """Write safetensors so that the file is never seen half-written."""
+    """Write safetensors atomically."""
     temporary = file.with_name(file.name + ".tmp")
     save_file(state, temporary)
     os.replace(temporary, file)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; ones cut short by a kill are removed."""
-    found = []
+    """The newest complete checkpoint; incomplete ones, left by a kill, are removed."""
+    checkpoints = []
     for path in folder.glob("checkpoint-*"):
         if (path / WHOLE).exists():
-            found.append(path)
+            checkpoints.append(path)
         else:
             shutil.rmtree(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

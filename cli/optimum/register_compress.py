@@ -1,7 +1,7 @@
-"""`optimum-cli compress …`: our command line as one of Optimum's.
+"""`optimum-cli compress …`: this command line as a command of Optimum.
 
-Optimum imports every file of the namespace `optimum.commands.register`, to which each installed distribution may add
-its own; pyproject.toml maps this folder there. What the commands need is imported when one runs.
+Optimum imports every file of the namespace `optimum.commands.register`, to which any installed distribution may
+contribute; pyproject.toml maps this folder there. Commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class CompressCommand(BaseOptimumCLICommand):
-    """Hands every argument on, and ends with the exit code that `compress` ends with."""
+    """Passes all arguments to `compress`, and exits with its exit code."""
 
     COMMAND = CommandInfo(name="compress", help="Make decoder-only language models small: prune, recover, export.")
 

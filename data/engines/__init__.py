@@ -79,9 +79,9 @@ def settle(
 ) -> Sampled:
     """An engine's tokens, truncated as `sample` would: at the first token that ends the text, or where the text starts
     to loop."""
-    found = Sampled([])
+    sampled = Sampled([])
     for token in list(tokens)[:limit]:
-        found.append(token, stop, stopped)
-        if found.ended or found.looped:
+        sampled.append(token, stop, stopped)
+        if sampled.ended or sampled.looped:
             break
-    return found
+    return sampled

@@ -60,10 +60,10 @@ class LlamaCpp:
 
         def draw(prompt: list[int], seed: int) -> Sampled:
             answer = self._ask({"prompt": list(prompt), "seed": seed % SEEDS, **shared})
-            found = settle(answer["tokens"], stop, how.max_tokens, stopped)
+            sampled = settle(answer["tokens"], stop, how.max_tokens, stopped)
             # llama.cpp also stops at the end tokens listed in its file.
-            found.ended = found.ended or (answer["stop_type"] == "eos" and not found.looped)
-            return found
+            sampled.ended = sampled.ended or (answer["stop_type"] == "eos" and not sampled.looped)
+            return sampled
 
         with ThreadPoolExecutor(self.slots) as pool:
             return list(pool.map(draw, prompts, seeds))
@@ -77,9 +77,9 @@ class LlamaCpp:
 
 def _check_same_model(file: Path, base: Path) -> None:
     config = load_config(base)
-    found = read_header(file)
-    architecture, size = found.get("general.architecture"), found.get("tokenizer.ggml.tokens", 0)
-    shape = (found.get(f"{architecture}.block_count"), found.get(f"{architecture}.embedding_length"))
+    header = read_header(file)
+    architecture, size = header.get("general.architecture"), header.get("tokenizer.ggml.tokens", 0)
+    shape = (header.get(f"{architecture}.block_count"), header.get(f"{architecture}.embedding_length"))
     expected = (config.num_hidden_layers, config.hidden_size)
     if shape != expected or size > config.vocab_size:
         raise UserError(

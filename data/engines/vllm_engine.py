@@ -135,13 +135,13 @@ class Vllm:
             raise UserError(
                 f"data.engine: vllm failed while generating: {_reason(error)}; fix that, {OTHERS}"
             ) from error
-        found = []
+        sampled = []
         for output in outputs:
             row = settle(output.outputs[0].token_ids, stop, how.max_tokens, stopped)
             # vLLM may or may not include the token that ended a text.
             row.ended = row.ended or (output.outputs[0].finish_reason == "stop" and not row.looped)
-            found.append(row)
-        return found
+            sampled.append(row)
+        return sampled
 
     def close(self) -> None:
         """End vLLM's processes, which frees their memory for the next stage."""

@@ -1,6 +1,6 @@
-"""Which tokens are worth keeping, one eviction policy per file; the file's name is the policy's.
+"""Eviction policies, one per file; the file's name is the policy's name.
 
-A file here serves every runtime that gives what its policy needs (`kv.policy`).
+A policy works in every runtime that provides what it needs (`kv.policy`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bound of what trained heads can do: the labels they are trained to predict, of the answer to come."""
+"""An upper bound for retaining heads: it keeps by the labels that they are trained to predict, for the true answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..policy import Floats, Policy, View
 
 
 class Oracle(Policy):
-    """What the true answer attends to most stays."""
+    """Keeps what the true answer attends to most."""
 
     kind: Literal["oracle"] = "oracle"
     needs: ClassVar = frozenset({"labels"})

@@ -1,4 +1,4 @@
-"""Chance, as a baseline: what any other policy must beat."""
+"""Random scores, as the baseline that any other policy must beat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Random(Policy):
-    """A number in [0, 1) per block, KV head and place, the same for a seed however the text is cut into chunks."""
+    """Scores in [0, 1) per block, KV head and position that depend on the seed, but not on how the text is chunked."""
 
     kind: Literal["random"] = "random"
     seed: int = 0
@@ -29,7 +29,7 @@ class Random(Policy):
 
 
 def uniform(keys: NDArray[np.int64]) -> Floats:
-    """Numbers in [0, 1) from whole numbers: SplitMix64's mixing."""
+    """Hashes integers to [0, 1) with SplitMix64's mixing function."""
     z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

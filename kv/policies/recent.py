@@ -1,4 +1,4 @@
-"""The first tokens and the newest (StreamingLLM, arXiv 2309.17453)."""
+"""Keeps the first tokens and the newest ones (StreamingLLM, arXiv 2309.17453)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SINKS = 4  # first tokens, as published
 
 
 class Recent(Policy):
-    """A token's place in the text is its score."""
+    """The score of a token is its position."""
 
     kind: Literal["recent"] = "recent"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Retaining(Policy):
-    """Means of the heads' predictions over `pool` neighbours read together; the first `sinks` tokens stay."""
+    """The heads' predictions, averaged over `pool` neighbours read together; the first `sinks` tokens always stay."""
 
     kind: Literal["retaining"] = "retaining"
     needs: ClassVar = frozenset({"heads"})
@@ -34,7 +34,7 @@ class Retaining(Policy):
 
 
 def pooled(scores: Floats, kernel: int) -> Floats:
-    """Means of scores (G, T) of tokens in a row over the `kernel` around each (an odd number), or those there are."""
+    """Moving averages of scores (G, T) over `kernel` (odd) consecutive tokens centred on each, fewer at the ends."""
     count, reach = scores.shape[1], kernel // 2
     if reach == 0 or count == 1:
         return scores

@@ -1,4 +1,4 @@
-"""What a chunk's last tokens attend to (SnapKV, arXiv 2404.14469)."""
+"""Keeps what a chunk's last tokens attend to (SnapKV, arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..policy import Floats, Policy, View
 
 
 class SnapKV(Policy):
-    """How much the last `window` tokens of a chunk attend to each entry, averaged over `kernel` neighbours.
+    """The attention of a chunk's last `window` tokens to each entry, averaged over `kernel` neighbours.
 
-    All entries are scored anew after each chunk; the window's own stay. As in the paper nothing is observed while
-    decoding: what is written then is kept, the prompt's entries go by their last scores. With one chunk and no local
+    All entries are rescored after each chunk; the window's own entries stay. As in the paper, decoding is not observed:
+    generated tokens are kept, and the prompt's entries are evicted by their last scores. With one chunk and no local
     tail this is SnapKV as published.
     """
 
@@ -32,7 +32,7 @@ class SnapKV(Policy):
         older = attention.shape[-1] - observed
         if older:
             reach = self.kernel // 2
-            # Where the kernel reaches over an end, the missing neighbours count as zero.
+            # Beyond the ends, missing neighbours count as zero.
             padded = np.pad(attention[..., :older].mean(1), ((0, 0), (reach, reach)))
             scores[:, :older] = sum(padded[:, i : i + older] for i in range(self.kernel)) / self.kernel
         return scores

@@ -1,4 +1,4 @@
-"""`compress plan`: estimates for a recipe, from configuration files alone, and what to change where it does not fit."""
+"""`compress plan`: estimates for a recipe from configuration files, and what to change if it does not fit."""
 
 from .devices import Device, find_device, parse_size
 from .fit import Change, smallest_change

@@ -1,9 +1,9 @@
 """Named machines for `compress plan --on NAME`: their peak figures, and the share of them that is reached.
 
-Peaks and bandwidths are the vendors' (dense, no sparsity; tensor cores with 32-bit accumulation). What is reached of
-them is an assumption for GPUs, marked so in the plan, and so is all of the processors beside them, on which stock
-llama.cpp and ONNX Runtime run the artifacts, and on which they are written. For `cpu-2core` both speeds were measured:
-the default recipe's stages on two cores of an AMD EPYC (AVX-512), and its model's decoding, 33 tokens/s in float32.
+Peaks and bandwidths are the vendors' (dense, no sparsity; tensor cores with 32-bit accumulation). The share reached is
+an assumption for GPUs, marked as such in the plan. So are all figures of the host CPUs, which write the artifacts and
+run them in stock llama.cpp and ONNX Runtime. For `cpu-2core` both were measured: the default recipe's stages on two
+cores of an AMD EPYC (AVX-512), and its model's decoding, 33 tokens/s in float32.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Host:
-    """The processors and the memory of a machine that has cards."""
+    """CPU and memory of a machine with GPUs."""
 
     memory: int  # bytes
-    flops: float  # reached per second, in whatever type a model is run there
+    flops: float  # reached per second, in the dtype that models run in there
     double: float  # the same in float64
     bandwidth: float  # bytes reached per second
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine or a card."""
+    """A machine or a GPU."""
 
     name: str
     memory: int  # bytes
@@ -38,18 +38,18 @@ class Device:
     bandwidth: float  # bytes per second
     reached: float = 0.4  # of the peak, in prefill and training
     reached_bandwidth: float = 0.6  # in decoding
-    measured: bool = False  # what is reached, rather than assumed
+    measured: bool = False  # whether the shares reached are measured rather than assumed
     cuda: bool = True
-    double: float = 0.5  # peak in float64, as a share of that in float32
+    double: float = 0.5  # peak in float64 relative to float32
     host: Host | None = None  # None: the device itself
 
     @property
     def dtype(self) -> str:
-        """What weights are held in unless something else is asked for."""
+        """The default dtype of weights."""
         return "bfloat16" if self.cuda else "float32"
 
     def seconds(self, work: Work, dtype: str) -> float:
-        """Time of work: its arithmetic, and the bytes that must be read for each of its small steps."""
+        """Seconds for work: its arithmetic, plus reading memory in steps limited by bandwidth."""
         double = self.flops["float32"] * self.double
         speed, bandwidth = self.flops[dtype] * self.reached, self.bandwidth * self.reached_bandwidth
         host = self.host or Host(self.memory, speed, double * self.reached, bandwidth)
@@ -59,8 +59,8 @@ class Device:
 
 
 DESKTOP = Host(64 * GIB, 4e11, 2e11, 4e10)  # 16 cores, two channels of memory
-SERVER = Host(1024 * GIB, 2e12, 1e12, 2e11)  # of a machine with eight cards: 128 cores
-SERVER_AMX = Host(1024 * GIB, 1e13, 2e12, 3e11)  # 112 cores that multiply matrices in bfloat16
+SERVER = Host(1024 * GIB, 2e12, 1e12, 2e11)  # of a machine with eight GPUs: 128 cores
+SERVER_AMX = Host(1024 * GIB, 1e13, 2e12, 3e11)  # 112 cores with AMX (matrix products in bfloat16)
 
 
 def _gpu(name: str, gigabytes: int, half: float, single: float, double: float, bandwidth: float, host: Host) -> Device:
@@ -83,7 +83,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """A device of the table; `UserError` with the nearest names for another."""
+    """The device of that name; `UserError` with the nearest names if there is none."""
     if name in DEVICES:
         return DEVICES[name]
     near = similar(name, DEVICES, least=0.4)[:3] or list(DEVICES)
@@ -92,8 +92,8 @@ def find_device(name: str) -> Device:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 24GB or 23.5GiB; a number alone is GB. Raises `UserError`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
         raise UserError(f"--memory {text}: write a size such as 24GB")
-    power = " KMGT".index(found[2].upper() or "G")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = " KMGT".index(match[2].upper() or "G")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

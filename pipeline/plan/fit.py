@@ -1,8 +1,8 @@
 """The smallest change to a recipe that makes a stage fit in memory, found by planning with it.
 
-Changes are tried in the order of what they cost: first the ones that leave the result as it is, then those that hold
-weights in fewer bits, at last those that give up context. If no single one is enough, they are added up in this order,
-and those that turn out not to be needed are left out again.
+Changes are tried in order of their cost: first those that leave the result the same, then those that hold weights in
+fewer bits, finally those that shorten the context. If no single one is enough, they are combined in this order, and
+those that turn out to be unnecessary are dropped again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..stages import STAGES
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides as `--set` takes them, and the stage's peak memory with them."""
+    """Overrides for `--set`, and the stage's peak memory with them."""
 
     overrides: Overrides
     memory: int
 
 
 def smallest_change(loaded: Recipe, stage: str, at: Setting, room: int) -> Change | None:
-    """The first change, or the fewest changes, with which the stage fits; None where nothing in the list is enough."""
+    """The first change, or the fewest changes, with which the stage fits; None if all together are not enough."""
     steps = []
     for step in STAGES[stage].cost.changes(loaded.section(stage), at):
         memory = _peak(loaded, stage, at, step)
@@ -43,7 +43,7 @@ def smallest_change(loaded: Recipe, stage: str, at: Setting, room: int) -> Chang
 
 
 def _without_needless(loaded: Recipe, stage: str, at: Setting, room: int, taken: list[Overrides]) -> Change | None:
-    # The dearest are tried first: what came later changes more.
+    # The most expensive are dropped first: later ones change more.
     for step in list(reversed(taken)):
         rest = [other for other in taken if other is not step]
         memory = _peak(loaded, stage, at, _flat(rest))
@@ -55,15 +55,15 @@ def _without_needless(loaded: Recipe, stage: str, at: Setting, room: int, taken:
 
 
 def _flat(steps: Sequence[Overrides]) -> Overrides:
-    """All overrides, the last of each key only."""
-    found: dict[str, str] = {}
+    """All overrides, for each key only the last."""
+    last: dict[str, str] = {}
     for override in (override for step in steps for override in step):
-        found[override.partition("=")[0]] = override
-    return tuple(found.values())
+        last[override.partition("=")[0]] = override
+    return tuple(last.values())
 
 
 def _peak(loaded: Recipe, stage: str, at: Setting, overrides: Sequence[str]) -> int | None:
-    """The stage's peak memory with these overrides; None where the recipe does not take them."""
+    """The stage's peak memory with these overrides; None if the recipe does not accept them."""
     try:
         changed = loaded.changed(overrides)
     except UserError:

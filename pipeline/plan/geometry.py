@@ -16,7 +16,7 @@ from ..recipe import ModelSpec, Recipe
 
 
 def read_geometry(loaded: Recipe, cache: Path) -> Geometry:
-    """The shape of a recipe's model. Raises `UserError` where its configuration cannot be read."""
+    """The shape of a recipe's model. Raises `UserError` if its configuration cannot be read."""
     return geometry_of(_read_config(loaded, cache))
 
 

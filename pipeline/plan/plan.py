@@ -29,7 +29,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Beside:
-    """A stage on the processors of a machine that has cards: `--device cpu`, for stages that no card holds."""
+    """A stage on the CPU of a machine with GPUs (`--device cpu`), for stages that do not fit on a GPU."""
 
     memory: int
     seconds: float | None
@@ -52,9 +52,9 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Time of all stages, each where it fits; None where one is unknown."""
-        found = [stage.beside.seconds if stage.beside else stage.seconds for stage in self.stages]
-        return None if None in found else sum(s for s in found if s is not None)
+        """Time of all stages, each on the GPU or CPU that it fits on; None if one is unknown."""
+        seconds = [stage.beside.seconds if stage.beside else stage.seconds for stage in self.stages]
+        return None if None in seconds else sum(s for s in seconds if s is not None)
 
     @property
     def disk(self) -> int:
@@ -72,11 +72,11 @@ def make_plan(
     shards: int = 1,
     cards: int = 1,
 ) -> Plan:
-    """Estimates for a recipe: memory on a CPU, or on the device; per process where full tuning is spread over `shards`.
+    """Estimates for a recipe: memory on a CPU or on the device, per process where full tuning is sharded over `shards`.
 
-    `memory` is what there is to fit in; the device's if not given. `cards` of the device share what stages can share,
-    a process each; what fits on none of them is planned on the processors beside them too. Raises `UserError` where
-    the model's configuration cannot be had.
+    `memory` is the available memory in bytes (default: the device's). `cards` devices share the stages that can run in
+    parallel, one process each; stages that do not fit on one are also planned on the host CPU. Raises `UserError` if
+    the model's configuration cannot be read.
     """
     shape = read_geometry(loaded, cache)
     room = memory if memory is not None else (device.memory if device else None)
@@ -98,16 +98,16 @@ def _stage(loaded: Recipe, name: str, at: Setting, device: Device | None, cards:
     change = smallest_change(loaded, name, at, at.room)
     beside = None
     if change is None and device is not None and device.host is not None:
-        there = replace(at, cuda=False, room=device.host.memory)
-        held = spec.cost.need(section, there).needed
+        on_host = replace(at, cuda=False, room=device.host.memory)
+        held = spec.cost.need(section, on_host).needed
         if held <= device.host.memory:
-            work = spec.cost.work(section, there)
+            work = spec.cost.work(section, on_host)
             beside = Beside(held, device.seconds(work.beside(), at.dtype) if work else None)
     return StagePlan(name, need, flops, seconds, False, change, beside)
 
 
 def planned_memory(loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1) -> dict[str, Need]:
-    """What every stage of a recipe needs, for a model whose shape is known."""
+    """The memory of every stage of a recipe, for a model of known shape."""
     finds, _ = settings(loaded, shape, dtype, cuda, shards)
     return {name: STAGES[name].cost.need(loaded.section(name), at) for name, at in finds.items()}
 
@@ -115,8 +115,11 @@ def planned_memory(loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shar
 def settings(
     loaded: Recipe, shape: Geometry, dtype: str, cuda: bool, shards: int = 1, room: int | None = None
 ) -> tuple[dict[str, Setting], Setting]:
-    """What each stage of a recipe finds, by name in their order; and what the last one leaves. Raises `UserError` where
-    a section does not fit the model: more blocks go than there are, or depths do not end with all that are left."""
+    """The setting of each stage of a recipe, by name and in order, and the setting after the last one.
+
+    Raises `UserError` if a section does not fit the model: it removes more blocks than there are, or its depths do not
+    end with all blocks that are left.
+    """
     at = Setting(shape, shape.blocks, dtype, cuda, shards, room, measured=(shape.blocks,))
     finds = {}
     for name in loaded.order:

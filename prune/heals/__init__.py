@@ -1,8 +1,8 @@
-"""Ways to close the gap that dropped blocks leave, one per file; the file's name is its name in the recipe.
+"""Heals: ways to close the gap that dropped blocks leave, one per file; the file's name is its name in the recipe.
 
-A heal is a class with its options as fields and a function `fit`: new values for parameters of kept blocks, so that the
-residual stream behind the gap is what it was in the unpruned model. The healed model has the architecture it had, and
-costs nothing more. prune/stream.py has what a gap gives to fit on; prune/healing.py goes from gap to gap.
+A heal is a class with its options as fields and a function `fit`, which computes new values for parameters of kept
+blocks, so that the residual stream after the gap is close to the unpruned model's. The architecture stays the same and
+inference costs nothing extra. prune/stream.py supplies the data to fit on; prune/healing.py goes from gap to gap.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Heal(Method):
 
     @abstractmethod
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        """New values for parameters of kept blocks, and what is to be told of them; the model is left as it is."""
+        """New values for parameters of kept blocks, and figures for the record; the model is left unchanged."""
 
 
 class LeastSquares(Heal):
-    """Fitted by ridge regression, the ridge chosen by held-out rows."""
+    """A heal fitted by ridge regression; the ridge is selected on held-out rows."""
 
-    fits_down_proj: ClassVar[bool] = False  # the features are what `down_proj` is given, not what the MLP adds
+    fits_down_proj: ClassVar[bool] = False  # the features are `down_proj`'s inputs instead of the MLP's outputs
 
     ridge: list[Annotated[float, Field(ge=0)]] = Field(
         default=[1e-4, 1e-3, 1e-2, 1e-1, 1.0],
@@ -45,12 +45,12 @@ class LeastSquares(Heal):
 
     @property
     def rounds(self) -> int:
-        """How often the rows are gone through for each gap."""
+        """Passes over the rows per gap."""
         return 1
 
     @property
     def solutions(self) -> int:
-        """How often the sums of one round are solved with each ridge."""
+        """How often each round's sums are solved per ridge."""
         return 1
 
 

@@ -1,8 +1,8 @@
-"""The map of heal/linear.py for the cosine objective of ReplaceMe (arXiv 2505.02819): Σ 1 − cos(u·T + r, z).
+"""The map of heals/linear.py for the cosine objective of ReplaceMe (arXiv 2505.02819): Σ 1 − cos(u·T + r, z).
 
-The paper runs Adam over stored activations. With y = u·T + r, the objective has the gradient of a weighted
-least-squares problem, of weights cos(y, z)/‖y‖² and targets z·‖y‖/(‖z‖·cos(y, z)) that follow from the map so far: a
-few rounds of least squares get there, in memory that does not grow with tokens.
+The paper runs Adam over stored activations. With y = u·T + r, the objective has the same gradient as a weighted
+least-squares problem whose weights cos(y, z)/‖y‖² and targets z·‖y‖/(‖z‖·cos(y, z)) depend on the current map. A few
+rounds of least squares therefore converge, in memory that does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..stream import Gap, Tokens, Values
 
-LEAST = 0.1  # a cosine below that is taken for it: the target would be out of sight
+LEAST = 0.1  # lower cosines are clamped to this, because targets grow as 1/cos
 
 
 class CosineHeal(LeastSquares):
@@ -33,11 +33,11 @@ class CosineHeal(LeastSquares):
         return self.iterations + 1
 
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        """The best map, on held-out rows, of a few rounds that each start from the last."""
+        """The best of several rounds' maps on the held-out rows; each round starts from the last one's."""
         from ..least_squares import choose
 
         same = gap.identity
-        trial, transform, ridge = same, same, 0.0  # `trial` is of the rows to fit on alone: held-out rows judge it
+        trial, transform, ridge = same, same, 0.0  # `trial` is fitted without the held-out rows, which judge it
         best = (float("inf"), transform, ridge)
         errors: dict[str, float] = {}
         for number in range(self.rounds):
@@ -53,8 +53,8 @@ class CosineHeal(LeastSquares):
                 best = (errors[str(number)], transform, ridge)
             if number == self.iterations:
                 break
-            found = choose(sums, self.ridge, same, same)
-            trial, transform, ridge = sums[0].solve(found.ridge, same)[0], found.solution, found.ridge
+            choice = choose(sums, self.ridge, same, same)
+            trial, transform, ridge = sums[0].solve(choice.ridge, same)[0], choice.solution, choice.ridge
         count = sums[0].tokens + sums[1].tokens
         record = Healing(gap.block, (gap.first, gap.last), best[2], errors, errors["0"], count)
         return gap.decoder.fused(gap.block, best[1]), record

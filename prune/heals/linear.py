@@ -1,8 +1,8 @@
-"""A least-squares map over the gap, behind the MLP of the block before it (ReplaceMe, arXiv 2505.02819).
+"""A least-squares map that bridges the gap, applied to the MLP before it (ReplaceMe, arXiv 2505.02819).
 
-With u what that MLP adds, r the residual stream it is added to and z the unpruned model's stream behind the gap, T
-minimises ‖u·T − (z − r)‖² and is multiplied into `down_proj`. In families that normalise what the MLP adds (Gemma-3),
-T is a scale per channel, multiplied into that norm.
+Let u be that MLP's output, r the residual stream it is added to and z the unpruned model's stream after the gap. T
+minimises ‖u·T − (z − r)‖² and is multiplied into `down_proj`. In families that normalise the MLP's output (Gemma-3), T
+is a scale per channel, multiplied into that norm.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class LinearHeal(LeastSquares):
     )
 
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        """The map whose ridge held-out rows prefer, shrunk towards the identity or towards zero."""
+        """The map with the best ridge on the held-out rows, shrunk towards the identity or towards zero."""
         from ..least_squares import choose
 
         sums, same = gap.sums(), gap.identity
         for tokens in gap.rows():
             sums[tokens.held].add(tokens.mlp, tokens.residual, tokens.target)
         toward = same if self.toward == "identity" else same.new_zeros(same.shape)
-        found = choose(sums, self.ridge, toward, same)
-        return gap.decoder.fused(gap.block, found.solution), gap.record(found)
+        choice = choose(sums, self.ridge, toward, same)
+        return gap.decoder.fused(gap.block, choice.solution), gap.record(choice)

@@ -17,4 +17,4 @@ class NoHeal(Heal):
     kind: Literal["none"] = "none"
 
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        raise AssertionError("where nothing is healed, no gap is looked at")
+        raise AssertionError("heal: none fits no gap")

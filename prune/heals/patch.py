@@ -1,10 +1,10 @@
 """The scale-and-rotation patch of LinearPatch (arXiv 2505.24680), fused into the model.
 
-The patch P = Q·diag(d)·Qᵀ is multiplied to the stream h at the gap: Q is a Hadamard matrix, in whose basis the few
-huge channels are spread out, and d is how much longer each of its channels is behind the gap than before it. The paper
-keeps P as a matrix of its own between two blocks, which no stock runtime has a place for. Here P = s·(P/s) with s the
-mean of d: the scale s is exact and free (norms do not see it: the blocks behind the gap add 1/s as much), and the map T
-behind the MLP is fitted so that u·T + r comes closest to h·P/s. What is missed by that is recorded as the error.
+The stream h at the gap is multiplied by the patch P = Q·diag(d)·Qᵀ. Q is a Hadamard matrix, whose basis spreads out the
+few huge channels, and d is the ratio of each channel's magnitude after the gap to that before it. The paper keeps P as
+a separate matrix between two blocks, which no stock runtime supports. Here P = s·(P/s), where s is the mean of d: the
+scale s is exact and free (norms cancel it, if the blocks after the gap add 1/s as much), and the map T after the MLP is
+fitted so that u·T + r is closest to h·P/s. The residual of that fit is recorded as the error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PatchHeal(LeastSquares):
     kind: Literal["patch"] = "patch"
 
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        """Two passes: the patch, and what of it can be fused behind the MLP."""
+        """Two passes: one for the patch, one for the map after the MLP that comes closest to it."""
         from ..least_squares import choose
 
         patch = patch_matrix(gap)
@@ -35,13 +35,13 @@ class PatchHeal(LeastSquares):
         for tokens in gap.rows():
             stream = tokens.residual.double() + tokens.mlp.double()
             sums[tokens.held].add(tokens.mlp, tokens.residual, stream @ patch / scale)
-        found = choose(sums, self.ridge, same, same)
-        values = gap.rescaled(scale) | gap.decoder.fused(gap.block, found.solution)
-        return values, gap.record(found, scale)
+        choice = choose(sums, self.ridge, same, same)
+        values = gap.rescaled(scale) | gap.decoder.fused(gap.block, choice.solution)
+        return values, gap.record(choice, scale)
 
 
 def patch_matrix(gap: Gap) -> Tensor:
-    """P, (H, H) float64: the ratio of mean magnitudes behind and before the gap, channel by channel of the basis Q."""
+    """P, (H, H) float64: the ratio of mean magnitudes after and before the gap, per channel of the basis Q."""
     import torch
 
     from ..hadamard import hadamard

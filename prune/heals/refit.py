@@ -1,11 +1,10 @@
-"""`down_proj` of the block before the gap, fitted anew on what it is given; the stream may change its scale.
+"""Refits `down_proj` of the block before the gap on its inputs; the stream's scale may change.
 
-Where linear.py puts a map behind `down_proj`, which sees its output only, the whole matrix W is fitted here: it
-minimises Σ ‖a·W + s·r − z‖² / ‖z‖² over tokens, a being what `down_proj` is given, shrunk towards the W that was there.
-Each token's error is weighed by its own length: blocks normalise what they read, and a few tokens have streams a
-hundred times as long as the others. Norms do not see the scale s of the stream, so it costs nothing to divide by it:
-the blocks behind the gap add 1/s as much instead. In families that normalise what the MLP adds (Gemma-3), a scale per
-channel takes W's place.
+linear.py fits a map of `down_proj`'s output; here the whole matrix W is fitted. It minimises
+Σ ‖a·W + s·r − z‖² / ‖z‖² over tokens, a being `down_proj`'s input, and is shrunk towards the original W. Errors are
+relative to the stream's norm, because blocks normalise their input and a few tokens have streams a hundred times as
+long as the others. The scale s costs nothing: norms cancel it, and the blocks after the gap add 1/s as much. In
+families that normalise the MLP's output (Gemma-3), a scale per channel takes W's place.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class RefitHeal(LeastSquares):
         return 2 if self.scale else 1
 
     def fit(self, gap: Gap) -> tuple[Values, Healing]:
-        """The matrix and the scale whose ridge held-out rows prefer."""
+        """The matrix and the scale with the best ridge on the held-out rows."""
         from ..least_squares import Sums, choose
 
         decoder = gap.decoder
@@ -43,15 +42,15 @@ class RefitHeal(LeastSquares):
         features = down.in_features if full else decoder.hidden_size
         sums = [Sums.empty(features, decoder.hidden_size, down.weight.device, diagonal=not full) for _ in range(2)]
         for tokens in gap.rows():
-            # A bias stays as it is: it is part of what the features are added to.
+            # A bias stays: it counts as part of the residual that the features are added to.
             residual = tokens.residual.double() if bias is None else tokens.residual.double() + bias
             weight = 1 / tokens.target.double().norm(dim=-1)
             sums[tokens.held].add(tokens.inner if full else tokens.mlp, residual, tokens.target, weight)
         prior = down.weight.detach().double().T if full else gap.identity
-        found = choose(sums, self.ridge, prior, prior, scaled=self.scale)
-        values = gap.rescaled(found.scale) if found.scale != 1.0 else {}
+        choice = choose(sums, self.ridge, prior, prior, scaled=self.scale)
+        values = gap.rescaled(choice.scale) if choice.scale != 1.0 else {}
         if full:
-            values[down.weight] = found.solution.T / found.scale
+            values[down.weight] = choice.solution.T / choice.scale
         else:
-            values |= decoder.fused(gap.block, found.solution / found.scale)
-        return values, gap.record(found, found.scale)
+            values |= decoder.fused(gap.block, choice.solution / choice.scale)
+        return values, gap.record(choice, choice.scale)

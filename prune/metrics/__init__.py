@@ -1,8 +1,8 @@
-"""What dropping blocks costs, one metric per file; the file's name is the metric's name in the recipe.
+"""Importance metrics: the cost of dropping blocks, one per file; the file's name is the metric's name in the recipe.
 
-A metric is a class with its options, if it has any, as fields and a function `windows`. It is given the study
-(prune/study.py): the unpruned model, the rows, and what was measured already. Values of different metrics cannot be
-compared.
+A metric is a class with its options, if any, as fields and a function `windows`. It receives the study
+(prune/study.py), which has the unpruned model, the rows and all earlier measurements. Values of different metrics are
+not comparable.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 class Metric(Method):
     """Base of all metrics."""
 
-    of_one_pass: ClassVar[bool] = False  # costs nothing but the pass over hidden states that every study makes
+    of_one_pass: ClassVar[bool] = False  # needs only the pass over hidden states that every study makes
 
     @abstractmethod
     def windows(self, study: Study, length: int) -> list[float]:
-        """For each run of `length` adjacent blocks, by its first block, how much is lost without it: L − length + 1
-        values, higher is worse."""
+        """The loss from dropping each run of `length` adjacent blocks, by first block: L − length + 1 values; higher is
+        worse."""
 
 
 METRICS = Registry(

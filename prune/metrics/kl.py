@@ -1,4 +1,4 @@
-"""KL divergence from the unpruned model on the scoring rows without the blocks: needs no gold text."""
+"""KL(unpruned ‖ model without the blocks) on the scoring rows; unlike perplexity it does not depend on their text."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ class Kl(Metric):
     kind: Literal["kl"] = "kl"
 
     def windows(self, study: Study, length: int) -> list[float]:
-        """Nats per token without each run of `length` blocks, nothing healed."""
+        """Nats per token without each run of `length` blocks, unhealed."""
         return study.removal("kl", length)

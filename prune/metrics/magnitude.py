@@ -1,4 +1,4 @@
-"""Relative magnitude (arXiv 2403.03853, §2.2): the length of what the blocks add, as a share of what comes out."""
+"""Relative magnitude (arXiv 2403.03853, §2.2): the norm of what the blocks add, relative to that of their output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Magnitude(Metric):
-    """The length of what the blocks add, as a share of what comes out (arXiv 2403.03853)."""
+    """The norm of what the blocks add, relative to that of their output (arXiv 2403.03853)."""
 
     kind: Literal["magnitude"] = "magnitude"
     of_one_pass: ClassVar[bool] = True

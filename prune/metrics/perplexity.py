@@ -16,5 +16,5 @@ class Perplexity(Metric):
     kind: Literal["perplexity"] = "perplexity"
 
     def windows(self, study: Study, length: int) -> list[float]:
-        """Exp of the mean negative log-likelihood without each run of `length` blocks, nothing healed."""
+        """Exp of the mean negative log-likelihood without each run of `length` blocks, unhealed."""
         return study.removal("perplexity", length)

@@ -1,4 +1,4 @@
-"""First-order Taylor importance: how much the loss would change if a block's weights went to zero.
+"""First-order Taylor importance: the estimated change of the loss if a block's weights became zero.
 
 Σ |∂L/∂w · w| over a block's weights, L the next-token loss summed over the scoring rows (LLM-Pruner, arXiv
 2305.11627; per block: Shortened LLaMA, arXiv 2402.02834). A window's importance is the sum over its blocks.
@@ -26,7 +26,7 @@ class Taylor(Metric):
 
 
 def block_sums(study: Study) -> list[float]:
-    """Σ |gradient · weight| of every block; the model's weights and flags are left as they were."""
+    """Σ |gradient · weight| of every block; the model's weights and flags are unchanged."""
     import torch
 
     from ..scoring import CHUNK, next_tokens
@@ -44,11 +44,11 @@ def block_sums(study: Study) -> list[float]:
                 batch = batch.to(decoder.model.device)
                 hidden = decoder.hidden(**batch.model_inputs())
                 leaf = hidden.detach().requires_grad_()
-                # The logits of a whole batch never exist at once; the blocks are gone through backwards once.
+                # Logits in chunks, never for a whole batch; then a single backward pass through the blocks.
                 for part in zip(*(index.split(CHUNK) for index in next_tokens(batch)), strict=True):
                     logits = decoder.head(leaf[part]).float()
-                    wanted = batch.input_ids[part[0], part[1] + 1]
-                    torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+                    targets = batch.input_ids[part[0], part[1] + 1]
+                    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
                 hidden.backward(leaf.grad)
                 advance(batch.tokens)
         with torch.no_grad():

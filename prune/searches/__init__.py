@@ -1,7 +1,7 @@
-"""Ways to choose which blocks to drop, one per file; the file's name is its name in the recipe.
+"""Searches: ways to choose the blocks to drop, one per file; the file's name is its name in the recipe.
 
-A search is a class with its options as fields and a function `choose`. It is given the study (prune/study.py): the
-unpruned model, the rows, and what was measured.
+A search is a class with its options as fields and a function `choose`. It receives the study (prune/study.py), which
+has the unpruned model, the rows and all measurements.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Search(Method):
 
     @abstractmethod
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-        """`count` blocks to drop, all within `candidates`; there are at least so many, and `count` is at least 1."""
+        """`count` ≥ 1 blocks to drop, all within `candidates`, of which there are at least `count`."""
 
 
 class Scored(Search):
-    """Cuts are scored on the scoring rows."""
+    """A search that scores cuts on the scoring rows."""
 
     score: Literal["kl", "perplexity"] = Field(
-        default="kl", description="what a cut is scored by: KL(unpruned ‖ cut), or the perplexity of the rows"
+        default="kl", description="a cut's score: KL(unpruned ‖ cut), or the perplexity of the rows"
     )
     healed: bool | None = Field(
-        default=None, description="score cuts as linear healing would leave them; null: if the recipe heals at all"
+        default=None, description="score cuts healed by a linear map; null: if the recipe heals at all"
     )
     copying: float = Field(
         default=0.0,
@@ -45,15 +45,18 @@ class Scored(Search):
         "copy from the context score worse",
     )
     guard: bool = Field(
-        default=True, description="take the angular window or the lowest influence where held-out rows find it better"
+        default=True,
+        description="use the angular window or the lowest influence instead if it scores better on held-out rows",
     )
 
 
 def choose(study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-    """The blocks to drop, by the recipe's search. Raises `UserError` where fewer can go."""
+    """The blocks to drop, by the recipe's search. Raises `UserError` if there are too few candidates."""
     if count > len(candidates):
         where = f" (blocks {candidates.start} to {candidates.stop - 1})" if candidates else ""
-        raise UserError(f"prune.blocks is {count}, but only {len(candidates)} blocks can go{where}; lower prune.blocks")
+        raise UserError(
+            f"prune.blocks is {count}, but only {len(candidates)} blocks can be removed{where}; lower prune.blocks"
+        )
     return config.search.choose(study, config, count, candidates) if count else ()
 
 

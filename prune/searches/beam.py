@@ -1,8 +1,8 @@
-"""The best few cuts of each size, grown block by block; then exchanges of one dropped block for a kept one.
+"""Beam search over cuts, block by block, then local search that exchanges one dropped block for a kept one.
 
-Greedy choices cannot be taken back: blocks that are cheap alone may be dear together. A beam keeps `width` cuts
-of each size. From the best full-sized one, rounds of exchanges go to the best neighbour not yet visited, even where
-it is worse; they end after `patience` rounds in which held-out rows did not find the cut better.
+Greedy choices are final, but blocks that are cheap alone may be expensive together. The beam keeps the best `width`
+cuts of each size. From the best full-sized cut, each exchange moves to the best unvisited neighbour, even a worse one;
+the search stops after `patience` rounds without improvement on the held-out rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Beam(Scored):
-    """The best few cuts of each size, then exchanges of a dropped block for a kept one."""
+    """Beam search, then exchanges of a dropped block for a kept one."""
 
     kind: Literal["beam"] = "beam"
     width: int = Field(default=3, ge=1, description="beam width: cuts kept of each size")
@@ -29,7 +29,7 @@ class Beam(Scored):
     )
 
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-        """The best cut on held-out rows of those the beam and the exchanges ended with."""
+        """The best cut on the held-out rows among the results of the beam and of the exchanges."""
         from ..trials import Trials
 
         trials = Trials(study, config, self, count, candidates)

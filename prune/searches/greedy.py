@@ -1,5 +1,5 @@
-"""Block by block: each round drops the one whose loss costs least behind those already dropped (as SLEB, arXiv
-2402.09025, and with KL or healing where asked for)."""
+"""Greedy search: each round drops the block whose removal costs least, given those already dropped (as SLEB, arXiv
+2402.09025; optionally scored by KL, and healed)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Greedy(Scored):
     kind: Literal["greedy"] = "greedy"
 
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-        """`count` rounds, each over all candidates that are left; then the guard, if asked for."""
+        """`count` rounds, each over all remaining candidates; then the guard, if it is on."""
         from ..trials import Trials
 
         trials = Trials(study, config, self, count, candidates)

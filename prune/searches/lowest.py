@@ -1,4 +1,4 @@
-"""The least important blocks, each on its own, wherever they are (ShortGPT, arXiv 2403.03853)."""
+"""The least important blocks, ranked individually (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Lowest(Search):
-    """The least important blocks, anywhere."""
+    """The least important blocks, adjacent or not."""
 
     kind: Literal["lowest"] = "lowest"
 
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-        """The `count` lowest within `candidates`; the first of equals."""
+        """The `count` least important of `candidates`; of equals the first."""
         values = config.importance.windows(study, 1)
         return cut(sorted(candidates, key=lambda block: values[block])[:count])

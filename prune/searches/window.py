@@ -18,7 +18,7 @@ class Window(Search):
     kind: Literal["window"] = "window"
 
     def choose(self, study: Study, config: PruneConfig, count: int, candidates: range) -> Cut:
-        """`count` adjacent blocks, all within `candidates`; the first of equals."""
+        """`count` adjacent blocks, all within `candidates`; of equals the first."""
         values = config.importance.windows(study, count)
         first = min(range(candidates.start, candidates.stop - count + 1), key=lambda start: values[start])
         return cut(range(first, first + count))

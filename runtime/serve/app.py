@@ -1,4 +1,4 @@
-"""The ASGI application: routes, the choice of a depth by the model's name, errors, and clients that go away."""
+"""The ASGI application: routes, depth by model name, errors, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _log = logging.getLogger(__name__)
 def make_app(
     session: Session, worker: Worker, *, depth: int | None = None, api_key: str | None = None, local: bool = True
 ) -> Starlette:
-    """The endpoint over an open session; `depth` is what the model's plain name means, None the deepest.
+    """The endpoint for an open session; `depth` is served when the model's name has no @DEPTH, None: the deepest.
 
-    With `api_key` every request must bear it. `local`: only requests that were addressed to this machine by a
-    loopback name are answered, so that no web page reaches the server under a name of its own. Raises `UserError`
-    for a depth that is not there.
+    With `api_key` every request must carry it. With `local` only requests to a loopback host name are answered, so that
+    no web page can reach the server under a host name of its own (DNS rebinding). Raises `UserError` for a depth that
+    does not exist.
     """
     endpoint = _Endpoint(session, worker, session.depths[-1] if depth is None else depth)
     routes = [
@@ -56,7 +56,7 @@ def make_app(
 
 
 def _post(path: str, answer: Callable[..., Any]) -> list[Route]:
-    """The route, with and without a slash at the end: few clients follow a redirection of what they post."""
+    """The route, with and without a trailing slash, because few clients follow a redirect of a POST."""
     return [Route(path, answer, methods=["POST"]), Route(path + "/", answer, methods=["POST"])]
 
 
@@ -92,21 +92,21 @@ class _Endpoint:
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
         """Variables for the chat template; `Refused` for one that the template does not use."""
-        found = body.variables()
-        known = self._session.template.variables if found else frozenset()
-        for name, (value, field) in found.items():
+        variables = body.variables()
+        known = self._session.template.variables if variables else frozenset()
+        for name, (value, field) in variables.items():
             if name not in known and not (
                 name == "enable_thinking" and value is False
             ):  # there is nothing to leave out
                 listed = ", ".join(sorted(known)) or "none"
                 raise wrong(field, f"the model's chat template has no variable {name}; it has: {listed}")
-        return {name: value for name, (value, _) in found.items() if name in known}
+        return {name: value for name, (value, _) in variables.items() if name in known}
 
     async def _answer(
         self, request: Request, body: ChatRequest | CompletionRequest, chat: bool, begin: Any, *arguments: Any
     ) -> Response:
         try:
-            # Only makes and checks the prompt; the text is written when the worker asks for it.
+            # This only builds and checks the prompt; the text is generated when the worker asks for it.
             pieces: Pieces = await run_in_threadpool(begin, *arguments)
         except UserError as error:
             code = "context_length_exceeded" if "the context has room for" in str(error) else None
@@ -142,7 +142,7 @@ async def _whole(job: AnswerJob, answer: ResponseBuilder) -> Response:
 
 
 async def _events(job: AnswerJob, answer: ResponseBuilder, counted: bool) -> AsyncIterator[str]:
-    """Server-sent events. The status has gone out already: what goes wrong now is an event itself."""
+    """Server-sent events. The status has already been sent, so an error becomes an event."""
     if opening := answer.opening():
         yield _event(opening)
     try:
@@ -160,7 +160,7 @@ async def _events(job: AnswerJob, answer: ResponseBuilder, counted: bool) -> Asy
 
 
 def _event(body: dict[str, Any]) -> str:
-    # All but ASCII is escaped: there are clients that end a line at U+2028 and its like.
+    # Non-ASCII characters are escaped: some clients treat U+2028 and similar ones as line ends.
     return f"data: {json.dumps(body)}\n\n"
 
 
@@ -168,13 +168,13 @@ def _as_refusal(error: Exception) -> Refused:
     if isinstance(error, Stopping):
         return Refused(503, str(error))
     if isinstance(error, UserError):
-        return Refused(500, str(error))  # the request was in order: a file of the bundle is not
+        return Refused(500, str(error))  # the request is fine; a file of the bundle is not
     _log.error("an answer failed", exc_info=error)
     return Refused(500, "internal error; see the server's log")
 
 
 class _Stream(StreamingResponse):
-    """Events, until the client goes away."""
+    """Sends events until the client disconnects."""
 
     def __init__(self, job: AnswerJob, events: AsyncIterator[str]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -188,7 +188,7 @@ class _Stream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, job: AnswerJob, response: Any) -> Response:
-    """The response, unless the client goes away first, which cancels the job."""
+    """The response; the job is cancelled if the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -205,10 +205,10 @@ async def _unless_gone(request: Request, job: AnswerJob, response: Any) -> Respo
 
 
 async def _body(request: Request) -> bytes:
-    # A web page may send a form, plain text or what has no type anywhere without asking; JSON it may not.
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind not in ("application/json", "text/json") and not kind.endswith("+json"):
-        said = f"not {kind}" if kind else "but the header is missing"
+    # Web pages may send forms, plain text and untyped bodies to any server without a CORS preflight, but not JSON.
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type not in ("application/json", "text/json") and not media_type.endswith("+json"):
+        said = f"not {media_type}" if media_type else "but the header is missing"
         raise Refused(400, f"the body must be JSON, with the header Content-Type: application/json, {said}")
     body = b""
     async for chunk in request.stream():
@@ -219,7 +219,7 @@ async def _body(request: Request) -> bytes:
 
 
 class _Gate:
-    """Lets requests in by their key and by the name they were addressed to."""
+    """Admits requests by API key and by host name."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, local: bool):
         self._app, self._key, self._local = app, api_key, local
@@ -250,10 +250,10 @@ async def _refuse(_: Request, error: Exception) -> Response:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    found = cast(HTTPException, error)
-    advice = "" if found.status_code != 404 or request.url.path.startswith("/v1/") else "; the API is below /v1"
-    refused = Refused(found.status_code, f"{request.method} {request.url.path}: {found.detail}{advice}")
-    return JSONResponse(refused.body(), refused.status, headers=found.headers)
+    exception = cast(HTTPException, error)
+    advice = "" if exception.status_code != 404 or request.url.path.startswith("/v1/") else "; the API is below /v1"
+    refused = Refused(exception.status_code, f"{request.method} {request.url.path}: {exception.detail}{advice}")
+    return JSONResponse(refused.body(), refused.status, headers=exception.headers)
 
 
 async def _fail(_: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""A conversation as clients send it, to the messages that chat templates read."""
+"""Converts conversations from clients' JSON to the messages that chat templates read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ROLES = {
     "tool": "tool",
     "function": "tool",  # its older name
 }
-_OPTIONAL = ("assistant", "function")  # whose messages may have no content
-_KEPT = ("name", "tool_call_id", "reasoning_content")  # texts that templates may read; anything else says nothing
+_OPTIONAL = ("assistant", "function")  # roles whose messages may have no content
+_KEPT = ("name", "tool_call_id", "reasoning_content")  # texts that templates may read; other fields are dropped
 
 
 def read_messages(values: Any) -> list[dict[str, Any]]:
-    """Messages with `role`, `content` and, where they are given, `tool_calls` with parsed arguments, as Hugging Face's
-    templates have them. `Refused` names the field that is wrong."""
+    """Messages with `role`, `content` and optionally `tool_calls` with parsed arguments, as Hugging Face's templates
+    expect. `Refused` names the wrong field."""
     if not isinstance(values, list) or not values:
         raise wrong("messages", "must be a list of at least one message")
     return [_message(value, f"messages.{number}") for number, value in enumerate(values)]
@@ -61,22 +61,22 @@ def _content(value: object, role: str, at: str) -> str:
 def _part(value: object, at: str) -> str:
     if not isinstance(value, dict):
         raise wrong(at, 'must be a part such as {"type": "text", "text": "…"}')
-    kind = value.get("type")
-    if kind not in ("text", "refusal"):
-        raise wrong(f"{at}.type", "only parts of type text are supported" + _not(kind))
-    if not isinstance(value.get(kind), str):
-        raise wrong(f"{at}.{kind}", "must be a string")
-    return value[kind]
+    part_type = value.get("type")
+    if part_type not in ("text", "refusal"):
+        raise wrong(f"{at}.type", "only parts of type text are supported" + _not(part_type))
+    if not isinstance(value.get(part_type), str):
+        raise wrong(f"{at}.{part_type}", "must be a string")
+    return value[part_type]
 
 
 def _tool_calls(value: dict[str, Any], at: str) -> list[dict[str, Any]]:
     calls = value.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise wrong(f"{at}.tool_calls", "must be a list")
-    found = [_tool_call(call, f"{at}.tool_calls.{number}") for number, call in enumerate(calls or [])]
-    if value.get("function_call") is not None:  # their older name
-        found.append({"type": "function", "function": _function(value["function_call"], f"{at}.function_call")})
-    return found
+    calls_out = [_tool_call(call, f"{at}.tool_calls.{number}") for number, call in enumerate(calls or [])]
+    if value.get("function_call") is not None:  # OpenAI's older name for tool calls
+        calls_out.append({"type": "function", "function": _function(value["function_call"], f"{at}.function_call")})
+    return calls_out
 
 
 def _tool_call(value: object, at: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Unsupported options that clients send, and which of their values have no effect and so are accepted.
+"""Unsupported options that clients send; those of their values that have no effect are accepted.
 
-A value that would change the answer is refused by name, with the reason. So is an unknown option, which might change
-it.
+A value that would change the answer is rejected with the reason. So is an unknown option, which might change it.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ class Unserved:
     nothing: tuple[Any, ...] = ()
 
 
-# What says who asks, how it is billed, kept, cached or scheduled: the text does not depend on it.
+# Identity, billing, retention, caching and scheduling: the text does not depend on them.
 LABELS = frozenset(
     "user metadata safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier "
     "prediction cache_prompt cache_salt id_slot slot_id keep_alive ttl priority request_id".split()
 )
-# They only tune something that another option switches on.
+# Parameters of features that another option would have to enable.
 DETAILS = frozenset(
     "repeat_last_n dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold mirostat_tau "
     "mirostat_eta dynatemp_exponent parallel_tool_calls".split()
@@ -47,7 +46,7 @@ BOTH: dict[str, Unserved] = {
     "frequency_penalty": _PENALTY,
     "presence_penalty": _PENALTY,
     "logit_bias": Unserved("logit biases are not supported"),
-    # Options of other servers, which clients send at their defaults.
+    # Other servers' options, which clients send with default values.
     "top_k": Unserved(_SAMPLER, (0, -1)),
     "min_p": Unserved(_SAMPLER, (0,)),
     "top_a": Unserved(_SAMPLER, (0,)),
@@ -112,7 +111,7 @@ COMPLETION: dict[str, Unserved] = BOTH | {
     "store": Unserved("storing answers is not supported", (False,)),
 }
 STREAM: dict[str, Unserved] = {
-    # Pads OpenAI's own streams against eavesdroppers.
+    # Padding that OpenAI adds to its streams against eavesdroppers.
     "include_obfuscation": Unserved("", (True, False)),
     "continuous_usage_stats": Unserved("usage is only reported once, at the end", (False,)),
 }
@@ -126,19 +125,19 @@ def served(
     `within` is the path of the field that holds them, with a dot.
     """
     values = _without_tools_that_nobody_calls(values)
-    found = {}
+    bundles = {}
     for name, value in values.items():
         if value is None:
             continue
         if name in known:
-            found[name] = value
+            bundles[name] = value
         elif name not in LABELS | DETAILS and not _asks_for_nothing(name, value, unserved):
             raise wrong(within + name, _why(name, value, known, unserved))
-    return found
+    return bundles
 
 
 def _without_tools_that_nobody_calls(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where no tool may be called, tools have no effect."""
+    """With tool_choice: none, tools have no effect."""
     if "none" not in (values.get("tool_choice"), values.get("function_call")):
         return values
     return {name: value for name, value in values.items() if name not in ("tools", "functions")}

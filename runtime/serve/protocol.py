@@ -1,4 +1,4 @@
-"""OpenAI's requests and answers, as far as they are served. What would change the text and is not served is refused."""
+"""The supported part of OpenAI's requests and answers. An unsupported option that would change the text is rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _whole(value: object) -> Any:
-    """A whole number that a client's JSON writes with a point."""
+    """Accept a whole number that a client's JSON writes with a decimal point."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -43,7 +43,7 @@ class StreamOptions(_Model):
 
 
 class _Request(_Model):
-    """What both endpoints serve. What else may be sent, and at which values, is in `options`."""
+    """The options of both endpoints; `options` lists what else is accepted, and with which values."""
 
     model: str
     stream: bool = False
@@ -52,12 +52,12 @@ class _Request(_Model):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     stop: str | list[str] = ""
-    seed: Whole | None = None  # another each time
+    seed: Whole | None = None  # None: a random one
 
     def settings(self, depth: int, context: int) -> Settings:
-        """How the session is to write the answer."""
+        """The session's settings for the answer."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        greedy = self.top_p == 0  # no mass but the likeliest token's
+        greedy = self.top_p == 0  # only the most likely token is left
         return Settings(
             max_tokens=self.limit() or context,
             depth=depth,
@@ -68,7 +68,7 @@ class _Request(_Model):
         )
 
     def limit(self) -> int | None:
-        """At most so many tokens; None: as many as the context has room for."""
+        """Maximum number of new tokens; None: as many as the context has room for."""
         return self.max_tokens
 
 
@@ -85,19 +85,19 @@ class ChatRequest(_Request):
         return self.max_completion_tokens or self.max_tokens
 
     def variables(self) -> dict[str, tuple[Any, str]]:
-        """What the chat template is told beside the messages: name -> (value, the field that says so)."""
-        found = {
+        """Variables for the chat template besides the messages: name -> (value, the field it comes from)."""
+        variables = {
             name: (value, f"chat_template_kwargs.{name}")
             for name, value in self.chat_template_kwargs.items()
             if value is not None
         }
         if self.enable_thinking is not None:
-            found.setdefault("enable_thinking", (self.enable_thinking, "enable_thinking"))
+            variables.setdefault("enable_thinking", (self.enable_thinking, "enable_thinking"))
         if self.reasoning_effort == "none":
-            found.setdefault("enable_thinking", (False, "reasoning_effort"))
+            variables.setdefault("enable_thinking", (False, "reasoning_effort"))
         elif self.reasoning_effort:
-            found.setdefault("reasoning_effort", (self.reasoning_effort, "reasoning_effort"))
-        return found
+            variables.setdefault("reasoning_effort", (self.reasoning_effort, "reasoning_effort"))
+        return variables
 
 
 class CompletionRequest(_Request):
@@ -108,7 +108,7 @@ class CompletionRequest(_Request):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one(cls, value: object) -> Any:
-        """Of a list of prompts its only one: a text, or a list of token ids."""
+        """The single prompt of a list: a text, or a list of token ids."""
         if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
             return value
         if len(value) > 1:
@@ -137,7 +137,7 @@ def read_request(kind: type[R], body: bytes) -> R:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """A field's path without the names of types that pydantic puts in where several may stand."""
+    """A field's path without the type names that pydantic inserts for unions."""
     return ".".join(str(part) for part in loc if not re.search(r"[^A-Za-z0-9_]", str(part)) and part not in _TYPES)
 
 
@@ -178,7 +178,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _broken_text(body: dict[str, Any]) -> str | None:
-    """The path of a text that is not Unicode, if there is one."""
+    """The path of a string that is not valid Unicode, if there is one."""
     left: list[tuple[str, Any]] = [("", body)]
     while left:
         path, value = left.pop()
@@ -193,7 +193,7 @@ def _broken_text(body: dict[str, Any]) -> str | None:
 
 
 class ResponseBuilder:
-    """Builds what is sent for one request, whole or in chunks; `counted` when a chunk at the end has the usage."""
+    """Builds the response to one request, whole or in chunks; with `counted` a last chunk has the usage."""
 
     def __init__(self, model: str, chat: bool, counted: bool = False):
         self._chat, self._counted = chat, counted
@@ -208,7 +208,7 @@ class ResponseBuilder:
         return {**self._outer(""), "choices": [_choice(said, finish)], "usage": counts(usage)}
 
     def opening(self) -> dict[str, Any] | None:
-        """The chunk that says who speaks; completions have none."""
+        """The first chunk, with the role; completions have none."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self._chat else None
 
     def piece(self, text: str) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class ResponseBuilder:
         return {**self._outer(".chunk"), "choices": [], "usage": counts(usage)}
 
     def _chunk(self, said: Mapping[str, Any], finish: Finish | None) -> dict[str, Any]:
-        usage = {"usage": None} if self._counted else {}  # what a last chunk will say
+        usage = {"usage": None} if self._counted else {}  # null until the last chunk
         return {**self._outer(".chunk"), "choices": [_choice(said, finish)], **usage}
 
     def _outer(self, suffix: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Listening: the socket, uvicorn around the application, and an orderly end."""
+"""Runs the application: the listening socket, uvicorn, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..session import Session
 from .app import make_app
 from .worker import Worker
 
-_PATIENCE = 3  # seconds that clients have to read the last of an answer when the server ends
+_PATIENCE = 3  # seconds that clients get to read the rest of an answer at shutdown
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. `UserError` where the port is taken, not allowed, or the host is not this machine."""
+    """A listening socket. `UserError` if the port is taken or not allowed, or the host is not this machine."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: must be between 0 and 65535")
     try:
@@ -40,12 +40,12 @@ def address(listening: socket.socket) -> str:
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine reaches it."""
+    """Whether only this machine can reach it."""
     return ip_address(listening.getsockname()[0]).is_loopback
 
 
 class _Server(uvicorn.Server):
-    """Ends answers that are being written when it is told to stop, instead of waiting for them."""
+    """Cancels unfinished answers at shutdown instead of waiting for them."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker):
         super().__init__(config)
@@ -57,7 +57,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(session: Session, listening: socket.socket, *, depth: int | None = None, api_key: str | None = None) -> None:
-    """Answer requests until SIGINT or SIGTERM; the signal is raised again once all has ended."""
+    """Answer requests until SIGINT or SIGTERM; the signal is raised again after the shutdown."""
     worker = Worker()
     try:
         app = make_app(session, worker, depth=depth, api_key=api_key, local=is_loopback(listening))

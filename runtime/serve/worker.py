@@ -1,4 +1,4 @@
-"""One thread that writes all answers, one after the other; the event loop only waits for their pieces."""
+"""One thread that generates all answers, one after the other; the event loop only waits for their pieces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..session import Piece, Pieces
 
 
 class Stopping(Exception):
-    """The server ends; answers that are not complete never will be."""
+    """The server is stopping; unfinished answers will not be completed."""
 
 
 class AnswerJob:
-    """An answer to be written. Its pieces are read in the event loop, and made in the worker's thread."""
+    """An answer to generate. Its pieces are produced in the worker's thread and read in the event loop."""
 
     def __init__(self, pieces: Pieces):
         self._pieces = pieces
@@ -24,9 +24,9 @@ class AnswerJob:
         self._cancelled = threading.Event()
 
     async def read(self) -> AsyncIterator[Piece]:
-        """The pieces; the last has `finish`. Raises what went wrong."""
+        """The pieces; the last has `finish`. Raises the generation's error."""
         while True:
-            await asyncio.sleep(0)  # pieces that wait come without one, and the loop must learn who has gone away
+            await asyncio.sleep(0)  # queued pieces come without waiting; this lets the loop notice disconnected clients
             piece = await self._made.get()
             if isinstance(piece, Exception):
                 raise piece
@@ -35,16 +35,16 @@ class AnswerJob:
                 return
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: the worker stops at the next token."""
+        """Stop the worker at the next token, because nobody is waiting any more."""
         self._cancelled.set()
 
     def stop(self) -> None:
-        """Cancel, and tell who waits. In the event loop's thread."""
+        """Cancel and notify the reader. Called in the event loop's thread."""
         self.cancel()
         self._made.put_nowait(Stopping("the server is stopping"))
 
     def work(self) -> None:
-        """Write the answer. In the worker's thread."""
+        """Generate the answer. Called in the worker's thread."""
         try:
             while not self._cancelled.is_set() and (piece := next(self._pieces, None)) is not None:
                 if piece.text or piece.finish:
@@ -52,19 +52,19 @@ class AnswerJob:
         except Exception as error:
             self._post(error)
         finally:
-            self._pieces.close()  # a session works on nothing else before that
+            self._pieces.close()  # the session accepts no other request before that
 
     def _post(self, piece: Piece | Exception) -> None:
-        if not self._cancelled.is_set():  # after which the loop may have ended
+        if not self._cancelled.is_set():  # after a cancellation the loop may be gone
             self._loop.call_soon_threadsafe(self._made.put_nowait, piece)
 
 
 class Worker:
-    """The thread and the queue before it."""
+    """The thread and its queue."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[AnswerJob | None] = queue.SimpleQueue()
-        self._open: set[AnswerJob] = set()  # waiting, or being written
+        self._open: set[AnswerJob] = set()  # queued or running
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
@@ -80,11 +80,11 @@ class Worker:
             self._open.discard(job)
 
     def stop(self) -> None:
-        """End every answer now. In the event loop's thread."""
+        """Cancel all answers now. Called in the event loop's thread."""
         for job in list(self._open):
             job.stop()
 
     def join(self) -> None:
-        """Wait until the thread has put down what it was at."""
+        """Wait until the thread has stopped."""
         self._queue.put(None)
         self._thread.join()

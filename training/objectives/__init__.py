@@ -1,8 +1,7 @@
-"""What a student learns at each response token, one objective per file; the file's name is its name in the recipe.
+"""Training objectives: the loss per response token, one per file; the file's name is its name in the recipe.
 
-An objective is a class with its options as fields and a function `loss` of what is known at n tokens. Everything else
-is shared: which tokens count, how they are weighed, and that the logits of a whole batch never exist at once
-(training/losses.py).
+An objective is a class with its options as fields and a function `loss` of the terms at n tokens. The rest is shared
+(training/losses.py): which tokens count, their weights, and the chunking of the logits.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class Objective(Method):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether `loss` reads what the unpruned model says, and so one has to be there."""
+        """Whether `loss` uses the teacher's distributions."""
         return False
 
     @abstractmethod
     def loss(self, terms: TokenTerms) -> Tensor:
-        """The loss of each token, (n,), in nats, with its gradient; no token may depend on another."""
+        """The loss of each token in nats, (n,), differentiable; tokens must be independent of each other."""
 
 
 OBJECTIVES = Registry(__name__, Objective, "compress.objectives", "objective", ("sft", "dft", "asft", "kd"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Asft(Objective):
-    """Anchored fine-tuning (arXiv 2509.23753): dft plus a KL term that holds the model to the unpruned one."""
+    """Anchored fine-tuning (arXiv 2509.23753): dft plus a KL term that ties the student to the unpruned model."""
 
     kind: Literal["asft"] = "asft"
     kl_weight: float = Field(
