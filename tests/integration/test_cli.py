@@ -173,7 +173,7 @@ def test_a_gated_model(recipe, refused, monkeypatch):
 @pytest.mark.parametrize("blocks", [3, 4, 99])
 def test_more_blocks_than_there_are(tiny, recipe, refused, tmp_path, blocks):
     arguments = recipe(tiny(), f"prune: {{blocks: {blocks}, calibration: {{text: c.txt}}}}\n")
-    assert f"prune.blocks is {blocks}, but the model has 4 blocks, of which 2 can go" in refused(*arguments)
+    assert f"prune.blocks is {blocks}, but the model has 4 blocks, of which 2 can be removed" in refused(*arguments)
     if blocks > 3:
         assert f"prune.blocks is {blocks}, but the model has 4 blocks" in refused("plan", arguments[1])
     assert not list((tmp_path / "runs").glob("*/*prune*"))

@@ -369,7 +369,7 @@ def test_what_a_bounded_cache_cannot_do_is_refused(exported, shaken, tmp_path):
         next(wide.generate(Request(IDS * 12, 4, 4), RequestWork()))
     for family, options in (("gemma3_text", {}), ("mistral", {"sliding_window": 8})):
         write_onnx(shaken(family, **options), tmp_path / family, "fp32")
-        with pytest.raises(UserError, match="slides a window"):
+        with pytest.raises(UserError, match="sliding window"):
             BoundedGenerator(tmp_path / family, (4,), replace(SETTINGS, policy="recent"), 1)
 
 

@@ -146,7 +146,7 @@ def test_it_is_validated(home: Path, capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(UserError, match=r"toy\.factor: it is the number of blocks, which brings bad luck"):
         Recipe.load(recipe)
     (home / "r.yaml").write_text("name: r\nmodel: ./model\nexport: {gguf: [F16]}\ntoy: {}\n")
-    with pytest.raises(UserError, match="the stage export reads what toy makes, so toy must come before it"):
+    with pytest.raises(UserError, match="the stage export reads the output of toy, so toy must come before it"):
         Recipe.load(recipe)
 
 

@@ -359,7 +359,7 @@ def test_a_recipe_needs_something_to_make_rows_of(tmp_path):
     message = problems(tmp_path, "name: x\nmodel: random:llama\nretain: {dataset: {path: a.jsonl, text: t}}\n")
     assert "retain.dataset" in message and "prompts with answers" in message
     late = RECIPE + "sort: {depths: [4, 8]}\n"
-    assert "the stage retain reads what sort makes, so sort must come before it" in problems(tmp_path, late)
+    assert "the stage retain reads the output of sort, so sort must come before it" in problems(tmp_path, late)
     assert "stabilizers (64) are part of the budget (32)" in problems(tmp_path, alone.replace("steps: 2", "budget: 32"))
     (tmp_path / "r.yaml").write_text(alone.replace("steps: 2", "dataset: {path: a.jsonl}"))
     assert Recipe.load(str(tmp_path / "r.yaml")).section("retain").input_files() == ["a.jsonl"]

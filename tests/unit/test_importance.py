@@ -129,7 +129,7 @@ def test_a_model_of_one_block(tiny: Callable[..., Path]) -> None:
     assert found["all"].windows("angular", 1)[0] > 0.05
     study = Study(model, packed(rows([9, 4])))
     assert choose(study, PruneConfig(blocks=0), 0, range(0, 0)) == ()
-    with pytest.raises(UserError, match=r"prune\.blocks is 1, but only 0 blocks can go; lower"):
+    with pytest.raises(UserError, match=r"prune\.blocks is 1, but only 0 blocks can be removed; lower"):
         choose(study, PruneConfig(blocks=1), 1, range(0, 0))
 
 
@@ -213,5 +213,5 @@ def test_the_lowest_blocks_are_chosen_in_order_and_the_first_of_equals(chosen: C
 @pytest.mark.parametrize("search", ["window", "lowest"])
 def test_none_or_too_many(chosen: Chosen, search: str) -> None:
     assert chosen(search, "angular", 0, range(1, 5)) == ()
-    with pytest.raises(UserError, match=r"prune\.blocks is 5, but only 4 blocks can go \(blocks 1 to 4\)"):
+    with pytest.raises(UserError, match=r"prune\.blocks is 5, but only 4 blocks can be removed \(blocks 1 to 4\)"):
         chosen(search, "angular", 5, range(1, 5))

@@ -150,7 +150,7 @@ def test_documents_of_a_data_stage(tmp_path):
     assert all("held" in TOKENIZER.decode(row.ids) for row in made.heldout)
     assert "plain text" in TOKENIZER.decode(made.train(0).ids) and "held" not in TOKENIZER.decode(made.train(0).ids)
     write_rows(tmp_path, rows[:3])
-    with pytest.raises(UserError, match=r"no heldout row of .* has a text to make long rows of"):
+    with pytest.raises(UserError, match=r"no heldout row of .* has text to build long rows from"):
         made_rows(TOKENIZER, tmp_path, LENGTH, 5, 2, 3)
 
 

@@ -388,7 +388,7 @@ def test_a_shared_teacher_keeps_its_own_norm_and_head(world: World) -> None:
         ({"depths": [3, 5], "weights": [1.0, 0.0]}, "greater than 0"),
         ({"depths": [1, 3, 5], "sample": 1}, "2 to 3 can learn"),
         ({"depths": [1, 3, 5], "sample": 4}, "2 to 3 can learn"),
-        ({"depths": [5], "tune": "full", "teacher": "shared"}, "teacher: shared is for LoRA"),
+        ({"depths": [5], "tune": "full", "teacher": "shared"}, "teacher: shared needs LoRA"),
         ({"depths": [5], "variants": []}, "Extra inputs"),
     ],
 )

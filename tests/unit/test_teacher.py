@@ -365,7 +365,7 @@ def test_the_best_weights_are_merged_with_no_other_model_held(
 
 
 def test_what_cannot_be_had_is_refused(world: World) -> None:
-    with pytest.raises(ValidationError, match=r"shared is for LoRA.*take teacher: copy or cached"):
+    with pytest.raises(ValidationError, match=r"shared needs LoRA.*choose teacher: copy or cached"):
         DistillConfig.model_validate({"teacher": "shared", "tune": "full"})
     with pytest.raises(UserError, match=r"distill.teacher: cached needs the data stage's teacher cache.*data.teacher"):
         world(teacher="cached")

@@ -120,7 +120,7 @@ def test_each_variant_is_what_it_is_alone_and_the_best_goes_on(
         assert found == content(tmp_path / name) and "model/model.safetensors" in found
         assert untimed(metrics["variants"][name]) == untimed(alone[name])
     best = min(alone, key=lambda name: alone[name]["best"]["eval_kl"])
-    assert metrics["chosen"] == best and progress.notes[-1] == f"of 2 variants {best} goes on"
+    assert metrics["chosen"] == best and progress.notes[-1] == f"selected variant: {best} of 2"
     assert {key: metrics[key] for key in ("best", "objective", "steps")} == {
         key: alone[best][key] for key in ("best", "objective", "steps")
     }
@@ -208,9 +208,9 @@ def test_what_a_variant_overrides() -> None:
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ([A], "variants are two or more; for one student leave the key out"),
+        ([A], "variants needs two or more entries; for a single student leave the key out"),
         ([A, A | {"seed": 3}], "two variants are named 'a'"),
-        ([A, A | {"name": "b"}], "a and b would be the same student; give one another seed"),
+        ([A, A | {"name": "b"}], "a and b would be the same student; give one of them another seed"),
         ([A, B | {"name": "start"}], "no variant can be named 'start'"),
         ([A, B | {"name": "merge"}], "no variant can be named 'merge'"),
         ([A, B | {"name": "../b"}], "should match pattern"),
@@ -226,7 +226,7 @@ def test_variants_that_are_refused(variants: list[dict[str, Any]], message: str)
 
 def test_a_variant_tuned_in_full_cannot_share_its_weights_with_the_teacher() -> None:
     section(variants=[A, B], teacher="shared")
-    with pytest.raises(ValidationError, match="teacher: shared is for LoRA"):
+    with pytest.raises(ValidationError, match="teacher: shared needs LoRA"):
         section(variants=[A, B | {"tune": "full"}], teacher="shared")
 
 
