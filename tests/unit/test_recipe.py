@@ -146,7 +146,7 @@ def test_all_problems_are_reported_at_once(write):
         ("export:\n  gguf:\n  - F16\n  - q8_0", 6, "export.gguf.1: must be 'F16', 'Q8_0'"),
         ("distill: {}", 3, "distill: the stage distill needs a stage data before it"),
         ("prune: {blocks: 1}\ndata: {source: magpie}", 3, "reads the output of data, so data must come before it"),
-        ("data: {source: texts}\ndistill: {teacher: cached}", 4, "distill.teacher: cached reads predictions that the data stage"),
+        ("data: {source: texts}\ndistill: {teacher: cached}", 4, "distill.teacher: cached reads predictions"),
         ("data: {source: texts}\ndistill: {teacher: shared, tune: full}", 4, "teacher: shared needs LoRA"),
         ("seed: null", 3, "seed: input should be a valid integer (it is None)"),
         ("polish: {method: slerp}", 3, "polish: unknown key 'polish'"),

@@ -323,7 +323,7 @@ def test_passes_noted_are_those_of_the_scoring_rounds(model: Any) -> None:
 def test_no_block_and_too_many(model: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(Scorer, "score", lambda *_, **__: pytest.fail("nothing is to be scored"))
     assert choose(study(model), config(kind), 0, INNER) == ()
-    with pytest.raises(UserError, match=r"prune\.blocks is 5, but only 4 blocks can be removed \(blocks 1 to 4\); lower prune"):
+    with pytest.raises(UserError, match=r"prune\.blocks is 5, but only 4 blocks can be removed \(blocks 1 to 4\)"):
         choose(study(model), config(kind), 5, INNER)
     with pytest.raises(UserError, match=r"only 0 blocks can be removed; lower"):
         choose(study(model), config(kind), 1, range(1, 1))
