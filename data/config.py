@@ -12,7 +12,7 @@ from ..core.registry import named
 from ..core.stage import Section
 from .checks import CHECKS, COLUMNS, Check
 from .checks.none import Unchecked
-from .checks.number import Number
+from .checks.number import FinalNumber
 
 FORMAT = 3
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -171,7 +171,7 @@ class Maths(General):
 
     kind: Literal["maths"] = "maths"  # type: ignore[assignment]
     check: AnyCheck = Field(
-        default_factory=Number, description="what must match gold in a rewrite, as in general (default: number)"
+        default_factory=FinalNumber, description="what must match gold in a rewrite, as in general (default: number)"
     )
 
 

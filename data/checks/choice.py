@@ -8,7 +8,7 @@ from ..final_answers import final_choice
 from . import FinalAnswer
 
 
-class Choice(FinalAnswer):
+class FinalChoice(FinalAnswer):
     """The same letter, A to J, is chosen."""
 
     kind: Literal["choice"] = "choice"

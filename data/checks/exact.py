@@ -8,7 +8,7 @@ from ..final_answers import final_text
 from . import FinalAnswer
 
 
-class Exact(FinalAnswer):
+class FinalText(FinalAnswer):
     """The final texts are equal but for case, spacing and surrounding punctuation."""
 
     kind: Literal["exact"] = "exact"

@@ -9,7 +9,7 @@ from ..final_answers import final_number, stated_number
 from . import FinalAnswer
 
 
-class Number(FinalAnswer):
+class FinalNumber(FinalAnswer):
     """The final numbers are equal, exactly: 1,234.50 = 1234.5, 3/4 = 0.75."""
 
     kind: Literal["number"] = "number"
