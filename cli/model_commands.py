@@ -31,13 +31,25 @@ def export(
         str, typer.Option("--depths", help="Depths to offer, in blocks; the last one is the whole model: 12,18,24.")
     ] = "",
     name: Annotated[str | None, typer.Option(help="Name of the artifacts; the checkpoint's name if not given.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", help="A data stage's folder: for an importance matrix and for training scales."),
+    ] = None,
+    train_scales: Annotated[
+        bool, typer.Option("--train-scales", help="Train the scales of 4-bit files on the rows (minutes to hours).")
+    ] = False,
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
     from .. import api
 
-    keys = {"gguf": _split(gguf), "onnx": _split(onnx), "depths": [_number(d) for d in _split(depths)] or None}
-    api.export(checkpoint, out, name=name, runs=runs, on_progress=ConsoleProgress(console), **keys)
+    keys: dict[str, object] = {
+        "gguf": _split(gguf),
+        "onnx": _split(onnx),
+        "depths": [_number(d) for d in _split(depths)] or None,
+    }
+    keys |= {"train_scales": {}} if train_scales else {}
+    api.export(checkpoint, out, name=name, rows=rows, runs=runs, on_progress=ConsoleProgress(console), **keys)
     console.print(f"bundle: {out}")
 
 

@@ -31,7 +31,8 @@ Parts = dict[str, int]  # of PARTS, in bytes
 class RowCounts:
     """The rows of a data stage, if every row has the maximum length."""
 
-    tokens: int  # of all rows, training and held out
+    count: int  # of all rows, training and held out
+    tokens: int  # of all of them
     heldout: float  # share of them that is held out
     targets: int  # tokens to measure on in the held-out rows, at most
 

@@ -44,7 +44,8 @@ def rows_of(config: DataConfig) -> RowCounts | None:
         targets = config.max_tokens
     elif isinstance(config, TextsConfig):
         longest = config.tokens
-    return RowCounts(config.rows * longest, config.heldout, max(1, round(config.rows * config.heldout)) * targets)
+    held = max(1, round(config.rows * config.heldout))
+    return RowCounts(config.rows, config.rows * longest, config.heldout, held * targets)
 
 
 def _leaves(config: DataConfig, at: Setting) -> Setting:

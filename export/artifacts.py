@@ -25,6 +25,7 @@ from .gguf import write_gguf
 from .gguf_family import family_name, measure_gguf, write_family
 from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
+from .scale_files import GgufScales, OnnxScales, ScaleFiles
 from .tensors import gguf_errors, onnx_errors
 from .verify import (
     PROBE,
@@ -100,6 +101,10 @@ class Kind(ABC):
         """(tensor, its type, row error) of every tensor written, against the checkpoint."""
 
     @abstractmethod
+    def scales(self) -> ScaleFiles:
+        """The scales of the files written."""
+
+    @abstractmethod
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         """Check one depth in its real runtime against the checkpoint truncated to that depth."""
 
@@ -154,6 +159,9 @@ class GgufKind(Kind):
         whole = [gguf_errors(file, self.making.checkpoint) for file in gguf_family.split_files(self.file(deepest))]
         own = [gguf_errors(self.file(depth), self.making.checkpoint, depth) for depth in less]
         return chain(*whole, *own)
+
+    def scales(self) -> ScaleFiles:
+        return GgufScales([self.file(depth) for depth in self.making.depths], self.making.checkpoint)
 
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         making, role = self.making, self.role_at(depth)
@@ -212,6 +220,9 @@ class OnnxKind(Kind):
 
     def errors(self) -> Iterator[tuple[str, str, float]]:
         return onnx_errors(self.file(self.making.depths[-1]), self.making.checkpoint)
+
+    def scales(self) -> ScaleFiles:
+        return OnnxScales(self.file(self.making.depths[-1]), self.making.checkpoint)
 
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
         making, role = self.making, self.role_at(depth)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..core.stage import Section
-from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
+from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
 
 FORMAT = 4
+FEW_BITS = 6  # per weight of a file: with more, rounding costs so little that training gains nothing
 if TYPE_CHECKING:
     GgufType = OnnxPrecision = str
 else:
@@ -24,6 +26,23 @@ class Verify(Section):
     kl: dict[GgufType | OnnxPrecision, float] = Field(
         default_factory=dict,
         description="limit on the mean KL(checkpoint ‖ artifact) per type, such as {Q4_K_M: 0.05}; overrides defaults",
+    )
+
+
+class TrainScales(Section):
+    """Training the scales of quantized files by the KL to the checkpoint, with their integer codes fixed
+    (EfficientQAT's second phase, arXiv 2407.11062): the files keep their size and lose less."""
+
+    steps: int = Field(default=60, ge=1, description="optimizer steps")
+    batch: int = Field(default=2, ge=1, description="rows of the data stage per step")
+    length: int = Field(default=512, ge=8, description="tokens of a row, at most")
+    lr: float = Field(default=1.5e-3, gt=0, lt=0.1, description="peak learning rate, relative to a scale")
+    warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the steps over which the rate rises")
+    eval_every: int = Field(default=20, ge=1, description="steps between measurements on the held-out rows")
+    held_out: int = Field(default=4096, ge=64, description="tokens of the held-out rows to choose by, at most")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    types: list[GgufType | OnnxPrecision] | None = Field(
+        default=None, min_length=1, description="types to train; null: those listed of fewer than six bits per weight"
     )
 
 
@@ -43,6 +62,9 @@ class ExportConfig(Section):
         description="weight rounding errors by an importance matrix from the data stage's rows; null: if there is one",
     )
     imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is computed from")
+    train_scales: TrainScales | None = Field(
+        default=None, description="train the scales of quantized files on the data stage's rows; null: do not"
+    )
     verify: Verify = Field(default_factory=Verify, description="comparison with the checkpoint; always runs")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
 
@@ -56,3 +78,33 @@ class ExportConfig(Section):
         if self.depths is not None and sorted(set(self.depths)) != self.depths:
             raise ValueError(f"depths {self.depths} must be in ascending order, each once")
         return self
+
+    @model_validator(mode="after")
+    def _scales_to_train(self) -> ExportConfig:
+        if self.train_scales is None:
+            return self
+        types = self.train_scales.types
+        listed = [*self.gguf, *self.onnx]
+        for name in types or ():
+            if name not in listed:
+                raise ValueError(f"train_scales.types: {name} is not exported; listed are {', '.join(listed)}")
+            if not ARTIFACT_TYPES[name].has_scales:
+                raise ValueError(f"train_scales.types: {name} has no scales to train: its weights are not quantized")
+        if not self.trained:
+            raise ValueError(
+                f"train_scales: none of {', '.join(listed)} has fewer than six bits per weight; list a type of 4 bits, "
+                "name one under train_scales.types, or remove the key"
+            )
+        return self
+
+    @property
+    def trained(self) -> list[str]:
+        """The types whose scales are trained."""
+        if self.train_scales is None:
+            return []
+        few = [name for name in (*self.gguf, *self.onnx) if ARTIFACT_TYPES[name].typical < FEW_BITS]
+        return self.train_scales.types or few
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        if self.train_scales is not None and "data" not in sections:
+            yield ("train_scales",), "it learns from the data stage's rows; add `data:`, or remove the key"

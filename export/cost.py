@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..core.cost import Need, Setting, StageCost, worst
+from ..core.cost import Need, Overrides, Parts, Setting, StageCost, halves, worst
 from ..core.work import Work, forward
 from ..runtime.cost import artifact_bytes, scoring
-from .config import ExportConfig
+from ..training.cost import HEAD_COPIES_ANCHORED, saved_per_token
+from .config import ExportConfig, TrainScales
 
 RUNTIME = 720e6  # measured after a whole run of SmolLM2; includes freed memory that glibc keeps
 ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
@@ -16,6 +17,11 @@ DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGU
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
 # Operations' worth of time per weight and type: choosing scales. From the default recipe's export on `cpu-2core`.
 QUANTIZING = 13_000
+CHUNK = 256  # positions whose logits exist at once while scales are trained
+# Of trained scales, per weight: the code, and for one in 32 the scale, its move, gradient, two moments and the best.
+SCALED = 1 + 6 * 4 / 32
+# Bytes per weight and step, beside the products: dequantizing twice, and summing the gradient over blocks.
+SCALING = 5 + 5 + 13
 
 
 def _exported(config: ExportConfig, at: Setting) -> Sequence[int]:
@@ -46,10 +52,47 @@ def _need(config: ExportConfig, at: Setting) -> Need:
     building = {"runtime": int(2 * RUNTIME), "weights": small * 4}
     if config.onnx and not at.cuda:
         moments.append(building)
+    if config.train_scales and config.trained:
+        moments.append(runtime | _training(config.train_scales, at, len(less) + 1))
     host = sum(building.values()) if config.onnx and at.cuda else 0
     # The float32 graph that the others are made from; before it the F16 file that llama.cpp's graph is checked with.
     checked = 2 * small if config.gguf and "F16" not in config.gguf else 0
     return Need(worst(*moments), disk, note, max(4 * small if config.onnx else 0, checked), host)
+
+
+def _training(config: TrainScales, at: Setting, depths: int) -> Parts:
+    """The memory of training scales: codes in place of the checkpoint's matrices, and one matrix dequantized."""
+    shape, tokens = at.shape, config.batch * min(config.length, _longest(at, config.length))
+    blocks, ends = at.kept * shape.block_products, shape.parameters(0)
+    per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape)
+    seen = config.steps * tokens * depths * shape.hidden * at.size
+    largest = shape.hidden * shape.intermediate * (4 * 3 + at.size)
+    return {
+        "weights": int(blocks * SCALED + ends * at.size + largest),
+        "teacher": shape.vocab * shape.hidden * at.size + seen,
+        "activations": tokens * (at.kept * per_block + shape.state) * at.size,
+        "logits": CHUNK * shape.vocab * 4 * HEAD_COPIES_ANCHORED,
+        "mapped": 0 if at.cuda else blocks * at.size,
+    }
+
+
+def _longest(at: Setting, limit: int) -> int:
+    """Tokens of a row, if that is known."""
+    return limit if at.rows is None else at.rows.tokens // at.rows.count
+
+
+def _training_work(config: TrainScales, at: Setting, types: int, depths: int) -> Work:
+    """The checkpoint's look at the rows, once; for each type the steps, and the held-out rows again and again."""
+    length = min(config.length, _longest(at, config.length))
+    tokens = config.steps * config.batch * length
+    held = config.held_out if at.rows is None else min(config.held_out, int(at.rows.tokens * at.rows.heldout))
+    rows = tokens if at.rows is None else min(tokens, at.rows.count * length)
+    # Forward, and backward through weights and to them; two heads, and the gradient to the states before one.
+    step = forward(at.shape, at.kept, tokens, length / 2, tokens * depths) * (3 + config.gradient_checkpointing)
+    measured = forward(at.shape, at.kept, held, length / 2, 2 * held * depths) * (1 + config.steps // config.eval_every)
+    looking = Work(forward(at.shape, at.kept, rows + held, length / 2, 0))
+    read = SCALING * config.steps * at.kept * at.shape.block_products
+    return looking + Work(types * (step + measured), types * read)
 
 
 def _work(config: ExportConfig, at: Setting) -> Work:
@@ -62,6 +105,8 @@ def _work(config: ExportConfig, at: Setting) -> Work:
         work = work + Work(host_flops=0 if plain else QUANTIZING * small, host_read=4 * 4 * small)
         for depth in _exported(config, at):
             work = work + scoring(at.shape, kind, depth, verify.tokens, verify.window)
+    if config.train_scales:
+        work = work + _training_work(config.train_scales, at, len(config.trained), len(_exported(config, at)))
     for precise, kinds in (("F16", config.gguf), ("fp32", config.onnx)):  # the graph, once per format
         written = bool(kinds) and precise == "F16" and precise not in kinds
         work = work + Work(host_read=(4 + 2) * small if written else 0)
@@ -70,4 +115,12 @@ def _work(config: ExportConfig, at: Setting) -> Work:
     return work
 
 
-COST = StageCost[ExportConfig](_need, _work, _leaves)
+def _changes(config: ExportConfig, _at: Setting) -> Iterable[Overrides]:
+    """Recomputing leaves the result as it is; a row per step changes it."""
+    if config.train_scales:
+        if not config.train_scales.gradient_checkpointing:
+            yield ("export.train_scales.gradient_checkpointing=true",)
+        yield from ((f"export.train_scales.batch={size}",) for size in halves(config.train_scales.batch, 1))
+
+
+COST = StageCost[ExportConfig](_need, _work, _leaves, _changes)

@@ -19,7 +19,8 @@ from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
 from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
-from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry
+from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
+from ..records.record import Entry
 from ..runtime.artifact_types import ARTIFACT_TYPES
 from ..runtime.bundle import read_bundle
 from ..runtime.engine import ScoringWindow
@@ -31,6 +32,7 @@ from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
 from .retaining import write_heads
+from .scale_training import ScaleRows, train_scales
 from .verify import Reference, by_length, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
 
 SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint does
@@ -42,6 +44,13 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
     found = config.depths or depths(model)
     check_deepest("export.depths", found, model.num_hidden_layers, f"the model in {checkpoint}")
     return found
+
+
+class MadeFiles(Entry):
+    """What was found when a type's files were written."""
+
+    tensor_error: float  # largest row error
+    trained_scales: TrainedScales | None = None
 
 
 @dataclass
@@ -62,6 +71,8 @@ class ExportJob:
 
     def run(self, provenance: dict[str, Any]) -> dict[str, Any]:
         self._check_disk()
+        if self.config.trained:
+            _ = self._rows  # too few are refused before anything is written
         self.bundle.mkdir(exist_ok=True)
         copy_model_files(self.checkpoint, self.bundle)
         retaining = write_heads(self.checkpoint, self.bundle)
@@ -110,9 +121,9 @@ class ExportJob:
         role = kind.role_at(depth)
         record = self.work / f"{role}.json"
         if not record.exists():
-            error = self._made(kind)
+            made = self._made(kind)
             graph = self._graph(kind)[str(depth)]
-            found = kind.run(depth, self._references[kind.form][depth], error)
+            found = kind.run(depth, self._references[kind.form][depth], made.tensor_error)
             found = found.model_copy(update={"graph_kl": graph})
             size = kind.size(depth)
             entry = ArtifactEntry(
@@ -125,13 +136,14 @@ class ExportJob:
                 parameters=size.parameters,
                 bits_per_weight=round(size.bits_per_weight, 4),
                 verification=found,
+                trained_scales=made.trained_scales,
             )
             self._note(entry)
             write_json(record, entry.model_dump())
         return ArtifactEntry.model_validate(read_json(record))
 
-    def _made(self, kind: Kind) -> float:
-        """The largest row error of a type's files, which are written unless an earlier attempt did so."""
+    def _made(self, kind: Kind) -> MadeFiles:
+        """What was found when a type's files were written, which is now unless an earlier attempt did so."""
         record = self.work / f"{kind.role}.written.json"
         if not record.exists():
             give_back_memory()  # of the type before; a model builder in its own process comes on top
@@ -139,9 +151,36 @@ class ExportJob:
             kind.write()
             kind.check_depths()
             with self.context.progress.bar(f"reading {kind.role} back"):
-                error = check_weights(kind.role, kind.errors())
-            write_json(record, {"tensor_error": error})
-        return read_json(record)["tensor_error"]
+                made = MadeFiles(tensor_error=check_weights(kind.role, kind.errors()))
+            trained = self._train_scales(kind) if kind.type in self.config.trained else None
+            if trained is not None:
+                with self.context.progress.bar(f"reading {kind.role} back"):
+                    error = check_weights(kind.role, kind.errors(), trained.moved)
+                made = MadeFiles(tensor_error=error, trained_scales=trained)
+            write_json(record, made.model_dump())
+        return MadeFiles.model_validate(read_json(record))
+
+    def _train_scales(self, kind: Kind) -> TrainedScales | None:
+        """Train the scales of a type's files, which were written and read back before."""
+        found = train_scales(self._rows, kind.scales(), kind.role, self.work / f"{kind.role}.scales.safetensors")
+        give_back_memory()
+        if found is None:
+            said = "none of its matrices has scales to train"
+        elif not found.step:
+            kl = found.held_out_kl
+            said = f"training its scales did not lower the held-out KL ({kl:.4f}); they stay as rounding left them"
+        else:
+            kls = f"{found.held_out_kl_before:.4f} → {found.held_out_kl:.4f}"
+            said = f"trained scales, held-out KL {kls} (step {found.step} of {found.steps})"
+        self.context.progress.note(f"{kind.role}: {said}")
+        return found
+
+    @cached_property
+    def _rows(self) -> ScaleRows:
+        """What the scales of all types are trained on."""
+        assert self.config.train_scales is not None
+        data = self.inputs.stages["data"]
+        return ScaleRows(self.config.train_scales, self.checkpoint, data, self.depths, self.context)
 
     def _graph(self, kind: Kind) -> dict[str, float]:
         """Depth → KL of a format's graph at high precision: of the type that the bundle has, or of files that are made

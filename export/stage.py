@@ -74,12 +74,14 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Export any checkpoint into the bundle `out`, which must not exist yet (an unfinished one is resumed).
 
-    `rows` is a data stage's folder, for an importance matrix.
+    `rows` is a data stage's folder, for an importance matrix and for training scales.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; give another --out, or remove it")
     if config.imatrix and rows is None:
         raise UserError("an importance matrix needs a recipe with a data stage")
+    if config.train_scales and rows is None:
+        raise UserError("training scales needs rows to learn from: give a data stage's folder (--rows)")
     check(config, checkpoint, context)
     chosen_depths(config, checkpoint)
     unfinished = out.with_name(f".{out.name}.partial")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -16,6 +16,9 @@ from ..modeling.load import load_config
 from ..modeling.weights import Tensors
 from .gguf_source import GgufSource
 from .quantizers import row_limits
+
+if TYPE_CHECKING:
+    import onnx
 
 Array = NDArray[np.float32]
 # Largest relative error of a row that may pass, by tensor type: 1.5 to 2 times what honest rounding made at most of a
@@ -79,11 +82,7 @@ def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, floa
             continue
         attributes = {a.name: a.i for a in node.attribute}
         bits = attributes["bits"]
-        if node.op_type == "MatMulNBits":
-            names = list(node.input[1:])
-        else:  # its values come through a Reshape
-            names = [node.input[2].removesuffix("_scales") + f"_Q{bits}", *node.input[2:]]
-        parts = [to_array(values[name]) if name else None for name in names]
+        parts = [to_array(values[name]) if name else None for name in integer_parts(node)]
         found = dequantize_nbits(parts, bits, attributes["block_size"], expected.shape[1])
         yield node.name, f"int{bits}", row_error(found, expected)
     for name, tensor in values.items():
@@ -93,6 +92,16 @@ def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, floa
     for name in weights.unseen():
         if weights.read(name).any():
             yield name, "F32", float("inf")
+
+
+def integer_parts(node: onnx.NodeProto) -> list[str]:
+    """The names of a node's packed integers, scales and zero points (empty if it has none)."""
+    if node.op_type == "MatMulNBits":
+        names = list(node.input[1:4])
+    else:  # its values come through a Reshape
+        bits = next(a.i for a in node.attribute if a.name == "bits")
+        names = [node.input[2].removesuffix("_scales") + f"_Q{bits}", *node.input[2:4]]
+    return [*names, ""][:3]
 
 
 def dequantize_nbits(parts: list[Any], bits: int, block: int, columns: int) -> Array:
@@ -135,17 +144,25 @@ class CheckpointWeights:
 
     def matrix(self, node: str) -> Array | None:
         """The (N, K) matrix of a node, or None if it has none."""
+        return self._joined(self.places(node))
+
+    def places(self, node: str) -> list[tuple[str, slice]]:
+        """The rows of the checkpoint's matrices that make up a node's (N, K) matrix, in order; none if it has none."""
         if node.startswith("/lm_head/"):
-            return self.read(EMBEDDING if self.tied else HEAD)
+            return [self._whole(EMBEDDING if self.tied else HEAD)]
         if node == "/model/embed_tokens/Gather":
-            return self.read(EMBEDDING)
+            return [self._whole(EMBEDDING)]
         found = self.MATRIX.fullmatch(node)
-        return self._projection(found, "weight") if found else None
+        return self._projection(found, "weight") if found else []
+
+    def rows(self, name: str) -> int:
+        """How many rows one of the checkpoint's weights has."""
+        return self.where.headers[name].shape[0]
 
     def vector(self, name: str) -> Array | None:
         """The bias or norm of an initializer, or None if it is neither."""
         if found := self.BIAS.fullmatch(name):
-            return self._projection(found, "bias")
+            return self._joined(self._projection(found, "bias"))
         if found := self.NORM.fullmatch(name):
             stem, part = found.groups()
             if part in ("q_norm", "k_norm") and self.block.qk_norms:
@@ -159,7 +176,7 @@ class CheckpointWeights:
         tied = {HEAD} if self.tied else set()
         return sorted(set(self.where) - self.seen - tied)
 
-    def _projection(self, found: re.Match[str], suffix: str) -> Array | None:
+    def _projection(self, found: re.Match[str], suffix: str) -> list[tuple[str, slice]]:
         """One name of the builder's may stand for several of the checkpoint's matrices, or half of one."""
         number, _, part = found.groups()
         qkv, mlp_in = self.block.qkv, self.block.mlp_in
@@ -168,9 +185,18 @@ class CheckpointWeights:
         wanted |= {"gate": mlp_in[:1], "up": mlp_in[-1:]}
         names = [f"{BLOCKS}.{number}.{name}.{suffix}" for name in wanted.get(part, ())]
         if not names or not all(name in self.where for name in names):
-            return None
-        values = np.concatenate([self.read(name) for name in names])
-        return np.split(values, 2)[part == "up"] if part in ("gate", "up") and len(mlp_in) == 1 else values
+            return []
+        if part in ("gate", "up") and len(mlp_in) == 1:
+            count, half = self.rows(names[0]), self.rows(names[0]) // 2
+            return [(names[0], slice(half, count) if part == "up" else slice(0, half))]
+        return [self._whole(name) for name in names]
+
+    def _whole(self, name: str) -> tuple[str, slice]:
+        return name, slice(0, self.rows(name))
+
+    def _joined(self, places: list[tuple[str, slice]]) -> Array | None:
+        parts = [self.read(name)[rows] for name, rows in places]
+        return np.concatenate(parts) if len(parts) > 1 else next(iter(parts), None)
 
     def read(self, name: str) -> Array:
         self.seen.add(name)

@@ -93,8 +93,9 @@ def export(
     >>> export(recovered.model, "bundle", gguf=["Q4_K_M"], onnx=["int4"], rows=rows).artifacts[0].verification.kl
 
     `keys` are those of the recipe's `export` section: gguf, onnx, depths, verify … With `rows` an importance matrix
-    weights rounding errors. `name` names the artifacts (default: the checkpoint's name). Returns the bundle's manifest:
-    sizes in bytes, bits per weight, perplexity and KL (nats per token) of every artifact.
+    weights rounding errors, and `train_scales={}` trains on them. `name` names the artifacts (default: the checkpoint's
+    name). Returns the bundle's manifest: sizes in bytes, bits per weight, perplexity and KL (nats per token) of every
+    artifact.
 
     Raises `UserError` for models that a format cannot represent, and for an artifact past its type's tolerance.
     """

@@ -24,6 +24,17 @@ class Verification(Entry):
     retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
 
 
+class TrainedScales(Entry):
+    """Scales that were trained by KL to the checkpoint, the integer codes fixed."""
+
+    steps: int  # of the training
+    step: int  # whose scales the file has; 0: those of rounding, since none had a lower held-out KL
+    held_out_tokens: int
+    held_out_kl_before: float  # mean KL(checkpoint ‖ weights of the file) in torch, nats, mean over depths
+    held_out_kl: float  # the same of the scales that the file has
+    moved: float  # largest change of a row of weights, as a share of its norm
+
+
 class ArtifactEntry(Entry):
     """One exported model, at one depth."""
 
@@ -36,6 +47,7 @@ class ArtifactEntry(Entry):
     parameters: int
     bits_per_weight: float
     verification: Verification
+    trained_scales: TrainedScales | None = None
 
 
 class FamilyEntry(Entry):

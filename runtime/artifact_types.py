@@ -21,6 +21,11 @@ class ArtifactType:
     blocks: str | None = None  # ONNX: quantizer of the blocks' matrices; None: float32
     head: str | None = None  # ONNX: quantizer of the output head and the embedding; None: float32
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether its weights are integers in blocks, with a scale each."""
+        return self.typical < 16
+
 
 # A SmolLM2-135M of 24 blocks, not yet recovered, has (without importance matrix) a mean KL of F16 1e-5, Q8_0 0.004,
 # Q6_K 0.012, Q4_K_M 0.06, Q4_0 0.32, int4 0.31, int8 0.005, fp32 below 1e-6; worse models have more. Retaining heads

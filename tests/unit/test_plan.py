@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from compress.cli import main as cli
-from compress.core.cost import BYTES, MOMENTS, PARTS, Need, Setting, worst
+from compress.core.cost import BYTES, MOMENTS, PARTS, Need, RowCounts, Setting, worst
 from compress.core.errors import UserError
 from compress.core.geometry import Geometry
 from compress.core.stage import Context, Inputs
@@ -269,6 +270,36 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
     works = [cost.work(config, at) for config in (one, three)]
     assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
+
+
+def test_training_scales_costs_by_types_steps_and_rows(tiny):
+    at = Setting(
+        Geometry(32, 4096, 14336, 32, 8, 128, 128256, False), 26, "bfloat16", rows=RowCounts(96, 20000, 0.1, 99)
+    )
+    cost = STAGES["export"].cost
+
+    def work(train: dict[str, object] | None, **types: list[str]) -> float:
+        found = cost.work(ExportConfig.model_validate({"train_scales": train, **types}), at)
+        assert found is not None
+        return found.total
+
+    plain, one = work(None, onnx=["int4"]), work({}, onnx=["int4"])
+    more = work({"steps": 120}, onnx=["int4"])
+    products = 6 * at.kept * at.shape.block_products * 60 * 2 * (20000 // 96)  # forward, and two backward
+    assert products < one - plain < 1.7 * products
+    assert one < more < plain + 2 * (one - plain)  # the checkpoint looks once
+    assert work({}, onnx=["int4"], gguf=["F16"]) - work(None, onnx=["int4"], gguf=["F16"]) == pytest.approx(one - plain)
+    many: dict[str, object] = {"batch": 64}
+    trains: list[dict[str, object] | None] = [None, {}, many, many | {"gradient_checkpointing": True}]
+    none, few, most, recomputed = (
+        cost.need(ExportConfig.model_validate({"gguf": ["Q4_0"], "train_scales": train}), replace(at, cuda=True)).peak
+        for train in trains
+    )
+    assert none < few < 1.5 * none and few < recomputed < most
+    keys = [
+        changes[0] for changes in cost.changes(ExportConfig.model_validate({"gguf": ["Q4_0"], "train_scales": {}}), at)
+    ]
+    assert keys == ["export.train_scales.gradient_checkpointing=true", "export.train_scales.batch=1"]
 
 
 def test_every_type_and_optimizer_has_its_bits():
