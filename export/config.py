@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -105,6 +105,20 @@ class ExportConfig(Section):
         few = [name for name in (*self.gguf, *self.onnx) if ARTIFACT_TYPES[name].typical < FEW_BITS]
         return self.train_scales.types or few
 
+    def weighted(self, data: bool) -> bool:
+        """Whether there is an importance matrix, going by whether there is a data stage."""
+        return data if self.imatrix is None else self.imatrix and data
+
+    def unweighted(self, data: bool) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(path of keys, what is wrong) where an importance matrix is needed and there is none."""
+        if self.imatrix and not data:
+            yield ("imatrix",), "is true, but there are no rows to compute it from; add `data:` or remove the key"
+        for place, kind in enumerate(self.gguf):
+            if GGUF_TYPES[kind].needs_importance and not self.weighted(data):
+                why = "imatrix is false" if data else "there are no rows (a recipe's `data:`) to compute it from"
+                yield ("gguf", place), f"{kind} needs an importance matrix, and {why}; choose a type with more bits"
+
     def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        yield from self.unweighted("data" in sections)
         if self.train_scales is not None and "data" not in sections:
             yield ("train_scales",), "it learns from the data stage's rows; add `data:`, or remove the key"

@@ -27,9 +27,11 @@ from ..modeling.gguf_layout import Array
 from ..modeling.load import load_config
 from ..modeling.shape import AttentionShape, original_context, rope_settings, rotated_size, sliding_blocks
 from ..modeling.types import ModelConfig
+from ..runtime.artifact_types import GGUF_TYPES
 from .gguf_source import GgufSource
 from .gguf_vocab import read_tokenizer, vocabulary_kind, write_vocabulary
-from .quantize import FILE_TYPES, quantize, row_bytes, tensor_type
+from .mixes import FILE_TYPES, MixedModel, tensor_type
+from .quantize import quantize, row_bytes
 
 TYPES = tuple(FILE_TYPES)
 ROPES = ("default", "linear", "yarn", "llama3", "longrope")  # that can be written; a family takes some of them
@@ -122,6 +124,8 @@ class Conversion:
     ):
         if qtype not in FILE_TYPES:
             raise UserError(f"GGUF type {qtype!r} is not one of {', '.join(TYPES)}")
+        if GGUF_TYPES[qtype].needs_importance and imatrix is None:
+            raise UserError(f"GGUF type {qtype} needs an importance matrix; give one, or choose a type with more bits")
         check_gguf(checkpoint)
         self.checkpoint, self.qtype, self.imatrix, self.threads = checkpoint, qtype, imatrix, threads
         self.config = load_config(checkpoint)
@@ -133,6 +137,7 @@ class Conversion:
                 f"the window's {context_length(self.config)} tokens"
             )
         self.source = GgufSource(checkpoint, self.config)
+        self.heads_only = False  # leave out the tensors' values: files whose size is asked for
         self.tensors = [Tensor(n, shape, self._type(n, shape)) for n, shape in self.source.shapes.items()]
 
     @property
@@ -149,11 +154,7 @@ class Conversion:
         return WrittenGguf(self.qtype, file.stat().st_size, 8 * self.bytes / weights, fallbacks, kinds)
 
     def _type(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-        blocks, tied = self.config.num_hidden_layers, self.config.tie_word_embeddings
-        rule, heads = family_of(self.config).gguf.is_70b, AttentionShape.of(self.config)
-        big = blocks == 80 and (rule == "always" or (rule == "grouped" and heads.heads != heads.kv_heads))
-        weighted = self.imatrix is not None
-        return tensor_type(name, shape, self.qtype, blocks, tied=tied, importance=weighted, is_70b=big)
+        return tensor_type(name, shape, self.qtype, mixed_model(self.config, self.imatrix is not None))
 
     def writer(self) -> GGUFWriter:
         """A writer with only the architecture's name."""
@@ -182,7 +183,7 @@ class Conversion:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, shape, kind in tensors:
+            for name, shape, kind in () if self.heads_only else tensors:
                 values = self.source.read(name, depth).reshape(-1, shape[-1])
                 rows = quantize(values, kind, (self.imatrix or {}).get(name), self.threads)
                 writer.write_tensor_data(rows.reshape(*shape[:-1], -1))
@@ -226,6 +227,14 @@ def write_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return job.info(out)
+
+
+def mixed_model(config: ModelConfig, importance: bool) -> MixedModel:
+    """What llama-quantize's rules see of a model."""
+    blocks, heads = config.num_hidden_layers, AttentionShape.of(config)
+    rule = family_of(config).gguf.is_70b
+    big = blocks == 80 and (rule == "always" or (rule == "grouped" and heads.heads != heads.kv_heads))
+    return MixedModel(blocks, config.tie_word_embeddings, importance, heads.heads // heads.kv_heads, big)
 
 
 def context_length(config: ModelConfig) -> int:

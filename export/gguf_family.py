@@ -15,6 +15,7 @@ import filecmp
 import os
 import shutil
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import gguf
@@ -97,6 +98,20 @@ def _write_first(job: Conversion, folder: Path, stem: str, depth: int, depths: S
     _add_split(writer, 1, parts_of(depth, depths), len(tensors))
     path = folder / family_name(stem, depth, 1, depths)
     job.write(path, writer, [tensor for tensor in tensors if tensor.name in own], depth)
+
+
+def header_files(job: Conversion, folder: Path, depths: Sequence[int]) -> list[Path]:
+    """The files of a model, or with several depths those of the deepest, with all but the tensors' values."""
+    job = copy(job)
+    job.heads_only = True
+    if len(depths) < 2:
+        file = folder / "whole.gguf"
+        job.write(file, job.described(job.config, job.name), job.tensors)
+        return [file]
+    own = set(differing_tensors(job.config, depths))
+    _write_shared(job, folder, "parts", depths, own, lambda: None)
+    _write_first(job, folder, "parts", depths[-1], depths, own)
+    return split_files(folder / family_name("parts", depths[-1], 1, depths))
 
 
 def tensors_at(tensors: Sequence[Tensor], depth: int) -> list[Tensor]:

@@ -291,7 +291,7 @@ class ExportJob:
         return found
 
     def _wants_imatrix(self) -> bool:
-        return "data" in self.inputs.stages if self.config.imatrix is None else self.config.imatrix
+        return self.config.weighted("data" in self.inputs.stages)
 
     def _weighed(self, model: CausalModel) -> dict[str, Any] | None:
         if not self._wants_imatrix():

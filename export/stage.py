@@ -47,10 +47,6 @@ def _check_format(check: Callable[[], None], other: str, check_other: Callable[[
 
 def run(config: ExportConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `bundle/`; after a kill, artifacts that were verified are kept."""
-    if config.imatrix and "data" not in inputs.stages:
-        raise UserError(
-            "export.imatrix is true, but the recipe has no data stage to compute it from; add `data:` or remove the key"
-        )
     provenance: dict[str, Any] = {
         # The folder of a stage is named after its fingerprint.
         "stages": {name: folder.name.rpartition("-")[2] for name, folder in inputs.stages.items()},
@@ -78,8 +74,8 @@ def export_checkpoint(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; give another --out, or remove it")
-    if config.imatrix and rows is None:
-        raise UserError("an importance matrix needs a recipe with a data stage")
+    for keys, problem in config.unweighted(rows is not None):
+        raise UserError(f"export.{keys[0]}: {problem}")
     if config.train_scales and rows is None:
         raise UserError("training scales needs rows to learn from: give a data stage's folder (--rows)")
     check(config, checkpoint, context)

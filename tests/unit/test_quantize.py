@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
-from compress.export.quantize import FILE_TYPES, Type, quantize, row_bytes, tensor_type
+from compress.export.mixes import FILE_TYPES, MixedModel, tensor_type
+from compress.export.quantize import WEIGHTED, Type, quantize, row_bytes
 
 # A SmolLM2-135M of 24 blocks: rows of 576 = 18 · 32 are no multiple of 256, rows of 1536 (ffn_down) are.
 SMOLLM2 = {
@@ -32,9 +35,9 @@ MORE_OF_24 = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
 MORE_OF_16 = {0, 1, 4, 7, 10, 13, 14, 15}
 
 
-def types_of(part: str, shape: tuple[int, ...], mix: str, blocks: int, **options: bool) -> list[str]:
-    options = {"tied": True} | options
-    return [tensor_type(f"blk.{i}.{part}.weight", shape, mix, blocks, **options).name for i in range(blocks)]
+def types_of(part: str, shape: tuple[int, ...], mix: str, blocks: int, **options: Any) -> list[str]:
+    model = MixedModel(blocks, **options)
+    return [tensor_type(f"blk.{i}.{part}.weight", shape, mix, model).name for i in range(blocks)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_even_mixes_of_the_24_block_smollm2(mix, narrow, wide, embedding):
     """One type throughout; K-quants of rows of 576 become their fallbacks of 32."""
     for part, shape in SMOLLM2.items():
         assert set(types_of(part, shape, mix, 24)) == {wide if part == "ffn_down" else narrow}, part
-    found = tensor_type("token_embd.weight", (49152, 576), mix, 24, tied=True).name
+    found = tensor_type("token_embd.weight", (49152, 576), mix, MixedModel(24)).name
     assert found == embedding
 
 
@@ -64,7 +67,7 @@ def test_q4_k_m_of_the_24_block_smollm2():
         else:
             expected = ["Q5_0"] * 24
         assert found == expected, part
-    assert tensor_type("token_embd.weight", (49152, 576), "Q4_K_M", 24, tied=True) == Type.Q8_0
+    assert tensor_type("token_embd.weight", (49152, 576), "Q4_K_M", MixedModel(24)) == Type.Q8_0
 
 
 def test_q4_k_m_where_rows_fit():
@@ -96,9 +99,9 @@ def test_fused_attention_counts_as_attn_v():
 )
 def test_heads_get_more_bits_and_embeddings_only_when_they_are_heads(mix, tied_embedding, embedding, head):
     shape = (128256, 2048)
-    assert tensor_type("token_embd.weight", shape, mix, 16, tied=True).name == tied_embedding
-    assert tensor_type("token_embd.weight", shape, mix, 16, tied=False).name == embedding
-    assert tensor_type("output.weight", shape, mix, 16, tied=False).name == head
+    assert tensor_type("token_embd.weight", shape, mix, MixedModel(16)).name == tied_embedding
+    assert tensor_type("token_embd.weight", shape, mix, MixedModel(16, tied=False)).name == embedding
+    assert tensor_type("output.weight", shape, mix, MixedModel(16, tied=False)).name == head
 
 
 def test_importance_guards_the_first_ffn_down_of_q4_0():
@@ -108,29 +111,68 @@ def test_importance_guards_the_first_ffn_down_of_q4_0():
     assert types_of("ffn_up", (8192, 2048), "Q4_0", 16, importance=True) == ["Q4_0"] * 16
 
 
+def test_which_blocks_get_more_bits_in_q3_k_m_and_q4_k_s():
+    """llama.cpp counts attn_v by number, two and four of them, and ffn_down by sixteenths and eighths."""
+    shape = (2048, 8192)
+    assert types_of("attn_v", shape, "Q3_K_M", 32) == ["Q5_K"] * 2 + ["Q4_K"] * 30
+    assert types_of("ffn_down", shape, "Q3_K_M", 32) == ["Q5_K"] * 2 + ["Q4_K"] * 30
+    assert types_of("attn_v", shape, "Q4_K_S", 32) == ["Q5_K"] * 4 + ["Q4_K"] * 28
+    assert types_of("ffn_down", shape, "Q4_K_S", 32) == ["Q5_K"] * 4 + ["Q4_K"] * 28
+    assert types_of("attn_k", shape, "Q3_K_M", 32) == ["Q3_K"] * 32
+
+
+@pytest.mark.parametrize(
+    ("mix", "narrow", "wide"),
+    [
+        ("Q2_K", "Q3_K", "Q4_K"),
+        ("Q2_K_S", "Q2_K", "Q4_K"),
+        ("IQ3_S", "IQ3_S", "Q4_K"),
+        ("IQ4_XS", "IQ4_XS", "Q5_K"),
+        ("IQ2_XS", "Q2_K", "Q4_K"),
+        ("IQ2_M", "IQ3_S", "Q4_K"),
+        ("Q4_K_M", "Q4_K", "Q4_K"),
+    ],
+)
+def test_attn_v_that_four_queries_share_gets_more_bits(mix, narrow, wide):
+    """Of block 7 of 32, which no other rule treats better."""
+    name, shape = "blk.7.attn_v.weight", (512, 2048)
+    for queries, expected in ((3, narrow), (4, wide)):
+        assert tensor_type(name, shape, mix, MixedModel(32, importance=True, queries=queries)).name == expected
+
+
+def test_iq4_and_iq3_xxs_need_less_with_an_importance_matrix():
+    down = (2048, 8192)
+    assert types_of("ffn_down", down, "IQ4_XS", 16) == ["Q5_K"] * 2 + ["IQ4_XS"] * 14
+    assert types_of("ffn_down", down, "IQ4_XS", 16, importance=True) == ["IQ4_XS"] * 16
+    assert types_of("attn_v", (512, 2048), "IQ3_XXS", 16, importance=True) == ["IQ3_XXS"] * 16
+
+
 def test_a_70b_gives_its_small_attn_v_more_bits():
     found = types_of("attn_v", (1024, 8192), "Q4_K_M", 80, is_70b=True)
     assert set(found) == {"Q5_K", "Q6_K"}
     assert types_of("attn_k", (1024, 8192), "Q4_K_M", 80, is_70b=True) == ["Q4_K"] * 80
+    assert types_of("attn_v", (1024, 8192), "Q3_K_S", 80, is_70b=True) == ["Q5_K"] * 80
+    assert types_of("attn_v", (1024, 8192), "IQ2_XS", 80, is_70b=True, importance=True) == ["Q2_K"] * 80
 
 
 @pytest.mark.parametrize("mix", FILE_TYPES)
 def test_norms_biases_and_rope_factors_stay_float32(mix):
     for name in ("blk.0.attn_norm.weight", "blk.0.attn_q.bias", "output_norm.weight", "rope_freqs.weight"):
-        assert tensor_type(name, (2048,), mix, 16, tied=True) == Type.F32
-    assert tensor_type("blk.0.attn_q_norm.weight", (128,), mix, 16, tied=True) == Type.F32
+        assert tensor_type(name, (2048,), mix, MixedModel(16)) == Type.F32
+    assert tensor_type("blk.0.attn_q_norm.weight", (128,), mix, MixedModel(16)) == Type.F32
 
 
-@pytest.mark.parametrize("mix", [mix for mix in FILE_TYPES if mix != "F16"])
+@pytest.mark.parametrize("mix", [mix for mix in FILE_TYPES if mix not in ("F16", "BF16")])
 def test_rows_no_multiple_of_32_stay_f16(mix):
     assert types_of("attn_q", (80, 80), mix, 4) == ["F16"] * 4
     # llama.cpp first wants Q8_0 of such an embedding; its blocks are 32 wide as well.
-    assert tensor_type("token_embd.weight", (512, 80), mix, 4, tied=True) == Type.F16
+    assert tensor_type("token_embd.weight", (512, 80), mix, MixedModel(4)) == Type.F16
 
 
 # Root mean square of the rounding error, as a share of the values', for normally distributed values.
 BOUNDS = {"F16": 3e-4, "Q8_0": 0.006, "Q6_K": 0.02, "Q5_0": 0.05, "Q5_1": 0.05, "Q5_K": 0.045}
-BOUNDS |= {"Q4_0": 0.1, "Q4_1": 0.095, "Q4_K": 0.085}
+BOUNDS |= {"Q4_0": 0.1, "Q4_1": 0.095, "Q4_K": 0.085, "IQ4_NL": 0.085, "IQ4_XS": 0.085, "MXFP4": 0.13, "BF16": 0.002}
+BOUNDS |= {"Q3_K": 0.17, "Q2_K": 0.33, "IQ3_S": 0.18, "IQ3_XXS": 0.23}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +198,13 @@ def test_importance_lowers_the_error_where_it_weighs(matrix, kind):
     plain, weighted = (gguf.dequantize(quantize(matrix, Type[kind], i), Type[kind]) for i in (None, importance))
     assert relative_error(weighted, matrix, importance) < 0.95 * relative_error(plain, matrix, importance)
     assert relative_error(weighted, matrix) < 2 * relative_error(plain, matrix)
+
+
+def test_types_of_one_and_two_bits_need_an_importance(matrix):
+    """Without one, ggml would end the process."""
+    for kind in WEIGHTED:
+        with pytest.raises(ValueError, match=f"{kind.name} needs an importance"):
+            quantize(matrix, kind)
 
 
 def test_bytes_do_not_depend_on_threads(matrix, monkeypatch):
