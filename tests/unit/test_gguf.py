@@ -240,8 +240,8 @@ def test_broken_safetensors_are_named(tiny, tmp_path, damage):
 
 
 def test_unsupported_things_are_refused(tiny, tmp_path):
-    with pytest.raises(UserError, match="'Q5_K_S' is not one of F16, Q8_0"):
-        write_gguf(tiny(), tmp_path / "m.gguf", "Q5_K_S")
+    with pytest.raises(UserError, match="'Q5_K_X' is not one of F16, BF16, Q8_0"):
+        write_gguf(tiny(), tmp_path / "m.gguf", "Q5_K_X")
     dynamic = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
     with pytest.raises(UserError, match="rope scaling 'dynamic' is not one of llama"):
         write_gguf(dynamic, tmp_path / "m.gguf", "F16")
