@@ -12,7 +12,7 @@ import typer
 from ..core.errors import UserError
 from ..core.extras import need
 from ..core.files import why_not_utf8
-from ..core.units import megabytes, number, percent
+from ..core.units import kilobytes, megabytes, number, percent
 from ..pipeline.places import check_text, decode, read_standard_input
 from .console import console, errors, figures_table, print_json
 from .kv_options import NO_BUDGET, KvOptions, with_kv_options
@@ -256,7 +256,8 @@ def bench(
 
 
 def _show_bench(report: BenchReport) -> None:
-    figures = ("depth", "perplexity", "prefill\ntokens/s", "first\ntoken", "decode\ntokens/s", "peak\nmemory")
+    speed = ("prefill\ntokens/s", "first\ntoken", "decode\ntokens/s")
+    figures = ("depth", "perplexity", *speed, "peak\nmemory", "KV per\ntoken")
     table = figures_table(f"{report.name}: every depth", ("engine", "type"), figures)
     for depth in report.depths:
         table.add_row(
@@ -268,6 +269,7 @@ def _show_bench(report: BenchReport) -> None:
             f"{1000 * depth.first_token_seconds:.0f} ms",
             number(depth.decode_tokens_per_second),
             megabytes(depth.peak_memory_bytes),
+            kilobytes(depth.kv_bytes_per_token),
         )
     console.print(table)
     if not report.drafts:

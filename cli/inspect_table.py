@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..core.units import duration, megabytes
+from ..core.units import duration, kilobytes, megabytes
 from ..pipeline.inspection import (
     AdapterInfo,
     BundleInfo,
@@ -126,7 +126,8 @@ def _bundle(found: BundleInfo) -> Rows:
             (
                 artifact.role,
                 f"{artifact.path}, {megabytes(artifact.bytes)}, {artifact.bits_per_weight:.2f} bits per weight, "
-                f"perplexity {v.perplexity:.2f} (checkpoint {v.checkpoint_perplexity:.2f}), KL {v.kl:.4f}",
+                f"perplexity {v.perplexity:.2f} (checkpoint {v.checkpoint_perplexity:.2f}), KL {v.kl:.4f}, "
+                f"{kilobytes(artifact.kv_bytes_per_token)} of keys and values per token ({artifact.kv})",
             )
         )
     return rows

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 from .console import console, errors, print_json
 from .options import DeviceOption, DtypeOption, JsonOption, RunsOption
 from .progress import ConsoleProgress
@@ -30,6 +30,9 @@ def export(
     depths: Annotated[
         str, typer.Option("--depths", help="Depths to offer, in blocks; the last one is the whole model: 12,18,24.")
     ] = "",
+    kv: Annotated[
+        str, typer.Option("--kv", help=f"How ONNX holds keys and values: {' or '.join(ONNX_CACHES)}.")
+    ] = "float32",
     name: Annotated[str | None, typer.Option(help="Name of the artifacts; the checkpoint's name if not given.")] = None,
     rows: Annotated[
         Path | None,
@@ -46,6 +49,7 @@ def export(
     keys: dict[str, object] = {
         "gguf": _split(gguf),
         "onnx": _split(onnx),
+        "kv": kv,
         "depths": [_number(d) for d in _split(depths)] or None,
     }
     keys |= {"train_scales": {}} if train_scales else {}

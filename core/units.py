@@ -10,6 +10,11 @@ def megabytes(value: float | None) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
+def kilobytes(value: float | None) -> str:
+    """Bytes as kB."""
+    return "–" if value is None else f"{value / 1e3:.1f} kB"
+
+
 def number(value: float | None) -> str:
     """A number with four significant digits."""
     if value is None:

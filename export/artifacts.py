@@ -25,11 +25,13 @@ from .gguf import write_gguf
 from .gguf_family import family_name, measure_gguf, write_family
 from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
+from .onnx_kv import CacheScales
 from .scale_files import GgufScales, OnnxScales, ScaleFiles
 from .tensors import gguf_errors, onnx_errors
 from .verify import (
     PROBE,
     Reference,
+    check_cache,
     check_ends,
     check_gapped,
     check_graph,
@@ -37,6 +39,7 @@ from .verify import (
     check_retaining,
     check_runtime,
     check_tokens,
+    coarser,
 )
 
 
@@ -53,6 +56,7 @@ class Making:
     imatrix: Callable[[], dict[str, Any] | None]
     tokenizer: Callable[[], Any]
     built: Callable[[], Path]  # the folder with the float32 ONNX graph, which is made when it is first asked for
+    cache: Callable[[], CacheScales | None] = lambda: None  # None: keys and values in float32
     temporary: bool = False  # for verification alone
 
 
@@ -210,6 +214,7 @@ class OnnxKind(Kind):
             imatrix=making.imatrix() if ONNX_TYPES[self.type].calibrated else None,
             built=making.built(),
             link=making.temporary,
+            kv=making.cache(),
             progress=making.progress,
         )
 
@@ -225,18 +230,27 @@ class OnnxKind(Kind):
         return OnnxScales(self.file(self.making.depths[-1]), self.making.checkpoint)
 
     def run(self, depth: int, reference: Reference, tensor_error: float) -> Verification:
-        making, role = self.making, self.role_at(depth)
+        making, role, verify = self.making, self.role_at(depth), self.making.config.verify
+        more = verify.kv if making.config.kv == "int8" else 0.0
         check_onnx_texts(self.file(depth), making.checkpoint)
         with OnnxEngine(self.file(depth), making.config.threads) as engine:
-            found = check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
+            found = check_runtime(role, self.type, engine, reference, verify.kl, tensor_error, more)
             if reference.retaining:
                 scores = engine.retaining_scores(reference.windows[0].ids)
-                found.retaining_agreement = check_retaining(role, self.type, reference, scores)
+                kind = self.type if making.config.kv == "float32" else coarser(self.type)
+                found.retaining_agreement = check_retaining(role, kind, reference, scores)
         with GenaiEngine(self.file(depth)) as engine:
             # Stock genai, which passes over outputs that it does not know, such as retaining scores.
             few = Reference(reference.windows[:1], reference.scores[:1])
-            check_runtime(role, self.type, engine, few, making.config.verify.kl, tensor_error)
+            check_runtime(role, self.type, engine, few, verify.kl, tensor_error, more)
         return found
+
+    def check_cache(self, depth: int, reference: Reference) -> float:
+        """The mean KL of one depth in float32 with its int8 cache, on the reference's long text; `UserError` past the
+        limit."""
+        assert reference.long is not None
+        with OnnxEngine(self.file(depth), self.making.config.threads) as engine:
+            return check_cache(self.role_at(depth), engine, reference.long, self.making.config.verify.kv)
 
     def check_graph(self, depth: int, reference: Reference) -> float:
         with OnnxEngine(self.file(depth), self.making.config.threads) as engine:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import read_json, write_whole
+from ..core.units import kilobytes
 from ..modeling.families import family_of
 from ..modeling.shape import AttentionShape
 from ..records.bundle import ArtifactEntry, BundleManifest
@@ -41,7 +42,9 @@ def write_card(bundle: Path, manifest: BundleManifest) -> None:
         base_blocks=manifest.provenance.get("base_blocks", len(manifest.kept_blocks)),
         recovered=bool({"distill", "sort"} & manifest.provenance.get("stages", {}).keys()),
         kept=ranges(manifest.kept_blocks),
-        optimum=bool(onnx) and optimum_runs(read_json(bundle / "config.json")),
+        kilobytes=kilobytes,
+        # It begins with an empty cache of floats.
+        optimum=bool(onnx) and onnx[0].kv == "float32" and optimum_runs(read_json(bundle / "config.json")),
     )
     write_whole(bundle / "README.md", text)
     if gguf:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..core.stage import Section
-from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
+from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 
 FORMAT = 4
 FEW_BITS = 6  # per weight of a file: with more, rounding costs so little that training gains nothing
 if TYPE_CHECKING:
-    GgufType = OnnxPrecision = str
+    GgufType = OnnxPrecision = KvType = str
 else:
     GgufType, OnnxPrecision = Literal[tuple(GGUF_TYPES)], Literal[tuple(ONNX_TYPES)]
+    KvType = Literal[ONNX_CACHES]
 
 
 class Verify(Section):
@@ -26,6 +27,12 @@ class Verify(Section):
     kl: dict[GgufType | OnnxPrecision, float] = Field(
         default_factory=dict,
         description="limit on the mean KL(checkpoint ‖ artifact) per type, such as {Q4_K_M: 0.05}; overrides defaults",
+    )
+    kv: float = Field(
+        default=0.02,
+        gt=0,
+        description="limit on the mean KL(checkpoint ‖ float32 graph with an int8 cache): what rounding keys and "
+        "values may cost, on top of the type's own limit",
     )
 
 
@@ -61,6 +68,11 @@ class ExportConfig(Section):
         default=None,
         description="weight rounding errors by an importance matrix from the data stage's rows; null: if there is one",
     )
+    kv: KvType = Field(
+        default="float32",
+        description="how ONNX artifacts hold keys and values: float32, or int8 in a quarter of the memory, with scales "
+        "measured on the data stage's rows (without one on a short built-in text)",
+    )
     imatrix_tokens: int = Field(default=8192, ge=64, description="tokens the importance matrix is computed from")
     train_scales: TrainScales | None = Field(
         default=None, description="train the scales of quantized files on the data stage's rows; null: do not"
@@ -75,6 +87,8 @@ class ExportConfig(Section):
         for values in (self.gguf, self.onnx):
             if len(set(values)) != len(values):
                 raise ValueError(f"{values} lists a type twice")
+        if self.kv != "float32" and not self.onnx:
+            raise ValueError(f"kv: {self.kv} is for ONNX, and no type is named under onnx; add one, or remove the key")
         if self.depths is not None and sorted(set(self.depths)) != self.depths:
             raise ValueError(f"depths {self.depths} must be in ascending order, each once")
         return self

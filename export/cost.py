@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..core.cost import Need, Overrides, Parts, Setting, StageCost, halves, worst
+from ..core.units import kilobytes
 from ..core.work import Work, forward
-from ..runtime.cost import artifact_bytes, scoring
+from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
 from ..training.cost import HEAD_COPIES_ANCHORED, saved_per_token
 from .config import ExportConfig, TrainScales
 
 RUNTIME = 720e6  # measured after a whole run of SmolLM2; includes freed memory that glibc keeps
 ROW = 2048  # longest held-out row that is encoded; its beginning is the probe
+LONG_TOKENS, LONG_STEP = 1024, 8  # of the text that an int8 cache is tried on; every so many are compared
+CACHE_TOKENS, CACHE_ROW = 4096, 1024  # that the scales of an int8 cache are measured on, in rows of at most so many
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
 # Operations' worth of time per weight and type: choosing scales. From the default recipe's export on `cpu-2core`.
@@ -43,11 +46,14 @@ def _need(config: ExportConfig, at: Setting) -> Need:
     disk = sum(int(artifact_bytes(kind, small)) for kind in kinds)
     *less, _ = _exported(config, at)
     disk += len(less) * len(config.gguf) * DEPTH_GGUF * at.shape.vocab + sum(less) * len(config.onnx) * DEPTH_ONNX
-    note = ", ".join(kinds) + (f" at {len(less) + 1} depths" if less else "")
+    note = ", ".join(kinds) + (f" at {len(less) + 1} depths" if less else "") + f"; {_context_note(config, at)}"
     runtime = {"runtime": at.runtime(RUNTIME)}
     reference = runtime | {"weights": at.small, "activations": ROW * at.shape.state * at.size}
     if less:  # each depth's distributions on the probe text
         reference["logits"] = (len(less) + 1) * config.verify.tokens * at.shape.vocab * 4
+    if config.kv != "float32":
+        positions = (len(less) + 1) * LONG_TOKENS // LONG_STEP
+        reference["logits"] = reference.get("logits", 0) + positions * at.shape.vocab * 4
     moments = [reference]
     building = {"runtime": int(2 * RUNTIME), "weights": small * 4}
     if config.onnx and not at.cuda:
@@ -58,6 +64,13 @@ def _need(config: ExportConfig, at: Setting) -> Need:
     # The float32 graph that the others are made from; before it the F16 file that llama.cpp's graph is checked with.
     checked = 2 * small if config.gguf and "F16" not in config.gguf else 0
     return Need(worst(*moments), disk, note, max(4 * small if config.onnx else 0, checked), host)
+
+
+def _context_note(config: ExportConfig, at: Setting) -> str:
+    """What keys and values take at the greatest depth."""
+    caches = dict.fromkeys(cache_type(kind, config.kv) for kind in [*config.onnx, *config.gguf])
+    each = (f"{kilobytes(kv_bytes_per_token(at.shape, at.kept, cache))} in {cache}" for cache in caches)
+    return f"keys and values of a token: {', '.join(each)}"
 
 
 def _training(config: TrainScales, at: Setting, depths: int) -> Parts:
@@ -112,6 +125,11 @@ def _work(config: ExportConfig, at: Setting) -> Work:
         work = work + Work(host_read=(4 + 2) * small if written else 0)
         for depth in _exported(config, at) if kinds else ():
             work = work + scoring(at.shape, precise, depth, verify.tokens, verify.window)
+    if config.kv != "float32":
+        for depth in _exported(config, at):
+            work = work + Work(forward(at.shape, depth, LONG_TOKENS, LONG_TOKENS / 2, LONG_TOKENS / LONG_STEP))
+            work = work + scoring(at.shape, "fp32", depth, LONG_TOKENS, LONG_TOKENS)
+        work = work + scoring(at.shape, "fp32", at.kept, CACHE_TOKENS, CACHE_ROW)
     return work
 
 

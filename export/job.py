@@ -10,30 +10,47 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
+from ..core.geometry import Geometry
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs, check_deepest
 from ..data.calibration import calibration_batches
+from ..data.chat import encode_text, load_encoded
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link
+from ..modeling.geometry import geometry_of
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
+from ..modeling.shape import original_context, rotated_size
 from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
 from ..records.record import Entry
 from ..runtime.artifact_types import ARTIFACT_TYPES
 from ..runtime.bundle import read_bundle
+from ..runtime.cost import cache_type, kv_bytes_per_token
 from ..runtime.engine import ScoringWindow
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card
 from .config import ExportConfig
+from .cost import CACHE_ROW, CACHE_TOKENS
 from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
+from .onnx_kv import CacheScales, calibrate
 from .retaining import write_heads
 from .scale_training import ScaleRows, train_scales
-from .verify import Reference, by_length, check_weights, far_windows, gapped_reference, probe_windows, torch_reference
+from .verify import (
+    PROBE,
+    Reference,
+    by_length,
+    check_weights,
+    far_windows,
+    gapped_reference,
+    long_window,
+    probe_windows,
+    torch_reference,
+)
 
 SHORTEST = 16  # tokens that llama.cpp must be able to run as the checkpoint does
 
@@ -113,6 +130,7 @@ class ExportJob:
             lambda: self._imatrix,
             lambda: self._tokenizer,
             lambda: build_graph(self.checkpoint, self.work / "built", self.context.progress),
+            lambda: self._cache_scales,
         )
         return [*(GgufKind(making, t) for t in self.config.gguf), *(OnnxKind(making, t) for t in self.config.onnx)]
 
@@ -124,7 +142,9 @@ class ExportJob:
             made = self._made(kind)
             graph = self._graph(kind)[str(depth)]
             found = kind.run(depth, self._references[kind.form][depth], made.tensor_error)
-            found = found.model_copy(update={"graph_kl": graph})
+            rounded = self._rounded_cache(kind).get(str(depth)) if self._quantizes_cache(kind) else None
+            found = found.model_copy(update={"graph_kl": graph, "kv_kl": rounded})
+            cache = cache_type(kind.type, self.config.kv)
             size = kind.size(depth)
             entry = ArtifactEntry(
                 role=role,
@@ -135,6 +155,8 @@ class ExportJob:
                 bytes=size.bytes,
                 parameters=size.parameters,
                 bits_per_weight=round(size.bits_per_weight, 4),
+                kv=cache,
+                kv_bytes_per_token=kv_bytes_per_token(self._shape, depth, cache),
                 verification=found,
                 trained_scales=made.trained_scales,
             )
@@ -191,11 +213,12 @@ class ExportJob:
             types = self.config.gguf if kind.form == "gguf" else self.config.onnx
             place = self.work / "graph"
             precise = type(kind)(making, kind.precise)
-            if kind.precise in types:
+            if kind.precise in types and not self._quantizes_cache(kind):
                 self._made(precise)
             else:
                 shutil.rmtree(place, ignore_errors=True)
-                precise = type(kind)(replace(making, bundle=place, temporary=True), kind.precise)
+                plain = replace(making, bundle=place, temporary=True, cache=lambda: None)
+                precise = type(kind)(plain, kind.precise)
                 precise.write()
                 precise.check_depths()
             with self.context.progress.bar(
@@ -208,6 +231,58 @@ class ExportJob:
             shutil.rmtree(place, ignore_errors=True)
             write_json(record, found)
         return read_json(record)
+
+    def _quantizes_cache(self, kind: Kind) -> bool:
+        return kind.form == "onnx" and self.config.kv != "float32"
+
+    def _rounded_cache(self, kind: Kind) -> dict[str, float]:
+        """Depth → KL of the float32 graph with an int8 cache, in files that are made for it and deleted again."""
+        record = self.work / "rounded-cache.json"
+        if not record.exists():
+            place = self.work / "rounded"
+            shutil.rmtree(place, ignore_errors=True)
+            precise = OnnxKind(replace(kind.making, bundle=place, temporary=True), OnnxKind.precise)
+            precise.write()
+            with self.context.progress.bar("checking the int8 cache", len(self.depths)) as step:
+                found = {}
+                for depth in self.depths:
+                    found[str(depth)] = precise.check_cache(depth, self._references["onnx"][depth])
+                    step()
+            shutil.rmtree(place)
+            write_json(record, found)
+        return read_json(record)
+
+    @cached_property
+    def _cache_scales(self) -> CacheScales | None:
+        """How keys and values are rounded, measured with the float32 graph on the data stage's rows."""
+        if self.config.kv == "float32":
+            return None
+        file = self.work / "cache-scales.safetensors"
+        if not file.exists():
+            built = build_graph(self.checkpoint, self.work / "built", self.context.progress)
+            rows = self._calibration_rows()
+            with self.context.progress.bar("scales of keys and values", sum(map(len, rows))) as advance:
+                calibrate(built, rows, rotated_size(load_config(self.checkpoint)), self.config.threads, advance).save(
+                    file.with_suffix(".tmp")
+                )
+            file.with_suffix(".tmp").replace(file)
+        return CacheScales.load(file)
+
+    def _calibration_rows(self) -> list[list[int]]:
+        data, length = self.inputs.stages.get("data"), min(CACHE_ROW, self._shape.positions)
+        if data is None:
+            return [row.input_ids for row in encode_text(self._tokenizer, PROBE, length)]
+        rows, left = [], CACHE_TOKENS
+        for row in load_encoded(data, self._tokenizer, "train", length):
+            rows.append(row.input_ids[:left])
+            left -= len(rows[-1])
+            if left <= 0:
+                break
+        return rows
+
+    @cached_property
+    def _shape(self) -> Geometry:
+        return geometry_of(load_config(self.checkpoint).to_dict())
 
     def _family(self, kind: Kind) -> FamilyEntry:
         linked, copied = disk_bytes(self.bundle / kind.root)
@@ -287,7 +362,14 @@ class ExportJob:
                 if form == "gguf" or by_length(model.config):  # else ONNX takes the positions of a text with a gap
                     far = far_windows(tokenizer, model.config, context, count_parameters(self.checkpoint, depth))
                 gapped = gapped_reference(model, tokenizer, longest) if form == "onnx" else None
-                found[depth] = replace(reference, far=torch_reference(model, far) if far else None, gapped=gapped)
+                long = None
+                if form == "onnx" and self.config.kv != "float32":
+                    long = torch_reference(
+                        model, [long_window(tokenizer, data, min(longest, original_context(model.config)))]
+                    )
+                found[depth] = replace(
+                    reference, far=torch_reference(model, far) if far else None, gapped=gapped, long=long
+                )
         return found
 
     def _wants_imatrix(self) -> bool:

@@ -35,6 +35,7 @@ from ..runtime.artifact_types import ONNX_TYPES
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
 from .onnx_depths import spread, weights_read
+from .onnx_kv import CacheScales, quantize_cache
 from .onnx_retaining import add_heads, head_bytes
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def write_onnx(
     imatrix: Mapping[str, np.ndarray] | None = None,
     built: Path | None = None,
     link: bool = False,
+    kv: CacheScales | None = None,
     progress: Progress | None = None,
 ) -> WrittenOnnx:
     """Write `checkpoint` as an ONNX folder at `precision`: int4, int8 or fp32.
@@ -106,6 +108,8 @@ def write_onnx(
     bits. Head and embedding are one tensor where the model ties them. A checkpoint's retaining heads stay float32 and
     become outputs (`onnx_retaining`). `imatrix` gives the mean squared activations of each matrix's inputs,
     (in_features,) float32 by llama.cpp tensor name, and improves int4.
+
+    With `kv` the cache's keys and values are int8, rounded with these scales (`onnx_kv`); else float32.
 
     With several `depths`, ascending to all blocks, `out_dir` becomes a family (`onnx_depths`); the return value
     and the weights file are then those of all blocks.
@@ -125,7 +129,7 @@ def write_onnx(
     with _work_folder(work), _disk_errors(out_dir):
         if built is None:
             build_float32([(checkpoint, work / "fp32")], progress)
-        made = _finish(checkpoint, built or work / "fp32", work, precision, imatrix or {}, progress, link)
+        made = _finish(checkpoint, built or work / "fp32", work, precision, imatrix or {}, progress, link, kv)
         info = _describe(made, checkpoint)
         if len(depths) > 1:
             spread(made, work / "family", depths, load_config(checkpoint))
@@ -233,6 +237,7 @@ def _finish(
     imatrix: Mapping[str, np.ndarray],
     progress: Progress,
     link: bool,
+    kv: CacheScales | None,
 ) -> Path:
     """Edit and quantize the float32 graph in `built`; gather the folder's files."""
     import onnx_ir as ir
@@ -243,6 +248,8 @@ def _finish(
     # The builder stamps the git commit of whatever repository its package lies in.
     model.producer_version = version("onnxruntime-genai")
     _add_position_ids(model)
+    if kv is not None:
+        quantize_cache(model, kv)
     data = made / "model.onnx.data"
     heads = load_heads(checkpoint, load_config(checkpoint)) if has_heads(checkpoint) else None
     if not _rounds(precision) and heads is None:

@@ -27,7 +27,7 @@ from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
 from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
-from .cost import ROW
+from .cost import LONG_STEP, LONG_TOKENS, ROW
 from .tensors import LIMITS
 
 # Limits on the mean KL to the checkpoint at high precision, where only a wrong graph is far from it: a SmolLM2-135M has
@@ -82,6 +82,7 @@ class Reference:
     retaining: tuple[np.ndarray, ...] = ()  # scores (T, G) of the first window per block, where there are heads
     far: Reference | None = None  # one text that is longer than the original context, where positions are scaled
     gapped: Gapped | None = None
+    long: Reference | None = None  # one long text, where the cache is rounded
 
     @property
     def flat(self) -> list[Distribution]:
@@ -136,6 +137,17 @@ def gapped_reference(model: CausalModel, tokenizer: ModelTokenizer, context: int
     window = ScoringWindow.of(ids)
     logits = decoder.head(hidden[[p - 1 for p in window.positions]]).float().cpu().numpy()
     return Gapped(window, positions, distributions(logits, ids, window.positions))
+
+
+def long_window(tokenizer: ModelTokenizer, data: Path | None, context: int) -> ScoringWindow:
+    """A text of up to `LONG_TOKENS` tokens, compared at every `LONG_STEP`-th of them: held-out rows one after the
+    other, else a built-in text again and again."""
+    rows = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
+    ids = [token for row in rows for token in row.input_ids]
+    length = min(LONG_TOKENS, context - 1)
+    if len(ids) < length:
+        ids += _repeated(tokenizer, length - len(ids))
+    return ScoringWindow(ids[:length], range(min(LONG_STEP, length - 1), length, LONG_STEP))
 
 
 @torch.no_grad()
@@ -208,11 +220,18 @@ def check_weights(what: str, errors: Iterator[tuple[str, str, float]], moved: fl
 
 
 def check_runtime(
-    what: str, kind: str, engine: Engine, reference: Reference, limits: dict[Any, float], tensor_error: float
+    what: str,
+    kind: str,
+    engine: Engine,
+    reference: Reference,
+    limits: dict[Any, float],
+    tensor_error: float,
+    more: float = 0.0,
 ) -> Verification:
-    """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type."""
+    """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type and `more`,
+    which is what a rounded cache may cost."""
     found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in GGUF_TYPES else None))
-    limit = (KL_LIMITS | limits)[kind]
+    limit = (KL_LIMITS | limits)[kind] + more
     if not found["kl"] <= limit:
         raise UserError(
             f"{what}: quantized to {kind}, its predictions in {engine.runtime} are {found['kl']:.4f} nats (mean KL) "
@@ -235,6 +254,26 @@ def check_graph(form: str, kind: str, engine: Engine, reference: Reference) -> f
     found = compare(reference, engine.score(reference.windows, top_k=TOP_K if form == "gguf" else None))["kl"]
     _graph_within(form, kind, engine, found, "")
     return _rounded(found)
+
+
+def check_cache(what: str, engine: OnnxEngine, long: Reference, limit: float) -> float:
+    """The mean KL to the checkpoint of a float32 graph with an int8 cache on a long text; `UserError` past the limit.
+
+    The text is read in passes, each over the rounded keys and values of those before.
+    """
+    found = compare(long, engine.score(long.windows))["kl"]
+    if not found <= limit:
+        raise UserError(
+            f"{what}: with keys and values in int8 its predictions are {found:.4f} nats (mean KL) from the "
+            f"checkpoint's over {len(long.windows[0].ids)} tokens (limit {limit:g}). Export with kv: float32, or raise "
+            "export.verify.kv"
+        )
+    return _rounded(found)
+
+
+def coarser(kind: str) -> str:
+    """The type whose limit on retaining scores holds where an int8 cache disturbs them, too."""
+    return min(kind, "int8", key=lambda name: ONNX_TYPES[name].retaining or 0.0)
 
 
 def check_gapped(kind: str, engine: OnnxEngine, gapped: Gapped) -> float:

@@ -41,6 +41,7 @@ class BenchDepth(_Figures):
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     peak_memory_bytes: int  # of the whole process
+    kv_bytes_per_token: int | None = None  # of keys and values, per token of context that is held
     load_seconds: float
 
 
@@ -130,8 +131,8 @@ def _with_quality(manifest: BundleManifest, found: list[DepthFigures]) -> list[B
     entries = []
     for figures in found:
         artifact = artifacts[figures.engine, figures.type, figures.depth]
-        quality = {"role": artifact.role, "perplexity": artifact.verification.perplexity}
-        entries.append(BenchDepth(**quality, **asdict(figures)))
+        known = {"role": artifact.role, "perplexity": artifact.verification.perplexity}
+        entries.append(BenchDepth(**known, kv_bytes_per_token=artifact.kv_bytes_per_token, **asdict(figures)))
     return entries
 
 

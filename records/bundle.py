@@ -21,6 +21,7 @@ class Verification(Entry):
     top1_agreement: float
     tensor_error: float  # largest relative error of a row of weights
     graph_kl: float | None = None  # the same KL of the graph at high precision: F16 in llama.cpp, fp32 in ONNX Runtime
+    kv_kl: float | None = None  # of an int8 cache: the same KL of the float32 graph with it, on a long text
     retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
 
 
@@ -46,6 +47,8 @@ class ArtifactEntry(Entry):
     bytes: int  # of all that is read for this depth; several depths share most of it
     parameters: int
     bits_per_weight: float
+    kv: str | None = None  # how the runtime holds keys and values: float32, float16, int8
+    kv_bytes_per_token: int | None = None  # of keys and values, per token of context
     verification: Verification
     trained_scales: TrainedScales | None = None
 

@@ -68,3 +68,8 @@ ONNX_TYPES = {
     "fp32": ArtifactType(32, 32, kl=0.0001, calibrated=False, retaining=0.9999),
 }
 ARTIFACT_TYPES = GGUF_TYPES | ONNX_TYPES
+
+# Bytes of one number of the keys and values that a runtime holds, by the cache's type.
+CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0}
+ONNX_CACHES = ("float32", "int8")
+GGUF_CACHE = "float16"

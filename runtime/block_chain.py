@@ -17,7 +17,7 @@ from ..core.errors import UserError
 from ..core.machine import threads_of
 from .generator import check_depth
 from .onnx_cut import Part, cut_model
-from .onnx_engine import PREFILL_CHUNK, first_line, read_genai_config
+from .onnx_engine import CACHE_TYPES, PREFILL_CHUNK, first_line, read_genai_config
 
 _SMALLEST_CACHE = 256  # tokens; doubled when full
 
@@ -41,9 +41,9 @@ class BlockChain:
         file = self.folder / decoder["filename"]
         *self.parts, self.head = cut_model(file, self.depths, int(decoder["num_hidden_layers"]), scores)
         self.sessions: list[Any] = [self._open(part, file, threads) for part in (*self.parts, self.head)]
-        self.takes_positions = [
-            "position_ids" in {value.name for value in session.get_inputs()} for session in self.sessions
-        ]
+        inputs = [{value.name: value.type for value in session.get_inputs()} for session in self.sessions]
+        self.takes_positions = ["position_ids" in names for names in inputs]
+        self.kv_type = CACHE_TYPES[inputs[0]["past_key_values.0.key"]]  # of the numbers in the cache
 
     def _open(self, part: Part, file: Path, threads: int) -> Any:
         import onnxruntime
@@ -153,7 +153,7 @@ class CachedText:
         """Make room for so many tokens, at least doubling the capacity, and rebind the caches."""
         room = min(max(wanted, 2 * self._room), max(wanted, self.chain.context + 1))
         heads, size = self.chain.kv_shape
-        caches = [np.zeros((1, heads, room, size), np.float32) for _ in range(2 * self.chain.depths[-1])]
+        caches = [np.zeros((1, heads, room, size), self.chain.kv_type) for _ in range(2 * self.chain.depths[-1])]
         states = [np.zeros((room, self.chain.hidden), np.float32) for _ in self.chain.parts]
         for old, new in zip(self._caches, caches, strict=False):
             new[:, :, : self._room] = old

@@ -44,12 +44,13 @@ class BoundedText:
         self.most = most_held(settings, ENDLESS)  # entries held at most while a prompt is read
         self.frequencies = None
         if settings.positions == "contiguous":
+            check_renumbering(chain)
             self.frequencies = rotary_frequencies(config)
         self.depth = 0
         self.tokens: list[int] = []
         self.held = 0
         self.room = 0
-        self.keys: list[np.ndarray] = []  # per block, (1, G, room, D) float32
+        self.keys: list[np.ndarray] = []  # per block, (1, G, room, D) in the chain's type
         self.values: list[np.ndarray] = []
         self.scores: list[np.ndarray] = []  # per block, (G, room) float32
         self._bindings = [session.io_binding() for session in chain.sessions]
@@ -185,9 +186,13 @@ class BoundedText:
     def _grow(self, room: int) -> None:
         """Make room for `room` entries, and rebind the buffers."""
         heads, size = self.chain.kv_shape
-        shapes = {"keys": (1, heads, room, size), "values": (1, heads, room, size), "scores": (heads, room)}
-        for name, shape in shapes.items():
-            buffers = [np.zeros(shape, np.float32) for _ in range(self.depth)]
+        cache, kind = (1, heads, room, size), self.chain.kv_type
+        for name, shape, dtype in (
+            ("keys", cache, kind),
+            ("values", cache, kind),
+            ("scores", (heads, room), np.float32),
+        ):
+            buffers = [np.zeros(shape, dtype) for _ in range(self.depth)]
             for old, new in zip(getattr(self, name) if self.room else (), buffers, strict=False):
                 if name == "scores":
                     new[:, : self.held] = old[:, : self.held]
@@ -201,6 +206,16 @@ class BoundedText:
                     # One buffer for past and present: the kernel writes new entries into it and copies nothing.
                     bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
                     bind_array(binding.bind_output, f"present.{block}.{name}", cache)
+
+
+def check_renumbering(chain: BlockChain) -> None:
+    """`UserError` for a cache of integers: contiguous positions turn keys at every eviction, and each turn would round
+    them again."""
+    if np.issubdtype(chain.kv_type, np.integer):
+        raise UserError(
+            f"{chain.folder} has an int8 cache, whose keys cannot be renumbered without rounding them each time: use "
+            "--kv-positions true, or export with kv: float32"
+        )
 
 
 def check_windows(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..core.geometry import Geometry
 from ..core.work import Work, decoding, forward
-from .artifact_types import ARTIFACT_TYPES, ONNX_TYPES
+from .artifact_types import ARTIFACT_TYPES, CACHE_BYTES, GGUF_CACHE, ONNX_TYPES
 
 SLOTS = 4  # texts that llama.cpp scores side by side
 
@@ -16,6 +16,17 @@ SLOTS = 4  # texts that llama.cpp scores side by side
 def artifact_bytes(kind: str, parameters: int) -> float:
     """Expected size of an exported file of a type."""
     return parameters * ARTIFACT_TYPES[kind].typical / 8
+
+
+def kv_bytes_per_token(shape: Geometry, depth: int, cache: str) -> int:
+    """Bytes of keys and values that each token of context takes at a depth, in a cache of this type. Blocks whose
+    attention slides a window are counted as the others: both runtimes keep all of a text."""
+    return round(shape.kv_bytes(1, 1, depth) * CACHE_BYTES[cache])
+
+
+def cache_type(kind: str, onnx_cache: str) -> str:
+    """The type of an artifact's cache, where ONNX's is `onnx_cache`."""
+    return onnx_cache if kind in ONNX_TYPES else GGUF_CACHE
 
 
 def scoring(shape: Geometry, kind: str, depth: int, tokens: int, window: int) -> Work:

@@ -16,6 +16,11 @@ from .engine import Distribution, Engine, ScoringWindow, distributions, pick
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
 
 
+CACHE_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 WEIGHTS = "model.onnx.data"  # lies beside the graph; graphs of several depths read the same one
 
 
@@ -63,10 +68,8 @@ class OnnxEngine(Engine):
             raise UserError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._takes_positions = "position_ids" in inputs
-        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         past = inputs["past_key_values.0.key"]
-        self._dtype = kind[past.type]
-        self._empty = np.zeros((1, past.shape[1], 0, int(decoder["head_size"])), self._dtype)
+        self._empty = np.zeros((1, past.shape[1], 0, int(decoder["head_size"])), CACHE_TYPES[past.type])
         self._outputs = ["logits"] + [f"present.{i}.{part}" for i in range(self._blocks) for part in ("key", "value")]
 
     def logits(
@@ -74,7 +77,8 @@ class OnnxEngine(Engine):
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits (T, V) float32 of T new tokens after `past`, and the new past; `positions` (T,) if not consecutive.
 
-        A past is key, value, key, value … of each block, each (1, KV heads, tokens so far, head size).
+        A past is key, value, key, value … of each block, each (1, KV heads, tokens so far, head size), in the graph's
+        own type: float32, or int8.
         """
         feed = self._feed(ids, past)
         if positions is not None:

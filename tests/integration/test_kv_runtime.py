@@ -14,6 +14,7 @@ import torch
 from compress.core.errors import UserError
 from compress.evaluation.kv_cache import KVCache
 from compress.export.onnx import write_onnx
+from compress.export.onnx_kv import CacheScales, calibrate
 from compress.kv.eviction import best, worst
 from compress.kv.policies import make
 from compress.kv.settings import HeadSettings, KvBudget
@@ -28,6 +29,7 @@ from compress.runtime.block_chain import BlockChain, CachedText
 from compress.runtime.bounded_text import BoundedText
 from compress.runtime.generator import Request, RequestWork
 from compress.runtime.onnx_generator import BoundedGenerator, OnnxGenerator
+from safetensors.torch import load_file
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IDS = [(37 * i) % 440 + 3 for i in range(61)]
@@ -38,6 +40,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {"layer_types": FULL} if family == "gemma3_text" else {}) for family in FAMILIES},
     "multi-head": ("llama", {"kv_heads": 4, "tied": False, "attention_bias": True}),
     "llama3 rope": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
+    "int8 cache": ("llama", {}),
+    "int8 cache, norms": ("qwen3", {"kv_heads": 4}),
     "linear rope": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
 }
 
@@ -102,6 +106,15 @@ class Reference:
         self.heads = heads or load_heads(checkpoint, self.model.config)
         self.model.config._attn_implementation = "slow_bounded"
         self.held: dict[tuple[int, int], Held] = {}
+        file = checkpoint.with_name("scales.safetensors")  # of a cache of integers
+        self.scales = load_file(file) if file.exists() else None
+
+    def rounded(self, x: torch.Tensor, part: str, block: int) -> torch.Tensor:
+        """Keys or values (1, G, T, D) as a cache holds them."""
+        if self.scales is None:
+            return x
+        steps = self.scales[part][block].reshape(x.shape[1], 1, -1)
+        return (x / steps).round().clamp(-128, 127) * steps
 
     @torch.no_grad()
     def logits(self, ids: list[int], prompt: int) -> torch.Tensor:
@@ -110,6 +123,7 @@ class Reference:
 
             def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any) -> Any:
                 block = module.layer_idx
+                key, value = self.rounded(key, "keys", block), self.rounded(value, "values", block)
                 scores = self.heads.score(block, projected[block])[0]
                 out = torch.zeros_like(query)
                 group = query.shape[1] // key.shape[1]
@@ -159,7 +173,14 @@ def exported(shaken, root, inline_builder) -> Callable[..., Any]:
         folder = root / case
         if not folder.exists():
             checkpoint = with_heads(shaken(family, initializer_range=0.2, **options), folder / "checkpoint")
-            write_onnx(checkpoint, folder / "onnx", "fp32")
+            scales = None
+            if "int8" in case:
+                write_onnx(checkpoint, folder / "float", "fp32")
+                found = calibrate(folder / "float", [IDS], 16, 1)
+                # So coarse that rounding is seen, and that hardly any value is near a half.
+                scales = CacheScales(found.keys * np.float32(12), found.values * np.float32(12))
+                scales.save(folder / "scales.safetensors")
+            write_onnx(checkpoint, folder / "onnx", "fp32", kv=scales)
         return folder / "checkpoint", folder / "onnx"
 
     return make

@@ -27,10 +27,12 @@ def test_the_real_model_of_24_blocks(smollm2, tmp_path):
     model = load_model(smollm2)
     drop_blocks(model, range(13, 19))
     save_checkpoint(model, load_tokenizer(smollm2), tmp_path / "pruned")
-    wanted = config(gguf=["Q4_K_M"], onnx=["int4"], verify={"tokens": 64, "window": 64})
+    wanted = config(gguf=["Q4_K_M"], onnx=["int4"], kv="int8", verify={"tokens": 64, "window": 64})
     export_checkpoint(tmp_path / "pruned", tmp_path / "b", wanted, Context(), name="smollm2-24L")
     q4, int4 = read_bundle(tmp_path / "b").artifacts
     assert q4.verification.kl < 0.12 and int4.verification.kl < 0.5
+    assert int4.verification.kv_kl is not None and int4.verification.kv_kl < 0.01
+    assert (q4.kv_bytes_per_token, int4.kv_bytes_per_token) == (2 * 24 * 3 * 64 * 2, 2 * 24 * 3 * 64)
     assert 6.25 < q4.bits_per_weight < 6.35  # rows of 576: Q5_0 and Q8_0 in the place of Q4_K and Q6_K
     for kind, found in (("Q5_0", q4), ("int4", int4)):  # their rows have the largest errors
         assert LIMITS[kind] / 2 < found.verification.tensor_error < LIMITS[kind] / 1.4, kind

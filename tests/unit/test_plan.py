@@ -267,9 +267,16 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     cost = STAGES["export"].cost
     less, more = (cost.need(config, at) for config in (one, three))
     extra = more.disk - less.disk
-    assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000 and more.note == "F16, int4 at 3 depths"
+    assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000
+    # keys and values × 4 blocks × 2 KV heads × 16
+    assert more.note == "F16, int4 at 3 depths; keys and values of a token: 1.0 kB in float32, 0.5 kB in float16"
     works = [cost.work(config, at) for config in (one, three)]
     assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
+    rounded = ExportConfig.model_validate({"onnx": ["int4"], "kv": "int8"})
+    assert cost.need(rounded, at).note == "int4; keys and values of a token: 0.3 kB in int8"
+    plain = cost.work(ExportConfig.model_validate({"onnx": ["int4"]}), at)
+    work = cost.work(rounded, at)
+    assert plain and work and work.total > plain.total + forward(at.shape, 4, 4096 + 1024, 0)
 
 
 def test_training_scales_costs_by_types_steps_and_rows(tiny):
