@@ -193,11 +193,12 @@ def test_rows_may_differ_by_what_training_moved_and_no_more():
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work(shaken, tmp_path, context, talks):
-    for values, why in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"gguf": ["F16", "Q8_0"]}, "none of F16, Q8_0 has fewer than six bits"),
         ({"gguf": ["F16", "Q4_0"], "train": {"types": ["F16"]}}, "F16 has no scales to train"),
         ({"gguf": ["Q4_0"], "train": {"types": ["int4"]}}, "int4 is not exported; listed are Q4_0"),
-    ):
+    ]
+    for values, why in cases:
         with pytest.raises(ValueError, match=why):
             config(**values)
     assert config(gguf=["Q8_0"], train={"types": ["Q8_0"]}).trained == ["Q8_0"]
