@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .distill.config import DistillConfig
     from .evaluation.config import EvaluateConfig
     from .export.config import ExportConfig
+    from .fit.run import fit
     from .kv.settings import KvBudget
     from .merge.config import MergeConfig
     from .pipeline.benchmark import BenchReport, bench
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     )
     from .prune.config import PruneConfig
     from .records.bundle import BundleManifest
+    from .records.fit import FitRecord
     from .records.manifest import StageManifest
     from .records.models import ModelEntry
     from .retain.config import RetainConfig
@@ -67,6 +69,7 @@ _PLACES = {
     "distill.config": "DistillConfig",
     "evaluation.config": "EvaluateConfig",
     "export.config": "ExportConfig",
+    "fit.run": "fit",
     "merge.config": "MergeConfig",
     "pipeline.benchmark": "BenchReport bench",
     "pipeline.direct": "evaluate export extract merge",
@@ -81,6 +84,7 @@ _PLACES = {
     "pipeline.steps": "ModelResult PruneResult StageResult collect_rows distill heal prune retain sort",
     "prune.config": "PruneConfig",
     "records.bundle": "BundleManifest",
+    "records.fit": "FitRecord",
     "records.manifest": "StageManifest",
     "records.models": "ModelEntry",
     "retain.config": "RetainConfig",
@@ -100,6 +104,7 @@ __all__ = [
     "DryRun",
     "EvaluateConfig",
     "ExportConfig",
+    "FitRecord",
     "KvBudget",
     "MagpieConfig",
     "MergeConfig",
@@ -131,6 +136,7 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "fit",
     "heal",
     "inspect",
     "load_model",

@@ -14,7 +14,7 @@ from .. import __version__
 from ..core.errors import UserError
 from ..core.extras import missing
 from ..pipeline.explain import explained, without_foreign_advice
-from . import bundle_commands, model_commands, recipe_commands, serve_command
+from . import bundle_commands, fit_command, model_commands, recipe_commands, serve_command
 from .console import errors
 
 
@@ -42,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for _group in (recipe_commands, model_commands, bundle_commands, serve_command):
+for _group in (recipe_commands, model_commands, fit_command, bundle_commands, serve_command):
     _group.add_to(app)
 
 

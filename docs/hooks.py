@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-OUTPUTS = ("plan", "validate", "recipes", "inspect", "eval", "bench")  # commands that take --json
+OUTPUTS = ("plan", "validate", "recipes", "inspect", "eval", "bench", "fit")  # commands that take --json
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -189,16 +189,36 @@ def measure_engine(
 
     If the runtime lists only the `top_k` most probable tokens, the rest count as one: the KL is then a lower bound.
     """
-    windows = [ScoringWindow(row.input_ids, targets(row)) for row in rows if targets(row)]
-    totals, reference = Totals(), base.open() if base is not None else None
-    for score in (score for window in engine.score(windows, top_k, advance) for score in window):
+    totals = Totals()
+    reference = base.open() if base is not None else None
+    for score, kl, agrees in _compared(engine, rows, reference, top_k, advance):
         totals.nll -= score.target_logprob
-        if reference is not None:
-            logs = reference[totals.tokens]
-            tokens = np.arange(len(logs))
-            expected = Distribution(score.position, score.target, float(logs[score.target]), tokens, logs, True)
-            totals.kl += divergence(expected, score)
-            totals.agree += float(int(reference.top[totals.tokens]) == score.top)
-            totals.compared += 1
         totals.tokens += 1
+        if reference is not None:
+            totals.kl += kl
+            totals.agree += agrees
+            totals.compared += 1
     return totals.metrics()
+
+
+def engine_divergences(
+    engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs, top_k: int | None, advance: Advance
+) -> list[float]:
+    """KL(base ‖ artifact) in nats at every measured position, in order; a lower bound as in `measure_engine`."""
+    return [kl for _, kl, _ in _compared(engine, rows, base.open(), top_k, advance)]
+
+
+def _compared(
+    engine: Engine, rows: Sequence[Encoded], reference: Base | None, top_k: int | None, advance: Advance
+) -> Iterator[tuple[Distribution, float, float]]:
+    """(prediction, its KL, whether it agrees with the base) at every measured position; without a base both are 0."""
+    windows = [ScoringWindow(row.input_ids, targets(row)) for row in rows if targets(row)]
+    scores = (score for window in engine.score(windows, top_k, advance) for score in window)
+    for number, score in enumerate(scores):
+        if reference is None:
+            yield score, 0.0, 0.0
+            continue
+        logs = reference[number]
+        tokens = np.arange(len(logs))
+        expected = Distribution(score.position, score.target, float(logs[score.target]), tokens, logs, True)
+        yield score, divergence(expected, score), float(int(reference.top[number]) == score.top)

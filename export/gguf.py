@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from numpy.typing import NDArray
 
 from ..core.errors import UserError
 from ..core.stage import Progress
@@ -183,13 +184,17 @@ class Conversion:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, shape, kind in () if self.heads_only else tensors:
-                values = self.source.read(name, depth).reshape(-1, shape[-1])
-                rows = quantize(values, kind, (self.imatrix or {}).get(name), self.threads)
-                writer.write_tensor_data(rows.reshape(*shape[:-1], -1))
+            for tensor in () if self.heads_only else tensors:
+                writer.write_tensor_data(self.packed(tensor, depth))
                 advance()
         finally:
             writer.close()
+
+    def packed(self, tensor: Tensor, depth: int | None = None) -> NDArray[np.uint8]:
+        """A tensor's bytes in its type, in the shape `tensor.packed`; as a model of `depth` blocks has it."""
+        values = self.source.read(tensor.name, depth).reshape(-1, tensor.shape[-1])
+        rows = quantize(values, tensor.kind, (self.imatrix or {}).get(tensor.name), self.threads)
+        return rows.reshape(tensor.packed)
 
     @contextmanager
     def disk_errors(self, out: Path) -> Iterator[None]:

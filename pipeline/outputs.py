@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ..core.errors import UserError
 from ..core.files import printable
 from ..core.suggest import did_you_mean
+from ..records.fit import FitRecord
 from ..records.models import ModelEntry
 from .benchmark import BenchReport
 from .inspection import Inspection
@@ -150,6 +151,7 @@ _SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "inspect": TypeAdapter(Inspection).json_schema,
     "eval": TypeAdapter(list[ModelEntry]).json_schema,
     "bench": BenchReport.model_json_schema,
+    "fit": FitRecord.model_json_schema,
     "report": Report.model_json_schema,
 }
 

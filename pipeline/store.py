@@ -128,8 +128,9 @@ def fingerprint(
 
 
 @contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Lock a run folder; a second process gets a `UserError` naming the holder. The lock ends with its process."""
+def lock(run: Path, option: str = "--runs") -> Iterator[None]:
+    """Lock a run folder; a second process gets a `UserError` naming the holder, and the `option` that chooses another
+    folder. The lock ends with its process."""
     run.mkdir(parents=True, exist_ok=True)
     holder = run / ".lock-holder.json"
     guard = FileLock(run / ".lock")
@@ -137,7 +138,7 @@ def lock(run: Path) -> Iterator[None]:
         guard.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{run} is in use by another run{_describe(holder)}; wait for it or choose another --runs"
+            f"{run} is in use by another run{_describe(holder)}; wait for it or choose another {option}"
         ) from error
     try:
         for folder in run.glob(f".*{DISCARDED}"):  # left by a kill while it was being deleted

@@ -50,7 +50,7 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     """Write `model/` (the pruned, healed checkpoint) and `importance.json` (what was measured and chosen)."""
     model = load_model(inputs.model, context.dtype, context.device)
     tokenizer = load_tokenizer(inputs.model)
-    batches = _batches(config, inputs, tokenizer, context)
+    batches = calibration_rows(config, inputs, tokenizer, context)
     record = _choose(config, model, batches, out_dir / WORK / LEDGER, context)
     give_back_memory()  # that of the search's statistics; healing gathers its own
     record.healing = _heal_and_save(model, tokenizer, record.dropped, batches, config, out_dir, context)
@@ -66,7 +66,7 @@ def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Contex
     if not dropped:
         raise UserError(f"heal: {inputs.model} has every block of {inputs.base}, so there is no gap to close")
     tokenizer = load_tokenizer(inputs.base)
-    batches = _batches(config, inputs, tokenizer, context)
+    batches = calibration_rows(config, inputs, tokenizer, context)
     blocks, tokens = model.config.num_hidden_layers, sum(batch.tokens for batch in batches)
     healing = _heal_and_save(model, tokenizer, dropped, batches, config, out_dir, context)
     return {
@@ -97,7 +97,7 @@ def _choose(
     config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context
 ) -> Importance:
     """The blocks to drop, and the measurements; memory that only the search needs is freed."""
-    study = _study(config, model, batches, ledger, context)
+    study = make_study(config, model, batches, ledger, context)
     blocks = study.num_blocks
     distances = study.distances
     candidates = candidate_blocks(config, blocks)
@@ -121,7 +121,8 @@ def _choose(
     )
 
 
-def _batches(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokenizer, context: Context) -> list[Batch]:
+def calibration_rows(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokenizer, context: Context) -> list[Batch]:
+    """The packed rows that the section calibrates on."""
     calibration = config.calibration
     return calibration_batches(
         inputs,
@@ -133,7 +134,7 @@ def _batches(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokenizer, con
     )
 
 
-def _study(config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context) -> Study:
+def make_study(config: PruneConfig, model: CausalModel, batches: list[Batch], ledger: Path, context: Context) -> Study:
     """A study whose scoring rows are disjoint from those that heals are fitted on, and whose held-out rows are in
     neither."""
     calibration = config.calibration

@@ -36,7 +36,8 @@ DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the
 class LlamaCppEngine(Engine):
     """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
-    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation.
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation. `cache` is
+    the type of keys and values: f16, or q8_0 at half the memory.
     Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
     """
 
@@ -50,6 +51,7 @@ class LlamaCppEngine(Engine):
         slots: int = SLOTS,
         draft: Path | None = None,
         draft_tokens: int = 4,
+        cache: str = "f16",
     ):
         self.path = Path(file)
         split_files(self.path)  # raises for a missing part; llama.cpp finds the parts by itself
@@ -66,7 +68,7 @@ class LlamaCppEngine(Engine):
         threads = threads or cores()
         # One more token: the server needs room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
-        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens)
+        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens, cache)
 
     def score(
         self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None

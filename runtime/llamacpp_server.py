@@ -16,16 +16,23 @@ from urllib.parse import urlsplit
 from ..core.errors import UserError
 
 LOG_SECONDS = 5  # to wait for llama.cpp's message on why it cannot load a file
+CACHES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}  # keys and values; q8_0 needs heads of a multiple of 32
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
 def open_server(
-    file: Path, threads: int, slots: int, context: int, draft: Path | None = None, draft_tokens: int = 4
+    file: Path,
+    threads: int,
+    slots: int,
+    context: int,
+    draft: Path | None = None,
+    draft_tokens: int = 4,
+    cache: str = "f16",
 ) -> Any:
     """A ready `xllamacpp.Server` on `file`, with `slots` slots of `context` tokens each.
 
-    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time. Raises `UserError`, with
-    llama.cpp's own reason, where a file is missing or broken.
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time; `cache` is the type of keys
+    and values, one of `CACHES`. Raises `UserError`, with llama.cpp's own reason, where a file is missing or broken.
     """
     xllamacpp = _import()
     parameters = xllamacpp.CommonParams()
@@ -33,6 +40,8 @@ def open_server(
     parameters.n_ctx = context * slots
     parameters.n_parallel = slots
     parameters.kv_unified = False
+    if cache != "f16":
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type[CACHES[cache]]
     parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
     parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
     parameters.fit_params = False

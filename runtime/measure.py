@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from .cost import SLOTS
 from .engine import Speed
 from .open import open_engine
 
@@ -32,13 +33,18 @@ def measure(
     repeat: int = 1,
     threads: int = 0,
     runtime: str | None = None,
+    context: int = 0,
+    slots: int = SLOTS,
+    cache: str = "f16",
 ) -> Measurement:
     """Open the artifact in a fresh process and time it; the best repetition counts.
 
+    llama.cpp allocates a cache of the type `cache` for `slots` texts of `context` tokens; 0: as long as the prompt and
+    what is written.
     Raises `UserError` as `open_engine` does.
     """
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
-    settings |= {"threads": threads, "runtime": runtime}
+    settings |= {"threads": threads, "runtime": runtime, "context": context, "slots": slots, "cache": cache}
     values = in_own_process(__name__, path, settings)
     return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
 
@@ -68,8 +74,9 @@ def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
 
 def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
-    context = values["prompt_tokens"] + values["new_tokens"] + 8
-    with open_engine(path, values["threads"], context, values["runtime"]) as engine:
+    context = max(values["context"], values["prompt_tokens"] + values["new_tokens"] + 8)
+    how = {"slots": values["slots"], "cache": values["cache"]}
+    with open_engine(path, values["threads"], context, values["runtime"], **how) as engine:
         loaded = time.perf_counter() - started
         turns = [engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])]
         speed = Speed(*(max(figures) for figures in zip(*turns, strict=True)))

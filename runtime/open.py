@@ -5,19 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
+from .cost import SLOTS
 from .engine import Engine
 
 
-def open_engine(path: Path, threads: int = 0, context: int = 1024, runtime: str | None = None) -> Engine:
+def open_engine(
+    path: Path,
+    threads: int = 0,
+    context: int = 1024,
+    runtime: str | None = None,
+    *,
+    slots: int = SLOTS,
+    cache: str = "f16",
+) -> Engine:
     """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
 
-    `context` is the longest text for llama.cpp, which allocates its cache in advance.
+    `context` is the longest text for llama.cpp, which allocates its cache in advance, for `slots` texts at a time and
+    in the type `cache`.
     """
     path = Path(path)
     if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):
         from .llamacpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine(path, threads, context)
+        return LlamaCppEngine(path, threads, context, slots, cache=cache)
     if path.is_dir() and runtime in (None, "onnxruntime"):
         from .onnx_engine import OnnxEngine
 

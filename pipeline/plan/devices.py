@@ -90,10 +90,10 @@ def find_device(name: str) -> Device:
     raise UserError(f"--on {name}: no such device; did you mean {', '.join(near)}? All: {', '.join(DEVICES)}")
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--memory", example: str = "24GB") -> int:
     """Bytes of a size such as 24GB or 23.5GiB; a number alone is GB. Raises `UserError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise UserError(f"--memory {text}: write a size such as 24GB")
+        raise UserError(f"{option} {text}: write a size such as {example}")
     power = " KMGT".index(match[2].upper() or "G")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

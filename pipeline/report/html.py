@@ -33,7 +33,7 @@ def to_json(report: Report) -> str:
 
 def render(report: Report) -> str:
     """The page; everything that comes from data is escaped."""
-    return _template("page.html.j2").render(
+    return template("page.html.j2").render(
         report=report,
         headline=headline(report),
         students=students(report),
@@ -61,20 +61,21 @@ def render(report: Report) -> str:
 
 def bench_section(bench: dict[str, Any]) -> str:
     """The part of a page that shows what `compress bench` found."""
-    return _template("bench.html.j2").render(bench=bench, plot=plots.speed_plot(bench["depths"]))
+    return template("bench.html.j2").render(bench=bench, plot=plots.speed_plot(bench["depths"]))
 
 
 def bench_page(bench: dict[str, Any]) -> str:
     """The same as a page of its own."""
-    return _template("bench_page.html.j2").render(name=bench["name"], section=bench_section(bench))
+    return template("bench_page.html.j2").render(name=bench["name"], section=bench_section(bench))
 
 
-def _template(name: str) -> Any:
+def template(name: str, package: str = "compress.pipeline.report") -> Any:
+    """A page or a part of one, a file of a package of ours; what is filled in is escaped."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"mb": megabytes, "num": number, "pct": percent, "duration": duration}
-    return environment.from_string(files("compress.pipeline.report").joinpath(name).read_text("utf-8"))
+    return environment.from_string(files(package).joinpath(name).read_text("utf-8"))
 
 
 def smallest_artifact(report: Report) -> ModelEntry | None:

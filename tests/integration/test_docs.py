@@ -49,6 +49,8 @@ COVERED = {
     "compress eval my-model *--retrieval*": "tests/integration/test_retrieval.py",
     "compress eval bundle *": "tests/integration/test_damage.py",
     "compress export my-model *": "tests/integration/test_depth_bundles.py",
+    "compress fit my-model *": "tests/integration/test_fit.py",
+    "compress * fit/recipe.yaml*": "tests/integration/test_fit.py",
 }
 PYTHON_COVERED = {
     "from openai import": "tests/integration/test_serve.py",

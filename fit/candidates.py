@@ -1,0 +1,58 @@
+"""What can be combined, and which combinations no other beats. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+F16_CACHE, Q8_CACHE = "f16", "q8_0"  # as llama.cpp names the types of its cache
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A number of removed blocks, a mix of types, and how keys and values are held."""
+
+    removed: int
+    mix: str
+    cache: str = F16_CACHE
+
+    @property
+    def plain(self) -> bool:
+        """The unpruned model, as anybody would quantize it."""
+        return self.removed == 0 and self.cache == F16_CACHE
+
+    @property
+    def name(self) -> str:
+        """As people read it; no two candidates share one."""
+        words = [self.mix]
+        if self.removed:
+            words.append(f"{self.removed} block{'' if self.removed == 1 else 's'} cut")
+        if self.cache == Q8_CACHE:
+            words.append("8-bit cache")
+        elif self.cache != F16_CACHE:
+            words.append(f"cache of {self.cache}")
+        return ", ".join(words)
+
+
+def combinations(removed: Iterable[int], mixes: Sequence[str], caches: Sequence[str]) -> list[Candidate]:
+    """Every cut in every mix with every cache; the unpruned model in every plain mix first."""
+    found = [Candidate(count, mix, cache) for count in removed for mix in mixes for cache in caches]
+    return sorted(found, key=lambda c: (not c.plain, c.removed, caches.index(c.cache), mixes.index(c.mix)))
+
+
+def front(items: Sequence[T], *values: Callable[[T], float]) -> list[T]:
+    """The items that no other is at least as good as in all values and better in one; lower is better. Of items with
+    the same values the first stays."""
+    found: list[T] = []
+    for number, item in enumerate(items):
+        own = [value(item) for value in values]
+        beaten = False
+        for place, other in enumerate(items):
+            theirs = [value(other) for value in values]
+            same = own == theirs and place < number
+            beaten = beaten or same or (theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True)))
+        if not beaten:
+            found.append(item)
+    return found

@@ -1,0 +1,106 @@
+"""Candidates as they will run: built, scored on the held-out windows in stock llama.cpp, timed in a process of their
+own, and deleted again."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.geometry import Geometry
+from ..core.work import decoding
+from ..evaluation.language import engine_divergences
+from ..export.gguf import write_gguf
+from ..pipeline.plan import Device
+from ..prune.cuts import Cut
+from ..records.fit import FitFigures
+from ..runtime.artifact_types import GGUF_TYPES
+from ..runtime.llamacpp_engine import LlamaCppEngine
+from ..runtime.measure import Measurement, measure
+from .candidates import Candidate
+from .damage import Damage
+from .prediction import FileSize
+from .request import Request
+
+TOP_K = 64  # tokens that llama.cpp lists of each prediction; the rest count as one
+SMALL_VOCABULARY = 2048  # of which it lists all
+REPEAT = 2
+PROMPT = 128  # tokens, of which a token's share is taken
+
+
+class Bench:
+    """Builds and measures a candidate; `name` is the model's in its file."""
+
+    def __init__(self, damage: Damage, request: Request, name: str):
+        self.damage, self.request, self.name = damage, request, name
+
+    def measure(self, candidate: Candidate, cut: Cut) -> dict[str, Any]:
+        """Figures of a candidate, its KL at every position, and its seconds per token on this machine."""
+        with self._file(candidate, cut) as file:
+            values = self._score(file, candidate.cache, candidate.name)
+            found = self._time(file, candidate.cache)
+            size = file.stat().st_size
+        figures = FitFigures(
+            kl=max(statistics.fmean(values), 0.0),
+            bytes=size,
+            memory=found.peak_memory_bytes,
+            latency=1 / found.speed.decode_tokens_per_second,
+            prefill=1 / found.speed.prefill_tokens_per_second,
+        )
+        return {"figures": figures.model_dump(), "kl": [round(value, 6) for value in values]}
+
+    @contextmanager
+    def _file(self, candidate: Candidate, cut: Cut) -> Iterator[Path]:
+        checkpoint, matrix = self.damage.checkpoint(cut)
+        file = self.damage.area / "candidate.gguf"
+        calibrated = GGUF_TYPES[candidate.mix].calibrated
+        how = {"name": self.name, "progress": self.damage.context.progress}
+        write_gguf(checkpoint, file, candidate.mix, imatrix=matrix if calibrated else None, **how)
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _score(self, file: Path, cache: str, label: str) -> list[float]:
+        damage = self.damage
+        longest = max(len(row.input_ids) for row in damage.held_out)
+        with (
+            LlamaCppEngine(file, context=longest, cache=cache) as engine,
+            damage.context.progress.bar(label, damage.positions) as advance,
+        ):
+            listed = None if damage.reference.shape[1] <= SMALL_VOCABULARY else TOP_K
+            return engine_divergences(engine, damage.held_out, damage.reference, listed, advance)
+
+    def _time(self, file: Path, cache: str) -> Measurement:
+        effort = self.damage.effort
+        context = self.request.limits.context
+        prompt = max(min(effort.prompt, context - effort.answer), 1)
+        new = max(min(effort.answer, context - 1), 1)
+        return measure(file, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, context=context, slots=1, cache=cache)
+
+
+class PlannedSpeeds:
+    """Speeds on a named device, as `compress plan` counts them: stock llama.cpp on its processors, where it has some
+    beside a card."""
+
+    def __init__(self, device: Device, shape: Geometry):
+        self.device, self.shape = device, shape
+
+    def decode(self, mix: str, size: FileSize, blocks: int) -> float:
+        return self._seconds(size, blocks, 0)
+
+    def prefill(self, mix: str, size: FileSize, blocks: int) -> float:
+        return (self._seconds(size, blocks, PROMPT) - self._seconds(size, blocks, 0)) / PROMPT
+
+    def _seconds(self, size: FileSize, blocks: int, prompt: int) -> float:
+        """One written token after a prompt."""
+        work = decoding(self.shape, blocks, 1, 1, prompt, 1, size.read, 2)
+        return self.device.seconds(work.beside(), "float32")
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean; tokens of one text are not independent, so that it is a little more."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf

@@ -1,0 +1,142 @@
+"""What a combination is expected to give, from what was measured of its parts. Pure.
+
+Rounding, a cut and a smaller cache each move the predictions by an error of their own. KL is, to second order, the
+square of such an error, and errors that know nothing of each other add up as squares do: the KL of a combination is
+the sum of the KLs of its parts.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..core.geometry import Geometry
+from ..records.fit import FitErrors, FitFigures
+from .candidates import F16_CACHE, Q8_CACHE, Candidate
+
+OVERHEAD = (
+    60_000_000  # bytes of a process of llama.cpp in Python beside the file and the cache, before one was measured
+)
+Q8_BYTES = 34 / 32  # of a number in blocks of 32 with a scale in half precision
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """A file before it is made."""
+
+    bytes: int
+    read: int  # bytes of the tensors that every written token reads: all but an embedding that is no head
+
+
+class Speeds(Protocol):
+    """Seconds per token, of files that were not timed."""
+
+    def decode(self, mix: str, size: FileSize, blocks: int) -> float: ...
+
+    def prefill(self, mix: str, size: FileSize, blocks: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A file that was timed: seconds per written token and per token of a prompt."""
+
+    mix: str
+    size: FileSize
+    blocks: int
+    decode: float
+    prefill: float
+
+
+@dataclass(frozen=True)
+class MeasuredSpeeds:
+    """Speeds of other files on the machine where some were timed.
+
+    A written token reads all weights once, and each block costs something whatever its types: seconds =
+    read / bandwidth + blocks × overhead. A prompt is bound by arithmetic: seconds per token = blocks × a time. A mix
+    that was timed itself keeps its own ratio to that, since some types are unpacked faster than others.
+    """
+
+    timings: tuple[Timing, ...]
+
+    def decode(self, mix: str, size: FileSize, blocks: int) -> float:
+        per_byte, per_block = _two_rates([(t.size.read, t.blocks, t.decode) for t in self.timings])
+
+        def model(read: int, blocks: int) -> float:
+            return per_byte * read + per_block * blocks
+
+        ratios = [t.decode / model(t.size.read, t.blocks) for t in self.timings if t.mix == mix]
+        return model(size.read, blocks) * _geometric(ratios)
+
+    def prefill(self, mix: str, size: FileSize, blocks: int) -> float:
+        per_block = _geometric([t.prefill / t.blocks for t in self.timings])
+        ratios = [t.prefill / t.blocks / per_block for t in self.timings if t.mix == mix]
+        return blocks * per_block * _geometric(ratios)
+
+
+def _two_rates(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """(a, b) ≥ 0 that make a·x + b·y nearest to t over points (x, y, t), in relative terms; b is 0 for one point."""
+    rows = [(x / t, y / t) for x, y, t in points]
+    xx, yy = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
+    xy, sx, sy = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
+    bytes_alone, blocks_alone = (sx / xx, 0.0), (0.0, sy / yy)
+    determinant = xx * yy - xy * xy
+    if determinant <= 1e-9 * xx * yy:  # one point, or all of the same shape
+        return bytes_alone
+    both = (sx * yy - sy * xy) / determinant, (sy * xx - sx * xy) / determinant
+    if min(both) >= 0:
+        return both
+    return min(bytes_alone, blocks_alone, key=lambda ab: sum((ab[0] * x + ab[1] * y - 1) ** 2 for x, y in rows))
+
+
+def _geometric(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios)) if ratios else 1.0
+
+
+@dataclass
+class Knowledge:
+    """What is known by now."""
+
+    shape: Geometry
+    sizes: Mapping[tuple[int, str], FileSize]  # by removed blocks and mix
+    types: dict[str, float] = field(default_factory=dict)  # KL of the unpruned model in a mix
+    cuts: dict[int, float] = field(default_factory=lambda: {0: 0.0})  # KL of a healed cut
+    caches: dict[str, float] = field(default_factory=lambda: {F16_CACHE: 0.0})  # KL of a smaller cache
+    overhead: int = OVERHEAD  # bytes of a runtime's process beside the file and the cache
+
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether there is enough to predict it from."""
+        return candidate.mix in self.types and candidate.removed in self.cuts and candidate.cache in self.caches
+
+    def predict(self, candidate: Candidate, context: int, speeds: Speeds) -> FitFigures:
+        """Its figures; `KeyError` unless it `knows` it."""
+        blocks = self.shape.blocks - candidate.removed
+        size = self.sizes[candidate.removed, candidate.mix]
+        cache = cache_bytes(self.shape, blocks, candidate.cache, context)
+        return FitFigures(
+            kl=self.types[candidate.mix] + self.cuts[candidate.removed] + self.caches[candidate.cache],
+            bytes=size.bytes,
+            memory=size.bytes + cache + self.overhead,
+            latency=speeds.decode(candidate.mix, size, blocks),
+            prefill=speeds.prefill(candidate.mix, size, blocks),
+        )
+
+
+def cache_bytes(shape: Geometry, blocks: int, cache: str, context: int) -> int:
+    """Keys and values of `context` tokens, in bytes, as llama.cpp holds them."""
+    numbers = shape.kv_bytes(context, 1, blocks)
+    return int(numbers * (Q8_BYTES if cache == Q8_CACHE else 2))
+
+
+def prediction_errors(pairs: Sequence[tuple[FitFigures, FitFigures]], *, timed: bool = True) -> FitErrors:
+    """The errors of (predicted, measured) pairs; `timed` is False where speeds were not measured."""
+
+    def median(name: str) -> float | None:
+        found = [(getattr(p, name), getattr(m, name)) for p, m in pairs]
+        errors = [abs(p - m) / m for p, m in found if m > 0]
+        return statistics.median(errors) if errors else None
+
+    speeds = {name: median(name) if timed else None for name in ("latency", "prefill")}
+    return FitErrors(measured=len(pairs), kl=median("kl"), bytes=median("bytes"), memory=median("memory"), **speeds)

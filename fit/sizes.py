@@ -1,0 +1,92 @@
+"""How large files will be, to the byte, without writing them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gguf import GGMLQuantizationType
+
+from ..export.gguf import Conversion, mixed_model, safe_name
+from ..export.gguf_sizes import padded, stored_bytes
+from ..export.gguf_source import block_of
+from ..export.mixes import tensor_type
+from ..export.quantize import row_bytes
+from ..export.stage import plain_name
+from ..modeling.blocks import config_at
+from .prediction import FileSize
+
+_INFO = 8 + 4 + 4 + 8  # bytes of a tensor in the header beside its name and shape: length, dimensions, type, offset
+
+
+class FileSizes:
+    """Sizes of the GGUF files of a checkpoint in every mix, whole and with blocks removed. `title` is the model's.
+
+    All mixes are those with an importance matrix. Raises `UserError` for models that GGUF cannot hold.
+    """
+
+    def __init__(self, checkpoint: Path, title: str):
+        self.checkpoint, self.title = checkpoint, plain_name(title)
+        self.job = Conversion(checkpoint, "F16")
+
+    def table(self, removed: Iterable[int], mixes: Sequence[str]) -> dict[tuple[int, str], FileSize]:
+        """By removed blocks and mix."""
+        counts = list(removed)
+        return {(count, mix): self.size(count, mix) for count in counts for mix in mixes}
+
+    def distinct(self, mixes: Sequence[str]) -> dict[str, list[str]]:
+        """The mixes that differ for this model, each with others that give every tensor the same types: where rows fit
+        no block of 256, many fall back on the same ones."""
+        names: dict[tuple[GGMLQuantizationType, ...], str] = {}
+        found: dict[str, list[str]] = {}
+        for mix in mixes:
+            first = names.setdefault(tuple(self._types(0, mix).values()), mix)
+            found.setdefault(first, [])
+            if first != mix:
+                found[first].append(mix)
+        return found
+
+    def size(self, removed: int, mix: str) -> FileSize:
+        """Of the model without so many blocks, in a mix."""
+        shapes, types = self._shapes(removed), self._types(removed, mix)
+        plain = {name: math.prod(shape[:-1]) * row_bytes(types[name], shape[-1]) for name, shape in shapes.items()}
+        name = safe_name(self.name(self.job.config.num_hidden_layers - removed), self.checkpoint)
+        header = self._metadata + len(name.encode()) + sum(_info(*item) for item in shapes.items())
+        embedding = 0 if "output.weight" not in shapes else plain["token_embd.weight"]
+        tensors = sum(stored_bytes(shape, types[name]) for name, shape in shapes.items())
+        return FileSize(padded(header) + tensors, sum(plain.values()) - embedding)
+
+    def name(self, blocks: int) -> str:
+        """The model's name in the header, as an export stage would have it."""
+        return f"{self.title}-{blocks}L"
+
+    def _shapes(self, removed: int) -> Mapping[str, tuple[int, ...]]:
+        """All blocks have the same shapes: those of the first ones."""
+        kept = self.job.config.num_hidden_layers - removed
+        return {name: shape for name, shape in self.job.source.shapes.items() if (block_of(name) or 0) < kept}
+
+    def _types(self, removed: int, mix: str) -> dict[str, GGMLQuantizationType]:
+        config = self.job.config
+        model = mixed_model(config_at(config, config.num_hidden_layers - removed), True)
+        return {name: tensor_type(name, shape, mix, model) for name, shape in self._shapes(removed).items()}
+
+    @cached_property
+    def _metadata(self) -> int:
+        """Bytes of the header, vocabulary included, without the model's name and tensors: they depend on nothing."""
+        with TemporaryDirectory(prefix="compress-fit-") as folder:
+            file = Path(folder) / "header.gguf"
+            name = safe_name(self.job.name, self.checkpoint)
+            writer = self.job.described(self.job.config, name)
+            try:
+                writer.write_header_to_file(file)
+                writer.write_kv_data_to_file()
+            finally:
+                writer.close()
+            return file.stat().st_size - len(name.encode())
+
+
+def _info(name: str, shape: tuple[int, ...]) -> int:
+    return _INFO + len(name.encode()) + 8 * len(shape)

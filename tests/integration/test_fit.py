@@ -1,0 +1,206 @@
+"""`compress fit` end to end on tiny random models, in stock llama.cpp: its result, its recipe, kills, and refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compress.api import Recipe, fit
+from compress.cli import main as cli
+from compress.core.errors import UserError
+from compress.data.rows import Row, write_rows
+from compress.fit import run, search
+from compress.fit.rows import Effort
+from compress.records.fit import FitRecord
+
+SMALL = Effort(
+    rows=48,
+    fewest_rows=2,
+    written=24,
+    batch=1,
+    length=32,
+    calibration=512,
+    scoring=64,
+    positions=96,
+    least_calibration=128,
+    least_positions=32,
+    prompt=8,
+    answer=4,
+)
+WORDS = "the way of many people is which model and time look so é 42 on a in".split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "EFFORT", SMALL)
+    monkeypatch.setattr(search, "MOST", 4)
+    monkeypatch.setattr(run, "MIXES", ("Q8_0", "Q4_0", "Q4_K_M"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    draw = random.Random(1)
+    (tmp_path / "text.txt").write_text(" ".join(draw.choice(WORDS) for _ in range(3000)), "utf-8")
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def model(tiny) -> Path:
+    return tiny(blocks=6, initializer_range=0.2)
+
+
+def sizes(record: FitRecord) -> dict[str, int]:
+    return {c.name: c.predicted.bytes for c in record.candidates}
+
+
+def test_a_text_and_a_size(model, text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", str(model), "--size", "1MB", "--text", "text.txt", "--out", "f", "--json"])
+    assert not stopped.value.code
+    found = FitRecord.model_validate_json(capsys.readouterr().out)
+    assert found == FitRecord.read(tmp_path / "f")
+    measured = [c for c in found.candidates if c.measured is not None]
+    assert len(measured) == 4 and {"Q8_0", "Q4_0", "Q4_K_M"} <= {c.name for c in found.candidates if not c.removed}
+    assert found.recommended == "Q8_0" and found.reason.startswith("Do not cut. Within --size 1.0 MB")
+    for entry in measured:
+        assert entry.measured is not None and entry.measured.bytes == entry.predicted.bytes and entry.meets
+        assert entry.measured.kl == pytest.approx(entry.predicted.kl, rel=0.5, abs=2e-3)
+        assert entry.measured.memory > entry.measured.bytes
+    assert "bytes" in found.candidate("Q8_0").front
+    cuts = [c for c in found.candidates if c.removed]
+    assert cuts and all(len(c.dropped or ()) == c.removed for c in cuts)
+    page = (tmp_path / "f/fit.html").read_text("utf-8")
+    assert "Do not cut." in page and page.count("<svg") == 2 and "Q4_K_M" in page
+    recipe = Recipe.load("f/recipe.yaml")
+    assert recipe.order == ("data", "export") and recipe.recipe.export.gguf == ["Q8_0"]  # type: ignore[union-attr]
+    assert not list((tmp_path / "f/.work").glob("*.gguf")) and not (tmp_path / "f/.work/cuts").exists()
+
+
+def test_a_size_that_needs_a_cut_and_what_its_recipe_makes(model, text, tmp_path):
+    small = fit(model, "f", size="1MB", text=text)
+    names = sizes(small)
+    plain = min(size for name, size in names.items() if "cut" not in name)
+    again = fit(model, "f", size=plain - 1, text=text)  # what is known of the weights is used
+    assert (
+        "No plain file of the unpruned model is that small" in again.reason and again.recommended != small.recommended
+    )
+    chosen = again.candidate(again.recommended)
+    assert chosen.removed and chosen.measured is not None and chosen.measured.bytes < plain
+    from compress.api import run as run_recipe
+
+    result = run_recipe("f/recipe.yaml", runs="runs")
+    importance = json.loads((result.stages["prune"] / "importance.json").read_text())
+    assert importance["dropped"] == chosen.dropped
+    (file,) = (result.stages["export"] / "bundle/gguf").glob("*.gguf")
+    assert file.stat().st_size == chosen.measured.bytes
+
+
+def test_memory_with_a_context_weighs_an_eight_bit_cache(tiny, text, tmp_path):
+    model = tiny(blocks=4, hidden=64, heads=2, kv_heads=1)
+    found = fit(model, "f", memory="4GB", context=256, text=text)
+    assert {c.cache for c in found.candidates} == {"f16", "q8_0"}
+    half = next(c for c in found.candidates if c.cache == "q8_0" and c.measured is not None)
+    assert half.measured is not None and half.measured.kl > 0
+    for entry in found.candidates:  # 4 blocks, 1 head of 32, 256 tokens
+        if entry.cache == "q8_0" and entry.measured is None:
+            numbers = 2 * (4 - entry.removed) * 32 * 256
+            other = next(
+                c for c in found.candidates if (c.removed, c.mix, c.cache) == (entry.removed, entry.mix, "f16")
+            )
+            if other.measured is None:
+                assert other.predicted.memory - entry.predicted.memory == numbers * 2 - numbers * 34 // 32
+    assert found.limits.context == 256
+
+
+def test_rows_that_the_model_writes_and_a_named_device(tiny, tmp_path):
+    found = fit(tiny(blocks=6), "f", on="cpu-2core", size="1MB")
+    assert found.device == "cpu-2core" and found.errors.latency is None
+    entry = found.candidate(found.recommended)
+    assert entry.measured is not None and entry.measured.latency == entry.predicted.latency
+    data = Recipe.load("f/recipe.yaml").recipe.data
+    assert data is not None and data.source == "magpie" and data.rows == 48
+
+
+def test_given_rows(model, talks, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder, [Row(i, "heldout" if i % 3 == 0 else "train", text=" ".join(WORDS * 4)) for i in range(12)])
+    found = fit(model, "f", size="1MB", rows=folder)
+    data: Any = Recipe.load("f/recipe.yaml").recipe.data
+    assert found.positions >= 32 and data.source == "dataset" and data.path == str(folder / "rows.parquet")
+
+
+def told(record: FitRecord) -> list[tuple[str, list[int] | None, bool]]:
+    return [(c.name, c.dropped, c.measured is not None) for c in sorted(record.candidates, key=lambda c: c.name)]
+
+
+def test_killed_anywhere_and_called_again(model, text, tmp_path, killer):
+    def again(out: str, **how: Any) -> FitRecord:
+        return fit(model, out, size="1MB", text=text, minutes=600, **how)
+
+    expected, kills = again("whole"), 0
+    for calls in (1, 20, 40, 60, 90, 130):  # each in the same folder, further on
+        try:
+            again("f", on_progress=killer(calls))
+        except KeyboardInterrupt:
+            kills += 1
+            assert not (tmp_path / "f/fit.json").exists()
+    found = again("f")
+    assert kills >= 3
+    assert found.recommended == expected.recommended and told(found) == told(expected)
+    for one in found.candidates:
+        other = expected.candidate(one.name)
+        if one.measured is not None and other.measured is not None:
+            assert one.measured.kl == pytest.approx(other.measured.kl, rel=0.02, abs=1e-5)
+    first, second = (Path(out, "recipe.yaml").read_text().splitlines()[1:] for out in ("f", "whole"))
+    assert first == second
+
+
+def test_time_is_kept_and_what_is_left_out_is_told(model, text):
+    found = fit(model, "f", size="1MB", text=text, minutes=1e-6)
+    assert len([c for c in found.candidates if c.measured is not None]) == 1
+    told = " ".join(found.left_out)
+    assert "the damage of" in told and "cuts of 1 blocks and more were not tried" in told and "raise --minutes" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there is nothing to fit to"),
+        ({"size": "1KB"}, r"--size 0\.0 MB: no mix reaches it; the smallest possible is 0\.. MB .*without a cut"),
+        ({"memory": "50KB"}, r"--memory 0\.1 MB \(with --context 512\): nothing comes that low"),
+        ({"size": "1MB", "context": 100_000}, "--context 100000: the model was made for 512 tokens"),
+        ({"size": "1MB", "on": "rtx4090"}, "did you mean rtx-4090"),
+        ({"size": "1MB", "text": "short.txt"}, r"--text short\.txt: \d+ tokens are too few to tell two types apart"),
+        ({"size": "1MB", "text": "nowhere.txt"}, r"--text: nowhere\.txt could not be read"),
+        ({"size": "1MB", "rows": "nowhere"}, "--rows nowhere: it is not the folder of a data stage"),
+        ({"size": "1MB", "rows": "mine", "text": "short.txt"}, "--rows and --text are both given"),
+        ({"size": "1MB", "out": "mine"}, "mine exists already and is no fit's folder"),
+        ({"size": "1MB", "minutes": 0}, "--minutes 0: must be more than 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(options, message, model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thing").touch()
+    (tmp_path / "short.txt").write_text("too little to tell anything")
+    out = options.pop("out", "f")
+    with pytest.raises(UserError, match=message):
+        fit(model, out, **options)
+    assert not list(tmp_path.glob("f/*.html"))
+
+
+def test_a_time_that_nothing_reaches_and_limits_that_contradict_each_other(model, text):
+    with pytest.raises(UserError, match=r"--latency-ms 1e-06: nothing comes that low; the least found is"):
+        fit(model, "f", latency_ms=1e-6, text=text)
+
+
+def test_a_folder_of_another_fit(model, tiny, text, talks):
+    fit(model, "f", size="1MB", text=text, minutes=1e-6)
+    with pytest.raises(UserError, match="f belongs to another fit, with another model; give another --out"):
+        fit(tiny(blocks=4), "f", size="1MB", text=text)
+    with pytest.raises(UserError, match="with another calibration rows"):
+        fit(model, "f", size="1MB")
