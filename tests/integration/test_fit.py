@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_memory_with_a_context_weighs_an_eight_bit_cache(tiny, text, tmp_path):
     assert found.limits.context == 256
 
 
-def test_rows_that_the_model_writes_and_a_named_device(tiny, tmp_path):
+def test_rows_that_the_model_writes_and_a_named_device(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "EFFORT", replace(SMALL, least_positions=16))
     found = fit(tiny(blocks=6), "f", on="cpu-2core", size="1MB")
     assert found.device == "cpu-2core" and found.errors.latency is None
     entry = found.candidate(found.recommended)
