@@ -81,11 +81,9 @@ def fit(
     base = resolve(str(model), cache, progress=progress)
     shape = geometry_of(load_config(base).to_dict())
     request = make_request(shape, size=size, memory=memory, context=context, latency_ms=latency_ms, on=on)
-    from ..export.gguf import check_gguf
-
-    check_gguf(base)
     files = FileSizes(base, shown_name(source))
-    request = replace(request, mixes=tuple(files.distinct(MIXES)))
+    distinct = files.distinct(MIXES)
+    request = replace(request, mixes=tuple(distinct))
     sizes = files.table(removable(shape), request.mixes)
     check_reachable(request, shape, sizes)
     identity = {"model": fingerprint_source(source, cache), "rows": _rows_identity(rows, text, cache), "seed": seed,
@@ -97,7 +95,8 @@ def fit(
         job = _Job(
             source, base, shape, request, sizes, out, Context(seed, device, dtype, progress=progress), files.name
         )
-        return job.run(minutes, rows, text, runs)
+        same = [f"{', '.join(others)} would be the same file as {mix}" for mix, others in distinct.items() if others]
+        return job.run(minutes, rows, text, runs, same)
 
 
 def _check_options(rows: RowsLike | None, text: str | Path | None, minutes: float) -> None:
@@ -149,8 +148,10 @@ class _Job:
         self.source, self.base, self.shape, self.request, self.sizes = source, base, shape, request, sizes
         self.out, self.area, self.context, self.name = out, out / WORK, context, name
 
-    def run(self, minutes: float, rows: RowsLike | None, text: str | Path | None, runs: str | Path) -> FitRecord:
-        """Measure, choose, and write the result."""
+    def run(
+        self, minutes: float, rows: RowsLike | None, text: str | Path | None, runs: str | Path, notes: list[str]
+    ) -> FitRecord:
+        """Measure, choose, and write the result; `notes` are told with what was left out."""
         from .damage import Damage
         from .search import Search
 
@@ -164,7 +165,7 @@ class _Job:
         chosen = search.run()
         found = sorted(search.found.values(), key=lambda each: (each.figures.kl, each.candidate))
         why = reason(chosen, found, self._smallest(), self.request.limits)
-        search.left_out += doubts(chosen, found, self.request.limits)
+        search.left_out += [*doubts(chosen, found, self.request.limits), *notes]
         removed = chosen.candidate.removed
         prune = damage.section(removed) if removed else None
         write_recipe(self.out, self.source, chosen.candidate, data.section, prune, why, self.context.seed)
