@@ -50,7 +50,7 @@ def run(
 
 
 def _show_stages(planned: DryRun) -> None:
-    title = f"{planned.recipe.recipe.name}: {planned.recipe.source} in {planned.dtype}, in {planned.folder}"
+    title = f"{planned.recipe.name}: {planned.recipe.source} in {planned.dtype}, in {planned.folder}"
     console.print(title, highlight=False)
     table = Table("stage", "folder", "")
     states = {

@@ -40,7 +40,29 @@ def read_text(path: Path, what: str = "") -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{what}{path} is not UTF-8 text: {why_not_utf8(path.read_bytes(), error)}") from error
     except OSError as error:
-        raise UserError(f"{what}{path} could not be read: {error.strerror or error}") from error
+        raise unreadable(path, error, what) from error
+
+
+def unreadable(path: Path, error: OSError, what: str = "") -> UserError:
+    """The error for a file that cannot be opened: it does not exist, it is a folder, or the system's reason."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        check_file_exists(path, what)
+    return UserError(f"{what}{path} could not be read: {error.strerror or error}")
+
+
+def check_file_exists(path: Path, what: str = "", advice: str = "") -> None:
+    """`UserError`, ending with `advice`, unless `path` is a file."""
+    if not path.is_file():
+        there = "is a folder, but a file is needed" if path.is_dir() else "is not a regular file"
+        state = there if path.exists() else "does not exist"
+        raise UserError(f"{what}{path} {state}{advice}")
+
+
+def check_folder_exists(path: Path, what: str = "") -> None:
+    """`UserError` unless `path` is a folder."""
+    if not path.is_dir():
+        state = "is a file, but a folder is needed" if path.exists() else "does not exist"
+        raise UserError(f"{what}{path} {state}")
 
 
 def read_json(path: Path, what: str = "") -> dict[str, Any]:
@@ -78,7 +100,7 @@ def json_lines(path: Path, what: str = "", *, literal: bool = False) -> Iterator
                 if value is not None:
                     yield number, value
     except OSError as error:
-        raise UserError(f"{what}{path} could not be read: {error.strerror or error}") from error
+        raise unreadable(path, error, what) from error
 
 
 def parse_line(line: bytes, number: int, path: Path, what: str = "", *, literal: bool = False) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
+from .files import check_file_exists, unreadable
 
 # GGUF value type -> struct format of its little-endian scalar.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -79,8 +80,7 @@ def split_files(path: Path) -> list[Path]:
 
 
 def _read(path: Path, *, tensors: bool, arrays: bool) -> tuple[dict[str, Any], dict[str, TensorPlace]]:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    check_file_exists(path)
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -109,7 +109,7 @@ def _read(path: Path, *, tensors: bool, arrays: bool) -> tuple[dict[str, Any], d
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         raise UserError(f"{path} is not a whole GGUF file: its header is damaged or cut off") from error
     except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:

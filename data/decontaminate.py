@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from ..core.errors import UserError
-from ..core.files import json_lines, read_text
+from ..core.files import check_file_exists, json_lines, read_text
 from ..core.stage import Context
 from .config import Decontaminate
 from .drafts import normalised
@@ -60,8 +60,7 @@ def evaluation_file(file: str, context: Context) -> Path:
     path = context.resolve(file)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"data.decontaminate.files: {file} is not a {' or '.join(SUFFIXES)} file; convert it")
-    if not path.is_file():
-        raise UserError(f"data.decontaminate.files: there is no file {path}")
+    check_file_exists(path, "data.decontaminate.files: ")
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.files import check_file_exists
 from ..core.stage import Context
 from .config import SUFFIXES, Columns
 from .rows import Messages
@@ -69,8 +70,7 @@ def local_file(source: DatasetSource) -> Path | None:
         if path.exists():
             raise UserError(f"{where}.path: {source.config.path} is not a {' or '.join(SUFFIXES)} file; convert it")
         return None
-    if not path.is_file():
-        raise UserError(f"{where}.path: there is no file {path}")
+    check_file_exists(path, f"{where}.path: ")
     if path.stat().st_size == 0:
         raise UserError(f"{where}.path: {path} is empty")
     return path

@@ -1,62 +1,54 @@
-"""Pages that come from the code, written while the site is built: recipe keys, commands, JSON outputs.
+"""Tables of recipe keys, commands and JSON outputs, added to their pages from the code while the site is built.
 
-mkdocs calls `on_files` (mkdocs.yml).
+mkdocs calls `on_page_markdown` (mkdocs.yml).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 OUTPUTS = ("plan", "validate", "recipes", "inspect", "eval", "bench", "fit")  # commands that take --json
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """Add the generated pages to the site's files."""
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Add the tables to a page of the reference, whose file has only the text above them."""
     from compress.cli.main import app
     from compress.pipeline.outputs import output_schema
     from compress.pipeline.recipe import recipe_schema
-    from mkdocs.structure.files import File
     from typer.main import get_command
 
-    files.append(File.generated(config, "reference/recipe.md", content=recipe_page(recipe_schema())))
-    files.append(File.generated(config, "reference/cli.md", content=cli_page(get_command(app))))
-    outputs = {name: output_schema(name) for name in OUTPUTS}
-    files.append(File.generated(config, "reference/json.md", content=json_page(outputs)))
-    return files
+    tables: dict[str, Callable[[], str]] = {
+        "reference/recipe.md": lambda: recipe_tables(recipe_schema()),
+        "reference/cli.md": lambda: cli_tables(get_command(app)),
+        "reference/json.md": lambda: json_tables({name: output_schema(name) for name in OUTPUTS}),
+    }
+    path = page.file.src_uri
+    return f"{markdown.rstrip()}\n\n{tables[path]()}" if path in tables else markdown
 
 
 # --- recipe keys -------------------------------------------------------------------------------------------------
 
 
-def recipe_page(schema: Mapping[str, Any]) -> str:
-    """The page of all recipe keys, from the JSON schema: a table per section, sections of sections below it."""
-    lines = [
-        "# Recipe keys",
-        "",
-        "Every key of a recipe with its type, default and meaning, written from the schema that checks recipes. "
-        "`compress schema` prints that schema for editors, `compress validate RECIPE` checks a file. "
-        "Keys in `[ ]` after a section's name choose among its kinds; a kind's name alone stands for its defaults: "
-        "`objective: asft` is `objective: {kind: asft}`.",
-        "",
-    ]
+def recipe_tables(schema: Mapping[str, Any]) -> str:
+    """All recipe keys, from the JSON schema: a table per section, sections of sections below it."""
     page = _SchemaPage(schema["$defs"])
-    lines += page.section("The recipe", schema, "", 2)
+    lines = [*page.section("The recipe", schema, "", 2)]
     for name, node in schema["properties"].items():
         lines += page.nested(name, node, 2)
     return "\n".join(lines) + "\n"
 
 
 class _SchemaPage:
-    """Sections of the page; one that several keys share is written where it is first met, and linked from then on."""
+    """Sections of a page; one that several keys share is written where it first occurs, and linked after that."""
 
     def __init__(self, definitions: Mapping[str, Any], defaults: bool = True):
         self.definitions = definitions
-        self.defaults = defaults  # a column of them: recipes have some, what commands print has none
+        self.defaults = defaults  # whether there is a column of defaults: for recipes, not for outputs
         self.written: dict[str, str] = {}  # definition -> the anchor of its section
 
     def nested(self, path: str, node: Mapping[str, Any], level: int) -> Iterator[str]:
-        """The sections behind a key, each followed by the sections of its own keys."""
+        """The sections that a key refers to, each followed by the sections of its own keys."""
         for name in self._sections(node):
             if name in self.written:
                 continue
@@ -115,7 +107,7 @@ class _SchemaPage:
             return f"[{kind or 'section'}](#{self.written.get(name) or _anchor(path, kind)})"
         options = node.get("anyOf") or node.get("oneOf")
         if options:
-            sections = any(True for _ in self._sections(node))  # kinds: their names alone are not repeated
+            sections = any(True for _ in self._sections(node))  # kinds are linked: their names are not repeated
             types = [
                 self._type(option, path)
                 for option in options
@@ -172,16 +164,9 @@ def _cell(text: str) -> str:
 # --- what commands print as JSON ---------------------------------------------------------------------------------
 
 
-def json_page(schemas: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page of what commands print with --json, from the same classes that print it."""
-    lines = [
-        "# JSON outputs",
-        "",
-        "Commands with `--json` print one JSON document to standard output; progress and warnings go to standard "
-        "error. `compress schema NAME` prints the JSON schema of each, and `compress schema` that of recipes. Other "
-        "documents: [report.json](report.md), a bundle's [manifest.json](bundle.md).",
-        "",
-    ]
+def json_tables(schemas: Mapping[str, Mapping[str, Any]]) -> str:
+    """What commands print with --json, from the same classes that print it."""
+    lines: list[str] = []
     for name, schema in schemas.items():
         node = schema["items"] if schema.get("type") == "array" else schema
         lines += [f"## compress {name} --json {{ #{name} }}", ""]
@@ -200,15 +185,9 @@ def json_page(schemas: Mapping[str, Mapping[str, Any]]) -> str:
 # --- command line ------------------------------------------------------------------------------------------------
 
 
-def cli_page(group: Any) -> str:
-    """The page of all commands, from typer's own description of them: what `--help` says, as tables."""
-    lines = [
-        "# Command line",
-        "",
-        "What `compress COMMAND --help` says, for every command. Exit codes: 0 when all is well, 2 with one line that "
-        "says what to mend, 130 after Ctrl-C.",
-        "",
-    ]
+def cli_tables(group: Any) -> str:
+    """All commands, from typer's own description of them: what `--help` says, as tables."""
+    lines: list[str] = []
     for name, command in group.commands.items():
         lines += _command(name, command)
     return "\n".join(lines) + "\n"

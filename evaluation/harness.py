@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.extras import load_library
+from ..core.files import check_folder_exists
 from ..core.stage import Advance, Context
 from ..core.suggest import similar
 from ..modeling.checkpoint import quiet
@@ -37,8 +38,8 @@ def load_tasks(config: EvaluateConfig, context: Context) -> dict[str, list[Any]]
     """
     load_library(f"evaluate.tasks: {', '.join(config.harness_tasks)}", "lm_eval.tasks")
     folder = context.resolve(config.harness.folder) if config.harness.folder else None
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"evaluate.harness.folder: there is no folder {folder}")
+    if folder is not None:
+        check_folder_exists(folder, "evaluate.harness.folder: ")
     with quiet():
         manager = _manager(config.harness_tasks, folder)
         unknown = [name for name in config.harness_tasks if name not in manager.task_index]

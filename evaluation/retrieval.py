@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
-from ..core.files import read_json_value, read_text, write_json
+from ..core.files import check_file_exists, read_json_value, read_text, write_json
 from ..core.stage import Advance, Context
 from ..kv.policies import make
 from ..kv.settings import HeadSettings, KvBudget, read_settings
@@ -296,8 +295,8 @@ class _Cell:
 
 def check(config: RetrievalConfig, context: Context, tokenizer: ModelTokenizer) -> None:
     """Reject a text that is missing or too short, and prompts too short for their facts, before any work is done."""
-    if config.text is not None and not _file(config, context).is_file():
-        raise UserError(f"evaluate.retrieval.text: there is no file {_file(config, context)}")
+    if config.text is not None:
+        check_file_exists(_file(config, context), "evaluate.retrieval.text: ")
     Retrieval(config, context, tokenizer)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from ..core.errors import UserError
-from ..core.files import read_json, write_json
+from ..core.files import check_file_exists, read_json, write_json
 from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
 from ..data.chat import Encoded
@@ -39,8 +39,8 @@ TOP_K = 128  # most probable tokens that llama.cpp returns for the KL
 
 def check(config: EvaluateConfig, base: Path, context: Context) -> None:
     """Reject missing texts, broken or unknown tasks and unavailable data, before any work is done."""
-    if config.text and not context.resolve(config.text).is_file():
-        raise UserError(f"evaluate.text: there is no file {context.resolve(config.text)}")
+    if config.text:
+        check_file_exists(context.resolve(config.text), "evaluate.text: ")
     if config.tasks:
         Suite(config, context, load_tokenizer(base))
     if config.retrieval:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -79,15 +79,19 @@ def read_settings(model: Path) -> HeadSettings:
 class KvBudget:
     """How one cache reads a prompt, and what it holds per block and KV head. `UserError` for invalid combinations."""
 
-    budget: int | None  # entries held before the local tail; None: all
-    chunk: int = 256  # tokens read between evictions
-    stabilizers: int = 64  # newest entries that stay after every chunk but the last
-    local: int = 100  # last tokens of a prompt, read after all evictions
-    policy: str = "retaining"  # the name of a policy
-    evict_decoding: bool = False  # True: at most budget + local entries are held; False: all new ones stay
-    positions: Positions = "true"  # contiguous: entries are rotated again to 0, 1, 2, …
-    pool: int = 1  # retaining: scores are averaged over this many neighbours read together; odd
-    sinks: int = 0  # retaining: first tokens of a text, which always stay
+    budget: Annotated[int | None, Field(description="entries held before the local tail; null: all")]
+    chunk: Annotated[int, Field(description="tokens read between evictions")] = 256
+    stabilizers: Annotated[int, Field(description="newest entries kept at each eviction")] = 64
+    local: Annotated[int, Field(description="last tokens of a prompt, read after all evictions")] = 100
+    policy: Annotated[str, Field(description="eviction policy")] = "retaining"
+    evict_decoding: Annotated[
+        bool, Field(description="true: also evict while generating, to at most budget + local entries")
+    ] = False
+    positions: Annotated[
+        Positions, Field(description="true, or contiguous: kept entries are rotated again to 0, 1, 2, …")
+    ] = "true"
+    pool: Annotated[int, Field(description="for retaining heads: neighbours that a score is averaged over; odd")] = 1
+    sinks: Annotated[int, Field(description="for retaining heads: first tokens of a text, which are always kept")] = 0
 
     def __post_init__(self) -> None:
         from .policies import policy  # numpy, which reading a recipe does not need

@@ -60,7 +60,7 @@ def parse_source(text: str, base_dir: Path) -> ModelSource:
     if path.exists():
         return _local(text, path)
     if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"model {text!r}: no such file or folder ({path}); give {FORMS}")
+        raise UserError(f"model {text!r}: {path} does not exist; give {FORMS}")
     name, _, revision = text.partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"model {text!r} is not {FORMS}")

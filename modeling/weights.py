@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import read_json
+from ..core.files import read_json, unreadable
 from .families import HEAD, block_number
 
 SINGLE = "model.safetensors"
@@ -107,7 +107,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a whole safetensors file: {error}") from error
     except OSError as error:
-        raise UserError(f"{file} could not be read: {error.strerror or error}") from error
+        raise unreadable(file, error) from error
 
 
 def tensor_headers(folder: Path) -> dict[str, TensorHeader]:

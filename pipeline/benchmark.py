@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import UserError
 from ..core.extras import REPORT, need
@@ -31,43 +31,45 @@ class _Figures(BaseModel):
 class BenchDepth(_Figures):
     """One engine, type and depth."""
 
-    role: str  # the artifact's, such as onnx-int4@18
-    engine: str
-    type: str
-    depth: int  # blocks
-    perplexity: float  # of the probe text when the artifact was verified
-    prompt_tokens: int
-    first_token_seconds: float  # the whole prompt and one token
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    peak_memory_bytes: int  # of the whole process
-    kv_bytes_per_token: int | None = None  # of keys and values, per token of context that is held
-    load_seconds: float
+    role: str = Field(description="the artifact's role, such as onnx-int4@18")
+    engine: str = Field(description="onnx or llama.cpp")
+    type: str = Field(description="type of the artifact, such as int4")
+    depth: int = Field(description="number of blocks")
+    perplexity: float = Field(description="perplexity of the probe text, from the export's verification")
+    prompt_tokens: int = Field(description="tokens in the prompt")
+    first_token_seconds: float = Field(description="time for the whole prompt and one token")
+    prefill_tokens_per_second: float = Field(description="speed of reading the prompt")
+    decode_tokens_per_second: float = Field(description="speed of generating, one stream")
+    peak_memory_bytes: int = Field(description="peak memory of the whole process")
+    kv_bytes_per_token: int | None = Field(default=None, description="size of keys and values per token that is held")
+    load_seconds: float = Field(description="time to open the artifact")
 
 
 class BenchDraft(_Figures):
     """A draft depth against the greatest depth alone, greedy."""
 
-    engine: str
-    type: str
-    depth: int
-    draft_depth: int
-    draft_tokens: int  # drafted at a time
-    tokens: int  # written
-    acceptance: float  # share of the drafted tokens
-    plain_tokens_per_second: float
-    draft_tokens_per_second: float
-    equal: bool  # the text is that of the greatest depth alone
+    engine: str = Field(description="onnx or llama.cpp")
+    type: str = Field(description="type of the artifact, such as int4")
+    depth: int = Field(description="the full depth, which verifies")
+    draft_depth: int = Field(description="the depth that drafts")
+    draft_tokens: int = Field(description="tokens drafted at a time")
+    tokens: int = Field(description="tokens generated")
+    acceptance: float = Field(description="share of the drafted tokens that were accepted")
+    plain_tokens_per_second: float = Field(description="decoding speed without a draft")
+    draft_tokens_per_second: float = Field(description="decoding speed with the draft")
+    equal: bool = Field(description="whether the text equals that of the full depth alone")
 
 
 class BenchReport(_Figures):
     """All figures of a bundle."""
 
-    name: str
-    depths: list[BenchDepth]
-    drafts: list[BenchDraft]
-    kv: KvBudget | None = None  # the bounded KV cache that was measured with
-    stage: str | None = None  # in a run's bench.json: the folder of the export stage whose bundle this is
+    name: str = Field(description="the bundle's name")
+    depths: list[BenchDepth] = Field(description="figures per engine, type and depth")
+    drafts: list[BenchDraft] = Field(description="figures per draft depth, with --speculate")
+    kv: KvBudget | None = Field(default=None, description="settings of the bounded KV cache; null without --kv-budget")
+    stage: str | None = Field(
+        default=None, description="in a run's bench.json: folder of the export stage with the bundle"
+    )
 
 
 def bench(

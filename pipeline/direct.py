@@ -13,6 +13,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from ..core.errors import UserError
 from ..core.extras import FULL, need
+from ..core.files import check_folder_exists
 from ..core.stage import Context
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -205,7 +206,7 @@ def _check_files(config: EvaluateConfig, text: str | Path | None) -> None:
     for task in config.tasks:
         if task.endswith(".jsonl"):
             check_file(Path(task), "--task")
-    if config.harness.folder is not None and not Path(config.harness.folder).is_dir():
-        raise UserError(f"--task-folder {config.harness.folder}: there is no such folder")
+    if config.harness.folder is not None:
+        check_folder_exists(Path(config.harness.folder), "--task-folder: ")
     if config.retrieval is not None and config.retrieval.text is not None:
         check_file(Path(config.retrieval.text), "--retrieval text")

@@ -21,123 +21,123 @@ from ..runtime.bundle import read_bundle
 class _Info(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    path: str
+    path: str = Field(description="the file or folder")
 
 
 class HeadsInfo(BaseModel):
     """Retaining heads of a checkpoint, and the settings they were trained for."""
 
-    blocks: int
-    width: int
-    settings: dict[str, JsonValue]
+    blocks: int = Field(description="number of blocks with a head")
+    width: int = Field(description="hidden width of a head")
+    settings: dict[str, JsonValue] = Field(description="settings that the heads were trained for")
 
 
 class CheckpointInfo(_Info):
     """A checkpoint folder; values that its config.json lacks, or that are not numbers there, are null."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    family: str | None
-    blocks: int | None
-    parameters: int
-    types: dict[str, int]  # dtype → weights
-    bytes: int  # of the weight files
-    hidden_size: int | None
-    heads: int | None
-    kv_heads: int | None
-    vocabulary: int | None
-    context: int | None  # tokens
-    kept_blocks: list[int] | None = None  # their numbers in the unpruned model
-    depths: list[int] | None = None  # it was sorted for
-    retaining: HeadsInfo | None = None
-    notes: list[str]  # what is put right when it is read as a model, and why it is not read
+    family: str | None = Field(description="model_type of the configuration")
+    blocks: int | None = Field(description="number of blocks")
+    parameters: int = Field(description="number of weights")
+    types: dict[str, int] = Field(description="number of weights by dtype")
+    bytes: int = Field(description="size of the weight files")
+    hidden_size: int | None = Field(description="width of the residual stream")
+    heads: int | None = Field(description="query heads per block")
+    kv_heads: int | None = Field(description="key/value heads per block")
+    vocabulary: int | None = Field(description="rows of the embedding")
+    context: int | None = Field(description="trained context length in tokens")
+    kept_blocks: list[int] | None = Field(default=None, description="indices of its blocks in the unpruned model")
+    depths: list[int] | None = Field(default=None, description="depths that it was trained to run at")
+    retaining: HeadsInfo | None = Field(default=None, description="its retaining heads")
+    notes: list[str] = Field(description="corrections made on loading, or why it cannot be loaded")
 
 
 class AdapterInfo(_Info):
     """An adapter without its base model."""
 
     kind: Literal["adapter"] = "adapter"
-    method: str | None  # peft's name
-    base: str | None
-    rank: int | None
-    layers: list[str]
+    method: str | None = Field(description="peft's name of the method")
+    base: str | None = Field(description="base model")
+    rank: int | None = Field(description="rank of the adapter")
+    layers: list[str] = Field(description="names of the adapted layers")
 
 
 class GgufInfo(_Info):
     """A GGUF file, or the first part of a model in several."""
 
     kind: Literal["gguf"] = "gguf"
-    part: int = 1  # counted from 1
-    parts: int = 1
-    blocks: int | None = None
-    bytes: int  # of this file
-    bytes_of_all_parts: int | None = None  # from the first part of several
-    bytes_shared: int | None = None  # of those, in files that other depths share
-    parameters: int
-    bits_per_weight: float
-    tensors: dict[str, int]  # type → tensors
-    metadata: dict[str, JsonValue]
+    part: int = Field(default=1, description="number of this part, from 1")
+    parts: int = Field(default=1, description="number of parts of the model")
+    blocks: int | None = Field(default=None, description="number of blocks")
+    bytes: int = Field(description="size of this file")
+    bytes_of_all_parts: int | None = Field(default=None, description="size of all parts, for the first of several")
+    bytes_shared: int | None = Field(default=None, description="size of the parts that other depths share")
+    parameters: int = Field(description="number of weights in this file")
+    bits_per_weight: float = Field(description="average over this file's tensors")
+    tensors: dict[str, int] = Field(description="number of tensors by type")
+    metadata: dict[str, JsonValue] = Field(description="metadata, without vocabulary and chat template")
 
 
 class OnnxInfo(_Info):
     """An ONNX folder as onnxruntime-genai reads it."""
 
     kind: Literal["onnx"] = "onnx"
-    family: str
-    blocks: int
-    weight_bits: list[int]  # of quantized weights; empty where they are as stored
-    graph: str
-    graph_bytes: int
-    weights: str
-    weights_bytes_used: int  # by this graph
-    weights_bytes: int | None  # of the whole file; null where it is missing
-    context: int  # tokens
-    operators: dict[str, int]  # the commonest first
-    inputs: list[str]
-    retaining_scores: int  # blocks that give them
+    family: str = Field(description="model type in genai_config.json")
+    blocks: int = Field(description="number of blocks")
+    weight_bits: list[int] = Field(description="bit widths of quantized weights; empty if there are none")
+    graph: str = Field(description="file of the graph")
+    graph_bytes: int = Field(description="size of the graph")
+    weights: str = Field(description="file of the weights")
+    weights_bytes_used: int = Field(description="bytes of the weights file that this graph reads")
+    weights_bytes: int | None = Field(description="size of the weights file; null if it is missing")
+    context: int = Field(description="context length in tokens")
+    operators: dict[str, int] = Field(description="number of nodes by operator, most common first")
+    inputs: list[str] = Field(description="names of the graph's inputs")
+    retaining_scores: int = Field(description="number of blocks with an output for retaining scores")
 
 
 class BundleInfo(_Info):
     """A bundle."""
 
     kind: Literal["bundle"] = "bundle"
-    name: str
-    family: str
-    parameters: int
-    depths: list[int]
-    retaining: RetainingEntry | None
-    families: list[FamilyEntry]
-    artifacts: list[ArtifactEntry]
+    name: str = Field(description="the model's name")
+    family: str = Field(description="model_type of the configuration")
+    parameters: int = Field(description="parameters of the whole model")
+    depths: list[int] = Field(description="numbers of blocks that it can run at, ascending")
+    retaining: RetainingEntry | None = Field(description="its retaining heads")
+    families: list[FamilyEntry] = Field(description="types with several depths")
+    artifacts: list[ArtifactEntry] = Field(description="one entry per type and depth")
 
 
 class StageInfo(_Info):
     """A stage's folder."""
 
     kind: Literal["stage"] = "stage"
-    stage: str
-    chosen: str | None  # of several models that it made
-    fingerprint: str
-    seconds: float
-    peak_memory_bytes: int
-    inputs: list[str]  # the stages that it read
-    config: dict[str, JsonValue]
-    files: int
+    stage: str = Field(description="the stage")
+    chosen: str | None = Field(description="the selected one of several models")
+    fingerprint: str = Field(description="hash of everything that the output depends on")
+    seconds: float = Field(description="wall time")
+    peak_memory_bytes: int = Field(description="peak memory of the process and its children")
+    inputs: list[str] = Field(description="stages that it read")
+    config: dict[str, JsonValue] = Field(description="the recipe's section")
+    files: int = Field(description="number of files")
 
 
 class StageOfRun(BaseModel):
     """A stage of a run."""
 
-    name: str
-    folder: str
-    seconds: float
+    name: str = Field(description="the stage")
+    folder: str = Field(description="name of its folder")
+    seconds: float = Field(description="wall time")
 
 
 class RunInfo(_Info):
     """A run's folder."""
 
     kind: Literal["run"] = "run"
-    stages: list[StageOfRun]
-    begun: list[str]  # folders of stages that are not finished
-    reports: list[str]  # paths
+    stages: list[StageOfRun] = Field(description="finished stages")
+    begun: list[str] = Field(description="folders of unfinished stages")
+    reports: list[str] = Field(description="paths of the reports")
 
 
 Inspection = Annotated[

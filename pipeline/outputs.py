@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..core.errors import UserError
 from ..core.files import printable
@@ -26,68 +26,70 @@ class _Output(BaseModel):
 class ShippedRecipe(_Output):
     """A recipe that comes with the package."""
 
-    name: str
-    path: str
-    summary: str
+    name: str = Field(description="name that commands take")
+    path: str = Field(description="its file")
+    summary: str = Field(description="first line of the file")
 
 
 class RecipeSummary(_Output):
     """A valid recipe."""
 
-    name: str
-    path: str
-    model: str
-    stages: list[str]  # in the order in which they run
+    name: str = Field(description="name of the run's folder and of the artifacts")
+    path: str = Field(description="the recipe's file")
+    model: str = Field(description="source of the unpruned model")
+    stages: list[str] = Field(description="stages in the order in which they run")
 
 
 class PlanChange(_Output):
     """The smallest change that makes a stage fit."""
 
-    set: list[str]  # overrides, as --set takes them
-    peak_memory_bytes: int
+    set: list[str] = Field(description="overrides, as --set takes them")
+    peak_memory_bytes: int = Field(description="the stage's peak memory with them")
 
 
 class PlanBeside(_Output):
     """A stage on the processors of the machine instead (--device cpu)."""
 
-    memory_bytes: int
-    seconds: float | None
+    memory_bytes: int = Field(description="memory that must be available")
+    seconds: float | None = Field(description="time; null if unknown")
 
 
 class PlannedStageOutput(_Output):
     """Estimates for one stage; null where the recipe does not tell."""
 
-    name: str
-    peak_memory_bytes: int  # of the device
-    needed_memory_bytes: int  # what must be free on it
-    memory: dict[str, int]  # the peak's parts, in bytes
-    host_memory_bytes: int  # of the machine's own memory, beside a GPU's
-    disk_bytes: int  # that it leaves
-    scratch_bytes: int  # that it writes meanwhile
-    operations: float | None
-    seconds: float | None
-    fits: bool
-    change: PlanChange | None  # where it does not fit, and something known makes it
-    on_processors: PlanBeside | None  # where nothing makes it fit on the card
-    note: str
+    name: str = Field(description="the stage")
+    peak_memory_bytes: int = Field(description="peak memory on the device")
+    needed_memory_bytes: int = Field(description="memory that must be available on the device")
+    memory: dict[str, int] = Field(description="the peak by part, in bytes")
+    host_memory_bytes: int = Field(description="host memory of a stage on a GPU")
+    disk_bytes: int = Field(description="disk space of its output")
+    scratch_bytes: int = Field(description="temporary disk space")
+    operations: float | None = Field(description="arithmetic operations; null if the recipe does not determine them")
+    seconds: float | None = Field(description="time; null if unknown or without --on")
+    fits: bool = Field(description="whether the needed memory is available")
+    change: PlanChange | None = Field(description="smallest change that makes it fit; null if it fits or none is known")
+    on_processors: PlanBeside | None = Field(
+        description="figures with --device cpu, for a stage that does not fit on the GPU"
+    )
+    note: str = Field(description="remark on the estimate")
 
 
 class PlanOutput(_Output):
     """Estimates for a recipe."""
 
-    name: str
-    model: str
-    dtype: str
-    parameters: int
-    parameters_after: int  # of the pruned model
-    blocks: int
-    blocks_after: int
-    device: str | None
-    cards: int
-    memory_bytes: int | None  # what there is to fit in
-    stages: list[PlannedStageOutput]
-    seconds: float | None  # all stages, each where it fits
-    disk_bytes: int  # all that is left, and the most that is written meanwhile
+    name: str = Field(description="the recipe's name")
+    model: str = Field(description="source of the unpruned model")
+    dtype: str = Field(description="type of weights and activations")
+    parameters: int = Field(description="parameters of the unpruned model")
+    parameters_after: int = Field(description="parameters of the pruned model")
+    blocks: int = Field(description="blocks of the unpruned model")
+    blocks_after: int = Field(description="blocks of the pruned model")
+    device: str | None = Field(description="device given with --on")
+    cards: int = Field(description="number of such devices")
+    memory_bytes: int | None = Field(description="available memory; null if unknown")
+    stages: list[PlannedStageOutput] = Field(description="estimates per stage")
+    seconds: float | None = Field(description="time of all stages, each on the device that it fits on; null if unknown")
+    disk_bytes: int = Field(description="disk space of all outputs, plus the largest temporary one")
 
 
 def plan_output(plan: Plan) -> PlanOutput:
@@ -110,7 +112,7 @@ def plan_output(plan: Plan) -> PlanOutput:
 
 
 def _stage(stage: StagePlan) -> PlannedStageOutput:
-    cost, change, beside = stage.found, stage.change, stage.beside
+    cost, change, beside = stage.need, stage.change, stage.beside
     return PlannedStageOutput(
         name=stage.name,
         peak_memory_bytes=cost.peak,
@@ -131,7 +133,7 @@ def _stage(stage: StagePlan) -> PlannedStageOutput:
 def recipe_summary(recipe: Recipe) -> RecipeSummary:
     """What there is to say of a valid recipe."""
     path = printable(recipe.path)
-    return RecipeSummary(name=recipe.recipe.name, path=path, model=recipe.source, stages=list(recipe.order))
+    return RecipeSummary(name=recipe.name, path=path, model=recipe.source, stages=list(recipe.order))
 
 
 def shipped_recipes() -> list[ShippedRecipe]:

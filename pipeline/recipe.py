@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
@@ -45,10 +44,23 @@ class ModelSpec(Section):
     )
 
 
-class RecipeKeys(Section):
-    """A whole pipeline: the model, and the stages that work on it. Stages run in the file's order."""
+class Recipe(Section):
+    """A checked recipe: its keys, and where they came from. Sections that it lacks are None.
 
-    model_config = ConfigDict(title="Recipe")
+    >>> recipe = Recipe.load("smollm2_135m_24L", set=["prune.blocks=4"])
+    >>> recipe.order, recipe.prune.blocks
+    (('data', 'prune', 'distill', 'export', 'evaluate'), 4)
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "description": "A pipeline: the model, and the stages that work on it. Stages run in the file's order."
+        }
+    )
+    _path: Path = PrivateAttr(default_factory=lambda: Path.cwd() / "recipe")
+    _order: tuple[str, ...] = PrivateAttr(default=())
+    _content: str = PrivateAttr(default="")  # the file's text; empty for a recipe built from sections
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
 
     name: str = Field(
         pattern=NAME, max_length=LONGEST_NAME, description="name of the run's folder and of the artifacts"
@@ -73,43 +85,8 @@ class RecipeKeys(Section):
             raise ValueError("a name needs a letter or a digit")
         return value
 
-
-def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe. A section with a `kind` may be written as that word alone."""
-    schema = RecipeKeys.model_json_schema()
-    for section in schema["$defs"].values():
-        for name, node in section.get("properties", {}).items():
-            kinds = _kinds(node, schema["$defs"])
-            if kinds:
-                section["properties"][name] = {"anyOf": [{"type": "string", "enum": kinds}, node]}
-    return schema
-
-
-def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
-    """The names of the kinds that a schema node offers, if any."""
-    for option in node.get("anyOf", []):  # an optional key
-        if "$ref" not in option and (kinds := _kinds(option, definitions)):
-            return kinds
-    if node.get("discriminator", {}).get("propertyName") == "kind":
-        return sorted(node["discriminator"]["mapping"])
-    field = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
-    return [field["const"]] if "const" in field else []
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A checked recipe, and where it came from.
-
-    >>> recipe = Recipe.load("smollm2_135m_24L", set=["prune.blocks=4"])
-    >>> recipe.order, recipe.recipe.prune.blocks
-    (('data', 'prune', 'distill', 'export', 'evaluate'), 4)
-    """
-
-    recipe: RecipeKeys  # its keys, checked: `recipe.prune.blocks`; a section that it lacks is None
-    path: Path  # the file; paths in it are relative to the file's folder
-    order: tuple[str, ...]  # its stages, in the order in which they run
-    content: str  # the file's text
-    overrides: tuple[str, ...] = ()  # KEY=VALUE, over the text
+    def model_post_init(self, context: Any) -> None:
+        self._order = tuple(name for name in STAGES if getattr(self, name, None) is not None)
 
     @classmethod
     def load(cls, name: str | Path, set: Sequence[str] = ()) -> Recipe:
@@ -136,25 +113,65 @@ class Recipe:
 
     def changed(self, set: Sequence[str]) -> Recipe:
         """The recipe with more overrides. Raises `UserError` as `load` does."""
-        return _checked(self.path, self.content, [*self.overrides, *set])
+        if not self._content:
+            return Recipe.from_dict(self.model_dump(mode="json"), self.folder).changed(set)
+        return _checked(self._path, self._content, [*self._overrides, *set])
+
+    @property
+    def path(self) -> Path:
+        """The file; paths in the recipe are relative to its folder."""
+        return self._path
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Its stages, in the order in which they run."""
+        return self._order
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """KEY=VALUE overrides of the file's text."""
+        return self._overrides
 
     @property
     def text(self) -> str:
         """The file's text, with the overrides as comments at the end."""
-        return self.content + "".join(f"# --set {override}\n" for override in self.overrides)
+        return self._content + "".join(f"# --set {override}\n" for override in self._overrides)
 
     @property
     def folder(self) -> Path:
-        return self.path.parent
+        """The folder that paths in the recipe are relative to."""
+        return self._path.parent
 
     @property
     def source(self) -> str:
         """The unpruned model."""
-        model = self.recipe.model
-        return model if isinstance(model, str) else model.source
+        return self.model if isinstance(self.model, str) else self.model.source
 
     def section(self, stage: str) -> Any:
-        return getattr(self.recipe, stage)
+        """The section of a stage by its name; None if the recipe lacks it."""
+        return getattr(self, stage)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe. A section with a `kind` may be written as that word alone."""
+    schema = Recipe.model_json_schema()
+    for section in schema["$defs"].values():
+        for name, node in section.get("properties", {}).items():
+            kinds = _kinds(node, schema["$defs"])
+            if kinds:
+                section["properties"][name] = {"anyOf": [{"type": "string", "enum": kinds}, node]}
+    return schema
+
+
+def _kinds(node: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """The names of the kinds that a schema node offers, if any."""
+    for option in node.get("anyOf", []):  # an optional key
+        if "$ref" not in option and (kinds := _kinds(option, definitions)):
+            return kinds
+    if node.get("discriminator", {}).get("propertyName") == "kind":
+        return sorted(node["discriminator"]["mapping"])
+    field = definitions.get(node.get("$ref", "").rpartition("/")[2], {}).get("properties", {}).get("kind", {})
+    return [field["const"]] if "const" in field else []
 
 
 def shipped() -> dict[str, Path]:
@@ -176,7 +193,8 @@ def find_recipe(text: str) -> Path:
         raise UserError(f"{text} is a folder; give a recipe file (.yaml) or one of: {', '.join(known)}")
     listed = ", ".join(known)
     raise UserError(
-        f"no recipe file {text!r}, and no shipped recipe of that name; shipped: {listed}{did_you_mean(name, known)}"
+        f"the recipe file {text!r} does not exist, and no shipped recipe has that name; shipped: "
+        f"{listed}{did_you_mean(name, known)}"
     )
 
 
@@ -190,12 +208,12 @@ def _checked(
         apply_override(tree, override, origins)
     plain = _plain(tree)
     problems: list[Problem] = []
-    recipe: RecipeKeys | None = None
+    recipe: Recipe | None = None
     try:
         # Strict JSON mode: "6" is not a number and true not a count, but a YAML list may become a tuple.
-        recipe = RecipeKeys.model_validate_json(json.dumps(plain, default=str), strict=True)
+        recipe = Recipe.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
-        problems = describe_problems(error, plain, RecipeKeys)
+        problems = describe_problems(error, plain, Recipe)
     order = tuple(name for name in plain if name in STAGES and plain[name] is not None)
     problems += _order_problems(order)
     if recipe is not None:
@@ -207,7 +225,8 @@ def _checked(
         lines = [problem.render(str(path), tree, origins) for problem in problems]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise UserError(f"{path.name} has {count}:\n" + "\n".join(f"  {line}" for line in lines))
-    return Recipe(recipe, path, order, content, tuple(overrides))
+    recipe._path, recipe._order, recipe._content, recipe._overrides = path, order, content, tuple(overrides)
+    return recipe
 
 
 def _parse(path: Path, content: str) -> CommentedMap:

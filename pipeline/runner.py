@@ -71,7 +71,7 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
     source = parse_source(loaded.source, loaded.folder)
     cache = options.runs / ".sources"
     base = fingerprint_source(source, cache, loaded.folder)
-    folder = options.runs / loaded.recipe.name
+    folder = options.runs / loaded.name
     context = Context(recipe_dir=loaded.folder)
     prints: dict[str, str] = {}
     stages = []
@@ -83,7 +83,7 @@ def plan_run(loaded: Recipe, options: Options) -> Run:
             name,
             spec.format,
             config.model_dump(mode="json"),
-            loaded.recipe.seed,
+            loaded.seed,
             options.dtype,
             base,
             [prints[r] for r in reads],
@@ -128,7 +128,7 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
         if not run.pending:
             return
         options = run.options
-        seed, folder = run.loaded.recipe.seed, run.loaded.folder
+        seed, folder = run.loaded.seed, run.loaded.folder
         context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
         check_device(context)
         base = in_turn(group, lambda: _prepare(run, context))

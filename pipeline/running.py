@@ -128,7 +128,7 @@ def _planned(recipe: Recipe | Path | str, set: Sequence[str], options: Options, 
         def planning() -> Run:
             loaded = recipe.changed(set) if isinstance(recipe, Recipe) else Recipe.load(recipe, set)
             if group.rank == 0:
-                check_folder(options.runs / loaded.recipe.name, "--runs")  # before weights are read for their hash
+                check_folder(options.runs / loaded.name, "--runs")  # before weights are read for their hash
             return plan_run(loaded, replace(options, device=own_device))
 
         return work(in_turn(group, planning), group)

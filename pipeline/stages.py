@@ -1,6 +1,6 @@
 """The stages, in order, and where their code is. No torch.
 
-A stage is its folder (core/stage.py says what is in it), one line in `STAGES`, and one field of `RecipeKeys`.
+A stage is its folder (core/stage.py says what is in it), one line in `STAGES`, and one field of `Recipe`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.extras import FULL, need
+from ..core.files import check_folder_exists
 from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
 from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
@@ -323,6 +324,7 @@ def rows_folder(rows: RowsLike | None) -> Path | None:
     if rows is None:
         return None
     folder = Path(str(rows))
+    check_folder_exists(folder, "rows: ")
     if not (folder / ROWS).is_file():
         raise UserError(
             f"rows: {folder} is not the folder of a data stage, which has {ROWS}; make one with collect_rows"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import UserError
-from ..core.files import read_json, read_text, write_json
+from ..core.files import check_folder_exists, read_json, read_text, write_json
 from ..core.units import megabytes, number, percent
 from ..records.manifest import StageManifest
 from ..records.models import ModelEntry
@@ -30,7 +30,7 @@ LAST = "last-run.json"  # lists the stage folders of the run's last execution
 def finish(run: Run, made: int) -> Report:
     """The report of a finished run, written if anything is new."""
     stages = [[stage.spec.name, stage.folder.path.name] for stage in run.stages]
-    write_json(run.folder / LAST, {"name": run.loaded.recipe.name, "stages": stages})
+    write_json(run.folder / LAST, {"name": run.loaded.name, "stages": stages})
     report, page = _of_run(run)
     if made or not (run.folder / "report.html").exists():
         write_report(report, page, run.folder)
@@ -44,11 +44,12 @@ def build(run: Run) -> Report:
 
 def _of_run(run: Run) -> tuple[Report, str]:
     stages = [StageRecord(s.spec.name, s.folder.path, s.folder.manifest()) for s in run.stages]
-    return _build(run.folder, run.loaded.recipe.name, run.loaded.text, stages)
+    return _build(run.folder, run.loaded.name, run.loaded.text, stages)
 
 
 def rebuild(folder: Path) -> list[Path]:
     """Write the report of a run folder again."""
+    check_folder_exists(folder)
     try:
         last = read_json(folder / LAST)
         recipe = read_text(folder / "recipe.yaml")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.files import check_file_exists
 from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import calibration_batches
@@ -37,8 +38,8 @@ def check(config: PruneConfig, base: Path, context: Context) -> None:
             f"prune.blocks is {config.blocks}, but the model has {model.num_hidden_layers} blocks, of which "
             f"{len(candidates)} can be removed; lower prune.blocks"
         )
-    if config.calibration.text and not context.resolve(config.calibration.text).is_file():
-        raise UserError(f"prune.calibration.text: no file {context.resolve(config.calibration.text)}")
+    if config.calibration.text:
+        check_file_exists(context.resolve(config.calibration.text), "prune.calibration.text: ")
 
 
 def candidate_blocks(config: PruneConfig, blocks: int) -> range:

@@ -13,62 +13,70 @@ from .record import Entry, Record
 class Verification(Entry):
     """An artifact against the checkpoint it was made from, in the stock runtime."""
 
-    runtime: str
-    positions: int
-    perplexity: float  # of the probe text, in the artifact
-    checkpoint_perplexity: float  # the same in torch
-    kl: float  # mean KL(checkpoint ‖ artifact), nats
-    top1_agreement: float
-    tensor_error: float  # largest relative error of a row of weights
-    graph_kl: float | None = None  # the same KL of the graph at high precision: F16 in llama.cpp, fp32 in ONNX Runtime
-    kv_kl: float | None = None  # of an int8 cache: the same KL of the float32 graph with it, on a long text
-    retaining_agreement: float | None = None  # least correlation of a block's retaining scores with the checkpoint's
+    runtime: str = Field(description="the runtime")
+    positions: int = Field(description="number of positions compared")
+    perplexity: float = Field(description="perplexity of the probe text in the runtime")
+    checkpoint_perplexity: float = Field(description="perplexity of the same text in torch")
+    kl: float = Field(description="mean KL(checkpoint ‖ artifact) in nats")
+    top1_agreement: float = Field(description="share of positions where both predict the same token")
+    tensor_error: float = Field(description="largest relative error of a row of weights")
+    graph_kl: float | None = Field(
+        default=None, description="KL of the graph at high precision: F16 in llama.cpp, fp32 in ONNX Runtime"
+    )
+    kv_kl: float | None = Field(
+        default=None, description="for an int8 cache: KL of the float32 graph with that cache, on a long text"
+    )
+    retaining_agreement: float | None = Field(
+        default=None, description="lowest correlation, over blocks, of retaining scores with the checkpoint's"
+    )
 
 
 class TrainedScales(Entry):
     """Scales that were trained by KL to the checkpoint, the integer codes fixed."""
 
-    steps: int  # of the training
-    step: int  # whose scales the file has; 0: those of rounding, since none had a lower held-out KL
-    held_out_tokens: int
-    held_out_kl_before: float  # mean KL(checkpoint ‖ weights of the file) in torch, nats, mean over depths
-    held_out_kl: float  # the same of the scales that the file has
-    moved: float  # largest change of a row of weights, as a share of its norm
+    steps: int = Field(description="steps of the training")
+    step: int = Field(description="step whose scales the file has; 0: those of rounding, as none had a lower KL")
+    held_out_tokens: int = Field(description="number of held-out tokens")
+    held_out_kl_before: float = Field(
+        description="mean KL(checkpoint ‖ weights of the file) before training, in torch, in nats, mean over depths"
+    )
+    held_out_kl: float = Field(description="the same with the scales that the file has")
+    moved: float = Field(description="largest change of a row of weights, as a share of its norm")
 
 
 class ArtifactEntry(Entry):
     """One exported model, at one depth."""
 
-    role: str  # gguf-TYPE or onnx-PRECISION; below the greatest depth with @DEPTH behind it
-    format: Literal["gguf", "onnx"]
-    type: str
-    depth: int  # how many blocks it runs
-    path: str  # within the bundle: of the .gguf file, the first part of one in several, or the ONNX folder
-    bytes: int  # of all that is read for this depth; several depths share most of it
-    parameters: int
-    bits_per_weight: float
-    kv: str | None = None  # how the runtime holds keys and values: float32, float16, int8
-    kv_bytes_per_token: int | None = None  # of keys and values, per token of context
-    verification: Verification
-    trained_scales: TrainedScales | None = None
+    role: str = Field(description="gguf-TYPE or onnx-PRECISION, followed by @DEPTH below the greatest depth")
+    format: Literal["gguf", "onnx"] = Field(description="file format")
+    type: str = Field(description="GGUF type or ONNX precision")
+    depth: int = Field(description="number of blocks")
+    path: str = Field(description="path in the bundle of the .gguf file (the first part of several) or ONNX folder")
+    bytes: int = Field(description="size of all files read at this depth; depths share most of it")
+    parameters: int = Field(description="number of weights at this depth")
+    bits_per_weight: float = Field(description="average over the tensors")
+    kv: str | None = Field(default=None, description="type of the runtime's keys and values: float32, float16 or int8")
+    kv_bytes_per_token: int | None = Field(default=None, description="size of keys and values per token of context")
+    verification: Verification = Field(description="comparison with the checkpoint")
+    trained_scales: TrainedScales | None = Field(default=None, description="scales trained after rounding")
 
 
 class FamilyEntry(Entry):
     """What the depths of one type take on disk together."""
 
-    format: Literal["gguf", "onnx"]
-    type: str
-    depths: list[int]
-    bytes: int  # hard links counted once
-    bytes_without_links: int  # as after copying with a tool that does not keep links
+    format: Literal["gguf", "onnx"] = Field(description="file format")
+    type: str = Field(description="GGUF type or ONNX precision")
+    depths: list[int] = Field(description="numbers of blocks")
+    bytes: int = Field(description="size on disk, hard links counted once")
+    bytes_without_links: int = Field(description="size after copying with a tool that does not keep hard links")
 
 
 class HeadFiles(Entry):
     """Where a bundle holds its retaining heads."""
 
-    path: str  # within the bundle: the heads as safetensors
-    gguf: str  # the same as a GGUF beside a model's
-    width: int
+    path: str = Field(description="path in the bundle of the heads as safetensors")
+    gguf: str = Field(description="path in the bundle of the heads as GGUF")
+    width: int = Field(description="hidden width of a head")
 
 
 class RetainingEntry(HeadSettings, HeadFiles):
@@ -85,10 +93,10 @@ class RetainingEntry(HeadSettings, HeadFiles):
 
 
 class FileEntry(Entry):
-    path: str
-    bytes: int
-    sha256: str
-    link: str | None = None  # the file before it in the list that this is another name of
+    path: str = Field(description="path in the bundle")
+    bytes: int = Field(description="size")
+    sha256: str = Field(description="hash")
+    link: str | None = Field(default=None, description="earlier file in the list that this is a hard link to")
 
 
 class BundleManifest(Record):
@@ -100,18 +108,20 @@ class BundleManifest(Record):
     ASCII: ClassVar[bool] = False
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[2] = 2
-    name: str
-    family: str
-    parameters: int
-    depths: list[int]  # numbers of blocks the bundle can run at
-    kept_blocks: list[int]  # their numbers in the unpruned model
-    importance_matrix: bool
-    artifacts: list[ArtifactEntry]
-    families: list[FamilyEntry] = Field(default_factory=list)  # types that were exported at several depths
-    retaining: RetainingEntry | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    files: list[FileEntry]
+    schema_version: Literal[2] = Field(default=2, description="version of this format")
+    name: str = Field(description="the model's name")
+    family: str = Field(description="model_type of the configuration")
+    parameters: int = Field(description="parameters of the whole model")
+    depths: list[int] = Field(description="numbers of blocks that it can run at, ascending")
+    kept_blocks: list[int] = Field(description="indices of its blocks in the unpruned model")
+    importance_matrix: bool = Field(description="whether rounding was weighted by an importance matrix")
+    artifacts: list[ArtifactEntry] = Field(description="one entry per type and depth, deepest first")
+    families: list[FamilyEntry] = Field(default_factory=list, description="types with several depths")
+    retaining: RetainingEntry | None = Field(default=None, description="retaining heads")
+    provenance: dict[str, Any] = Field(
+        default_factory=dict, description="stages that it was made by, and the unpruned model"
+    )
+    files: list[FileEntry] = Field(description="all files of the bundle")
 
     def contents(self) -> dict[str, Any]:
         """The file's contents, without null values."""

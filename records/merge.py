@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from .record import Entry, Record
 
@@ -12,10 +12,10 @@ from .record import Entry, Record
 class Merged(Entry):
     """Held-out figures of the merge, or of one of its parents."""
 
-    name: str
-    merged: bool  # whether it went into the merge
-    eval_kl: float
-    eval_perplexity: float
+    name: str = Field(description="the merge, or a parent's name")
+    merged: bool = Field(description="whether it went into the merge")
+    eval_kl: float = Field(description="held-out KL to the unpruned model in nats per token")
+    eval_perplexity: float = Field(description="held-out perplexity")
 
 
 class MergeRecord(Record):
@@ -25,9 +25,9 @@ class MergeRecord(Record):
     TITLE: ClassVar[str] = "a merge stage's record"
     model_config = ConfigDict(extra="forbid")
 
-    config: dict[str, Any]  # the recipe's section, with its models named
-    chosen: str
-    models: list[Merged]
+    config: dict[str, Any] = Field(description="the recipe's section, with its models filled in")
+    chosen: str = Field(description="the selected model")
+    models: list[Merged] = Field(description="held-out figures of the merge and its parents")
 
     @property
     def method(self) -> str:

@@ -15,61 +15,71 @@ RetrievalTask = Literal["passkey", "keys", "continuation"]
 class TaskResult(Entry):
     """One task: the value of one metric, and what is left of the base's."""
 
-    kind: AnswerKind
-    metric: str
-    value: float
-    n: int
-    chance: float | None = None  # what guessing scores
-    metrics: dict[str, float] = Field(default_factory=dict)
-    low: float | None = None  # the 95 % interval; none where the metric is no mean over questions
-    high: float | None = None
-    difference: float | None = None  # to the base, on the same questions
-    difference_low: float | None = None
-    difference_high: float | None = None
-    kept: float | None = None  # value / the base's
-    kept_above_chance: float | None = None  # the same above what guessing scores
+    kind: AnswerKind = Field(description="how the task is answered")
+    metric: str = Field(description="name of the metric")
+    value: float = Field(description="its value")
+    n: int = Field(description="number of questions")
+    chance: float | None = Field(default=None, description="value that guessing scores")
+    metrics: dict[str, float] = Field(default_factory=dict, description="the task's other metrics")
+    low: float | None = Field(
+        default=None, description="lower end of the 95 % interval; null if the metric is not a mean over questions"
+    )
+    high: float | None = Field(default=None, description="upper end of the 95 % interval")
+    difference: float | None = Field(default=None, description="difference to the base on the same questions")
+    difference_low: float | None = Field(default=None, description="lower end of the difference's 95 % interval")
+    difference_high: float | None = Field(default=None, description="upper end of the difference's 95 % interval")
+    kept: float | None = Field(default=None, description="value / the base's value")
+    kept_above_chance: float | None = Field(default=None, description="(value − chance) / (the base's value − chance)")
 
 
 class RetrievalResult(Entry):
     """What a checkpoint finds again in long prompts with one policy and budget of its KV cache."""
 
-    task: RetrievalTask
-    length: int  # tokens of the prompts
-    depth: float | None  # where the number stands: 0 is the beginning, 1 the end
-    policy: str
-    budget: float | None  # as asked for: below 1 a share of the length; none where everything is kept
-    entries: int | None  # the same in keys per block and KV head
-    kv_bytes: int  # of keys and values, when most were held
-    n: int
-    value: float  # the share of numbers found; the perplexity of a continuation
-    low: float | None = None  # the 95 % interval of a share
-    high: float | None = None
-    nats: float  # per token of the true answer, or of the continuation
+    task: RetrievalTask = Field(description="kind of prompt")
+    length: int = Field(description="prompt length in tokens")
+    depth: float | None = Field(description="position of the number: 0 is the beginning, 1 the end")
+    policy: str = Field(description="eviction policy")
+    budget: float | None = Field(
+        description="budget as configured, below 1 a share of the length; null without eviction"
+    )
+    entries: int | None = Field(description="budget in entries per block and KV head")
+    kv_bytes: int = Field(description="peak size of keys and values")
+    n: int = Field(description="number of prompts or texts")
+    value: float = Field(description="share of numbers found; perplexity of a continuation")
+    low: float | None = Field(default=None, description="lower end of a share's 95 % interval")
+    high: float | None = Field(default=None, description="upper end of a share's 95 % interval")
+    nats: float = Field(description="negative log-likelihood per token of the true answer or continuation")
 
 
 class ModelFigures(Entry):
     """What is measured of every model and artifact, but for its tasks."""
 
-    role: str  # base, pruned, healed, recovered, merged, depth-N, gguf-TYPE, onnx-TYPE
-    runtime: str
-    blocks: int
-    parameters: int | None
-    bytes: int
-    bits_per_weight: float | None = None
-    perplexity: float
-    kl_to_base: float | None = None  # nats per token
-    top1_agreement: float | None = None
-    positions: int  # tokens that the three figures above are measured on
-    tokens_per_second: float | None = None  # decoding, one stream
-    prefill_tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
+    role: str = Field(description="base, pruned, healed, recovered, merged, depth-N, gguf-TYPE or onnx-TYPE")
+    runtime: str = Field(description="torch, llama.cpp or onnxruntime")
+    blocks: int = Field(description="number of blocks")
+    parameters: int | None = Field(description="number of weights")
+    bytes: int = Field(description="weights in memory for torch models, files on disk for artifacts")
+    bits_per_weight: float | None = Field(default=None, description="average over the weights")
+    perplexity: float = Field(description="exp of the mean negative log-likelihood per token")
+    kl_to_base: float | None = Field(default=None, description="mean KL(base ‖ model) in nats per token")
+    top1_agreement: float | None = Field(
+        default=None, description="share of positions where model and base predict the same token"
+    )
+    positions: int = Field(description="number of tokens behind the three figures above")
+    tokens_per_second: float | None = Field(default=None, description="decoding speed, one stream")
+    prefill_tokens_per_second: float | None = Field(default=None, description="speed of reading the prompt")
+    peak_memory_bytes: int | None = Field(
+        default=None, description="peak memory of the process: the run's for torch models, a fresh one for artifacts"
+    )
 
 
 class ModelEntry(ModelFigures):
     """One model or artifact."""
 
-    tasks: dict[str, TaskResult] = Field(default_factory=dict)
-    retrieval: list[RetrievalResult] = Field(default_factory=list)
+    tasks: dict[str, TaskResult] = Field(default_factory=dict, description="results by task")
+    retrieval: list[RetrievalResult] = Field(
+        default_factory=list, description="results by task, length, depth, policy and budget"
+    )
 
 
 class Models(Record, RootModel[list[ModelEntry]]):

@@ -12,42 +12,46 @@ from .record import Entry, Record, SparseEntry
 class HeldOutDepth(Entry):
     """Held-out figures of one depth."""
 
-    depth: int
-    loss: float
-    kl: float
-    perplexity: float
+    depth: int = Field(description="number of blocks")
+    loss: float = Field(description="held-out loss")
+    kl: float = Field(description="held-out KL to the unpruned model")
+    perplexity: float = Field(description="held-out perplexity")
 
 
 class HeldOutFigures(SparseEntry):
     """Figures on held-out rows after a step; of several depths their weighted mean, and each one's own."""
 
-    step: int
-    eval_loss: float
-    eval_kl: float  # to the unpruned model, nats per response token
-    eval_perplexity: float
-    eval_depths: list[HeldOutDepth] = Field(default_factory=list)
+    step: int = Field(description="optimizer steps taken")
+    eval_loss: float = Field(description="held-out loss")
+    eval_kl: float = Field(description="held-out KL to the unpruned model in nats per response token")
+    eval_perplexity: float = Field(description="held-out perplexity on response tokens")
+    eval_depths: list[HeldOutDepth] = Field(
+        default_factory=list, description="figures of each depth, in sorted training"
+    )
 
 
 class StudentFigures(SparseEntry):
     """The result of a training."""
 
-    objective: str
-    steps: int
-    trainable_parameters: int
-    before: HeldOutFigures
-    last: HeldOutFigures
-    best: HeldOutFigures  # at the step that was kept
-    target_tokens: int  # response tokens learned from, over all epochs
-    train_tokens: int  # of the rows
-    seconds_training: float = 0.0  # left out where equal inputs must give equal bytes
+    objective: str = Field(description="the objective")
+    steps: int = Field(description="number of optimizer steps")
+    trainable_parameters: int = Field(description="number of trained parameters")
+    before: HeldOutFigures = Field(description="figures before training")
+    last: HeldOutFigures = Field(description="figures after the last step")
+    best: HeldOutFigures = Field(description="figures of the checkpoint that is kept")
+    target_tokens: int = Field(description="response tokens learned from, over all epochs")
+    train_tokens: int = Field(description="tokens in the training rows")
+    seconds_training: float = Field(
+        default=0.0, description="training time; left out where equal inputs must give equal bytes"
+    )
 
 
 class VariantName(Entry):
     """The settings in which one of several students differs from the others."""
 
-    name: str
-    seed: int
-    rows: tuple[float, float]  # shares of the training rows, from and to
+    name: str = Field(description="the variant's name")
+    seed: int = Field(description="its random seed")
+    rows: tuple[float, float] = Field(description="its training rows: from, to, as fractions")
 
 
 class VariantFigures(StudentFigures, VariantName):
@@ -61,7 +65,7 @@ class Variants(Record):
     TITLE: ClassVar[str] = "a distill stage's record"
     model_config = ConfigDict(extra="forbid")
 
-    length: int  # tokens of a packed row
-    batch: int  # rows of a batch
-    chosen: str
-    variants: list[VariantFigures]
+    length: int = Field(description="tokens per packed row")
+    batch: int = Field(description="rows per batch")
+    chosen: str = Field(description="the selected variant")
+    variants: list[VariantFigures] = Field(description="figures of each variant")

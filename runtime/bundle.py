@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.files import sha256
+from ..core.files import check_folder_exists, sha256
 from ..records.bundle import BundleManifest
 
 SMALL = 50 * 10**6  # bytes: tokenizers, configurations and templates are smaller, real models' weights larger
@@ -19,6 +19,7 @@ def read_bundle(bundle: Path, *, hashes: bool = False) -> BundleManifest:
     Raises `UserError` naming what is missing or changed.
     """
     if not (bundle / BundleManifest.FILE).is_file():
+        check_folder_exists(bundle)
         raise UserError(f"{bundle} is not a bundle: it has no {BundleManifest.FILE}")
     manifest = BundleManifest.read(bundle)
     compared: dict[tuple[int, int], str] = {}  # a file with several names (depths share weights) is read once

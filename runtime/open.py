@@ -37,6 +37,6 @@ def open_engine(
 
         return GenaiEngine(path, threads)
     if not path.exists():
-        raise UserError(f"no artifact found at {path}")
+        raise UserError(f"{path} does not exist")
     where = f" in {runtime}" if runtime else ""
     raise UserError(f"{path} cannot be opened{where}: give a .gguf file or an ONNX folder")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...core.errors import UserError
+from ...core.files import check_file_exists
 from ...core.stage import Context
 from ..config import EngineConfig, LlamaCppSettings, VllmSettings
 from ..cost import LLAMACPP_ROWS
@@ -40,11 +41,8 @@ class WritingEngine(Protocol):
 def check_engine(config: EngineConfig, context: Context) -> None:
     """Raise `UserError` if an engine lacks its file, its package or its GPU."""
     if isinstance(config, LlamaCppSettings):
-        path = context.resolve(config.gguf)
-        if not path.is_file():
-            raise UserError(
-                f"data.engine.gguf: there is no file {path}; create one with compress export BASE --gguf Q8_0"
-            )
+        advice = "; create one with compress export BASE --gguf Q8_0"
+        check_file_exists(context.resolve(config.gguf), "data.engine.gguf: ", advice)
     elif isinstance(config, VllmSettings):
         from .vllm_engine import check_platform
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...core.errors import UserError
+from ...core.files import unreadable
 
 
 class Table(Protocol):
@@ -44,7 +45,7 @@ def open_table(path: Path, wanted: Sequence[str], cache: Path, what: str = "") -
     try:
         table = _open(suffix, path, wanted, cache, what)
     except OSError as error:
-        raise UserError(f"{what}{path} could not be read: {error.strerror or error}") from error
+        raise unreadable(path, error, what) from error
     if len(table) == 0:
         raise UserError(f"{what}{path} has no rows")
     return table

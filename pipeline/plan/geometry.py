@@ -21,7 +21,7 @@ def read_geometry(loaded: Recipe, cache: Path) -> Geometry:
 
 
 def _read_config(loaded: Recipe, cache: Path) -> dict[str, Any]:
-    model = loaded.recipe.model
+    model = loaded.model
     if isinstance(model, ModelSpec) and model.config:
         return read_json(loaded.folder / model.config)
     return _source_config(parse_source(loaded.source, loaded.folder), loaded, cache)

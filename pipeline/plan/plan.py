@@ -19,7 +19,7 @@ class StagePlan:
     """Estimates for one stage."""
 
     name: str
-    found: Need
+    need: Need
     flops: float | None  # None: cannot be told from the recipe
     seconds: float | None  # None also without a device
     fits: bool = True
@@ -59,8 +59,8 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes that all stages leave, plus the most that one of them writes temporarily."""
-        left = sum(stage.found.disk for stage in self.stages)
-        return left + max((stage.found.scratch for stage in self.stages), default=0)
+        left = sum(stage.need.disk for stage in self.stages)
+        return left + max((stage.need.scratch for stage in self.stages), default=0)
 
 
 def make_plan(
@@ -84,7 +84,7 @@ def make_plan(
     stages = [_stage(loaded, name, at, device, cards) for name, at in finds.items()]
     parameters = shape.parameters(shape.blocks), shape.parameters(left.kept)
     blocks = shape.blocks, left.kept
-    return Plan(loaded.recipe.name, loaded.source, *parameters, blocks, dtype, stages, device, room, cards)
+    return Plan(loaded.name, loaded.source, *parameters, blocks, dtype, stages, device, room, cards)
 
 
 def _stage(loaded: Recipe, name: str, at: Setting, device: Device | None, cards: int) -> StagePlan:

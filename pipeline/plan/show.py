@@ -22,13 +22,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_stages_table(plan))
     console.print("peak memory by part:")
     for stage in plan.stages:
-        parts = stage.found.parts
+        parts = stage.need.parts
         listed = ", ".join(f"{name} {megabytes(parts[name])}" for name in PARTS if name in parts)
         console.print(f"  {stage.name}: {listed}")
     for stage in plan.stages:
         if not stage.fits:
             console.print(_lack(stage, plan))
-    hosts = [f"{stage.name} {megabytes(stage.found.host)}" for stage in plan.stages if stage.found.host]
+    hosts = [f"{stage.name} {megabytes(stage.need.host)}" for stage in plan.stages if stage.need.host]
     if hosts:
         console.print(f"host memory: {', '.join(hosts)}")
     if plan.memory is not None and all(stage.fits for stage in plan.stages):
@@ -36,7 +36,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     if plan.device is not None:
         console.print(_in_all(plan, plan.device))
         console.print(_assumptions(plan, plan.device))
-    most = max(stage.found.scratch for stage in plan.stages) if plan.stages else 0
+    most = max(stage.need.scratch for stage in plan.stages) if plan.stages else 0
     scratch = f", of which {megabytes(most)} are temporary" if most else ""
     console.print(f"disk: {megabytes(plan.disk)}{scratch}; free here: {megabytes(shutil.disk_usage('.').free)}")
 
@@ -74,7 +74,7 @@ def _stages_table(plan: Plan) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for stage in plan.stages:
-        found = stage.found
+        found = stage.need
         scratch = megabytes(found.scratch) if found.scratch else "–"
         cells = [stage.name, megabytes(found.peak), megabytes(found.disk), scratch, _operations(stage)]
         note = found.note if stage.fits else f"DOES NOT FIT; {found.note}"
@@ -83,7 +83,7 @@ def _stages_table(plan: Plan) -> Table:
 
 
 def _lack(stage: StagePlan, plan: Plan) -> str:
-    lacks = f"{stage.name} does not fit: it needs {megabytes(stage.found.needed)} of {megabytes(plan.memory)}"
+    lacks = f"{stage.name} does not fit: it needs {megabytes(stage.need.needed)} of {megabytes(plan.memory)}"
     if stage.beside is not None:
         seconds = "" if stage.beside.seconds is None else f" and {spell(stage.beside.seconds)}"
         memory = megabytes(stage.beside.memory)

@@ -16,16 +16,20 @@ from ...records.students import Variants
 class StageEntry(Entry):
     """One stage of the run."""
 
-    name: str
-    folder: str
-    fingerprint: str
-    seconds: float
-    dtype: str | None = None  # of weights and activations; none in reports of older versions
-    resumed: bool
-    peak_memory_bytes: int  # of the process and its children
-    peak_cuda_bytes: int | None = None  # allocated by torch
-    planned_memory_bytes: int | None = None  # of the device the stage ran on
-    metrics: dict[str, Any]
+    name: str = Field(description="the stage")
+    folder: str = Field(description="name of its folder")
+    fingerprint: str = Field(description="hash of everything that the output depends on")
+    seconds: float = Field(description="wall time")
+    dtype: str | None = Field(
+        default=None, description="type of weights and activations; null in reports of older versions"
+    )
+    resumed: bool = Field(description="whether it was interrupted and resumed")
+    peak_memory_bytes: int = Field(description="peak memory of the process and its children")
+    peak_cuda_bytes: int | None = Field(default=None, description="peak of torch's allocations on the GPU")
+    planned_memory_bytes: int | None = Field(
+        default=None, description="the plan's estimate for the device that it ran on"
+    )
+    metrics: dict[str, Any] = Field(description="the stage's own figures")
 
     @property
     def measured_memory_bytes(self) -> int:
@@ -36,26 +40,28 @@ class StageEntry(Entry):
 class Report(Entry):
     """The whole report."""
 
-    schema_version: Literal[2] = 2
-    name: str
-    base: str  # the model source as the recipe has it
-    measured_on: str | None  # what perplexity was measured on
-    models: list[ModelEntry]
-    stages: list[StageEntry]
-    importance: Importance | None  # the prune stage's importance.json
-    curves: list[dict[str, Any]]  # the distill stage's curves.jsonl
-    sort: list[dict[str, Any]] = Field(default_factory=list)  # the sort stage's curves.jsonl
-    retain: list[dict[str, Any]] = Field(default_factory=list)  # the retain stage's curves.jsonl
-    variants: Variants | None = None  # the distill stage's variants.json
-    merge: MergeRecord | None = None  # the merge stage's merge.json
-    data: dict[str, Any] | None  # the data stage's counts
-    samples: list[list[dict[str, str]]]  # a few conversations of the data stage
-    rewrites: list[dict[str, str]] = Field(default_factory=list)  # prompt, gold, written, origin, why
-    artifacts: list[dict[str, Any]]  # the bundle's, with their verification
-    bench: dict[str, Any] | None = None  # what compress bench measured on this bundle
-    recipe: str
-    versions: dict[str, str]
-    machine: dict[str, Any]
+    schema_version: Literal[2] = Field(default=2, description="version of this format")
+    name: str = Field(description="the run's name")
+    base: str = Field(description="source of the unpruned model, as in the recipe")
+    measured_on: str | None = Field(description="text that perplexity was measured on")
+    models: list[ModelEntry] = Field(description="figures per model and artifact, in the order in which they were made")
+    stages: list[StageEntry] = Field(description="the finished stages")
+    importance: Importance | None = Field(description="the prune stage's importance.json")
+    curves: list[dict[str, Any]] = Field(description="the distill stage's curves.jsonl")
+    sort: list[dict[str, Any]] = Field(default_factory=list, description="the sort stage's curves.jsonl")
+    retain: list[dict[str, Any]] = Field(default_factory=list, description="the retain stage's curves.jsonl")
+    variants: Variants | None = Field(default=None, description="the distill stage's variants.json")
+    merge: MergeRecord | None = Field(default=None, description="the merge stage's merge.json")
+    data: dict[str, Any] | None = Field(description="the data stage's counts")
+    samples: list[list[dict[str, str]]] = Field(description="a few conversations of the data stage")
+    rewrites: list[dict[str, str]] = Field(
+        default_factory=list, description="a few rewritten rows: prompt, gold, written, origin, why"
+    )
+    artifacts: list[dict[str, Any]] = Field(description="the bundle's artifacts with their verification")
+    bench: dict[str, Any] | None = Field(default=None, description="figures of compress bench on this bundle")
+    recipe: str = Field(description="the recipe's text with its overrides")
+    versions: dict[str, str] = Field(description="versions of the packages")
+    machine: dict[str, Any] = Field(description="machine of the run")
 
     def model(self, role: str) -> ModelEntry | None:
         return next((entry for entry in self.models if entry.role == role), None)

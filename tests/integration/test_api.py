@@ -183,11 +183,11 @@ def test_a_plan_has_units():
         (lambda out: api.distill("x", out, base="y", rows="z", objective="asfd"), "did you mean 'asft'"),
         (lambda out: api.export("random:llama", out, gguf=["Q4_K_N"]), "gguf.0: must be .*did you mean 'Q4_K_M'"),
         (lambda out: api.evaluate("random:llama", text="t", windw=1), "unknown key 'windw'; did you mean 'window'"),
-        (lambda out: api.prune("random:llama", out, blocks=1, rows="nowhere"), "nowhere is not the folder of a data"),
+        (lambda out: api.prune("random:llama", out, blocks=1, rows="nowhere"), "rows: nowhere does not exist"),
         (lambda out: api.run("tiny_rndom"), "did you mean 'tiny_random'"),
         (lambda out: api.run("tiny_random", dtype="flot32"), "did you mean 'float32'"),
         (lambda out: api.run("tiny_random", until="distil", runs=out), "did you mean 'distill'"),
-        (lambda out: api.load_model("no such/model/x"), "no such file or folder"),
+        (lambda out: api.load_model("no such/model/x"), "does not exist"),
     ],
 )
 def test_wrong_options_are_explained_before_any_work(call, message, tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_recipe_of_python_values(tmp_path):
     keys = {"name": "cut", "model": "random:llama", "prune": {"blocks": 2, "heal": RefitHeal()}}
     recipe = api.Recipe.from_dict(keys, tmp_path)
     assert recipe.order == ("prune",) and recipe.folder == tmp_path
-    assert recipe.changed(["prune.blocks=1"]).recipe.prune == checked(PruneConfig, {"blocks": 1, "heal": "refit"})
+    assert recipe.changed(["prune.blocks=1"]).prune == checked(PruneConfig, {"blocks": 1, "heal": "refit"})
     with pytest.raises(UserError) as refused:
         api.Recipe.from_dict(keys | {"prun": {}, "prune": {"block": 1}})
     lines = str(refused.value).splitlines()
@@ -232,3 +232,12 @@ def test_progress_may_be_an_object_or_a_function():
         advance()
         advance(2, "loss 1")
     assert events == [api.ProgressEvent("b", 1, 3), api.ProgressEvent("b", 3, 3, "loss 1")]
+
+
+def test_a_recipe_built_from_sections_is_the_one_of_a_file(tmp_path: Path) -> None:
+    built = api.Recipe(name="cut", model="random:llama", prune=api.PruneConfig(blocks=1))
+    read = api.Recipe.from_dict({"name": "cut", "model": "random:llama", "prune": {"blocks": 1}})
+    assert built.order == read.order == ("prune",) and built.prune == read.prune
+    assert built.changed(["prune.blocks=2", "export.gguf=[Q8_0]"]).order == ("prune", "export")
+    plans = [api.plan(recipe, runs=tmp_path) for recipe in (built, read)]
+    assert plans[0].stages == plans[1].stages and plans[0].stages[0].need.peak > 0

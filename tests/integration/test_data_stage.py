@@ -148,7 +148,7 @@ def test_files_that_are_missing_empty_or_broken(stage: Stage, tmp_path: Path) ->
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing more")
     (tmp_path / "header.csv").write_text("prompt,response\n")
     for name, message in {
-        "none.jsonl": r"there is no file .*none\.jsonl",
+        "none.jsonl": r".*none\.jsonl does not exist",
         "empty.jsonl": r"empty\.jsonl is empty",
         "notes.docx": r"notes\.docx is not a \.jsonl or",
         "broken.jsonl": r"line 3 of .*broken\.jsonl is not valid JSON",

@@ -162,7 +162,7 @@ def test_what_cannot_be_run_is_refused_before_any_work(home, model, monkeypatch)
     context = Context(recipe_dir=home)
     with pytest.raises(UserError, match=r"could not load my_absent .*none\.jsonl"):
         suite(home, tokenizer, "my_absent")
-    with pytest.raises(UserError, match=r"harness\.folder: there is no folder"):
+    with pytest.raises(UserError, match=r"harness\.folder: .* does not exist"):
         suite(home, tokenizer, "my_choice", harness={"folder": "none"})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

@@ -142,9 +142,9 @@ def test_figures(printed, tiny, bundle, tmp_path):
             "has 2 problems: --set prune.block=1",
         ),
         (("inspect", "nowhere"), "nowhere does not exist"),
-        (("eval", "random:llama", "--text", "nowhere.txt"), "--text: nowhere.txt could not be read"),
+        (("eval", "random:llama", "--text", "nowhere.txt"), "--text: nowhere.txt does not exist"),
         (("eval", "random:llama", "--text", "t", "--dtype", "bfloat61"), "did you mean 'bfloat16'?"),
-        (("bench", "nowhere"), "nowhere is not a bundle"),
+        (("bench", "nowhere"), "nowhere does not exist"),
     ],
 )
 def test_errors_are_one_line_on_standard_error(run, arguments, message):

@@ -297,7 +297,7 @@ def test_the_plan_counts_every_variant_and_the_merge(chain: tuple[Path, Path]) -
 
     def planned(*overrides: str) -> dict[str, Need]:
         made = make_plan(Recipe.load(str(recipe), overrides), "float32", folder.parent)
-        return {stage.name: stage.found for stage in made.stages}
+        return {stage.name: stage.need for stage in made.stages}
 
     plan, alone = planned(), planned("distill.variants=null", "merge=null")
     size = (only(folder, "merge") / "model" / "model.safetensors").stat().st_size

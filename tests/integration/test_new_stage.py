@@ -110,7 +110,7 @@ def home(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from compress.toy.config import ToyConfig  # type: ignore[import-not-found]
 
     field: Any = (ToyConfig | None, Field(None, description="the final norm is scaled"))
-    monkeypatch.setattr(recipes, "RecipeKeys", create_model("RecipeKeys", __base__=recipes.RecipeKeys, toy=field))
+    monkeypatch.setattr(recipes, "Recipe", create_model("Recipe", __base__=recipes.Recipe, toy=field))
     (tmp_path / "model").symlink_to(tiny(blocks=3))
     (tmp_path / "text.txt").write_text("The tide comes in twice a day, and goes out again. " * 100)
     write(tmp_path, "{}")
@@ -156,13 +156,13 @@ def test_it_is_planned(home: Path, capsys: pytest.CaptureFixture[str], monkeypat
 
     plan = planned()
     toy = plan.stages[1]
-    assert toy.name == "toy" and toy.found.note == "2 blocks are scaled"
-    assert toy.found.peak == 4 * 4 * plan.parameters_after == 4 * toy.found.disk
-    change = planned(memory=toy.found.peak // 2).stages[1].change
-    assert change is not None and change.overrides == ("toy.copies=2",) and change.memory == toy.found.peak // 2
-    evaluated = planned("evaluate.tokens=64").stages[-1].found.note
+    assert toy.name == "toy" and toy.need.note == "2 blocks are scaled"
+    assert toy.need.peak == 4 * 4 * plan.parameters_after == 4 * toy.need.disk
+    change = planned(memory=toy.need.peak // 2).stages[1].change
+    assert change is not None and change.overrides == ("toy.copies=2",) and change.memory == toy.need.peak // 2
+    evaluated = planned("evaluate.tokens=64").stages[-1].need.note
     assert evaluated == "3 checkpoints, 1 artifacts"  # base, pruned and the toy's
-    assert planned("evaluate.tokens=64", "toy=null").stages[-1].found.note == "2 checkpoints, 1 artifacts"
+    assert planned("evaluate.tokens=64", "toy=null").stages[-1].need.note == "2 checkpoints, 1 artifacts"
     assert "2 blocks are scaled" in said(capsys, monkeypatch, "plan", str(home / "r.yaml"), "--runs", str(home))
 
 

@@ -37,9 +37,9 @@ def test_the_installed_command_runs_a_recipe(tmp_path):
         (["compress", "run", "--help"], 0, "optimum-cli compress run [OPTIONS]"),
         (["compress", "validate", "tiny_random", "--set", "seed=3"], 0, "valid; stages: data, prune"),
         (["compress", "validate", "tiny_random", "--set", "prune.block=1"], 2, "did you mean 'blocks'?"),
-        (["compress", "run", "tiny"], 2, "no recipe file 'tiny'"),
+        (["compress", "run", "tiny"], 2, "the recipe file 'tiny' does not exist"),
         (["compress", "bogus"], 2, "No such command 'bogus'"),
-        (["compress", "run", "--", "--help"], 2, "no recipe file '--help'"),
+        (["compress", "run", "--", "--help"], 2, "the recipe file '--help' does not exist"),
     ],
 )
 def test_arguments_and_exit_codes_are_handed_on(capfd, monkeypatch, arguments, code, words):

@@ -193,13 +193,13 @@ def test_what_can_be_made_is_not_made_yet(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "why"),
     [
-        ("--text", "none.txt", "--text: none.txt could not be read: No such file"),
-        ("--text", "full", "Is a directory"),
+        ("--text", "none.txt", "--text: none.txt does not exist"),
+        ("--text", "full", "full is a folder, but a file is needed"),
         ("--text", "latin.txt", "latin.txt is not UTF-8 text: byte 2 is 0xe9"),
         ("--task", "none.jsonl", "none.jsonl"),
         ("--task", "broken.jsonl", "line 2 of"),
-        ("--base", "./none.gguf", "no such file or folder"),
-        ("--retrieval", "text=none.txt", "none.txt could not be read"),
+        ("--base", "./none.gguf", "none.gguf does not exist"),
+        ("--retrieval", "text=none.txt", "none.txt does not exist"),
     ],
 )
 def test_what_is_measured_on_is_read_before_the_model(option, value, why, place, refused, idle, tiny):
@@ -209,6 +209,34 @@ def test_what_is_measured_on_is_read_before_the_model(option, value, why, place,
     assert why in refused("eval", tiny(), *arguments, option, value)
     folder = ("--task", "arc_easy", "--task-folder", "none")
     assert "--task-folder" in refused("eval", tiny(), "--text", "words.txt", *folder)
+
+
+BUNDLE = "is not a bundle: it has no manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "wrong"),
+    [
+        ("generate", ["--prompt", "x"], BUNDLE),
+        ("chat", [], BUNDLE),
+        ("bench", [], BUNDLE),
+        ("serve", ["--port", "0"], BUNDLE),
+        ("extract", ["--type", "Q8_0", "--out", "one.gguf"], BUNDLE),
+        ("report", [], "is not the folder of a finished run: empty/last-run.json does not exist"),
+        ("inspect", [], "is not a checkpoint, GGUF file, ONNX folder, bundle, stage or run folder"),
+        ("export", ["--gguf", "Q8_0", "--out", "new"], "has no config.json"),
+        ("merge", ["./empty", "--out", "new"], "has no config.json"),
+        ("eval", ["--text", "words.txt"], "has no config.json"),
+        ("run", [], "is a folder; give a recipe file"),
+        ("validate", [], "is a folder; give a recipe file"),
+        ("plan", [], "is a folder; give a recipe file"),
+    ],
+)
+def test_a_missing_path_does_not_exist_and_a_wrong_one_lacks_something(command, options, wrong, place, refused):
+    (place / "empty").mkdir()
+    missing, empty = refused(command, "./none", *options), refused(command, "./empty", *options)
+    assert "none" in missing and "does not exist" in missing and "not a" not in missing
+    assert "empty" in empty and wrong in empty
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--system"])

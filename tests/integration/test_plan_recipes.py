@@ -48,7 +48,7 @@ def stages(plan: Plan) -> dict[str, StagePlan]:
 
 @pytest.mark.parametrize("name", FLAGSHIPS)
 def test_flagships_do_what_our_findings_advise(name: str) -> None:
-    recipe = Recipe.load(name).recipe
+    recipe = Recipe.load(name)
     assert recipe.prune is not None and recipe.evaluate is not None
     assert isinstance(recipe.prune.heal, RefitHeal)
     assert isinstance(recipe.prune.search, Greedy) and recipe.prune.search.copying > 0
@@ -61,12 +61,12 @@ def test_flagships_do_what_our_findings_advise(name: str) -> None:
 
 def test_the_8b_recipe_is_a_night_on_one_24_gb_card() -> None:
     plan = planned("llama8b_26L", "rtx-4090")
-    assert all(stage.fits and stage.found.needed <= 24 * GIB for stage in plan.stages)
+    assert all(stage.fits and stage.need.needed <= 24 * GIB for stage in plan.stages)
     assert plan.seconds is not None and plan.seconds <= NIGHT
     found = stages(plan)
     assert all(stage.seconds for stage in plan.stages)  # none is left out
-    assert found["evaluate"].found.scratch <= 2.2e9 and found["export"].found.scratch <= 27e9
-    assert all(stage.found.host <= 32 * GIB for stage in plan.stages)
+    assert found["evaluate"].need.scratch <= 2.2e9 and found["export"].need.scratch <= 27e9
+    assert all(stage.need.host <= 32 * GIB for stage in plan.stages)
     without = planned("llama8b_26L", "rtx-4090", "data.engine=transformers", "data.batch=24")
     assert without.seconds is not None and plan.seconds < without.seconds <= NIGHT
     assert all(stage.fits for stage in without.stages)  # the way out that the recipe names
@@ -79,7 +79,7 @@ def test_the_70b_recipe_is_a_night_on_eight_80_gb_cards_and_their_processors() -
     for stage in plan.stages:
         assert stage.fits or (stage.beside is not None and stage.beside.memory <= 700e9)
     assert plan.seconds is not None and plan.seconds <= NIGHT
-    assert found["evaluate"].found.scratch <= 2.2e9
+    assert found["evaluate"].need.scratch <= 2.2e9
     alone = stages(planned("llama70b_64L", "h100-80g"))
     seconds = found["distill"].seconds
     assert seconds and alone["distill"].seconds == pytest.approx(8 * seconds)

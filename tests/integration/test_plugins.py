@@ -195,7 +195,7 @@ class Writer:  # always the same words
 
 rewriting.Writer = Writer
 file = Path(sys.argv[1])
-data = Recipe.load(str(file)).recipe.data
+data = Recipe.load(str(file)).data
 base = load_model("random:llama").folder
 out = file.parent / "out"
 out.mkdir()

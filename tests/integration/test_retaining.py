@@ -318,7 +318,7 @@ def test_what_is_refused_before_any_work(tiny, tmp_path):
     stage.check(config(length=512), tiny(), context)
     with pytest.raises(UserError, match=r"retain\.length is 600, but the model was trained for 512 positions"):
         stage.check(config(length=600), tiny(), context)
-    with pytest.raises(UserError, match=r"retain\.dataset\.path: there is no file .*none\.jsonl"):
+    with pytest.raises(UserError, match=r"retain\.dataset\.path: .*none\.jsonl does not exist"):
         stage.check(config(dataset={"path": "none.jsonl"}), tiny(), context)
     assert RetainConfig().longest(8192) == 8192 and RetainConfig().longest(1 << 17) == 10240
     assert [head_width(None, hidden) for hidden in (4096, 576, 64)] == [1024, 192, 64] and head_width(5, 576) == 5

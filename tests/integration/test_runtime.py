@@ -197,9 +197,9 @@ def test_broken_artifacts_are_named(artifacts, tmp_path):
         (tmp_path / f"{name}.gguf").write_bytes(content)
         with pytest.raises(UserError, match=message):
             open_engine(tmp_path / f"{name}.gguf")
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="does not exist"):
         open_engine(tmp_path / "nowhere.gguf")
-    with pytest.raises(UserError, match="no artifact found"):
+    with pytest.raises(UserError, match="does not exist"):
         open_engine(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"cannot be opened in onnxruntime: give a \.gguf file or an ONNX folder"):
         open_engine(artifacts.gguf, runtime="onnxruntime")
@@ -268,7 +268,7 @@ def test_measuring(artifacts, tmp_path):
         assert found.speed.prefill_tokens_per_second > 0 and found.speed.decode_tokens_per_second > 0
         assert 20e6 < found.peak_memory_bytes < 2e9
         assert found.load_seconds > 0
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="does not exist"):
         measure(tmp_path / "nowhere.gguf")
 
 

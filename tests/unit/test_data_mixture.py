@@ -104,7 +104,7 @@ def test_sets_have_columns_and_rewriting_of_their_own(stage: Stage) -> None:
 
 
 def test_errors_name_the_set(stage: Stage) -> None:
-    with pytest.raises(UserError, match=r"data\.sets\.1\.path: there is no file .*nowhere\.jsonl"):
+    with pytest.raises(UserError, match=r"data\.sets\.1\.path: .*nowhere\.jsonl does not exist"):
         stage(source="datasets", sets=[*sets(a=1), {"path": "nowhere.jsonl"}], rows=4)
     with pytest.raises(
         UserError, match=r"data\.sets\.1\.response: r: b\.jsonl has no such column; it has: prompt, resp"
@@ -189,7 +189,7 @@ def test_plain_text_is_looked_at_too(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, "there is no file"),
+        ("none.jsonl", None, "does not exist"),
         ("a.csv", "x", r"a\.csv is not a \.jsonl or \.txt file"),
         ("bad.jsonl", '{"a": "b"}\n{"a": \n', "line 2 of .*bad.jsonl is not valid JSON"),
         ("bytes.txt", b"\xff\xfe\xff", "is not UTF-8 text: its byte order mark says UTF-16"),

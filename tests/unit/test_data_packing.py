@@ -127,7 +127,7 @@ def test_calibration_takes_training_rows_up_to_a_count(tiny: Callable[..., Path]
     bare = Inputs(tmp_path, tmp_path)
     with pytest.raises(UserError, match="no calibration data: add a `data` section"):
         calibration_batches(bare, tokenizer, tokens=10, length=64, batch=2)
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="does not exist"):
         calibration_batches(bare, tokenizer, tokens=10, length=64, batch=2, text=tmp_path / "none.txt")
     text.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):

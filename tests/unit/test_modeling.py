@@ -196,8 +196,8 @@ def test_pickled_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("./nowhere", "no such file or folder"),
-        ("nowhere.gguf", "no such file or folder"),
+        ("./nowhere", "does not exist"),
+        ("nowhere.gguf", "does not exist"),
         ("package:no_such_package/x.gguf", "'no_such_package' is not installed"),
         ("package:pytest/x.gguf", "has no file 'x.gguf'"),
         ("just-a-word", "is not a Hub id"),

@@ -101,7 +101,7 @@ def test_operations_of_training_are_torchs(tiny, kind):
         (hidden,) = student(input_ids=ids, use_cache=False)
         (hidden @ student.decoder.head_weight.T).sum().backward()
 
-    recipe = Recipe.load("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).recipe
+    recipe = Recipe.load("tiny_random", ["data.rows=64", "data.heldout=0.000001"])
     at = Setting(shape, 3, "float32", rows=rows_of(recipe.data))
     work = STAGES["distill"].cost.work
     found = work(config, at)
@@ -137,8 +137,8 @@ def test_every_shipped_recipe_has_a_plan(name, tmp_path):
         plan = make_plan(loaded, device.dtype if device else "float32", tmp_path, device)
         assert [stage.name for stage in plan.stages] == list(loaded.order)
         for stage in plan.stages:
-            assert stage.found.peak == sum(stage.found.parts.values()) > 0
-            assert set(stage.found.parts) <= set(PARTS)
+            assert stage.need.peak == sum(stage.need.parts.values()) > 0
+            assert set(stage.need.parts) <= set(PARTS)
             assert (stage.seconds is None) == (device is None or stage.flops is None)
 
 

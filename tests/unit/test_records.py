@@ -121,6 +121,6 @@ def test_a_file_that_is_no_object_is_named(tmp_path):
     (tmp_path / "importance.json").write_text("[]")
     with pytest.raises(UserError, match=r"importance\.json is not a prune stage's record of this version: its content"):
         Importance.read(tmp_path)
-    with pytest.raises(UserError, match=r"merge\.json could not be read"):
+    with pytest.raises(UserError, match=r"merge\.json does not exist"):
         MergeRecord.read(tmp_path)
     assert MergeRecord.read_if_there(tmp_path) is None and MergeRecord.read_if_there(None) is None

@@ -162,7 +162,7 @@ def test_what_accelerate_would_do_otherwise_is_refused(
 def test_a_plan_of_shards_is_smaller_by_what_is_spread(tmp_path: Path) -> None:
     def memory(shards: int, *overrides: str) -> int:
         plan = make_plan(Recipe.load("llama8b_26L", list(overrides)), "bfloat16", tmp_path, shards=shards)
-        return next(stage.found.peak for stage in plan.stages if stage.name == "distill")
+        return next(stage.need.peak for stage in plan.stages if stage.name == "distill")
 
     one, two, eight = (memory(shards, "distill.tune=full", "distill.teacher=copy") for shards in (1, 2, 8))
     spread = 16 * 6.72e9  # weights, gradients and Adam's states, in float32

@@ -480,4 +480,4 @@ def test_the_plan_counts_the_heads_of_all_depths_and_what_is_trained_beside(tmp_
     assert four.flops - three.flops > head  # the held-out rows are measured at every depth
     trained = stage_plan("sort.tune.train_head=true", "sort.tune.train_norm=true")
     parameters = shape.vocab * shape.hidden + shape.hidden
-    assert trained.found.peak - three.found.peak == 16 * parameters  # themselves, gradients and two moments
+    assert trained.need.peak - three.need.peak == 16 * parameters  # themselves, gradients and two moments

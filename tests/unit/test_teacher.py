@@ -383,7 +383,7 @@ def test_what_cannot_be_had_is_refused(world: World) -> None:
 def test_the_plan_knows_what_each_teacher_takes(tmp_path: Path) -> None:
     def plan(*overrides: str) -> dict[str, Any]:
         loaded = Recipe.load("llama8b_26L", ["data.teacher.top_k=64", *overrides])
-        return {planned.name: planned.found for planned in make_plan(loaded, "bfloat16", tmp_path).stages}
+        return {planned.name: planned.need for planned in make_plan(loaded, "bfloat16", tmp_path).stages}
 
     adapters = "distill.tune={kind: lora, rank: 8}"
     found = {way: plan(f"distill.teacher={way}", adapters)["distill"] for way in ("copy", "shared", "cached")}
