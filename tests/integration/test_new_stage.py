@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def home(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     from compress.toy.config import ToyConfig  # type: ignore[import-not-found]
 
+    for name in ("planning", "running"):  # they keep the class that they find when they are imported
+        import_module(f"compress.pipeline.{name}")
     field: Any = (ToyConfig | None, Field(None, description="the final norm is scaled"))
     monkeypatch.setattr(recipes, "Recipe", create_model("Recipe", __base__=recipes.Recipe, toy=field))
     (tmp_path / "model").symlink_to(tiny(blocks=3))
