@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
-class Candidate:
+class Combination:
     """A number of removed blocks, a mix of types, and how keys and values are held."""
 
     removed: int
@@ -36,9 +36,9 @@ class Candidate:
         return ", ".join(words)
 
 
-def combinations(removed: Iterable[int], mixes: Sequence[str], caches: Sequence[str]) -> list[Candidate]:
+def combinations(removed: Iterable[int], mixes: Sequence[str], caches: Sequence[str]) -> list[Combination]:
     """Every cut in every mix with every cache; the unpruned model in every plain mix first."""
-    found = [Candidate(count, mix, cache) for count in removed for mix in mixes for cache in caches]
+    found = [Combination(count, mix, cache) for count in removed for mix in mixes for cache in caches]
     return sorted(found, key=lambda c: (not c.plain, c.removed, caches.index(c.cache), mixes.index(c.mix)))
 
 

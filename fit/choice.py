@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..core.units import megabytes, number
 from ..records.fit import FitFigures
-from .candidates import Candidate, front
+from .candidates import Combination, front
 from .limits import Limits
 
 SLACK = 1.5  # times the best KL within the limits: a candidate that is predicted to be worse is not promising
@@ -21,7 +21,7 @@ SMALLEST = 1e-9  # nats: no difference that anything could tell
 class Found:
     """A measured candidate: its figures, and its KL at every position, the same positions for all."""
 
-    candidate: Candidate
+    candidate: Combination
     figures: FitFigures
     kl: tuple[float, ...]
 
@@ -54,8 +54,8 @@ def difference(a: Found, b: Found) -> Difference:
 
 
 def next_candidate(
-    predicted: Mapping[Candidate, FitFigures], measured: Mapping[Candidate, FitFigures], limits: Limits
-) -> Candidate | None:
+    predicted: Mapping[Combination, FitFigures], measured: Mapping[Combination, FitFigures], limits: Limits
+) -> Combination | None:
     """The most promising candidate that was not measured: what may be the best within the limits first, the unpruned
     model's best plain mix and the best cut among it; then what is left of the front. None where nothing is."""
     left = {c: f for c, f in predicted.items() if c not in measured}
@@ -76,15 +76,15 @@ def next_candidate(
     return min(rest, key=lambda c: (left[c].kl, c), default=None)
 
 
-def _is_plain(candidate: Candidate) -> bool:
+def _is_plain(candidate: Combination) -> bool:
     return candidate.plain
 
 
-def _is_cut(candidate: Candidate) -> bool:
+def _is_cut(candidate: Combination) -> bool:
     return candidate.removed > 0
 
 
-def _is_small_cache(candidate: Candidate) -> bool:
+def _is_small_cache(candidate: Combination) -> bool:
     return not candidate.plain and candidate.removed == 0
 
 

@@ -20,10 +20,10 @@ from ..records.fit import FitFigures
 from ..runtime.artifact_types import GGUF_TYPES
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.measure import Measurement, measure
-from .candidates import Candidate
+from .candidates import Combination
 from .damage import Damage
 from .prediction import FileSize
-from .request import Request
+from .request import FitRequest
 
 TOP_K = 64  # tokens that llama.cpp lists of each prediction; the rest count as one
 SMALL_VOCABULARY = 2048  # of which it lists all
@@ -31,13 +31,13 @@ REPEAT = 2
 PROMPT = 128  # tokens, of which a token's share is taken
 
 
-class Bench:
+class CandidateBench:
     """Builds and measures a candidate; `name` is the model's in its file."""
 
-    def __init__(self, damage: Damage, request: Request, name: str):
+    def __init__(self, damage: Damage, request: FitRequest, name: str):
         self.damage, self.request, self.name = damage, request, name
 
-    def measure(self, candidate: Candidate, cut: Cut) -> dict[str, Any]:
+    def measure(self, candidate: Combination, cut: Cut) -> dict[str, Any]:
         """Figures of a candidate, its KL at every position, and its seconds per token on this machine."""
         with self._file(candidate, cut) as file:
             values = self._score(file, candidate.cache, candidate.name)
@@ -53,7 +53,7 @@ class Bench:
         return {"figures": figures.model_dump(), "kl": [round(value, 6) for value in values]}
 
     @contextmanager
-    def _file(self, candidate: Candidate, cut: Cut) -> Iterator[Path]:
+    def _file(self, candidate: Combination, cut: Cut) -> Iterator[Path]:
         checkpoint, matrix = self.damage.checkpoint(cut)
         file = self.damage.area / "candidate.gguf"
         calibrated = GGUF_TYPES[candidate.mix].calibrated

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ..core.geometry import Geometry
 from ..records.fit import FitErrors, FitFigures
-from .candidates import F16_CACHE, Q8_CACHE, Candidate
+from .candidates import F16_CACHE, Q8_CACHE, Combination
 
 OVERHEAD = (
     60_000_000  # bytes of a process of llama.cpp in Python beside the file and the cache, before one was measured
@@ -106,11 +106,11 @@ class Knowledge:
     caches: dict[str, float] = field(default_factory=lambda: {F16_CACHE: 0.0})  # KL of a smaller cache
     overhead: int = OVERHEAD  # bytes of a runtime's process beside the file and the cache
 
-    def knows(self, candidate: Candidate) -> bool:
+    def knows(self, candidate: Combination) -> bool:
         """Whether there is enough to predict it from."""
         return candidate.mix in self.types and candidate.removed in self.cuts and candidate.cache in self.caches
 
-    def predict(self, candidate: Candidate, context: int, speeds: Speeds) -> FitFigures:
+    def predict(self, candidate: Combination, context: int, speeds: Speeds) -> FitFigures:
         """Its figures; `KeyError` unless it `knows` it."""
         blocks = self.shape.blocks - candidate.removed
         size = self.sizes[candidate.removed, candidate.mix]

@@ -14,7 +14,7 @@ from ..modeling.source import ModelSource
 from ..pipeline.places import bundle_name
 from ..pipeline.recipe import Recipe
 from ..prune.config import PruneConfig
-from .candidates import Q8_CACHE, Candidate
+from .candidates import Q8_CACHE, Combination
 
 FILE = "recipe.yaml"
 
@@ -22,7 +22,7 @@ FILE = "recipe.yaml"
 def write_recipe(
     out: Path,
     source: ModelSource,
-    candidate: Candidate,
+    candidate: Combination,
     data: dict[str, Any],
     prune: PruneConfig | None,
     reason: str,
@@ -52,14 +52,14 @@ def _short(prune: PruneConfig) -> dict[str, Any]:
     return values
 
 
-def _name(source: ModelSource, candidate: Candidate) -> str:
+def _name(source: ModelSource, candidate: Combination) -> str:
     plain = bundle_name(source.title.rsplit("/", 1)[-1])
     words = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in plain)
     cut = f"-cut{candidate.removed}" if candidate.removed else ""
     return f"{words.lstrip('._-')[:60] or 'model'}{cut}-{candidate.mix}"
 
 
-def _remarks(candidate: Candidate) -> list[str]:
+def _remarks(candidate: Combination) -> list[str]:
     found = []
     if candidate.removed:
         found.append("Healed only, as it was measured: a `distill` section wins more back.")

@@ -10,7 +10,7 @@ from ..core.units import megabytes
 from ..pipeline.plan import Device, find_device, parse_size
 from ..records.fit import FitFigures
 from ..runtime.artifact_types import GGUF_TYPES
-from .candidates import F16_CACHE, Q8_CACHE, Candidate
+from .candidates import F16_CACHE, Q8_CACHE, Combination
 from .limits import Limits
 from .prediction import FileSize, cache_bytes
 
@@ -20,7 +20,7 @@ Q8_WIDTH = 32  # of heads: a multiple of it
 
 
 @dataclass(frozen=True)
-class Request:
+class FitRequest:
     """The limits, and where the model is to run."""
 
     limits: Limits
@@ -41,7 +41,7 @@ def make_request(
     context: int | None,
     latency_ms: float | None,
     on: str | None,
-) -> Request:
+) -> FitRequest:
     """The checked request. Raises `UserError` for sizes that are none, unknown devices, a context that the model
     cannot have, and where there is no limit at all."""
     device = find_device(on) if on else None
@@ -62,7 +62,7 @@ def make_request(
     if (memory is not None or context is not None) and shape.head_size % Q8_WIDTH == 0:
         caches.append(Q8_CACHE)
     limits = Limits(most, room, context or min(CONTEXT, shape.positions), latency_ms)
-    return Request(limits, device, tuple(caches))
+    return FitRequest(limits, device, tuple(caches))
 
 
 def removable(shape: Geometry) -> range:
@@ -70,7 +70,7 @@ def removable(shape: Geometry) -> range:
     return range(min(shape.blocks // 2, max(shape.blocks - 2, 0)) + 1)
 
 
-def check_reachable(request: Request, shape: Geometry, sizes: dict[tuple[int, str], FileSize]) -> None:
+def check_reachable(request: FitRequest, shape: Geometry, sizes: dict[tuple[int, str], FileSize]) -> None:
     """`UserError` where no file is small enough, the smallest named; sizes are known to the byte, and a process is at
     least its file and its cache."""
     least: list[tuple[str, FitFigures]] = []
@@ -78,7 +78,7 @@ def check_reachable(request: Request, shape: Geometry, sizes: dict[tuple[int, st
         for cache in request.caches:
             held = cache_bytes(shape, shape.blocks - removed, cache, request.limits.context)
             figures = FitFigures(kl=0, bytes=size.bytes, memory=size.bytes + held, latency=0, prefill=0)
-            least.append((Candidate(removed, mix, cache).name, figures))
+            least.append((Combination(removed, mix, cache).name, figures))
     if any(request.limits.meets(figures) for _, figures in least):
         return
     limit = request.limits.size

@@ -23,13 +23,13 @@ from ..pipeline.progress import OnProgress, as_progress
 from ..pipeline.steps import ROWS, RowsLike
 from ..pipeline.store import lock
 from ..records.fit import FitCandidate, FitFigures, FitLimits, FitRecord
-from .candidates import Candidate, front
+from .candidates import Combination, front
 from .choice import Found, doubts, reason
 from .ledger import Clock, Ledger
 from .prediction import FileSize, Knowledge, prediction_errors
 from .recipe import FILE, write_recipe
 from .report import write_fit
-from .request import MIXES, Request, check_reachable, make_request, removable
+from .request import MIXES, FitRequest, check_reachable, make_request, removable
 from .rows import Effort, FitRows, given_rows, own_rows, text_rows
 from .sizes import FileSizes
 
@@ -139,7 +139,7 @@ class _Job:
         source: ModelSource,
         base: Path,
         shape: Geometry,
-        request: Request,
+        request: FitRequest,
         sizes: dict[tuple[int, str], FileSize],
         out: Path,
         context: Context,
@@ -153,7 +153,7 @@ class _Job:
     ) -> FitRecord:
         """Measure, choose, and write the result; `notes` are told with what was left out."""
         from .damage import Damage
-        from .search import Search
+        from .search import FitSearch
 
         ledger = Ledger(self.area / LEDGER)
         clock = Clock(ledger, 60 * minutes)
@@ -161,7 +161,7 @@ class _Job:
         damage = Damage(self.base, data.folder, self.area, EFFORT, self.context)
         damage.check("--text" if text is not None else "--rows" if rows is not None else "the model's own rows")
         known = Knowledge(self.shape, self.sizes)
-        search = Search(damage, self.request, known, ledger, clock, self.context.progress, self.name)
+        search = FitSearch(damage, self.request, known, ledger, clock, self.context.progress, self.name)
         chosen = search.run()
         found = sorted(search.found.values(), key=lambda each: (each.figures.kl, each.candidate))
         why = reason(chosen, found, self._smallest(), self.request.limits)
@@ -241,7 +241,7 @@ class _Job:
         )
 
 
-def _entry(candidate: Candidate, cuts: Any, predicted: FitFigures, meets: bool) -> FitCandidate:
+def _entry(candidate: Combination, cuts: Any, predicted: FitFigures, meets: bool) -> FitCandidate:
     return FitCandidate(
         name=candidate.name,
         removed=candidate.removed,

@@ -11,13 +11,13 @@ from ..core.units import duration, megabytes, number
 from ..pipeline.plan import find_device
 from ..prune.cuts import Cut, cut, describe
 from ..records.fit import FitFigures
-from .candidates import Q8_CACHE, Candidate, combinations
+from .candidates import Q8_CACHE, Combination, combinations
 from .choice import Found, next_candidate, recommend
 from .damage import Damage
 from .ledger import Clock, Ledger
-from .measuring import Bench, PlannedSpeeds
+from .measuring import CandidateBench, PlannedSpeeds
 from .prediction import Knowledge, MeasuredSpeeds, Speeds, Timing, cache_bytes
-from .request import Request, removable
+from .request import FitRequest, removable
 
 # Shares of all time by which a part ends; what a part does not need is left to those after it.
 TYPES, CUTS, MEASURED = 0.35, 0.65, 1.0
@@ -27,19 +27,19 @@ MISSES = 2  # such cuts in a row
 
 
 @dataclass
-class Search:
+class FitSearch:
     """The state of a fit. Everything that takes time is in the ledger."""
 
     damage: Damage
-    request: Request
+    request: FitRequest
     known: Knowledge
     ledger: Ledger
     clock: Clock
     progress: Progress
     name: Callable[[int], str]  # the model's in a file, by its blocks
     cuts: dict[int, Cut] = field(default_factory=lambda: {0: ()})
-    predicted: dict[Candidate, FitFigures] = field(default_factory=dict)  # before it was measured
-    found: dict[Candidate, Found] = field(default_factory=dict)
+    predicted: dict[Combination, FitFigures] = field(default_factory=dict)  # before it was measured
+    found: dict[Combination, Found] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class Search:
             raise self.request.limits.refuse([(c.name, f) for c, f in told.items()], "found")
         return recommend(list(self.found.values()), self.request.limits)
 
-    def all_predicted(self) -> dict[Candidate, FitFigures]:
+    def all_predicted(self) -> dict[Combination, FitFigures]:
         """What is expected of every candidate by now."""
         speeds, context = self.speeds, self.request.limits.context
         every = combinations(sorted(self.known.cuts), self.request.mixes, self.request.caches)
@@ -159,8 +159,8 @@ class Search:
                 return
             self._measure(candidate, key, predicted[candidate])
 
-    def _measure(self, candidate: Candidate, key: str, predicted: FitFigures) -> None:
-        bench = Bench(self.damage, self.request, self.name(self.known.shape.blocks - candidate.removed))
+    def _measure(self, candidate: Combination, key: str, predicted: FitFigures) -> None:
+        bench = CandidateBench(self.damage, self.request, self.name(self.known.shape.blocks - candidate.removed))
         value = self.ledger.recorded(key, lambda: bench.measure(candidate, self.cuts[candidate.removed]))
         measured = FitFigures.model_validate(value["figures"])
         self._learn(candidate, measured)
@@ -174,7 +174,7 @@ class Search:
             f"{duration(self.ledger.spent)} of {duration(self.clock.total)}"
         )
 
-    def _learn(self, candidate: Candidate, measured: FitFigures) -> None:
+    def _learn(self, candidate: Combination, measured: FitFigures) -> None:
         """What a measured candidate says of others."""
         known, blocks = self.known, self.known.shape.blocks - candidate.removed
         size = known.sizes[candidate.removed, candidate.mix]
@@ -184,7 +184,7 @@ class Search:
             known.overhead = max(measured.memory - measured.bytes - held, 0)
         if candidate.plain:
             known.types[candidate.mix] = measured.kl
-        whole = self.found.get(Candidate(candidate.removed, candidate.mix))
+        whole = self.found.get(Combination(candidate.removed, candidate.mix))
         if candidate.cache == Q8_CACHE and whole is not None:
             known.caches[Q8_CACHE] = max(measured.kl - whole.figures.kl, 0.0)
 

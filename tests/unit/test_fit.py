@@ -13,7 +13,7 @@ import pytest
 from compress.core.errors import UserError
 from compress.core.geometry import Geometry
 from compress.export.gguf import write_gguf
-from compress.fit.candidates import Candidate, combinations, front
+from compress.fit.candidates import Combination, combinations, front
 from compress.fit.choice import Found, difference, doubts, next_candidate, reason, recommend
 from compress.fit.ledger import Clock, Ledger
 from compress.fit.limits import Limits
@@ -48,7 +48,7 @@ def test_every_combination_is_there_once_and_plain_mixes_come_first():
     found = combinations([0, 2], ["Q8_0", "Q4_0"], ["f16", "q8_0"])
     assert len(set(found)) == len({c.name for c in found}) == len(found) == 8
     assert [c.plain for c in found] == [True, True] + [False] * 6
-    assert found[0].name == "Q8_0" and Candidate(1, "Q4_0", "q8_0").name == "Q4_0, 1 block cut, 8-bit cache"
+    assert found[0].name == "Q8_0" and Combination(1, "Q4_0", "q8_0").name == "Q4_0, 1 block cut, 8-bit cache"
 
 
 def test_the_front_is_what_pairwise_comparison_leaves():
@@ -99,12 +99,12 @@ def test_a_prediction_is_the_sum_of_its_parts():
     known = Knowledge(SHAPE, {(6, "Q4_0"): FileSize(80, 78)}, {"Q4_0": 0.2}, {0: 0.0, 6: 0.5}, overhead=1000)
     known.caches["q8_0"] = 0.01
     speeds = PlannedSpeeds(find_device("cpu-2core"), SHAPE)
-    found = known.predict(Candidate(6, "Q4_0", "q8_0"), 512, speeds)
+    found = known.predict(Combination(6, "Q4_0", "q8_0"), 512, speeds)
     numbers = 2 * 24 * 3 * 64 * 512  # keys and values, 24 blocks, 3 heads of 64
     assert found.kl == pytest.approx(0.71) and found.bytes == 80
     assert found.memory == 80 + 1000 + numbers * 34 // 32
     assert cache_bytes(SHAPE, 24, "f16", 512) == 2 * numbers
-    assert not known.knows(Candidate(5, "Q4_0")) and not known.knows(Candidate(6, "Q8_0"))
+    assert not known.knows(Combination(5, "Q4_0")) and not known.knows(Combination(6, "Q8_0"))
 
 
 def test_errors_are_medians_of_relative_ones():
@@ -115,25 +115,25 @@ def test_errors_are_medians_of_relative_ones():
 
 
 def found(removed: int, mix: str, kl: list[float], **values: Any) -> Found:
-    return Found(Candidate(removed, mix), figures(float(np.mean(kl)), **values), tuple(kl))
+    return Found(Combination(removed, mix), figures(float(np.mean(kl)), **values), tuple(kl))
 
 
 def test_what_is_measured_next():
     limits = Limits(90, None, 512, None)
     predicted = {
-        Candidate(0, "Q8_0"): figures(0.01, 140, latency=0.02),
-        Candidate(0, "Q4_0"): figures(0.2, 85),
-        Candidate(0, "Q3_K"): figures(0.5, 70, latency=0.005),
-        Candidate(2, "Q4_0"): figures(0.28, 80, latency=0.008),
-        Candidate(6, "Q4_0"): figures(0.9, 75, latency=0.009),
+        Combination(0, "Q8_0"): figures(0.01, 140, latency=0.02),
+        Combination(0, "Q4_0"): figures(0.2, 85),
+        Combination(0, "Q3_K"): figures(0.5, 70, latency=0.005),
+        Combination(2, "Q4_0"): figures(0.28, 80, latency=0.008),
+        Combination(6, "Q4_0"): figures(0.9, 75, latency=0.009),
     }
-    measured: dict[Candidate, FitFigures] = {}
+    measured: dict[Combination, FitFigures] = {}
     order = []
     while (chosen := next_candidate(predicted, measured, limits)) is not None:
         order.append(chosen)
         measured[chosen] = predicted[chosen]
     # The best plain one, the best cut, nothing more that is promising; then the front: what is too large, what is fast.
-    assert order == [Candidate(0, "Q4_0"), Candidate(2, "Q4_0"), Candidate(0, "Q8_0"), Candidate(0, "Q3_K")]
+    assert order == [Combination(0, "Q4_0"), Combination(2, "Q4_0"), Combination(0, "Q8_0"), Combination(0, "Q3_K")]
 
 
 def test_the_best_is_recommended_unless_a_plainer_one_cannot_be_told_from_it():
