@@ -12,7 +12,10 @@ from .console import console, errors, print_json
 from .options import DeviceOption, DtypeOption, JsonOption, RunsOption
 from .progress import ConsoleProgress
 
-GgufOption = Annotated[str, typer.Option("--gguf", help=f"Comma-separated: {', '.join(GGUF_TYPES)}.")]
+GgufOption = Annotated[
+    str,
+    typer.Option("--gguf", help=f"Comma-separated: {', '.join(GGUF_TYPES)}; or sizes, such as 80MB or 4.3bits."),
+]
 OnnxOption = Annotated[str, typer.Option("--onnx", help=f"Comma-separated precisions: {', '.join(ONNX_TYPES)}.")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..records.bundle import Verification
+from ..runtime.artifact_sizes import target_of
 from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.genai_engine import GenaiEngine
 from ..runtime.llamacpp_engine import LlamaCppEngine
@@ -27,6 +28,7 @@ from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
 from .onnx_kv import CacheScales
 from .scale_files import GgufScales, OnnxScales, ScaleFiles
+from .sized import Chosen
 from .tensors import gguf_errors, onnx_errors
 from .verify import (
     PROBE,
@@ -40,6 +42,7 @@ from .verify import (
     check_runtime,
     check_tokens,
     coarser,
+    kl_limit,
 )
 
 
@@ -54,6 +57,7 @@ class Making:
     config: ExportConfig
     progress: Progress
     imatrix: Callable[[], dict[str, Any] | None]
+    chosen: Callable[[str], Chosen]  # the types of the tensors of a GGUF of a size
     tokenizer: Callable[[], Any]
     built: Callable[[], Path]  # the folder with the float32 ONNX graph, which is made when it is first asked for
     cache: Callable[[], CacheScales | None] = lambda: None  # None: keys and values in float32
@@ -68,6 +72,7 @@ class Kind(ABC):
 
     def __init__(self, making: Making, type: str):
         self.making, self.type = making, type
+        self.sized = target_of(type) is not None
 
     @property
     def role(self) -> str:
@@ -76,6 +81,16 @@ class Kind(ABC):
 
     def role_at(self, depth: int) -> str:
         return self.role if depth == self.making.depths[-1] else f"{self.role}@{depth}"
+
+    @property
+    def like(self) -> str:
+        """The plain type whose limits apply: the type itself."""
+        return self.type
+
+    @property
+    def limit(self) -> float:
+        """On the mean KL to the checkpoint."""
+        return kl_limit(self.type, self.like, self.making.config.verify.kl)
 
     @property
     def several(self) -> bool:
@@ -144,15 +159,26 @@ class GgufKind(Kind):
     def write(self) -> None:
         making = self.making
         options: dict[str, Any] = {
-            "imatrix": making.imatrix() if GGUF_TYPES[self.type].calibrated else None,
             "name": making.name,
             "threads": making.config.threads,
             "progress": making.progress,
         }
-        if self.several:
-            write_family(making.checkpoint, making.bundle / self.root, self.type, making.depths, **options)
+        mix = self.like
+        if self.sized:
+            chosen = making.chosen(self.type)
+            options |= {"types": chosen.types, "imatrix": chosen.importance}
+            making.progress.note(f"{self.role}: {chosen}; estimated KL {chosen.damage:.4f}")
         else:
-            write_gguf(making.checkpoint, making.bundle / self.root, self.type, **options)
+            options["imatrix"] = making.imatrix() if GGUF_TYPES[mix].calibrated else None
+        if self.several:
+            write_family(making.checkpoint, making.bundle / self.root, mix, making.depths, **options)
+        else:
+            write_gguf(making.checkpoint, making.bundle / self.root, mix, **options)
+
+    @property
+    def like(self) -> str:
+        """The type itself; of a size, the plain type that its limits are taken from."""
+        return self.making.chosen(self.type).like if self.sized else self.type
 
     def check_depths(self) -> None:
         if self.several:
@@ -173,7 +199,7 @@ class GgufKind(Kind):
         with self._engine(depth, reference) as engine:
             expected = making.tokenizer()(PROBE, add_special_tokens=False, verbose=False).input_ids
             check_tokens(role, engine.tokenize(PROBE), expected)
-            return check_runtime(role, self.type, engine, reference, making.config.verify.kl, tensor_error)
+            return check_runtime(role, self.type, engine, reference, self.limit, tensor_error)
 
     def check_graph(self, depth: int, reference: Reference) -> float:
         with self._engine(depth, reference) as engine:
@@ -234,7 +260,7 @@ class OnnxKind(Kind):
         more = verify.kv if making.config.kv == "int8" else 0.0
         check_onnx_texts(self.file(depth), making.checkpoint)
         with OnnxEngine(self.file(depth), making.config.threads) as engine:
-            found = check_runtime(role, self.type, engine, reference, verify.kl, tensor_error, more)
+            found = check_runtime(role, self.type, engine, reference, self.limit + more, tensor_error)
             if reference.retaining:
                 scores = engine.retaining_scores(reference.windows[0].ids)
                 kind = self.type if making.config.kv == "float32" else coarser(self.type)
@@ -242,7 +268,7 @@ class OnnxKind(Kind):
         with GenaiEngine(self.file(depth)) as engine:
             # Stock genai, which passes over outputs that it does not know, such as retaining scores.
             few = Reference(reference.windows[:1], reference.scores[:1])
-            check_runtime(role, self.type, engine, few, verify.kl, tensor_error, more)
+            check_runtime(role, self.type, engine, few, self.limit + more, tensor_error)
         return found
 
     def check_cache(self, depth: int, reference: Reference) -> float:

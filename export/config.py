@@ -5,18 +5,70 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
 from ..core.stage import Section
+from ..runtime.artifact_sizes import PATTERN, Target, target_of
 from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 
 FORMAT = 4
 FEW_BITS = 6  # per weight of a file: with more, rounding costs so little that training gains nothing
+
+
+def _sized(value: Any, plain: ValidatorFunctionWrapHandler) -> str:
+    """{size: 80MB}, {bits: 4.3} and their names 80MB and 4.3bits as the latter; else one of the plain types."""
+    if isinstance(value, dict):
+        value = _named(value)
+    target = target_of(value) if isinstance(value, str) else None
+    return target.name if target is not None else plain(value)
+
+
+def _named(value: dict[str, Any]) -> str:
+    (key, given), *more = value.items() or [("", None)]
+    if more or key not in ("size", "bits"):
+        raise ValueError("a size instead of a type is {size: 80MB} or {bits: 4.3}")
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if key == "bits":
+        if not number or not 0 < given <= 32:
+            raise ValueError(f"bits: {given!r} is no number of bits per weight, such as 4.3")
+        return Target(bits=given).name
+    name = f"{given}B" if number else given
+    target = target_of(name) if isinstance(name, str) else None
+    if target is None or target.bytes is None:
+        raise ValueError(f"size: {given!r} is no size, such as 80MB or 1.2GB")
+    return target.name
+
+
+def _few_bits(name: str) -> bool:
+    """Whether a type has so few bits that training its scales pays; of a size in bytes that is assumed."""
+    target = target_of(name)
+    bits = ARTIFACT_TYPES[name].typical if target is None else target.bits
+    return bits is None or bits < FEW_BITS
+
+
+def _schema(types: Iterable[str]) -> WithJsonSchema:
+    size = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+    size["properties"] = {"size": {"type": ["string", "number"]}, "bits": {"type": "number", "exclusiveMinimum": 0}}
+    return WithJsonSchema(
+        {"anyOf": [{"enum": list(types), "type": "string"}, {"type": "string", "pattern": PATTERN}, size]}
+    )
+
+
 if TYPE_CHECKING:
     GgufType = OnnxPrecision = KvType = str
 else:
     GgufType, OnnxPrecision = Literal[tuple(GGUF_TYPES)], Literal[tuple(ONNX_TYPES)]
     KvType = Literal[ONNX_CACHES]
+GgufTarget = Annotated[GgufType, WrapValidator(_sized), _schema(GGUF_TYPES)]
+# One mapping is a list of it.
+Several = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
 
 
 class Verify(Section):
@@ -24,7 +76,7 @@ class Verify(Section):
 
     tokens: int = Field(default=192, ge=8, description="positions whose next-token distributions are compared")
     window: int = Field(default=96, ge=8, description="tokens per probe text")
-    kl: dict[GgufType | OnnxPrecision, float] = Field(
+    kl: dict[Annotated[GgufType | OnnxPrecision, WrapValidator(_sized)], float] = Field(
         default_factory=dict,
         description="limit on the mean KL(checkpoint ‖ artifact) per type, such as {Q4_K_M: 0.05}; overrides defaults",
     )
@@ -48,7 +100,7 @@ class TrainScales(Section):
     eval_every: int = Field(default=20, ge=1, description="steps between measurements on the held-out rows")
     held_out: int = Field(default=4096, ge=64, description="tokens of the held-out rows to choose by, at most")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
-    types: list[GgufType | OnnxPrecision] | None = Field(
+    types: list[Annotated[GgufType | OnnxPrecision, WrapValidator(_sized)]] | None = Field(
         default=None, min_length=1, description="types to train; null: those listed of fewer than six bits per weight"
     )
 
@@ -56,7 +108,11 @@ class TrainScales(Section):
 class ExportConfig(Section):
     """Which artifacts the bundle holds, and how they are quantized and checked."""
 
-    gguf: list[GgufType] = Field(default_factory=list, description=f"GGUF types: {', '.join(GGUF_TYPES)}")
+    gguf: Annotated[list[GgufTarget], Several] = Field(
+        default_factory=list,
+        description=f"GGUF types: {', '.join(GGUF_TYPES)}; or sizes, for which every tensor gets a type of its own: "
+        "{size: 80MB} for the whole file, or {bits: 4.3} per weight",
+    )
     onnx: list[OnnxPrecision] = Field(default_factory=list, description=f"ONNX precisions: {', '.join(ONNX_TYPES)}")
     depths: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
@@ -102,7 +158,7 @@ class ExportConfig(Section):
         for name in types or ():
             if name not in listed:
                 raise ValueError(f"train_scales.types: {name} is not exported; listed are {', '.join(listed)}")
-            if not ARTIFACT_TYPES[name].has_scales:
+            if name in ARTIFACT_TYPES and not ARTIFACT_TYPES[name].has_scales:
                 raise ValueError(f"train_scales.types: {name} has no scales to train: its weights are not quantized")
         if not self.trained:
             raise ValueError(
@@ -116,8 +172,7 @@ class ExportConfig(Section):
         """The types whose scales are trained."""
         if self.train_scales is None:
             return []
-        few = [name for name in (*self.gguf, *self.onnx) if ARTIFACT_TYPES[name].typical < FEW_BITS]
-        return self.train_scales.types or few
+        return self.train_scales.types or [name for name in (*self.gguf, *self.onnx) if _few_bits(name)]
 
     def weighted(self, data: bool) -> bool:
         """Whether there is an importance matrix, going by whether there is a data stage."""
@@ -128,7 +183,7 @@ class ExportConfig(Section):
         if self.imatrix and not data:
             yield ("imatrix",), "is true, but there are no rows to compute it from; add `data:` or remove the key"
         for place, kind in enumerate(self.gguf):
-            if GGUF_TYPES[kind].needs_importance and not self.weighted(data):
+            if kind in GGUF_TYPES and GGUF_TYPES[kind].needs_importance and not self.weighted(data):
                 why = "imatrix is false" if data else "there are no rows (a recipe's `data:`) to compute it from"
                 yield ("gguf", place), f"{kind} needs an importance matrix, and {why}; choose a type with more bits"
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ..core.cost import Need, Overrides, Parts, Setting, StageCost, halves, worst
 from ..core.units import kilobytes
 from ..core.work import Work, forward
+from ..runtime.artifact_sizes import target_of
 from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
 from ..training.cost import HEAD_COPIES_ANCHORED, saved_per_token
 from .config import ExportConfig, TrainScales
@@ -25,11 +26,20 @@ CHUNK = 256  # positions whose logits exist at once while scales are trained
 SCALED = 1 + 6 * 4 / 32
 # Bytes per weight and step, beside the products: dequantizing twice, and summing the gradient over blocks.
 SCALING = 5 + 5 + 13
+# A size instead of a type: tokens that sensitivity is measured on, those of a text, and the share of the weights that
+# is rounded to every type.
+SENSED, TEXT = 2048, 256
+ROUNDED, TYPES_TRIED = 0.2, 10
 
 
 def _exported(config: ExportConfig, at: Setting) -> Sequence[int]:
     """The depths to export."""
     return config.depths or at.depths or [at.kept]
+
+
+def _sized(config: ExportConfig) -> bool:
+    """Whether types are chosen tensor by tensor."""
+    return any(target_of(kind) is not None for kind in [*config.gguf, *config.onnx])
 
 
 def _leaves(config: ExportConfig, at: Setting) -> Setting:
@@ -55,6 +65,10 @@ def _need(config: ExportConfig, at: Setting) -> Need:
         positions = (len(less) + 1) * LONG_TOKENS // LONG_STEP
         reference["logits"] = reference.get("logits", 0) + positions * at.shape.vocab * 4
     moments = [reference]
+    if _sized(config):  # one text's activations of every block, and its logits with what their gradient needs
+        width = 12 * at.shape.hidden + 3 * at.shape.intermediate
+        kept = TEXT * (at.kept * width * at.size + 4 * at.shape.vocab * 4)
+        moments.append(runtime | {"weights": at.small, "activations": kept})
     building = {"runtime": int(2 * RUNTIME), "weights": small * 4}
     if config.onnx and not at.cuda:
         moments.append(building)
@@ -120,6 +134,9 @@ def _work(config: ExportConfig, at: Setting) -> Work:
             work = work + scoring(at.shape, kind, depth, verify.tokens, verify.window)
     if config.train_scales:
         work = work + _training_work(config.train_scales, at, len(config.trained), len(_exported(config, at)))
+    if _sized(config):
+        rounding = ROUNDED * TYPES_TRIED * QUANTIZING * small
+        work = work + Work(3 * forward(at.shape, at.kept, SENSED, TEXT / 2), host_flops=rounding)
     for precise, kinds in (("F16", config.gguf), ("fp32", config.onnx)):  # the graph, once per format
         written = bool(kinds) and precise == "F16" and precise not in kinds
         work = work + Work(host_read=(4 + 2) * small if written else 0)

@@ -10,7 +10,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +109,8 @@ def _unlike_yarn(rope: dict[str, Any]) -> Iterator[str]:
 class Conversion:
     """The conversion of a checkpoint into GGUF files of one type (one of TYPES).
 
-    `imatrix` holds, by llama.cpp tensor name, mean squared input activations (columns,). Raises `UserError` for
-    unsupported models.
+    `imatrix` holds, by llama.cpp tensor name, mean squared input activations (columns,). With `types` every tensor has
+    the type given there, and `qtype` is only what the metadata says. Raises `UserError` for unsupported models.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class Conversion:
         checkpoint: Path,
         qtype: str,
         *,
-        imatrix: dict[str, Array] | None = None,
+        imatrix: Mapping[str, Array] | None = None,
+        types: Mapping[str, GGMLQuantizationType] | None = None,
         name: str | None = None,
         threads: int = 0,
         progress: Progress | None = None,
@@ -129,6 +130,7 @@ class Conversion:
             raise UserError(f"GGUF type {qtype} needs an importance matrix; give one, or choose a type with more bits")
         check_gguf(checkpoint)
         self.checkpoint, self.qtype, self.imatrix, self.threads = checkpoint, qtype, imatrix, threads
+        self.types = types
         self.config = load_config(checkpoint)
         self.name = name or checkpoint.name
         self.progress = progress or Progress()
@@ -155,6 +157,8 @@ class Conversion:
         return WrittenGguf(self.qtype, file.stat().st_size, 8 * self.bytes / weights, fallbacks, kinds)
 
     def _type(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        if self.types is not None:
+            return self.types[name]
         return tensor_type(name, shape, self.qtype, mixed_model(self.config, self.imatrix is not None))
 
     def writer(self) -> GGUFWriter:
@@ -212,7 +216,8 @@ def write_gguf(
     out: Path,
     qtype: str,
     *,
-    imatrix: dict[str, Array] | None = None,
+    imatrix: Mapping[str, Array] | None = None,
+    types: Mapping[str, GGMLQuantizationType] | None = None,
     name: str | None = None,
     threads: int = 0,
     progress: Progress | None = None,
@@ -222,7 +227,7 @@ def write_gguf(
     The file appears only when complete; the same checkpoint gives the same bytes. Raises `UserError` for unsupported
     models and full disks.
     """
-    job = Conversion(checkpoint, qtype, imatrix=imatrix, name=name, threads=threads, progress=progress)
+    job = Conversion(checkpoint, qtype, imatrix=imatrix, types=types, name=name, threads=threads, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:

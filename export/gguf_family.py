@@ -14,12 +14,12 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
 import gguf
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, read_tensor_names, split_files
@@ -50,7 +50,8 @@ def write_family(
     qtype: str,
     depths: Sequence[int],
     *,
-    imatrix: dict[str, Array] | None = None,
+    imatrix: Mapping[str, Array] | None = None,
+    types: Mapping[str, GGMLQuantizationType] | None = None,
     name: str | None = None,
     threads: int = 0,
     progress: Progress | None = None,
@@ -60,7 +61,7 @@ def write_family(
     The folder, which must not exist yet, appears only when complete; tensors are read, quantized and written once.
     The arguments are those of `Conversion`.
     """
-    job = Conversion(checkpoint, qtype, imatrix=imatrix, name=name, threads=threads, progress=progress)
+    job = Conversion(checkpoint, qtype, imatrix=imatrix, types=types, name=name, threads=threads, progress=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

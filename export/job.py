@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
 from ..records.record import Entry
-from ..runtime.artifact_types import ARTIFACT_TYPES
+from ..runtime.artifact_sizes import bits_per_weight, target_of
 from ..runtime.bundle import read_bundle
 from ..runtime.cost import cache_type, kv_bytes_per_token
 from ..runtime.engine import ScoringWindow
@@ -33,13 +33,16 @@ from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card
 from .config import ExportConfig
-from .cost import CACHE_ROW, CACHE_TOKENS
+from .cost import CACHE_ROW, CACHE_TOKENS, SENSED, TEXT
 from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
 from .onnx_kv import CacheScales, calibrate
+from .own_text import own_batches
 from .retaining import write_heads
 from .scale_training import ScaleRows, train_scales
+from .sensitivity import Sensitivity, check_spread, collect_sensitivity, load_sensitivity, save_sensitivity
+from .sized import Chosen, GgufSizes
 from .verify import (
     PROBE,
     Reference,
@@ -63,6 +66,15 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of the checkpoint while it is in memory."""
+
+    references: dict[str, dict[int, Reference]]  # its predictions on each format's probe text, at each depth
+    imatrix: dict[str, Any] | None
+    sensitivity: Sensitivity | None
+
+
 class MadeFiles(Entry):
     """What was found when a type's files were written."""
 
@@ -81,12 +93,15 @@ class ExportJob:
     context: Context
     name: str
     inputs: Inputs
+    _choices: dict[str, Chosen] = field(default_factory=dict)
 
     @cached_property
     def depths(self) -> list[int]:
         return chosen_depths(self.config, self.checkpoint)
 
     def run(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        for target in self._targets:
+            self._sizes.check(target)
         self._check_disk()
         if self.config.trained:
             _ = self._rows  # too few are refused before anything is written
@@ -128,6 +143,7 @@ class ExportJob:
             self.config,
             self.context.progress,
             lambda: self._imatrix,
+            self._chosen,
             lambda: self._tokenizer,
             lambda: build_graph(self.checkpoint, self.work / "built", self.context.progress),
             lambda: self._cache_scales,
@@ -294,13 +310,35 @@ class ExportJob:
             format=kind.form, type=kind.type, depths=self.depths, bytes=linked, bytes_without_links=copied
         )
 
+    @property
+    def _targets(self) -> list[str]:
+        """The sizes that GGUF files are to have."""
+        return [name for name in self.config.gguf if target_of(name) is not None]
+
+    @cached_property
+    def _sizes(self) -> GgufSizes:
+        return GgufSizes(self.checkpoint, name=self.name, depths=self.depths)
+
+    def _chosen(self, target: str) -> Chosen:
+        """The types of the tensors of a GGUF of a size; what was measured for it is kept in the work folder."""
+        if target not in self._choices:
+            self._choices[target] = self._sizes.chosen(
+                target,
+                self._measured.sensitivity,
+                self._imatrix or {},
+                cache=self.work / "damage.json",
+                threads=self.config.threads,
+                progress=self.context.progress,
+            )
+        return self._choices[target]
+
     def _check_disk(self) -> None:
         sizes = [count_parameters(self.checkpoint, depth) for depth in self.depths]
         weights = sizes[-1]
         # Parts of a GGUF that several depths share are links, if there are such; an ONNX weights file is one anyway.
         written = weights if can_link(self.work) else sum(sizes)
-        need = sum(written * ARTIFACT_TYPES[kind].most / 8 for kind in self.config.gguf)
-        need += sum(weights * ARTIFACT_TYPES[kind].most / 8 for kind in self.config.onnx)
+        need = sum(written * bits_per_weight(kind, weights, most=True) / 8 for kind in self.config.gguf)
+        need += sum(weights * bits_per_weight(kind, weights, most=True) / 8 for kind in self.config.onnx)
         vocabulary = (self.checkpoint / "tokenizer.json").stat().st_size  # each depth has it once more, in either form
         need += vocabulary * len(self.depths) * len([*self.config.gguf, *self.config.onnx])
         if self.config.onnx:
@@ -321,26 +359,26 @@ class ExportJob:
     @cached_property
     def _references(self) -> dict[str, dict[int, Reference]]:
         """The checkpoint's predictions on each format's probe text, at each depth."""
-        return self._measured[0]
+        return self._measured.references
 
     @cached_property
     def _imatrix(self) -> dict[str, Any] | None:
         """Mean squared inputs of every matrix; a block's are the same at every depth that includes it."""
-        return self._measured[1]
+        return self._measured.imatrix
 
     @cached_property
-    def _measured(self) -> tuple[dict[str, dict[int, Reference]], dict[str, Any] | None]:
+    def _measured(self) -> Measured:
         found = self._measure()
         give_back_memory()  # of the model, whose modules refer to each other
         return found
 
-    def _measure(self) -> tuple[dict[str, dict[int, Reference]], dict[str, Any] | None]:
+    def _measure(self) -> Measured:
         model = load_model(self.checkpoint, self.context.dtype, self.context.device)
         references: dict[str, dict[int, Reference]] = {}
         for form in ("gguf", "onnx"):
             if getattr(self.config, form):
                 references[form] = self._probed(model, form)
-        return references, self._weighed(model)
+        return Measured(references, self._weighed(model), self._sensed(model))
 
     def _probed(self, model: CausalModel, form: str) -> dict[int, Reference]:
         settings, tokenizer = self.config.verify, self._tokenizer
@@ -386,6 +424,31 @@ class ExportJob:
                 save_imatrix(collect(model, batches, advance), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
         return load_imatrix(file)
+
+    def _sensed(self, model: CausalModel) -> Sensitivity | None:
+        """How much each matrix's errors matter, if a size asks for it: on the data stage's rows, else on texts that the
+        checkpoint writes itself."""
+        if not any(self._sizes.needs_damage(target) for target in self._targets):
+            return None
+        file = self.work / "sensitivity.safetensors"
+        if not file.exists():
+            seed, progress = self.context.seed, self.context.progress
+            if "data" in self.inputs.stages:
+                batches = calibration_batches(self.inputs, self._tokenizer, tokens=SENSED, length=TEXT, batch=1)
+            else:
+                progress.note("no rows: the types of tensors are chosen on texts that the checkpoint writes itself")
+                with progress.bar("texts to measure on", SENSED) as advance:
+                    batches = own_batches(model, self._tokenizer, SENSED, min(TEXT, self._longest), seed, advance)
+            with progress.bar("sensitivity", sum(batch.tokens for batch in batches)) as advance:
+                found = collect_sensitivity(model, batches, seed=seed, advance=advance)
+            check_spread(found)
+            save_sensitivity(found, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        return load_sensitivity(file)
+
+    @property
+    def _longest(self) -> int:
+        return load_config(self.checkpoint).max_position_embeddings
 
     def _note(self, entry: ArtifactEntry) -> None:
         v = entry.verification

@@ -8,7 +8,7 @@ distributions are compared, which by then differ only by rounding. Past a limit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
 from ..modeling.types import CausalModel, ModelConfig, ModelTokenizer
 from ..records.bundle import Verification
-from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
+from ..runtime.artifact_types import ARTIFACT_TYPES, ONNX_TYPES
 from ..runtime.engine import Distribution, Engine, ScoringWindow, distributions, divergence, perplexity
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
@@ -219,19 +219,17 @@ def check_weights(what: str, errors: Iterator[tuple[str, str, float]], moved: fl
     return worst
 
 
+def kl_limit(kind: str, like: str, limits: Mapping[Any, float]) -> float:
+    """The limit on the mean KL of a type, which a recipe may have set; of a size that of the plain type it is like."""
+    return limits.get(kind, KL_LIMITS[like])
+
+
 def check_runtime(
-    what: str,
-    kind: str,
-    engine: Engine,
-    reference: Reference,
-    limits: dict[Any, float],
-    tensor_error: float,
-    more: float = 0.0,
+    what: str, kind: str, engine: Engine, reference: Reference, limit: float, tensor_error: float
 ) -> Verification:
-    """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit for the type and `more`,
-    which is what a rounded cache may cost."""
-    found = compare(reference, engine.score(reference.windows, top_k=TOP_K if kind in GGUF_TYPES else None))
-    limit = (KL_LIMITS | limits)[kind] + more
+    """Compare a runtime's distributions with the checkpoint's; `UserError` past the limit on the mean KL."""
+    whole = not isinstance(engine, LlamaCppEngine)
+    found = compare(reference, engine.score(reference.windows, top_k=None if whole else TOP_K))
     if not found["kl"] <= limit:
         raise UserError(
             f"{what}: quantized to {kind}, its predictions in {engine.runtime} are {found['kl']:.4f} nats (mean KL) "

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from ..core.geometry import Geometry
 from ..core.work import Work, decoding, forward
-from .artifact_types import ARTIFACT_TYPES, CACHE_BYTES, GGUF_CACHE, ONNX_TYPES
+from .artifact_sizes import bits_per_weight
+from .artifact_types import CACHE_BYTES, GGUF_CACHE, ONNX_TYPES
 
 SLOTS = 4  # texts that llama.cpp scores side by side
 
 
 def artifact_bytes(kind: str, parameters: int) -> float:
-    """Expected size of an exported file of a type."""
-    return parameters * ARTIFACT_TYPES[kind].typical / 8
+    """Expected size of an exported file of a type, or of the size that was asked for."""
+    return parameters * bits_per_weight(kind, parameters) / 8
 
 
 def kv_bytes_per_token(shape: Geometry, depth: int, cache: str) -> int:

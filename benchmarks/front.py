@@ -1,0 +1,140 @@
+"""What a model loses at each file size: the best plain GGUF type that fits, and the same bytes with a type per tensor.
+
+    python benchmarks/front.py MODEL --text TEXT --work FOLDER [--sizes 60,70,80,90,105,120] [--dither]
+
+For each size (MB) every plain type whose file fits and is among the `--plain` largest is measured, and the best of them
+is the row; ours is `export.gguf: {size: …}`. All have the same importance matrix. Measured in stock llama.cpp on the
+first `--tokens` tokens of TEXT in windows of 256; importance and sensitivity are measured on a later part of it, from
+token 20,000 on. KL is to MODEL in torch. Finished rows are kept in FOLDER, and a run that was stopped goes on.
+
+`--dither` first moves every weight within the step of the 4-bit block that it was in (8-bit for the embedding), for
+models that come from a quantized file: a type with that file's grid would find its weights again without any error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from compress.core.stage import Progress
+from compress.data.chat import Encoded
+from compress.data.packing import pack
+from compress.export.gguf import write_gguf
+from compress.export.imatrix import collect, load_imatrix, save_imatrix
+from compress.export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
+from compress.export.sized import GgufSizes
+from compress.export.verify import TOP_K, compare, torch_reference
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer, resolve
+from compress.runtime.artifact_types import GGUF_TYPES
+from compress.runtime.engine import ScoringWindow
+from compress.runtime.llamacpp_engine import LlamaCppEngine
+
+WINDOW, LATER = 256, 20_000
+
+
+def dithered(checkpoint: Path, out: Path, seed: int = 7) -> Path:
+    """The checkpoint with every weight moved within its step, as the original of a 4-bit file may have been."""
+    if not out.exists():
+        model, random = load_model(checkpoint), torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                blocks = parameter.data.view(parameter.shape[0], -1, 32)
+                step = (blocks.amax(-1) - blocks.amin(-1)) / 15 if ".layers." in name else blocks.abs().amax(-1) / 127
+                blocks += (torch.rand(blocks.shape, generator=random) - 0.5) * step[..., None]
+        save_checkpoint(model, load_tokenizer(checkpoint), out)
+    return out
+
+
+class Front:
+    """Files of one checkpoint, measured against it."""
+
+    def __init__(self, checkpoint: Path, text: Path, work: Path, tokens: int):
+        self.checkpoint, self.work = checkpoint, work
+        model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+        self.ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+        windows = [self.ids[start : start + WINDOW] for start in range(0, tokens, WINDOW)]
+        self.reference = torch_reference(model, [ScoringWindow(ids, range(1, len(ids))) for ids in windows])
+        if not (work / "imatrix.safetensors").exists():
+            save_imatrix(collect(model, pack(self._later(8192), 512, 4, 0)), work / "imatrix.safetensors")
+        if not (work / "sensitivity.safetensors").exists():
+            found = collect_sensitivity(model, pack(self._later(2048), WINDOW, 1, 0))
+            save_sensitivity(found, work / "sensitivity.safetensors")
+        self.imatrix = load_imatrix(work / "imatrix.safetensors")
+        self.sensitivity = load_sensitivity(work / "sensitivity.safetensors")
+        self.sizes = GgufSizes(checkpoint)
+
+    def _later(self, tokens: int) -> list[Encoded]:
+        starts = range(LATER, LATER + tokens, WINDOW)
+        return [Encoded(self.ids[at : at + WINDOW], [True] * WINDOW, number, 0) for number, at in enumerate(starts)]
+
+    def measured(self, name: str, like: str, **options: Any) -> dict[str, Any]:
+        """Write a file, measure it, and remove it."""
+        record, file = self.work / f"{name}.json", self.work / f"{name}.gguf"
+        if not record.exists():
+            write_gguf(self.checkpoint, file, like, **options)
+            with LlamaCppEngine(file, 0, context=WINDOW + 8, slots=1) as engine:
+                scores = engine.score(self.reference.windows, top_k=TOP_K)
+            found = {"name": name, "bytes": file.stat().st_size, **compare(self.reference, scores)}
+            record.write_text(json.dumps(found), encoding="utf-8")
+            file.unlink()
+        return json.loads(record.read_text(encoding="utf-8"))
+
+    def plain(self, size: int, count: int) -> dict[str, Any] | None:
+        """The best of the plain types with the `count` largest files that fit."""
+        fitting = sorted((b, mix) for mix, b in self.sizes.plain.items() if b <= size)
+        rows = [
+            self.measured(mix, mix, imatrix=self.imatrix if GGUF_TYPES[mix].calibrated else None)
+            for _, mix in fitting[-count:]
+        ]
+        return min(rows, key=lambda row: row["kl"]) if rows else None
+
+    def ours(self, size: int) -> dict[str, Any] | None:
+        """A type per tensor."""
+        if size < self.sizes.smallest:
+            return None
+        name = f"{size / 1e6:g}MB"
+        cache = self.work / "damage.json"
+        chosen = self.sizes.chosen(name, self.sensitivity, self.imatrix, cache=cache, progress=Progress())
+        row = self.measured(name, chosen.like, types=chosen.types, imatrix=chosen.importance)
+        return row | {"estimate": chosen.damage, "types": str(chosen)}
+
+
+def show(size: int, kind: str, row: dict[str, Any] | None) -> None:
+    if row is None:
+        print(f"{size / 1e6:6.0f} MB  {kind:10}  no file is so small", flush=True)
+        return
+    print(
+        f"{size / 1e6:6.0f} MB  {kind:10}  {row['name']:8} {row['bytes'] / 1e6:7.2f} MB  perplexity "
+        f"{row['perplexity']:7.3f}  KL {row['kl']:.4f}  same top token {row['top1_agreement']:.3f}  "
+        + (f"estimated {row['estimate']:.4f}: {row['types']}" if "types" in row else ""),
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/front"))
+    parser.add_argument("--sizes", default="60,70,80,90,105,120", help="MB")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--plain", type=int, default=3, help="plain types measured for each size")
+    parser.add_argument("--dither", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = resolve(options.model, options.work / "sources")
+    if options.dither:
+        checkpoint = dithered(checkpoint, options.work / "dithered")
+    front = Front(checkpoint, options.text, options.work, options.tokens)
+    print(f"checkpoint: perplexity {front.measured('F16', 'F16')['checkpoint_perplexity']:.3f}")
+    for size in (round(float(part) * 1e6) for part in options.sizes.split(",")):
+        show(size, "best plain", front.plain(size, options.plain))
+        show(size, "ours", front.ours(size))
+
+
+if __name__ == "__main__":
+    main()
