@@ -53,12 +53,15 @@ def _few_bits(name: str) -> bool:
     return bits is None or bits < FEW_BITS
 
 
-def _schema(types: Iterable[str]) -> WithJsonSchema:
-    size = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
-    size["properties"] = {"size": {"type": ["string", "number"]}, "bits": {"type": "number", "exclusiveMinimum": 0}}
-    return WithJsonSchema(
-        {"anyOf": [{"enum": list(types), "type": "string"}, {"type": "string", "pattern": PATTERN}, size]}
-    )
+NUMBER = {"type": "number", "exclusiveMinimum": 0}
+SIZED = {
+    "type": "object",
+    "additionalProperties": False,
+    "minProperties": 1,
+    "maxProperties": 1,
+    "properties": {"size": {"anyOf": [{"type": "string", "pattern": PATTERN}, NUMBER]}, "bits": NUMBER},
+}
+TARGET = {"anyOf": [{"enum": list(GGUF_TYPES), "type": "string"}, {"type": "string", "pattern": PATTERN}, SIZED]}
 
 
 if TYPE_CHECKING:
@@ -66,9 +69,12 @@ if TYPE_CHECKING:
 else:
     GgufType, OnnxPrecision = Literal[tuple(GGUF_TYPES)], Literal[tuple(ONNX_TYPES)]
     KvType = Literal[ONNX_CACHES]
-GgufTarget = Annotated[GgufType, WrapValidator(_sized), _schema(GGUF_TYPES)]
-# One mapping is a list of it.
-Several = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
+GgufTarget = Annotated[GgufType, WrapValidator(_sized)]
+GgufTargets = Annotated[
+    list[GgufTarget],
+    BeforeValidator(lambda value: [value] if isinstance(value, dict) else value),  # one mapping is a list of it
+    WithJsonSchema({"anyOf": [{"type": "array", "items": TARGET}, SIZED]}),
+]
 
 
 class Verify(Section):
@@ -108,7 +114,7 @@ class TrainScales(Section):
 class ExportConfig(Section):
     """Which artifacts the bundle holds, and how they are quantized and checked."""
 
-    gguf: Annotated[list[GgufTarget], Several] = Field(
+    gguf: GgufTargets = Field(
         default_factory=list,
         description=f"GGUF types: {', '.join(GGUF_TYPES)}; or sizes, for which every tensor gets a type of its own: "
         "{size: 80MB} for the whole file, or {bits: 4.3} per weight",

@@ -15,9 +15,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
 FLAGS = ("allow_requantize", "quantize_output_tensor", "only_copy", "pure", "keep_split", "dry_run")
 POINTERS = ("imatrix", "kv_overrides", "tt_overrides")
@@ -68,14 +70,10 @@ def check_layout(params: Params) -> None:
         raise SystemExit("llama_model_quantize_params is laid out otherwise in this version of llama.cpp")
 
 
-def importance(file: str) -> ctypes.Array[Importance]:
-    from safetensors.numpy import load_file
-
-    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in load_file(file).items()}
+def importance(arrays: Mapping[str, np.ndarray]) -> ctypes.Array[Importance]:
+    """llama.cpp's list of them; the arrays must stay alive."""
     entries = [Importance(name.encode(), values.ctypes.data, values.size) for name, values in arrays.items()]
-    found = (Importance * (len(entries) + 1))(*entries, Importance(None, None, 0))
-    found.arrays = arrays  # kept alive
-    return found
+    return (Importance * (len(entries) + 1))(*entries, Importance(None, None, 0))
 
 
 def quantize(library: ctypes.CDLL, source: str, out: str, kinds: str, blocks: str, imatrix: str) -> None:
@@ -85,8 +83,9 @@ def quantize(library: ctypes.CDLL, source: str, out: str, kinds: str, blocks: st
     if blocks:
         numbers = [int(number) for number in blocks.split(",")]
         params.prune_layers = (ctypes.c_int32 * (len(numbers) + 1))(*numbers, -1)
-    entries = importance(imatrix) if imatrix else None
-    if entries is not None:
+    arrays = {n: np.ascontiguousarray(v, np.float32) for n, v in (load_file(imatrix) if imatrix else {}).items()}
+    entries = importance(arrays)
+    if arrays:
         params.imatrix = ctypes.cast(entries, ctypes.c_void_p)
     params.dry_run = out == "dry"
     for kind in kinds.split(","):

@@ -41,7 +41,7 @@ def config(**keys: Any) -> ExportConfig:
     return ExportConfig.model_validate(QUICK | keys)
 
 
-def batches_of(checkpoint: Path, talks: Path, tokens: int = 1024) -> list[Batch]:
+def batches_of(checkpoint: Path, talks: Path, tokens: int = 384) -> list[Batch]:
     inputs = Inputs(checkpoint, checkpoint, {"data": talks})
     return calibration_batches(inputs, load_tokenizer(checkpoint), tokens=tokens, length=64, batch=1)
 
@@ -79,7 +79,7 @@ def test_the_estimate_is_the_kl_of_small_changes(shaken, talks, case):
         weight = parameters[name]
         kept = weight.data.clone()
         ratios = []
-        for _ in range(6):
+        for _ in range(3):
             change = 0.01 * kept.std() * torch.randn(weight.shape, generator=draw)
             weight.data = kept + change
             real = float((own.exp() * (own - logprobs(model, batches))).sum(-1).mean())

@@ -57,6 +57,15 @@ def test_the_schema_accepts_the_shipped_recipes(name):
     assert not accepts(schema, recipe | {learns: recipe[learns] | {key: wrong}}, schema)
 
 
+def test_the_schema_takes_sizes_for_types():
+    schema = json.loads(json.dumps(recipe_schema()))
+    start = {"name": "x", "model": "random:llama"}
+    for good in (["Q8_0", "80MB", {"size": "1.5GB"}, {"bits": 4.3}], {"size": 80_000_000}, ["4.3bits"]):
+        assert accepts(schema, start | {"export": {"gguf": good}}, schema), good
+    for bad in (["Q9_0"], ["80"], [{"bits": 0}], [{"bits": "4"}], {"bytes": 3}, {"size": "big"}):
+        assert not accepts(schema, start | {"export": {"gguf": bad}}, schema), bad
+
+
 @pytest.mark.parametrize("key", ["prune.heal", "prune.search", "distill.objective", "distill.tune", "distill.teacher"])
 def test_the_schema_knows_the_shorthands_that_the_recipe_takes(key):
     schema = recipe_schema()
