@@ -1,14 +1,14 @@
 """An int8 cache against the float one in ONNX Runtime: memory and speed by length of the prompt, and what it costs.
 
-    python benchmarks/kv_int8.py MODEL --text wikitext2_valid.txt [--type int4] [--lengths 2048,8000] [--rows DATA]
+    python benchmarks/kv_int8.py MODEL --text wikitext2_valid.txt [--type int4] [--lengths 2048,8000]
                                  [--out build/kv_int8]
 
-Exports the model twice, with `kv: float32` and `kv: int8` (once: what is in `--out` is used again; scales from the data
-stage's folder `--rows`, else from the built-in text). Then, side by side:
+Writes the model's ONNX folder with either cache (once: what is in `--out` is used again), the scales measured on the
+text's first 4,096 tokens. Then, side by side:
 
 * KL(float cache ‖ int8 cache) in nats, and how often the likeliest token is the same, of the same weights over texts
-  of several lengths, at every eighth position of each text's second half;
-* per length a process for each cache, float and int8 in turns, `--repeat` of them: it opens the bundle, warms up,
+  of several lengths from the rest of the text, at every eighth position of each text's second half;
+* per length a process for each cache, float and int8 in turns, `--repeat` of them: it opens the folder, warms up,
   reads a made-up prompt and decodes `--new-tokens` greedily. Times are the best, also of all threads together, which
   other work on the machine changes less (`--threads 1`); memory is the largest resident set of the process, also less
   what it held before the long prompt.
@@ -28,21 +28,24 @@ import numpy as np
 from clock import Took, timed
 
 CACHES = ("float32", "int8")
+CALIBRATION = 4096  # tokens
 TEXTS = {64: 16, 256: 8, 1024: 4, 2048: 2}  # tokens of a text → texts that are compared
 
 
-def measure_cell(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
+def measure_cell(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Read and decode once, in this process."""
-    from compress.api import Session
     from compress.runtime.generator import Request, RequestWork
     from compress.runtime.measure import peak_memory
+    from compress.runtime.onnx_engine import read_genai_config
+    from compress.runtime.onnx_generator import OnnxGenerator
 
-    with Session(bundle, "onnx", values["type"], threads=values["threads"]) as session:
-        depth, length, count = session.depths[-1], values["length"], values["new_tokens"]
+    depth = read_genai_config(folder)["model"]["decoder"]["num_hidden_layers"]
+    length, count = values["length"], values["new_tokens"]
+    with OnnxGenerator(folder, (depth,), values["threads"]) as generator:
 
         def run(prompt: list[int], new: int) -> tuple[Took, Took]:
             """The first token, and the others."""
-            tokens = session.tokens(Request(prompt, new + 1, depth), RequestWork())
+            tokens = generator.generate(Request(prompt, new + 1, depth), RequestWork())
             return timed(next, tokens)[1], timed(list, tokens)[1]
 
         run([5 + i % 90 for i in range(16)], 2)
@@ -90,6 +93,25 @@ def compare(folders: dict[str, Path], ids: list[int], threads: int) -> None:
         )
 
 
+def write_folders(model: str, out: Path, kind: str, rows: list[list[int]], threads: int, runs: Path) -> dict[str, Path]:
+    """The ONNX folder of each cache, with the same weights; what is there already is used again."""
+    from compress.core.stage import Progress
+    from compress.export.onnx import build_graph, write_onnx
+    from compress.export.onnx_kv import calibrate
+    from compress.modeling.load import load_config, resolve
+    from compress.modeling.shape import rotated_size
+
+    checkpoint = resolve(model, runs / "sources")
+    built = build_graph(checkpoint, out / "built", Progress())
+    folders = {cache: out / f"{kind}-{cache}" for cache in CACHES}
+    if not folders["int8"].exists():
+        turned = rotated_size(load_config(checkpoint))
+        write_onnx(checkpoint, folders["int8"], kind, built=built, kv=calibrate(built, rows, turned, threads))
+    if not folders["float32"].exists():
+        write_onnx(checkpoint, folders["float32"], kind, built=built)
+    return folders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -99,7 +121,6 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--rows", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("build/kv_int8"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # the process of a cell
@@ -107,36 +128,28 @@ def main() -> None:
     if options.cell:
         print(json.dumps(measure_cell(Path(options.model), json.loads(options.cell))))
         return
-    bundles = {cache: options.out / f"{options.type}-{cache}" for cache in CACHES}
-    for cache, bundle in bundles.items():
-        if not bundle.exists():
-            from compress.api import export
+    if options.text is None:
+        parser.error("--text is needed")
+    from compress.modeling.load import load_tokenizer, resolve
 
-            export(options.model, bundle, onnx=[options.type], kv=cache, rows=options.rows, runs=options.runs)
-    from compress.runtime.bundle import read_bundle
-
-    entries = {cache: read_bundle(bundle).artifacts[0] for cache, bundle in bundles.items()}
-    for cache, entry in entries.items():
-        found = entry.verification
-        print(f"{cache}: {entry.kv_bytes_per_token} bytes per token, KL {found.kl} to the checkpoint, cache alone "
-              f"{found.kv_kl}")  # fmt: skip
-    if options.text:
-        from compress.runtime.text import Tokenizer
-
-        ids = Tokenizer(bundles["int8"]).encode(options.text.read_text(encoding="utf-8")[:200_000])
-        compare({cache: bundles[cache] / entries[cache].path for cache in CACHES}, ids, options.threads)
-    how = {"type": options.type, "new_tokens": options.new_tokens, "threads": options.threads}
+    tokenizer = load_tokenizer(resolve(options.model, options.runs / "sources"))
+    text = options.text.read_text(encoding="utf-8")[:200_000]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [ids[start : start + 1024] for start in range(0, CALIBRATION, 1024)]
+    folders = write_folders(options.model, options.out, options.type, rows, options.threads, options.runs)
+    compare(folders, ids[CALIBRATION:], options.threads)
+    how = {"new_tokens": options.new_tokens, "threads": options.threads}
     for length in map(int, options.lengths.split(",")):
         cells: dict[str, list[dict[str, Any]]] = {cache: [] for cache in CACHES}
         for _ in range(options.repeat):
             for cache in CACHES:
-                cells[cache].append(in_own_process(bundles[cache], how | {"length": length}))
+                cells[cache].append(in_own_process(folders[cache], how | {"length": length}))
         for cache in CACHES:
             show(length, cache, cells[cache])
 
 
-def in_own_process(bundle: Path, cell: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, str(bundle), "--cell", json.dumps(cell)]
+def in_own_process(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, str(folder), "--cell", json.dumps(cell)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{cell['length']} tokens: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

@@ -87,9 +87,9 @@ def attention(heads: int, kv_heads: int, size: int, window: int) -> onnxruntime.
         v_quant_type="PER_CHANNEL",
         kv_cache_bit_width=8,
     )
-    described = [[helper.make_tensor_value_info(*value) for value in values] for values in (inputs, outputs)]
+    given, taken = ([helper.make_tensor_value_info(*value) for value in values] for values in (inputs, outputs))
     model = helper.make_model(
-        helper.make_graph([node], "attention", *described),
+        helper.make_graph([node], "attention", given, taken),
         opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
         ir_version=8,
     )
@@ -110,7 +110,8 @@ def test_the_kernel_attends_to_rounded_keys_and_values(heads, kv_heads, window):
         feed = dict(zip("qkv", flat, strict=True)) | {"past_k": held[:1], "past_v": held[1:]}
         feed |= {"last": np.array([past + new - 1], np.int32), "total": np.array(past + new, np.int32)}
         feed |= {"k_scale": scales[0].reshape(-1), "v_scale": scales[1].reshape(-1)}
-        out, keys, values = session.run(None, feed)
+        results: Any = session.run(None, feed)
+        out, keys, values = results
         fresh = np.stack([rounded(k, scales[0]), rounded(v, scales[1])])
         seen = np.concatenate([held * scales, fresh], axis=2)
         np.testing.assert_allclose(np.stack([keys[0], values[0]]) * scales, seen, atol=1e-6)
