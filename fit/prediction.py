@@ -15,12 +15,12 @@ from typing import Protocol
 
 from ..core.geometry import Geometry
 from ..records.fit import FitErrors, FitFigures
-from .candidates import F16_CACHE, Q8_CACHE, Combination
+from ..runtime.cost import kv_bytes_per_token
+from .candidates import F16_CACHE, Combination
 
 OVERHEAD = (
     60_000_000  # bytes of a process of llama.cpp in Python beside the file and the cache, before one was measured
 )
-Q8_BYTES = 34 / 32  # of a number in blocks of 32 with a scale in half precision
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Knowledge:
         """Its figures; `KeyError` unless it `knows` it."""
         blocks = self.shape.blocks - candidate.removed
         size = self.sizes[candidate.removed, candidate.mix]
-        cache = cache_bytes(self.shape, blocks, candidate.cache, context)
+        cache = context * kv_bytes_per_token(self.shape, blocks, candidate.cache)
         return FitFigures(
             kl=self.types[candidate.mix] + self.cuts[candidate.removed] + self.caches[candidate.cache],
             bytes=size.bytes,
@@ -122,12 +122,6 @@ class Knowledge:
             latency=speeds.decode(candidate.mix, size, blocks),
             prefill=speeds.prefill(candidate.mix, size, blocks),
         )
-
-
-def cache_bytes(shape: Geometry, blocks: int, cache: str, context: int) -> int:
-    """Keys and values of `context` tokens, in bytes, as llama.cpp holds them."""
-    numbers = shape.kv_bytes(context, 1, blocks)
-    return int(numbers * (Q8_BYTES if cache == Q8_CACHE else 2))
 
 
 def prediction_errors(pairs: Sequence[tuple[FitFigures, FitFigures]], *, timed: bool = True) -> FitErrors:

@@ -10,9 +10,10 @@ from ..core.units import megabytes
 from ..pipeline.plan import Device, find_device, parse_size
 from ..records.fit import FitFigures
 from ..runtime.artifact_types import GGUF_TYPES
+from ..runtime.cost import kv_bytes_per_token
 from .candidates import F16_CACHE, Q8_CACHE, Combination
 from .limits import Limits
-from .prediction import FileSize, cache_bytes
+from .prediction import FileSize
 
 CONTEXT = 2048  # tokens, unless the user says or the model has fewer
 MIXES = tuple(GGUF_TYPES)
@@ -76,7 +77,7 @@ def check_reachable(request: FitRequest, shape: Geometry, sizes: dict[tuple[int,
     least: list[tuple[str, FitFigures]] = []
     for (removed, mix), size in sizes.items():
         for cache in request.caches:
-            held = cache_bytes(shape, shape.blocks - removed, cache, request.limits.context)
+            held = request.limits.context * kv_bytes_per_token(shape, shape.blocks - removed, cache)
             figures = FitFigures(kl=0, bytes=size.bytes, memory=size.bytes + held, latency=0, prefill=0)
             least.append((Combination(removed, mix, cache).name, figures))
     if any(request.limits.meets(figures) for _, figures in least):

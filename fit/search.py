@@ -11,12 +11,13 @@ from ..core.units import duration, megabytes, number
 from ..pipeline.plan import find_device
 from ..prune.cuts import Cut, cut, describe
 from ..records.fit import FitFigures
+from ..runtime.cost import kv_bytes_per_token
 from .candidates import Q8_CACHE, Combination, combinations
 from .choice import Found, next_candidate, recommend
 from .damage import Damage
 from .ledger import Clock, Ledger
 from .measuring import CandidateBench, PlannedSpeeds
-from .prediction import Knowledge, MeasuredSpeeds, Speeds, Timing, cache_bytes
+from .prediction import Knowledge, MeasuredSpeeds, Speeds, Timing
 from .request import FitRequest, removable
 
 # Shares of all time by which a part ends; what a part does not need is left to those after it.
@@ -179,7 +180,7 @@ class FitSearch:
         known, blocks = self.known, self.known.shape.blocks - candidate.removed
         size = known.sizes[candidate.removed, candidate.mix]
         self.timings.append(Timing(candidate.mix, size, blocks, measured.latency, measured.prefill))
-        held = cache_bytes(known.shape, blocks, candidate.cache, self.request.limits.context)
+        held = self.request.limits.context * kv_bytes_per_token(known.shape, blocks, candidate.cache)
         if len(self.timings) == 1:
             known.overhead = max(measured.memory - measured.bytes - held, 0)
         if candidate.plain:

@@ -55,7 +55,7 @@ class ArtifactEntry(Entry):
     bytes: int = Field(description="size of all files read at this depth; depths share most of it")
     parameters: int = Field(description="number of weights at this depth")
     bits_per_weight: float = Field(description="average over the tensors")
-    kv: str | None = Field(default=None, description="type of the runtime's keys and values: float32, float16 or int8")
+    kv: str | None = Field(default=None, description="type of the runtime's keys and values: float32, int8 or f16")
     kv_bytes_per_token: int | None = Field(default=None, description="size of keys and values per token of context")
     verification: Verification = Field(description="comparison with the checkpoint")
     trained_scales: TrainedScales | None = Field(default=None, description="scales trained after rounding")

@@ -290,8 +290,8 @@ def test_a_bundle_says_what_a_token_takes(int8_bundle, capsys):
     told = {entry.role: (entry.kv, entry.kv_bytes_per_token) for entry in manifest.artifacts}
     # keys and values × blocks × KV heads × head size × bytes
     assert told == {
-        "gguf-F16": ("float16", 2 * 4 * 2 * 16 * 2),
-        "gguf-F16@2": ("float16", 2 * 2 * 2 * 16 * 2),
+        "gguf-F16": ("f16", 2 * 4 * 2 * 16 * 2),
+        "gguf-F16@2": ("f16", 2 * 2 * 2 * 16 * 2),
         "onnx-fp32": ("int8", 2 * 4 * 2 * 16),
         "onnx-fp32@2": ("int8", 2 * 2 * 2 * 16),
         "onnx-int4": ("int8", 2 * 4 * 2 * 16),
@@ -308,7 +308,7 @@ def test_a_bundle_says_what_a_token_takes(int8_bundle, capsys):
     Console(file=out, width=300).print(inspection_table(api.inspect(int8_bundle)))
     assert "0.3 kB of keys and values per token (int8)" in out.getvalue()
     card = (int8_bundle / "README.md").read_text()
-    assert "0.3 kB (int8)" in card and "0.5 kB (float16)" in card
+    assert "0.3 kB (int8)" in card and "0.5 kB (f16)" in card
     assert "ORTModelForCausalLM" not in card  # gives every cache the type of its logits
     words = ["bench", str(int8_bundle), "--engine", "onnx", "--type", "int4", "--prompt-tokens", "8"]
     cli.app([*words, "--new-tokens", "2", "--threads", "1", "--json"], standalone_mode=False)

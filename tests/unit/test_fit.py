@@ -24,7 +24,6 @@ from compress.fit.prediction import (
     MeasuredSpeeds,
     Timing,
     _two_rates,
-    cache_bytes,
     prediction_errors,
 )
 from compress.fit.request import make_request, removable
@@ -36,6 +35,7 @@ from compress.modeling.load import load_model, load_tokenizer
 from compress.pipeline.plan import find_device
 from compress.records.fit import FitFigures
 from compress.runtime.artifact_types import GGUF_TYPES
+from compress.runtime.cost import kv_bytes_per_token
 
 SHAPE = Geometry(30, 576, 1536, 9, 3, 64, 49152, True, 2048)
 
@@ -103,7 +103,7 @@ def test_a_prediction_is_the_sum_of_its_parts():
     numbers = 2 * 24 * 3 * 64 * 512  # keys and values, 24 blocks, 3 heads of 64
     assert found.kl == pytest.approx(0.71) and found.bytes == 80
     assert found.memory == 80 + 1000 + numbers * 34 // 32
-    assert cache_bytes(SHAPE, 24, "f16", 512) == 2 * numbers
+    assert 512 * kv_bytes_per_token(SHAPE, 24, "f16") == 2 * numbers
     assert not known.knows(Combination(5, "Q4_0")) and not known.knows(Combination(6, "Q8_0"))
 
 

@@ -269,7 +269,7 @@ def test_further_depths_cost_little_disk_and_a_look_each(tiny):
     extra = more.disk - less.disk
     assert extra == 2 * 64 * at.shape.vocab + (1 + 2) * 9000
     # keys and values × 4 blocks × 2 KV heads × 16
-    assert more.note == "F16, int4 at 3 depths; keys and values of a token: 1.0 kB in float32, 0.5 kB in float16"
+    assert more.note == "F16, int4 at 3 depths; keys and values of a token: 1.0 kB in float32, 0.5 kB in f16"
     works = [cost.work(config, at) for config in (one, three)]
     assert works[0] and works[1] and works[0].total < works[1].total < 3 * works[0].total
     rounded = ExportConfig.model_validate({"onnx": ["int4"], "kv": "int8"})
