@@ -67,7 +67,7 @@ class ScaleRows:
         if not train or not held:
             raise UserError(
                 f"export.train_scales: {data.name} has {len(train)} rows to train on and {len(held)} held out to "
-                "choose by; it takes at least one of each, and some fifty to gain much: make more rows"
+                "choose by, and needs at least one of each: make more rows"
             )
         random = torch.Generator().manual_seed(context.seed)
         order = torch.randperm(len(train), generator=random).tolist()[: config.steps * config.batch]
