@@ -12,7 +12,7 @@ demo: $(VENV)/.model
 
 test: $(VENV)/.model $(VENV)/.test
 	$(VENV)/bin/python tests/fetch_llamacpp.py
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test importable
 	$(VENV)/bin/ruff check .

@@ -150,7 +150,7 @@ def test_overrides_name_real_keys(tmp_path):
             if arguments and arguments[0] in ("run", "plan", "validate"):
                 overrides = [b for a, b in pairwise(arguments) if a == "--set"]
                 recipe = arguments[1]
-                if recipe in ("my.yaml", "my-llama.yaml"):
+                if recipe in ("my.yaml", "my-llama.yaml", "fit/recipe.yaml"):
                     recipe = str(recipe_of(whole, tmp_path))
                 Recipe.load(recipe, overrides)
 

@@ -192,7 +192,7 @@ def test_a_session_at_a_budget_at_every_depth(kv_bundle):
             assert same[0] == same[1]
         with pytest.raises(UserError, match="--kv-positions contiguous"):
             tight.complete("the way of many people " * 200)
-    with pytest.raises(UserError, match="at true positions only"):
+    with pytest.raises(UserError, match="with true positions only"):
         Session(kv_bundle, "llama.cpp", kv_budget=replace(kv, positions="contiguous"))
     with pytest.raises(UserError, match="cannot be combined with a draft"):
         Session(kv_bundle, "onnx", kv_budget=kv, draft=kv_bundle)

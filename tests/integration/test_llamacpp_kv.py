@@ -304,7 +304,7 @@ refused(second, heads, 2, "name the first")
 refused(model, others, 4, "do not fit the model")
 refused(model, heads, 5, "do not fit the model")
 refused(model, model, 4, "holds no retaining heads")
-refused(model, heads, 4, "at true positions only", positions="contiguous")
+refused(model, heads, 4, "with true positions only", positions="contiguous")
 refused(model, heads, 4, "attention, which llama.cpp does not give", policy="snapkv")
 kv = LlamaCppKvGenerator({4: model}, heads, KvBudget(4, 4, 0, 2), threads=1)
 for options in ({"draft_depth": 4}, {"exits": {4: 0.5}}, {"depth": 3}):

@@ -224,7 +224,7 @@ def test_settings_follow_the_heads_and_small_budgets():
     ):
         with pytest.raises(ValidationError, match=why):
             RetrievalConfig.model_validate(wrong)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="does not exist"):
         check(RetrievalConfig.model_validate({"text": "missing.txt"}), Context(), TOKENIZER)
 
 

@@ -449,10 +449,10 @@ def test_a_recipe_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SORTED % "teacher: cached, objective: kd", "cached reads what the data stage writes down"),
+        (SORTED % "teacher: cached, objective: kd", "cached reads predictions that the data stage stores"),
         (SORTED % "depth: 3", r"sort\.depth.*depths"),
         ("name: x\nmodel: random:llama\nsort: {depths: [8]}\n", "the stage sort needs a stage data before it"),
-        (SORTED % "lr: 1" + "distill: {lr: 0.1}\n", "the stage sort reads what distill makes"),
+        (SORTED % "lr: 1" + "distill: {lr: 0.1}\n", "sort reads the output of distill"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, text: str, message: str) -> None:
