@@ -98,6 +98,11 @@ def _tell(found: FitRecord, out: Path) -> None:
 
     console.print(found.reason, style="bold", highlight=False)
     console.print(errors_text(found.errors), highlight=False)
+    for budget in found.budgets:
+        console.print(
+            f"a KV budget of {budget.entries} entries: cache {megabytes(budget.bytes)}, KL {number(budget.kl)} more",
+            highlight=False,
+        )
     for line in found.left_out:
         console.print(f"- {line}", highlight=False)
     console.print(f"{duration(found.seconds)} of work; page: {out / 'fit.html'}", highlight=False)

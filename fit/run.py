@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.extras import FULL, need
@@ -22,7 +22,7 @@ from ..pipeline.places import check_file, check_folder
 from ..pipeline.progress import OnProgress, as_progress
 from ..pipeline.steps import ROWS, RowsLike
 from ..pipeline.store import lock
-from ..records.fit import FitCandidate, FitFigures, FitLimits, FitRecord
+from ..records.fit import FitBudget, FitCandidate, FitFigures, FitLimits, FitRecord
 from .candidates import Combination, front
 from .choice import Found, doubts, reason
 from .ledger import Clock, Ledger
@@ -32,6 +32,9 @@ from .report import write_fit
 from .request import MIXES, FitRequest, check_reachable, make_request, removable
 from .rows import Effort, FitRows, given_rows, own_rows, text_rows
 from .sizes import FileSizes
+
+if TYPE_CHECKING:
+    from .search import FitSearch
 
 IDENTITY, LEDGER = "fit-of.json", "ledger.jsonl"
 ROWS_SHARE = 0.2  # of all time, for rows that the model writes
@@ -165,11 +168,12 @@ class _Job:
         chosen = search.run()
         found = sorted(search.found.values(), key=lambda each: (each.figures.kl, each.candidate))
         why = reason(chosen, found, self._smallest(), self.request.limits)
+        budgets = self._budgets(search, text)
         search.left_out += [*doubts(chosen, found, self.request.limits), *notes]
         removed = chosen.candidate.removed
         prune = damage.section(removed) if removed else None
         write_recipe(self.out, self.source, chosen.candidate, data.section, prune, why, self.context.seed)
-        record = self._record(search, chosen, found, why, damage.positions)
+        record = self._record(search, chosen, found, why, damage.positions).model_copy(update={"budgets": budgets})
         write_fit(record, self.out)
         _discard(self.area)
         return record
@@ -199,12 +203,36 @@ class _Job:
             ledger.recorded("rows", make)
         return FitRows(self.area / "rows", read_json_if_there(known))
 
+    def _budgets(self, search: FitSearch, text: str | Path | None) -> list[FitBudget]:
+        """What a cache of fixed size costs, where the cache is asked about and a long text is there."""
+        if len(self.request.caches) == 1:
+            return []
+        from ..modeling.load import load_tokenizer
+        from .budgets import SHARES, budget_cost, long_texts
+
+        context = self.request.limits.context
+        texts = long_texts(Path(text), load_tokenizer(self.base), context) if text is not None else []
+        if not texts:
+            search.left_out.append(f"what a KV budget costs was not measured: it needs a --text of {context:,} tokens")
+            return []
+        found = []
+        for share in SHARES:
+            key, entries = f"budget {context // share} of {context}", context // share
+            if found and search.too_late(key, 1.0):
+                search.left_out.append(f"for want of time, a KV budget of {entries} was not measured")
+                break
+            value = search.ledger.recorded(
+                key, lambda entries=entries: budget_cost(search.damage.model, texts, entries).model_dump()
+            )
+            found.append(FitBudget.model_validate(value))
+        return found
+
     def _smallest(self) -> tuple[str, int]:
         """The plain mix with the smallest file."""
         name = min(self.request.mixes, key=lambda mix: self.sizes[0, mix].bytes)
         return name, self.sizes[0, name].bytes
 
-    def _record(self, search: Any, chosen: Found, found: list[Found], why: str, positions: int) -> FitRecord:
+    def _record(self, search: FitSearch, chosen: Found, found: list[Found], why: str, positions: int) -> FitRecord:
         limits, cuts = self.request.limits, search.cuts
         pairs = [(search.predicted[each.candidate], each.figures) for each in found]
         fronts = {

@@ -82,7 +82,7 @@ class FitSearch:
         late = []
         for mix in order:
             key = f"type {mix}"
-            if self.known.types and self._too_late(key, TYPES):
+            if self.known.types and self.too_late(key, TYPES):
                 late.append(mix)
                 continue
             kl = self.ledger.recorded(key, lambda mix=mix: self.damage.of_type(mix))
@@ -101,7 +101,7 @@ class FitSearch:
             self.left_out.append("for want of time, blocks were chosen by one pass over the rows, not by a search")
         for count in removable(self.known.shape)[1:]:
             key = f"cut {count}"
-            if count > least and self._too_late(key, CUTS):
+            if count > least and self.too_late(key, CUTS):
                 self.left_out.append(
                     f"for want of time, cuts of {count} blocks and more were not tried: raise --minutes"
                 )
@@ -153,7 +153,7 @@ class FitSearch:
                 return
             key = f"measured {candidate.name} at {self.request.limits.context}"
             first = not any(c.plain for c in self.found)
-            if not first and self._too_late(key, MEASURED):
+            if not first and self.too_late(key, MEASURED):
                 self.left_out.append(
                     f"for want of time, {candidate.name} and what is less promising was predicted only: raise --minutes"
                 )
@@ -189,7 +189,7 @@ class FitSearch:
         if candidate.cache == Q8_CACHE and whole is not None:
             known.caches[Q8_CACHE] = max(measured.kl - whole.figures.kl, 0.0)
 
-    def _too_late(self, key: str, share: float) -> bool:
+    def too_late(self, key: str, share: float) -> bool:
         """Whether work that was not done before would end after this share of the time, if it takes as long as the last
         of its kind."""
         return not self.ledger.has(key) and not self.clock.allows(share, self.ledger.last(key.split()[0] + " "))

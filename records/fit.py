@@ -48,6 +48,14 @@ class FitErrors(Entry):
     prefill: float | None
 
 
+class FitBudget(Entry):
+    """A KV cache of fixed size, of the unpruned model at the context that was asked for."""
+
+    entries: int  # per block and KV head
+    bytes: int  # of keys and values in half precision, when most are held
+    kl: float  # nats per token at the end of a long text, to the model with its whole cache
+
+
 class FitLimits(Entry):
     """What was asked for; none: no limit."""
 
@@ -74,6 +82,7 @@ class FitRecord(Record):
     reason: str
     recipe: str  # the file that makes it, beside this one
     errors: FitErrors
+    budgets: list[FitBudget] = Field(default_factory=list)  # where a cache is part of what was asked
     left_out: list[str]  # what the time did not allow, and what could not be told
     seconds: float  # of all work, of earlier attempts too
 

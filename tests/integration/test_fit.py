@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compress.api import Recipe, fit
 from compress.cli import main as cli
 from compress.core.errors import UserError
 from compress.data.rows import Row, write_rows
 from compress.fit import run, search
+from compress.fit.budgets import _tail_logs, budget_cost, settings_of
 from compress.fit.rows import Effort
+from compress.kv.settings import KvBudget
+from compress.modeling.blocks import Decoder
+from compress.modeling.load import load_model
 from compress.records.fit import FitRecord
 
 SMALL = Effort(
@@ -115,6 +120,25 @@ def test_memory_with_a_context_weighs_an_eight_bit_cache(tiny, text, tmp_path):
             if other.measured is None:
                 assert other.predicted.memory - entry.predicted.memory == numbers * 2 - numbers * 34 // 32
     assert found.limits.context == 256
+    assert [b.entries for b in found.budgets] == [128, 64, 32]
+    assert [b.kl for b in found.budgets] == sorted(b.kl for b in found.budgets) and found.budgets[0].kl > 0
+    assert [b.bytes for b in found.budgets] == sorted((b.bytes for b in found.budgets), reverse=True)
+    assert "What a KV budget costs" in (tmp_path / "f/fit.html").read_text("utf-8")
+
+
+def test_what_a_budget_costs(tiny):
+    model = load_model(tiny(blocks=4, initializer_range=0.2))
+    ids = [7 * i % 97 + 3 for i in range(64)]
+    assert budget_cost(model, [ids], 64).kl == pytest.approx(0, abs=1e-9)
+    few = budget_cost(model, [ids], 16)
+    assert few.bytes == 2 * (2 * 4 * 2 * 16) * 48  # at most 16 + 16 of the prompt, and the 16 after it
+    with torch.no_grad():  # the whole cache is the plain model
+        plain = model(torch.tensor([ids])).logits[0, 47:-1].double().log_softmax(-1)
+    whole = _tail_logs(Decoder(model), KvBudget(None, policy="recent"), ids, 16)
+    assert torch.allclose(whole, plain, atol=1e-4)
+    kept = _tail_logs(Decoder(model), settings_of(16, 16), ids, 16)
+    expected = sum(float(p.exp() @ (p - q)) for p, q in zip(whole, kept, strict=True)) / 16
+    assert few.kl == pytest.approx(expected) and few.kl > 1e-3
 
 
 def test_rows_that_the_model_writes_and_a_named_device(tiny, tmp_path, monkeypatch):
