@@ -34,12 +34,12 @@ def _named(value: dict[str, Any]) -> str:
     (key, given), *more = value.items() or [("", None)]
     if more or key not in ("size", "bits"):
         raise ValueError("a size instead of a type is {size: 80MB} or {bits: 4.3}")
-    number = isinstance(given, int | float) and not isinstance(given, bool)
+    number = float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None
     if key == "bits":
-        if not number or not 0 < given <= 32:
+        if number is None or not 0 < number <= 32:
             raise ValueError(f"bits: {given!r} is no number of bits per weight, such as 4.3")
-        return Target(bits=given).name
-    name = f"{given}B" if number else given
+        return Target(bits=number).name
+    name = f"{given}B" if number is not None else given
     target = target_of(name) if isinstance(name, str) else None
     if target is None or target.bytes is None:
         raise ValueError(f"size: {given!r} is no size, such as 80MB or 1.2GB")

@@ -33,15 +33,15 @@ from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card
 from .config import ExportConfig
-from .cost import CACHE_ROW, CACHE_TOKENS, SENSED, TEXT
+from .cost import CACHE_ROW, CACHE_TOKENS
 from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
 from .onnx_kv import CacheScales, calibrate
-from .own_text import own_batches
 from .retaining import write_heads
 from .scale_training import ScaleRows, train_scales
-from .sensitivity import Sensitivity, check_spread, collect_sensitivity, load_sensitivity, save_sensitivity
+from .sensitivity import Sensitivity
+from .sensitivity_rows import kept_sensitivity
 from .sized import Chosen, GgufSizes
 from .verify import (
     PROBE,
@@ -67,7 +67,7 @@ def chosen_depths(config: ExportConfig, checkpoint: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCheckpoint:
     """What is measured of the checkpoint while it is in memory."""
 
     references: dict[str, dict[int, Reference]]  # its predictions on each format's probe text, at each depth
@@ -367,18 +367,18 @@ class ExportJob:
         return self._measured.imatrix
 
     @cached_property
-    def _measured(self) -> Measured:
+    def _measured(self) -> MeasuredCheckpoint:
         found = self._measure()
         give_back_memory()  # of the model, whose modules refer to each other
         return found
 
-    def _measure(self) -> Measured:
+    def _measure(self) -> MeasuredCheckpoint:
         model = load_model(self.checkpoint, self.context.dtype, self.context.device)
         references: dict[str, dict[int, Reference]] = {}
         for form in ("gguf", "onnx"):
             if getattr(self.config, form):
                 references[form] = self._probed(model, form)
-        return Measured(references, self._weighed(model), self._sensed(model))
+        return MeasuredCheckpoint(references, self._weighed(model), self._sensed(model))
 
     def _probed(self, model: CausalModel, form: str) -> dict[int, Reference]:
         settings, tokenizer = self.config.verify, self._tokenizer
@@ -426,29 +426,11 @@ class ExportJob:
         return load_imatrix(file)
 
     def _sensed(self, model: CausalModel) -> Sensitivity | None:
-        """How much each matrix's errors matter, if a size asks for it: on the data stage's rows, else on texts that the
-        checkpoint writes itself."""
+        """How much each matrix's errors matter, if a size asks for it."""
         if not any(self._sizes.needs_damage(target) for target in self._targets):
             return None
-        file = self.work / "sensitivity.safetensors"
-        if not file.exists():
-            seed, progress = self.context.seed, self.context.progress
-            if "data" in self.inputs.stages:
-                batches = calibration_batches(self.inputs, self._tokenizer, tokens=SENSED, length=TEXT, batch=1)
-            else:
-                progress.note("no rows: the types of tensors are chosen on texts that the checkpoint writes itself")
-                with progress.bar("texts to measure on", SENSED) as advance:
-                    batches = own_batches(model, self._tokenizer, SENSED, min(TEXT, self._longest), seed, advance)
-            with progress.bar("sensitivity", sum(batch.tokens for batch in batches)) as advance:
-                found = collect_sensitivity(model, batches, seed=seed, advance=advance)
-            check_spread(found)
-            save_sensitivity(found, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-        return load_sensitivity(file)
-
-    @property
-    def _longest(self) -> int:
-        return load_config(self.checkpoint).max_position_embeddings
+        file, seed = self.work / "sensitivity.safetensors", self.context.seed
+        return kept_sensitivity(file, model, self._tokenizer, self.inputs, seed, self.context.progress)
 
     def _note(self, entry: ArtifactEntry) -> None:
         v = entry.verification

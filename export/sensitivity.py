@@ -48,7 +48,8 @@ class Sensitivity:
 
     def importance(self, name: str) -> Array:
         """(K,): how much the rounding errors of each column matter, rows taken alike."""
-        return np.sum([term.rows.mean() * term.columns for term in self.terms[name]], axis=0, dtype=np.float32)
+        uses = [term.rows.mean() * term.columns for term in self.terms[name]]
+        return np.stack(uses).sum(0).astype(np.float32)
 
 
 @dataclass
