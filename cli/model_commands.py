@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -115,6 +115,14 @@ def evaluate(
             "evaluate.retrieval, such as lengths=[1024,2048]. May be repeated.",
         ),
     ] = None,
+    rival: Annotated[
+        bool | None,
+        typer.Option(
+            "--rival/--no-rival",
+            help="Of a bundle, with --base: also measure the base quantized to at most each file's bytes. Default: "
+            "if the bundle's model was cut or trained.",
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
@@ -123,9 +131,9 @@ def evaluate(
     """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed, retrieval."""
     from .. import api
     from ..pipeline.direct import values_of
-    from ..pipeline.summary import model_table, show_retrieval, show_tasks
+    from ..pipeline.summary import show_models
 
-    keys = {"tokens": tokens, "window": window, "limit": limit}
+    keys: dict[str, Any] = {"tokens": tokens, "window": window, "limit": limit, "rival": rival}
     if task_folder is not None:
         keys["harness"] = {"folder": str(task_folder.resolve())}
     if retrieval:
@@ -135,9 +143,7 @@ def evaluate(
     if as_json:
         print_json(models)
         return
-    console.print(model_table(models, path))
-    show_tasks(models, console)
-    show_retrieval(models, console)
+    show_models(models, path, console)
 
 
 def inspect(

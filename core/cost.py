@@ -54,6 +54,7 @@ class Setting:
     depths: tuple[int, ...] = ()  # depths of a sorted model
     measured: tuple[int, ...] = ()  # number of blocks of each checkpoint that an evaluation measures
     artifacts: tuple[tuple[str, int], ...] = ()  # type and blocks of each exported file
+    weighed: int = 0  # tokens of the importance matrix that they were made with, at most
 
     @property
     def size(self) -> int:

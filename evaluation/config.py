@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..core.stage import Section
 from ..core.suggest import did_you_mean, similar
 
-FORMAT = 4
+FORMAT = 5
 BUILTIN = ("builtin:addition", "builtin:copy")  # made by evaluation/builtin.py
 
 
@@ -166,6 +167,11 @@ class EvaluateConfig(Section):
     harness: HarnessConfig = Field(default_factory=HarnessConfig, description="how lm-eval runs its tasks")
     speed: SpeedTest | None = Field(default_factory=SpeedTest, description="null: do not time anything")
     artifacts: bool = Field(default=True, description="also measure the exported files in their runtimes")
+    rival: bool | None = Field(
+        default=None,
+        description="also measure the strongest rival of each exported file: the unpruned model, quantized to at most "
+        "its bytes; null: if the model was cut or trained",
+    )
     retrieval: RetrievalConfig | None = Field(
         default=None, description="retrieval from long prompts with a bounded KV cache; null: not measured"
     )
@@ -191,6 +197,23 @@ class EvaluateConfig(Section):
         if self.harness.folder is not None and not self.harness_tasks:
             raise ValueError("harness.folder is given, but no task is an lm-eval task")
         return self
+
+    @model_validator(mode="after")
+    def _rivals_have_artifacts(self) -> EvaluateConfig:
+        if self.rival and not self.artifacts:
+            raise ValueError("rival is true, but artifacts is false: a rival stands beside an exported file")
+        return self
+
+    def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        if self.rival and "export" not in sections:
+            yield (
+                ("rival",),
+                "a rival stands beside an exported file, and this recipe exports none: add `export:` or remove the key",
+            )
+
+    def wants_rivals(self, changed: bool) -> bool:
+        """Whether rivals are measured, of a model that was cut or trained or was not."""
+        return self.artifacts and (changed if self.rival is None else self.rival)
 
     @property
     def harness_tasks(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..core.cost import Need, Overrides, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
+from ..export.cost import rival_work, rivals
 from ..runtime.cost import artifact_bytes, scoring, writing
 from .config import BUILTIN, EvaluateConfig, RetrievalConfig
 
@@ -19,6 +20,18 @@ LEAST = 512  # fewest tokens suggested when memory is short
 def measured_tokens(config: EvaluateConfig, at: Setting) -> int:
     """Number of tokens that an evaluation scores."""
     return config.tokens if config.text or at.rows is None else min(config.tokens, at.rows.targets)
+
+
+def makes_rivals(config: EvaluateConfig, at: Setting) -> bool:
+    """Whether the unpruned model is measured at the artifacts' sizes."""
+    cut = at.kept < at.shape.blocks or any(depth < at.shape.blocks for _, depth in at.artifacts)
+    return config.wants_rivals(cut or at.recovered or bool(at.depths))
+
+
+def _files(config: EvaluateConfig, at: Setting) -> list[tuple[str, int]]:
+    """Type and blocks of every artifact and rival that is measured."""
+    plain = rivals(at).measured if makes_rivals(config, at) else []
+    return [*(at.artifacts if config.artifacts else ()), *((kind, at.shape.blocks) for kind in plain)]
 
 
 def _need(config: EvaluateConfig, at: Setting) -> Need:
@@ -38,13 +51,15 @@ def _need(config: EvaluateConfig, at: Setting) -> Need:
     reading = dict(parts)
     if config.retrieval:  # the full cache, a copy per question about a text, and a copy of that to decode with
         reading["kv"] = shape.kv_bytes(3 * max(config.retrieval.lengths), at.size)
-    files = at.artifacts if config.artifacts else ()
+    files, own = _files(config, at), at.artifacts if config.artifacts else ()
     sizes = [int(artifact_bytes(kind, shape.parameters(depth))) for kind, depth in files]
     host = max(sizes, default=0) if at.cuda else 0
-    note = f"{len(at.measured)} checkpoints" + (f", {len(files)} artifacts" if files else "")
+    note = f"{len(at.measured)} checkpoints" + (f", {len(own)} artifacts" if own else "")
+    note += f", {len(files) - len(own)} rivals" if len(files) > len(own) else ""
     if config.harness_tasks:
         note += f"; {', '.join(config.harness_tasks)} on top"
-    return Need(worst(parts, answering, reading), 0, note, scratch, host)
+    plain = rivals(at).scratch if makes_rivals(config, at) else 0
+    return Need(worst(parts, answering, reading), 0, note, scratch + plain, host)
 
 
 def _work(config: EvaluateConfig, at: Setting) -> Work:
@@ -62,13 +77,15 @@ def _work(config: EvaluateConfig, at: Setting) -> Work:
             work = work + decoding(shape, blocks, rows, together, PROMPT, config.max_tokens, weights, at.size)
         if speed is not None:
             work = work + decoding(shape, blocks, 1, 1, speed.prompt_tokens, timed, weights, at.size)
-    for kind, depth in at.artifacts if config.artifacts else ():
+    for kind, depth in _files(config, at):
         work = work + scoring(shape, kind, depth, tokens, config.window)
         for rows in written:
             work = work + writing(shape, kind, depth, rows, PROMPT, config.max_tokens)
         if speed is not None:
             weights = artifact_bytes(kind, shape.parameters(depth))
             work = work + decoding(shape, depth, 1, 1, speed.prompt_tokens, timed, weights, at.size).beside()
+    if makes_rivals(config, at):
+        work = work + rival_work(at)
     return work + _retrieval(config.retrieval, at) if config.retrieval else work
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -75,6 +75,7 @@ class Totals:
     agree: float = 0.0
     tokens: int = 0
     compared: int = 0
+    kls: list[float] = field(default_factory=list)  # nats at each position, where an artifact was compared
 
     def metrics(self) -> LanguageFigures:
         """The means."""
@@ -184,8 +185,8 @@ def measure_base(base: BaseLogProbs, rows: Sequence[Encoded]) -> LanguageFigures
 
 def measure_engine(
     engine: Engine, rows: Sequence[Encoded], base: BaseLogProbs | None, top_k: int | None, advance: Advance
-) -> LanguageFigures:
-    """The same figures for an artifact in its runtime.
+) -> Totals:
+    """The sums of the same figures for an artifact in its runtime, with the KL at each position.
 
     If the runtime lists only the `top_k` most probable tokens, the rest count as one: the KL is then a lower bound.
     """
@@ -195,10 +196,11 @@ def measure_engine(
         totals.nll -= score.target_logprob
         totals.tokens += 1
         if reference is not None:
+            totals.kls.append(kl)
             totals.kl += kl
             totals.agree += agrees
             totals.compared += 1
-    return totals.metrics()
+    return totals
 
 
 def engine_divergences(

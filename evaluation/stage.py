@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from ..records.importance import Importance
 from ..records.merge import MergeRecord
 from ..records.models import ModelEntry, Models, RetrievalResult
 from ..records.students import Variants
+from ..runtime.bundle import is_bundle
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
 from .config import EvaluateConfig
 from .language import BaseLogProbs, log_probs, measure_base, measure_engine, measure_model, targets, text_windows
 from .retrieval import Retrieval, summarised
 from .retrieval import check as check_retrieval
+from .rivals import Rivals, in_order, rivals_of, rows_of, with_standings
 from .speed import torch_speed
+from .subjects import Subject
 from .suite import EnginePlayer, MeasuredModel, Suite, TorchPlayer, question_scores, side_by_side, write_answers
 
 TOP_K = 128  # most probable tokens that llama.cpp returns for the KL
@@ -47,21 +50,6 @@ def check(config: EvaluateConfig, base: Path, context: Context) -> None:
         check_retrieval(config.retrieval, context, load_tokenizer(base))
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Something to measure: a torch model, or an artifact."""
-
-    role: str
-    load: Callable[[], Any] | None = None  # for torch models
-    files: Path | None = None  # weights on disk: a checkpoint folder, a .gguf file or an ONNX folder
-    blocks: int = 0
-    parameters: int | None = None
-    bits_per_weight: float | None = None
-    bytes: int = 0  # size of an artifact, including the files it refers to
-    heads: Path | None = None  # a checkpoint folder with retaining heads for it
-    retrieves: bool = False  # whether retrieval is measured
-
-
 def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
     """Write `models.json`, an entry per model and artifact, and `answers.jsonl`, every question's score.
 
@@ -70,12 +58,26 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
     models = retrieving(config, checkpoints(inputs, context))
-    subjects = [*models, *(artifacts(inputs) if config.artifacts else [])]
+    files = artifacts(inputs) if config.artifacts else []
     bench = Bench(config, context, inputs.base, inputs.stages.get("data"), work)
-    measured = [bench.measured(subject) for subject in subjects]
+    rivals = rivals_of(inputs.stages["export"] / "bundle", files, inputs, bench) if files else None
+    measured, entries = measure_all(bench, [*models, *files], rivals)
     write_answers(question_scores(measured), out_dir / "answers.jsonl")
-    Models(side_by_side(measured)).write(out_dir)
+    Models(entries).write(out_dir)
     return {"models": len(measured), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
+
+
+def measure_all(
+    bench: Bench, subjects: Sequence[Subject], rivals: Rivals | None
+) -> tuple[list[MeasuredModel], list[ModelEntry]]:
+    """All models, artifacts and rivals measured, each artifact before its rivals, and the report's entries of them."""
+    measured = [bench.measured(subject) for subject in subjects]
+    if rivals is None:
+        return measured, side_by_side(measured)
+    pairs = rivals.measure(bench, measured)
+    measured = in_order(measured, pairs)
+    spans = [len(targets(row)) for row in bench.rows]
+    return measured, with_standings(side_by_side(measured), pairs, spans)
 
 
 def checkpoints(inputs: Inputs, context: Context) -> list[Subject]:
@@ -184,16 +186,29 @@ class Bench:
         self.suite = Suite(config, context, self.tokenizer)
         self.retrieval = Retrieval(config.retrieval, context, self.tokenizer) if config.retrieval else None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that an artifact is given."""
+        return max([len(row.input_ids) for row in self.rows] + [self.suite.longest()])
+
     def measured(self, subject: Subject) -> MeasuredModel:
         """All figures of one subject, kept in the working folder once measured."""
-        record = self.work / f"{subject.role}.json"
-        if record.exists():
-            return MeasuredModel.model_validate(read_json(record))
+        known = self.kept(subject.role)
+        if known is not None:
+            return known
         found = self._torch(subject) if subject.load is not None else self._artifact(subject)
-        write_json(record, found.model_dump(exclude_unset=True))
+        write_json(self._record(subject.role), found.model_dump(exclude_unset=True))
         give_back_memory()
         self.context.progress.note(f"{subject.role}: perplexity {found.perplexity:.2f}")
         return found
+
+    def kept(self, role: str) -> MeasuredModel | None:
+        """What was measured of a subject before, by this attempt or one that was killed."""
+        record = self._record(role)
+        return MeasuredModel.model_validate(read_json(record)) if record.exists() else None
+
+    def _record(self, role: str) -> Path:
+        return self.work / f"{role}.json"
 
     def _torch(self, subject: Subject) -> MeasuredModel:
         assert subject.load is not None
@@ -237,12 +252,11 @@ class Bench:
 
     def _artifact(self, subject: Subject) -> MeasuredModel:
         assert subject.files is not None
-        gguf = subject.files.suffix == ".gguf"
-        longest = max([len(row.input_ids) for row in self.rows] + [self.suite.longest()])
+        gguf = subject.format == "gguf"
         reference = self.base if self.base.complete else None
-        with open_engine(subject.files, context=longest + 1) as engine:
+        with open_engine(subject.files, context=self.longest + 1) as engine:
             with self.context.progress.bar(subject.role, self.tokens) as advance:
-                language = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
+                totals = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
             tasks = self.suite.run(subject.role, EnginePlayer(engine, self.tokenizer))
             runtime = engine.runtime
         timed = None
@@ -263,12 +277,13 @@ class Bench:
             parameters=subject.parameters,
             bytes=subject.bytes,
             bits_per_weight=subject.bits_per_weight,
-            **language,
+            **totals.metrics(),
             positions=self.tokens,
             tokens_per_second=timed.speed.decode_tokens_per_second if timed else None,
             prefill_tokens_per_second=timed.speed.prefill_tokens_per_second if timed else None,
             peak_memory_bytes=timed.peak_memory_bytes if timed else None,
             tasks=tasks,
+            kls=totals.kls,
         )
 
 
@@ -295,17 +310,20 @@ def peak_memory() -> Iterator[list[int]]:
 def evaluate_path(
     path: Path, config: EvaluateConfig, context: Context, base: Path | None, work: Path, rows: Path | None = None
 ) -> list[ModelEntry]:
-    """Measure a checkpoint folder (at each of its depths), or every artifact of a bundle; compared with `base` if
-    given. Perplexity is measured on the section's text, or on the held-out rows of the data stage `rows`."""
-    bundle = (path / BundleManifest.FILE).is_file()
+    """Measure a checkpoint folder (at each of its depths), or every artifact of a bundle and its rivals; compared with
+    `base` if given. Perplexity is measured on the section's text, or on the held-out rows of the data stage `rows`."""
     reference = base or path
     bench = Bench(config, context, reference, rows, work)
-    subjects = []
+    subjects, rivals = [], None
     if base is not None:
         blocks = load_config(base).num_hidden_layers
         subjects.append(Subject("base", lambda: load_model(base, context.dtype, context.device), base, blocks))
-    if bundle:
-        subjects += bundle_subjects(path)
+    if is_bundle(path):
+        files = bundle_subjects(path)
+        subjects += files
+        if base is not None:
+            data = rows or rows_of(path)
+            rivals = rivals_of(path, files, Inputs(base, base, {} if data is None else {"data": data}), bench)
     else:
         blocks = load_config(path).num_hidden_layers
         models = [Subject("model", lambda: load_model(path, context.dtype, context.device), path, blocks)]
@@ -313,4 +331,4 @@ def evaluate_path(
             models = depth_subjects(path, context)
         heads = path if has_heads(path) else None
         subjects = retrieving(config, [*subjects, *(replace(model, heads=heads) for model in models)])
-    return side_by_side([bench.measured(subject) for subject in subjects])
+    return measure_all(bench, subjects, rivals)[1]

@@ -73,6 +73,21 @@ def paired_interval(base: Sequence[float], scores: Sequence[float]) -> Interval:
     return Interval(max(-1.0, centre - half), min(1.0, centre + half))
 
 
+def clustered_interval(groups: Sequence[Sequence[float]]) -> Interval:
+    """The 95 % interval of the mean over all values, which come in groups of neighbours that resemble each other.
+
+    Groups vary independently, values within one need not: the linearised variance of a ratio of totals over groups.
+    Infinite for fewer than two groups.
+    """
+    count, n = len(groups), sum(map(len, groups))
+    centre = math.fsum(value for group in groups for value in group) / n
+    off = [math.fsum(group) - centre * len(group) for group in groups]
+    if count < 2:
+        return Interval(-math.inf, math.inf)
+    half = Z * math.sqrt(math.fsum(value * value for value in off) * count / (count - 1)) / n
+    return Interval(centre - half, centre + half)
+
+
 def _binary(scores: Sequence[float]) -> bool:
     return all(score in (0, 1) for score in scores)
 

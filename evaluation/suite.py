@@ -139,6 +139,7 @@ class MeasuredModel(ModelFigures):
     """One model's results, before comparison with the base."""
 
     tasks: dict[str, TaskOutcome]
+    kls: list[float] = Field(default_factory=list)  # of an artifact: KL(base ‖ artifact) at each position, nats
     retrieval: list[RetrievalResult] = Field(default_factory=list)
 
 
@@ -147,7 +148,7 @@ def side_by_side(models: Sequence[MeasuredModel]) -> list[ModelEntry]:
     base = next((model.tasks for model in models if model.role == "base"), {})
     return [
         ModelEntry(
-            **model.model_dump(exclude={"tasks"}, exclude_unset=True),
+            **model.model_dump(exclude={"tasks", "kls"}, exclude_unset=True),
             tasks={
                 name: compare(outcome, base.get(name) if model.role != "base" else None)
                 for name, outcome in model.tasks.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..core.chat_templates import MORE_TEMPLATES, TEMPLATE
 from ..core.files import read_json, sha256, write_json
 from ..records.bundle import BundleManifest, FileEntry
+from .card import CARD
 from .ends import write_generation_config
 
 TOKENIZER = "tokenizer_config.json"
@@ -56,10 +57,12 @@ def settle_tokenizer(file: Path) -> None:
 
 
 def list_files(bundle: Path) -> list[FileEntry]:
-    """Every file but the manifest, in order, with its hash; further hard links to a file are marked as such."""
+    """Every file but the manifest and the card, which evaluation completes, in order, with its hash; further hard links
+    to a file are marked as such."""
+    left_out = (bundle / BundleManifest.FILE, bundle / CARD)
     found: list[FileEntry] = []
     names: dict[tuple[int, int], FileEntry] = {}
-    for file in sorted(file for file in bundle.rglob("*") if file.is_file() and file != bundle / BundleManifest.FILE):
+    for file in sorted(file for file in bundle.rglob("*") if file.is_file() and file not in left_out):
         path, state = file.relative_to(bundle).as_posix(), file.stat()
         first = names.get((state.st_dev, state.st_ino))
         if first is None:

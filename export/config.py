@@ -18,7 +18,7 @@ from ..core.stage import Section
 from ..runtime.artifact_sizes import PATTERN, Target, target_of
 from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 
-FORMAT = 4
+FORMAT = 5
 FEW_BITS = 6  # per weight of a file: with more, rounding costs so little that training gains nothing
 
 

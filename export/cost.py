@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..core.cost import Need, Overrides, Parts, Setting, StageCost, halves, worst
 from ..core.units import kilobytes
 from ..core.work import Work, forward
 from ..runtime.artifact_sizes import target_of
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
 from ..training.cost import HEAD_COPIES_ANCHORED, saved_per_token
 from .config import ExportConfig, TrainScales
@@ -30,6 +31,8 @@ SCALING = 5 + 5 + 13
 # is rounded to every type.
 SENSED, TEXT = 2048, 256
 ROUNDED, TYPES_TRIED = 0.2, 10
+RIVALS_TRIED = 2  # GGUF types of the unpruned model that are made for an artifact, the largest that fit
+RIVAL_TOKENS, RIVAL_WINDOW = 256, 128  # of training rows, on which they are compared
 
 
 def _exported(config: ExportConfig, at: Setting) -> Sequence[int]:
@@ -46,7 +49,7 @@ def _leaves(config: ExportConfig, at: Setting) -> Setting:
     if config.depths:
         at.check_depths("export.depths", config.depths)
     files = [(kind, depth) for kind in [*config.gguf, *config.onnx] for depth in _exported(config, at)]
-    return replace(at, artifacts=tuple(files))
+    return replace(at, artifacts=tuple(files), weighed=0 if config.imatrix is False else config.imatrix_tokens)
 
 
 def _need(config: ExportConfig, at: Setting) -> Need:
@@ -147,6 +150,54 @@ def _work(config: ExportConfig, at: Setting) -> Work:
             work = work + Work(forward(at.shape, depth, LONG_TOKENS, LONG_TOKENS / 2, LONG_TOKENS / LONG_STEP))
             work = work + scoring(at.shape, "fp32", depth, LONG_TOKENS, LONG_TOKENS)
         work = work + scoring(at.shape, "fp32", at.kept, CACHE_TOKENS, CACHE_ROW)
+    return work
+
+
+@dataclass(frozen=True)
+class PlannedRivals:
+    """The unpruned model at the artifacts' sizes (`export/rivals.py`), as far as typical sizes tell."""
+
+    made: Sequence[str]  # types that are written, each once
+    measured: Sequence[str]  # of them those that are set beside the artifacts
+    scratch: int  # bytes of the files that are there at once
+
+
+def rivals(at: Setting) -> PlannedRivals:
+    """The rivals of all artifacts that the export leaves."""
+    whole = at.shape.parameters(at.shape.blocks)
+    made: dict[str, None] = {}
+    measured: dict[str, None] = {}
+    scratch = 0
+    for kind, depth in at.artifacts:
+        limit = artifact_bytes(kind, at.shape.parameters(depth))
+        tried = [_fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED]]
+        if kind in ONNX_TYPES:
+            tried.append(_fitting(list(ONNX_TYPES), whole, limit)[:1])
+        for kinds in tried:
+            made |= dict.fromkeys(kinds)
+            measured |= dict.fromkeys(kinds[:1])
+            graph = 4 * whole if kinds and kinds[0] in ONNX_TYPES else 0
+            scratch = max(scratch, graph + sum(int(artifact_bytes(kind, whole)) for kind in kinds))
+    return PlannedRivals(list(made), list(measured), scratch)
+
+
+def _fitting(kinds: list[str], parameters: int, limit: float) -> list[str]:
+    """The types in which so many weights take at most `limit` bytes, largest first."""
+    sizes = {kind: artifact_bytes(kind, parameters) for kind in kinds}
+    return sorted((kind for kind in kinds if sizes[kind] <= limit), key=lambda kind: -sizes[kind])
+
+
+def rival_work(at: Setting) -> Work:
+    """Making them: the unpruned model read once for their importance matrix, each type written and tried."""
+    found, whole, blocks = rivals(at), at.shape.parameters(at.shape.blocks), at.shape.blocks
+    if not found.made:
+        return Work()
+    work = Work(forward(at.shape, blocks, at.weighed + RIVAL_TOKENS, 256))
+    for kind in found.made:
+        plain = kind in ("F16", "fp32")
+        work = work + Work(host_flops=0 if plain else QUANTIZING * whole, host_read=4 * 4 * whole)
+        if kind in GGUF_TYPES:
+            work = work + scoring(at.shape, kind, blocks, RIVAL_TOKENS, RIVAL_WINDOW)
     return work
 
 

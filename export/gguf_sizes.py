@@ -37,6 +37,17 @@ def plain_sizes(
     }
 
 
+def distinct_types(checkpoint: Path, importance: bool) -> list[str]:
+    """The plain types without those that come to the same file as one before: where rows fit few types' blocks, several
+    do."""
+    shapes = Conversion(checkpoint, "F16").source.shapes
+    model = mixed_model(load_config(checkpoint), importance)
+    found: dict[tuple[Type, ...], str] = {}
+    for mix in GGUF_TYPES:
+        found.setdefault(tuple(tensor_type(name, shape, mix, model) for name, shape in shapes.items()), mix)
+    return list(found.values())
+
+
 def tensor_bytes(shapes: Mapping[str, Sequence[int]], types: Mapping[str, Type]) -> int:
     """Bytes of all tensors as they lie in a file."""
     return sum(stored_bytes(shape, types[name]) for name, shape in shapes.items())

@@ -31,7 +31,7 @@ from ..runtime.cost import cache_type, kv_bytes_per_token
 from ..runtime.engine import ScoringWindow
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
-from .card import write_card
+from .card import write_card, write_modelfile
 from .config import ExportConfig
 from .cost import CACHE_ROW, CACHE_TOKENS
 from .gguf import context_length
@@ -127,6 +127,7 @@ class ExportJob:
             files=[],
         )
         write_card(self.bundle, manifest)
+        write_modelfile(self.bundle, manifest)
         manifest.model_copy(update={"files": list_files(self.bundle)}).write(self.bundle)
         read_bundle(self.bundle)
         return {

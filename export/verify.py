@@ -18,6 +18,7 @@ import torch
 
 from ..core.errors import UserError
 from ..data.chat import Encoded, encode_text, load_encoded
+from ..data.rows import Split
 from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.shape import by_length, original_context, scaled
@@ -89,9 +90,11 @@ class Reference:
         return [score for window in self.scores for score in window]
 
 
-def probe_windows(tokenizer: ModelTokenizer, data: Path | None, tokens: int, length: int) -> list[ScoringWindow]:
-    """Windows with `tokens` positions in total: from the data stage's held-out rows, else from a built-in text."""
-    rows: list[Encoded] = load_encoded(data, tokenizer, "heldout", ROW) if data is not None else []
+def probe_windows(
+    tokenizer: ModelTokenizer, data: Path | None, tokens: int, length: int, split: Split = "heldout"
+) -> list[ScoringWindow]:
+    """Windows with `tokens` positions in total: from rows of the data stage, else from a built-in text."""
+    rows: list[Encoded] = load_encoded(data, tokenizer, split, ROW) if data is not None else []
     rows += encode_text(tokenizer, PROBE, length)
     windows: list[ScoringWindow] = []
     for row in rows:

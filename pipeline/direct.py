@@ -20,7 +20,7 @@ from ..export.config import ExportConfig
 from ..merge.config import MergeConfig
 from ..records.bundle import BundleManifest
 from ..records.models import ModelEntry
-from ..runtime.bundle import read_bundle
+from ..runtime.bundle import is_bundle, read_bundle
 from .explain import readable_errors
 from .models import ModelLike, cache_of, check_dtype, check_sources
 from .options import checked
@@ -153,6 +153,7 @@ def evaluate(
     **keys: object,
 ) -> list[ModelEntry]:
     """Measure a checkpoint at each of its depths, or every artifact of a bundle; the `base`, if given, comes first.
+    Behind each artifact of a cut model comes its rival, the base quantized to at most its bytes (`rival=False`: not).
 
     >>> evaluate("bundle", base=model, text="wiki.txt", tasks=["builtin:copy"], limit=50)[1].perplexity
 
@@ -170,17 +171,21 @@ def evaluate(
     if text is None and rows is None:
         raise UserError("name a text file to measure perplexity on: --text FILE")
     path, cache = Path(str(model)), cache_of(runs)
-    is_bundle = (path / BundleManifest.FILE).is_file() and not (path / "config.json").is_file()
+    bundle = is_bundle(path)
     _check_files(config, text)
-    check_sources([*([] if is_bundle else [str(model)]), *([] if base is None else [str(base)])], cache)
+    if config.rival and not bundle:
+        raise UserError(f"--rival: rivals stand beside the exported files of a bundle, and {path} is not a bundle")
+    if config.rival and base is None:
+        raise UserError("--rival: a rival is the unpruned model at a file's size; name the model with --base")
+    check_sources([*([] if bundle else [str(model)]), *([] if base is None else [str(base)])], cache)
     data = rows_folder(rows)
-    if is_bundle:
+    if bundle:
         read_bundle(path, hashes=True)  # so that what is measured is what was verified
     from ..evaluation.stage import check, evaluate_path
     from ..modeling.load import resolve
 
     context = Context(device=device, dtype=dtype, progress=as_progress(on_progress))
-    folder = path if is_bundle else resolve(str(model), cache, progress=context.progress)
+    folder = path if bundle else resolve(str(model), cache, progress=context.progress)
     reference = None if base is None else resolve(str(base), cache, progress=context.progress)
     check(config, folder, context)
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:

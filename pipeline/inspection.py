@@ -13,9 +13,9 @@ from ..core.files import printable, read_json
 from ..core.gguf_header import split_files
 from ..modeling.config import read_config
 from ..modeling.weights import ADAPTER_CONFIG, is_adapter_alone, safetensors_header, tensor_headers, weight_files
-from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, RetainingEntry
+from ..records.bundle import ArtifactEntry, FamilyEntry, RetainingEntry
 from ..records.manifest import StageManifest
-from ..runtime.bundle import read_bundle
+from ..runtime.bundle import is_bundle, read_bundle
 
 
 class _Info(BaseModel):
@@ -161,7 +161,7 @@ def inspect(
         (path.suffix == ".gguf" and path.is_file(), _gguf),
         ((path / "last-run.json").is_file() or (path / "recipe.yaml").is_file(), _run),
         ((path / "genai_config.json").is_file(), _onnx),
-        (_has(path / BundleManifest.FILE, "artifacts"), _bundle),
+        (is_bundle(path), _bundle),
         (_has(path / StageManifest.FILE, "stage"), _stage),
         (is_adapter_alone(path), _adapter),
         ((path / "config.json").is_file(), _checkpoint),

@@ -119,7 +119,8 @@ def _finish(
                 peak_cuda_bytes=meter.peak_cuda_bytes,
                 planned_memory_bytes=origin.planned,
                 metrics=metrics,
-            )
+            ),
+            spec.pages,
         )
     peak = f"peak memory {meter.peak_memory_bytes / 1e9:.1f} GB"
     context.progress.note(f"{spec.name}: done in {meter.seconds:.0f} s, {peak}")

@@ -21,6 +21,7 @@ class StageSpec:
     needs: tuple[str, ...] = ()  # earlier stages that it requires
     parallel: bool = False  # whether several processes share its work; else rank 0 does it and the others wait
     makes_model: bool = False  # whether it writes a checkpoint folder `model`, which later stages start from
+    pages: tuple[str, ...] = ()  # files of its folder that the run completes later: their hashes are not kept
     reads: tuple[str, ...] = ()  # all earlier stages; it depends on the output of those that the recipe has
 
     @property
@@ -50,6 +51,6 @@ STAGES = in_order(
     StageSpec("merge", "merge", needs=("data", "distill"), makes_model=True),
     StageSpec("sort", "sort", needs=("data",), parallel=True, makes_model=True),
     StageSpec("retain", "retain", makes_model=True),
-    StageSpec("export", "export"),
+    StageSpec("export", "export", pages=("bundle/README.md",)),
     StageSpec("evaluate", "evaluation"),
 )

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +72,14 @@ class StageFolder:
         """Whether the partial folder is complete and only has to be renamed."""
         return (self.partial / MANIFEST).is_file()
 
-    def finish(self, manifest: StageManifest) -> None:
-        """Add the files to the manifest, write it, flush everything to disk, and rename the partial folder."""
+    def finish(self, manifest: StageManifest, pages: Sequence[str] = ()) -> None:
+        """Add the files but `pages` to the manifest, write it, flush all to disk, and rename the partial folder."""
         written = _files(self.partial)
         hashes: dict[tuple[int, int], str] = {}  # a file with several names (depths share weights) is read once
         files: dict[str, StageFile] = {}
         for file in written:
+            if file.relative_to(self.partial).as_posix() in pages:
+                continue
             state = file.stat()
             key = state.st_dev, state.st_ino
             if key not in hashes:

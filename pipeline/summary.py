@@ -13,9 +13,11 @@ from rich.table import Table
 from ..core.errors import UserError
 from ..core.files import check_folder_exists, read_json, read_text, write_json
 from ..core.units import megabytes, number, percent
+from ..records.bundle import BundleManifest
 from ..records.manifest import StageManifest
 from ..records.models import ModelEntry
 from .report.collect import StageRecord, build_report
+from .report.front import front_lines
 from .report.html import final_model, render, smallest_artifact, write_report
 from .report.retrieval import retrieval_lengths, retrieval_lines
 from .report.schema import Report
@@ -34,7 +36,18 @@ def finish(run: Run, made: int) -> Report:
     report, page = _of_run(run)
     if made or not (run.folder / "report.html").exists():
         write_report(report, page, run.folder)
+        complete_card(run, report)
     return report
+
+
+def complete_card(run: Run, report: Report) -> None:
+    """Write the bundle's card again, with what the run has measured since."""
+    for stage in run.stages:
+        if stage.spec.name == "export":
+            from ..export.card import write_card
+
+            bundle = stage.folder.path / "bundle"
+            write_card(bundle, BundleManifest.read(bundle), report.models)
 
 
 def build(run: Run) -> Report:
@@ -79,20 +92,27 @@ def show(report: Report, folder: Path, console: Console) -> None:
     """A small table of base, pruned, recovered and the artifacts, and the paths."""
     if report.models:
         bold = {m.role for m in (smallest_artifact(report), final_model(report)) if m is not None}
-        console.print(model_table(report.models, f"{report.name}: results", bold))
-        show_tasks(report.models, console)
-        show_retrieval(report.models, console)
+        show_models(report.models, f"{report.name}: results", console, bold)
     for stage in report.stages:
         if stage.name == "export":
             console.print(f"bundle: {folder / stage.folder / 'bundle'}", markup=False, highlight=False)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)
 
 
+def show_models(models: list[ModelEntry], title: str, console: Console, bold: Collection[str] = ()) -> None:
+    """Figures, tasks and retrieval of all models, and whether the exported files are on the front."""
+    console.print(model_table(models, title, bold))
+    for line in front_lines(models):
+        console.print(line, markup=False, highlight=False)
+    show_tasks(models, console)
+    show_retrieval(models, console)
+
+
 def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()) -> Table:
-    """One row per model: blocks, size, perplexity, agreement, speed."""
+    """One row per model: blocks, size, perplexity, agreement, speed; rivals are dim, behind their artifact."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("blocks", "size", "perplexity", "KL to base", "top-1 agreement", "tokens/s"):
+    for column in ("blocks", "size", "perplexity", "KL to base", "top-1 agreement", "prefill", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for model in models:
         cells = (
@@ -102,9 +122,10 @@ def model_table(models: list[ModelEntry], title: str, bold: Collection[str] = ()
             number(model.perplexity),
             number(model.kl_to_base),
             percent(model.top1_agreement),
+            number(model.prefill_tokens_per_second),
             number(model.tokens_per_second),
         )
-        table.add_row(*cells, style="bold" if model.role in bold else "")
+        table.add_row(*cells, style="bold" if model.role in bold else "dim" if model.rival_of else "")
     return table
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, RootModel
 from .record import Entry, Record
 
 AnswerKind = Literal["choice", "generation", "other"]  # chosen, written, or neither
+ArtifactFormat = Literal["gguf", "onnx"]
 RetrievalTask = Literal["passkey", "keys", "continuation"]
 
 
@@ -54,7 +55,10 @@ class RetrievalResult(Entry):
 class ModelFigures(Entry):
     """What is measured of every model and artifact, but for its tasks."""
 
-    role: str = Field(description="base, pruned, healed, recovered, merged, depth-N, gguf-TYPE or onnx-TYPE")
+    role: str = Field(
+        description="base, pruned, healed, recovered, merged, depth-N, gguf-TYPE, onnx-TYPE; of rivals "
+        "base-gguf-TYPE, base-onnx-TYPE"
+    )
     runtime: str = Field(description="torch, llama.cpp or onnxruntime")
     blocks: int = Field(description="number of blocks")
     parameters: int | None = Field(description="number of weights")
@@ -73,12 +77,55 @@ class ModelFigures(Entry):
     )
 
 
+class TaskDissent(Entry):
+    """A task that tells two models apart, and not as KL does."""
+
+    task: str = Field(description="name of the task")
+    artifact: float = Field(description="the artifact's score")
+    rival: float = Field(description="the rival's score")
+    low: float = Field(description="lower end of the 95 % interval of the paired difference, positive for the artifact")
+    high: float = Field(description="its upper end")
+
+
+class Standing(Entry):
+    """An artifact beside its rival in one format: the unpruned model in a plain type, of at most as many bytes."""
+
+    format: ArtifactFormat = Field(description="format of the rival: gguf or onnx")
+    verdict: Literal["better", "worse", "tie", "alone"] = Field(
+        description="the artifact's, by KL to the base; alone: no plain type of the unpruned model is as small"
+    )
+    on_front: bool | None = Field(
+        description="whether no rival of at most its bytes is as good and as fast; null for a tie"
+    )
+    rival: str | None = Field(default=None, description="the rival's role; null if the artifact is alone")
+    smallest: str | None = Field(default=None, description="if the artifact is alone: the smallest plain type")
+    smallest_bytes: int | None = Field(default=None, description="its size; of an ONNX folder within a percent")
+    difference: float | None = Field(
+        default=None, description="KL(base ‖ artifact) - KL(base ‖ rival) in nats per token, on the same positions"
+    )
+    difference_low: float | None = Field(
+        default=None, description="lower end of its 95 % interval; null for too few tokens"
+    )
+    difference_high: float | None = Field(default=None, description="upper end of the interval")
+    dissent: list[TaskDissent] = Field(default_factory=list, description="tasks that disagree with the verdict")
+    sentence: str = Field(description="the comparison by KL and tasks in words")
+    conclusion: str = Field(
+        default="", description="whether the artifact is on the front, its speed considered; empty if it is alone"
+    )
+
+
 class ModelEntry(ModelFigures):
     """One model or artifact."""
 
     tasks: dict[str, TaskResult] = Field(default_factory=dict, description="results by task")
     retrieval: list[RetrievalResult] = Field(
         default_factory=list, description="results by task, length, depth, policy and budget"
+    )
+    rival_of: list[str] = Field(
+        default_factory=list, description="of a rival: roles of the artifacts that it is compared with"
+    )
+    standings: list[Standing] = Field(
+        default_factory=list, description="of an artifact: the comparison with its rival, one per format of rivals"
     )
 
 

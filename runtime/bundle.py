@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.files import check_folder_exists, sha256
+from ..core.files import check_folder_exists, read_json, sha256
 from ..records.bundle import BundleManifest
 
 SMALL = 50 * 10**6  # bytes: tokenizers, configurations and templates are smaller, real models' weights larger
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle: a checkpoint or a stage's folder may hold a manifest.json too."""
+    file = folder / BundleManifest.FILE
+    return file.is_file() and "artifacts" in read_json(file)
 
 
 def read_bundle(bundle: Path, *, hashes: bool = False) -> BundleManifest:

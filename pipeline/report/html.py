@@ -10,6 +10,7 @@ from ...core.files import json_text, write_whole
 from ...core.units import duration, megabytes, number, percent
 from ...records.models import ModelEntry
 from . import plots
+from .front import front_lines, size_plot, time_plot
 from .retrieval import heat_map, memory_plot, retrieval_lengths, retrieval_lines
 from .schema import Report
 from .tasks import task_lines
@@ -37,6 +38,7 @@ def render(report: Report) -> str:
         report=report,
         headline=headline(report),
         students=students(report),
+        front=front_lines(report.models),
         tasks=task_lines(report.models),
         retrieval=retrieval_lines(report.models),
         lengths=retrieval_lengths(report.models),
@@ -46,6 +48,8 @@ def render(report: Report) -> str:
             "importance": plots.importance_plot(report),
             "curve": plots.curve_plot(report),
             "quality": plots.quality_plot(report),
+            "front_size": size_plot(report),
+            "front_time": time_plot(report),
             "loss": plots.loss_plot(report),
             "heldout": plots.heldout_plot(report),
             "depths": plots.depth_plot(report),

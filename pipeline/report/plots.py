@@ -228,14 +228,7 @@ def quality_plot(report: Report) -> str | None:
         axes.set_xlabel("size, MB")
         axes.set_ylabel("perplexity")
         _number_ticks(axes, [m.bytes / 1e6 for m in models], [m.perplexity for m in models])
-        points = [(entry.role, *axes.transData.transform((entry.bytes / 1e6, entry.perplexity))) for entry in models]
-        edges = axes.get_window_extent()
-        offsets = label_offsets(points, axes.figure.dpi / 72, edges.x0, edges.x1)
-        for entry, (x, y) in zip(models, offsets, strict=True):
-            where = (entry.bytes / 1e6, entry.perplexity)
-            axes.annotate(
-                entry.role, where, xytext=(x, y), textcoords="offset points", fontsize=8, color=INK, va="center"
-            )
+        _label(axes, [m.role for m in models], [m.bytes / 1e6 for m in models], [m.perplexity for m in models])
 
     return _svg(draw, "Perplexity against size")
 
@@ -260,15 +253,20 @@ def speed_plot(depths: list[dict[str, Any]]) -> str | None:
         axes.set_xlabel("decoding, tokens/s")
         axes.set_ylabel("perplexity")
         _number_ticks(axes, xs, ys)
-        labels = [f"{e['type']} {e['depth']}" for e in depths]
-        pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
-        points = [(text, x, y) for text, (x, y) in zip(labels, pixels, strict=True)]
-        edges = axes.get_window_extent()
-        offsets = label_offsets(points, axes.figure.dpi / 72, edges.x0, edges.x1)
-        for text, place, offset in zip(labels, zip(xs, ys, strict=True), offsets, strict=True):
-            axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8, color=INK, va="center")
+        _label(axes, [f"{e['type']} {e['depth']}" for e in depths], xs, ys)
 
     return _svg(draw, "Quality against speed")
+
+
+def _label(axes: Axes, labels: list[str], xs: list[float], ys: list[float]) -> None:
+    """Put labels beside points, once the axes have their limits."""
+    places = list(zip(xs, ys, strict=True))
+    pixels = axes.transData.transform(places)
+    points = [(text, x, y) for text, (x, y) in zip(labels, pixels, strict=True)]
+    edges = axes.get_window_extent()
+    offsets = label_offsets(points, axes.figure.dpi / 72, edges.x0, edges.x1)
+    for text, place, offset in zip(labels, places, offsets, strict=True):
+        axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8, color=INK, va="center")
 
 
 def label_offsets(
@@ -325,6 +323,12 @@ def _number_axis(axis: Axis, values: list[float]) -> None:
 
 
 def _svg(draw: Callable[[Any], None], title: str) -> str:
+    """A figure of one panel, which `draw` is given."""
+    return _panels(lambda panels: draw(panels[0]), title, 1)
+
+
+def _panels(draw: Callable[[list[Any]], None], title: str, count: int) -> str:
+    """A figure of panels side by side, all of which `draw` is given."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -333,9 +337,13 @@ def _svg(draw: Callable[[Any], None], title: str) -> str:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(6.4, 3.2))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.11, 0.15, 0.8, 0.77))  # fixed, so that labels are placed where they will be
-        _plain(axes)
-        draw(axes)
+        # Places are fixed, so that labels are placed where they will be.
+        width = 0.8 / count - 0.05 * (count - 1)
+        places = [(0.11 + number * (width + 0.1), 0.15, width, 0.77) for number in range(count)]
+        panels = [figure.add_axes(place) for place in places]
+        for axes in panels:
+            _plain(axes)
+        draw(panels)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()

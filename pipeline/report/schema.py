@@ -40,7 +40,7 @@ class StageEntry(Entry):
 class Report(Entry):
     """The whole report."""
 
-    schema_version: Literal[2] = Field(default=2, description="version of this format")
+    schema_version: Literal[3] = Field(default=3, description="version of this format")
     name: str = Field(description="the run's name")
     base: str = Field(description="source of the unpruned model, as in the recipe")
     measured_on: str | None = Field(description="text that perplexity was measured on")

@@ -127,8 +127,10 @@ def test_artifacts_get_the_figures_of_the_model_they_hold(pair, rows, tmp_path, 
     base, model, _ = pair
     reference = written(base, rows, tmp_path)
     expected = measure_model(model, rows, reference, silent)
-    assert measure_engine(torch_engine(model), rows, reference, None, silent) == pytest.approx(expected, rel=1e-4)
-    listed = measure_engine(torch_engine(model), rows, reference, 20, silent)
+    totals = measure_engine(torch_engine(model), rows, reference, None, silent)
+    assert totals.metrics() == pytest.approx(expected, rel=1e-4)
+    assert len(totals.kls) == totals.tokens and sum(totals.kls) == pytest.approx(totals.kl)
+    listed = measure_engine(torch_engine(model), rows, reference, 20, silent).metrics()
     assert listed["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert listed["top1_agreement"] == expected["top1_agreement"]
     assert 0 < listed["kl_to_base"] < expected["kl_to_base"]  # the unlisted tokens count as one: a lower bound

@@ -13,7 +13,7 @@ from compress.pipeline.report.schema import Report, StageEntry
 from compress.pipeline.report.tasks import task_lines
 from compress.pipeline.summary import show
 from compress.records.merge import Merged, MergeRecord
-from compress.records.models import ModelEntry, TaskResult
+from compress.records.models import ModelEntry, Standing, TaskDissent, TaskResult
 from compress.records.students import HeldOutFigures, VariantFigures, Variants
 from pydantic import ValidationError
 from rich.console import Console
@@ -331,6 +331,37 @@ def test_a_sorted_model_is_shown_at_every_depth(report):
     assert sort is not None and ">12<" in sort and ">24<" in sort
 
 
+def test_rivals_and_what_they_say_are_shown(report, tmp_path):
+    """Grey rows behind their artifacts, a sentence for each file, and plots of quality against bytes and time."""
+    assert "On the front?" not in html.render(report)
+    worse = Standing(
+        format="gguf",
+        verdict="worse",
+        on_front=False,
+        rival="base-gguf-Q3_K_S",
+        sentence="At 80.0 MB the unpruned model is <better>.",
+        conclusion="gguf-Q4_K_M is not on the front.",
+    )
+    rival = entry("base-gguf-Q3_K_S", 79_000_000, 4.5, runtime="llama.cpp", blocks=30, rival_of=["gguf-Q4_K_M"])
+    rival.kl_to_base, rival.prefill_tokens_per_second = 0.2, 300.0
+    ours = report.models[4].model_copy(update={"standings": [worse], "prefill_tokens_per_second": 250.0})
+    report.models[4:5] = [ours, rival]
+    page = html.render(report)
+    assert "<li>At 80.0 MB the unpruned model is &lt;better&gt;. gguf-Q4_K_M is not on the front.</li>" in page
+    assert '<tr class="rival"><td>base-gguf-Q3_K_S</td>' in page
+    assert "KL to the unpruned model against size" in page and "ms per token read" in page
+    assert Report.model_validate(json.loads(html.to_json(report))) == report
+    console = Console(record=True, width=200)
+    show(report, tmp_path, console)
+    lines = console.export_text().splitlines()
+    places = [next(i for i, line in enumerate(lines) if line.split()[:1] == [m.role]) for m in report.models]
+    assert places == sorted(places)
+    assert "At 80.0 MB the unpruned model is <better>. gguf-Q4_K_M is not on the front." in lines
+    assert (best := html.smallest_artifact(report)) is not None and best.role == "gguf-Q4_K_M"
+    rival.prefill_tokens_per_second = None  # nothing was timed
+    assert "ms per token read" not in html.render(report)
+
+
 def test_a_run_without_stages_has_a_page(report):
     empty = report.model_copy(
         update={"models": [], "stages": [], "importance": None, "curves": [], "data": None, "artifacts": []}
@@ -342,7 +373,7 @@ def test_a_run_without_stages_has_a_page(report):
 def test_report_json_round_trips_and_refuses_unknown_keys(report):
     values = json.loads(html.to_json(report))
     assert Report.model_validate(values) == report
-    assert values["schema_version"] == 2
+    assert values["schema_version"] == 3
     with pytest.raises(ValidationError):
         Report.model_validate(values | {"surprise": 1})
 
@@ -350,7 +381,7 @@ def test_report_json_round_trips_and_refuses_unknown_keys(report):
 def test_every_key_of_the_schema_is_documented():
     text = DOCS.read_text(encoding="utf-8")
     named = set(re.findall(r"[a-z0-9_]+", text))
-    for model in (Report, ModelEntry, StageEntry, TaskResult):
+    for model in (Report, ModelEntry, StageEntry, TaskResult, Standing, TaskDissent):
         assert set(model.model_fields) <= named, model
 
 

@@ -23,6 +23,8 @@ MAY_IMPORT = {
     **{room: set(GROUND[:number]) for number, room in enumerate(GROUND)},
     **{stage: set(GROUND) for stage in STAGES},
     **{room: {*GROUND, *STAGES, "recipes", *TOP[:number]} for number, room in enumerate(TOP)},
+    # Rivals of artifacts are made as export makes artifacts: one door, and what it costs.
+    "evaluation": {*GROUND, "export.rivals", "export.cost"},
     # Runs where torch is not installed: of modeling it takes what a configuration says, which needs none.
     "runtime": {"core", "records", "kv", "modeling.families", "modeling.shape"},
     "recipes": set(),

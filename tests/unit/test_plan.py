@@ -21,6 +21,7 @@ from compress.core.work import forward
 from compress.data.cost import rows_of
 from compress.distill.config import DistillConfig
 from compress.export.config import ExportConfig, GgufType, OnnxPrecision
+from compress.export.cost import rivals
 from compress.export.gguf import write_gguf
 from compress.merge.config import Dtype
 from compress.modeling.geometry import geometry_of
@@ -30,6 +31,7 @@ from compress.pipeline.plan.devices import DEVICES, GIB
 from compress.pipeline.recipe import Recipe, shipped
 from compress.pipeline.stages import STAGES
 from compress.runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_TYPES
+from compress.runtime.cost import artifact_bytes
 from compress.training.config import Full, Lora
 from compress.training.cost import lora_parameters
 from compress.training.students import build_student
@@ -211,13 +213,41 @@ def test_what_does_not_fit_is_named_with_its_change(monkeypatch, capsys):
 
 
 def test_scratch_files_that_are_mapped_need_no_memory():
-    loaded = Recipe.load("llama8b_26L")
+    loaded = Recipe.load("llama8b_26L", ["evaluate.rival=false"])
     found = need("evaluate", loaded, found_by("evaluate", loaded, "float32", False))
     assert found.parts["mapped"] == found.scratch == 8192 * 128256 * 2
     few = Recipe.load("llama8b_26L", ["data.rows=100"])  # two of them held out
     at = found_by("evaluate", few, "float32", False)
     assert need("evaluate", few, at).parts["mapped"] == 2 * 768 * 128256 * 2
     assert found.needed == found.peak - found.parts["mapped"]
+
+
+def test_rivals_take_disk_and_time():
+    """Those of a cut model, of a trained one, and where they are asked for; each is written, tried and measured."""
+    loaded = Recipe.load("llama8b_26L")
+    at = found_by("evaluate", loaded, "float32", False)
+    cost = STAGES["evaluate"].cost
+
+    def costs(at: Setting, *overrides: str) -> tuple[int, float]:
+        section = Recipe.load("llama8b_26L", list(overrides)).section("evaluate")
+        work = cost.work(section, at)
+        assert work is not None
+        return cost.need(section, at).scratch, work.total
+
+    with_them, without = costs(at), costs(at, "evaluate.rival=false")
+    planned = rivals(at)
+    assert planned.measured and set(planned.measured) < set(planned.made)
+    assert with_them[0] - without[0] == planned.scratch and with_them[1] > without[1]
+    whole, limit = (
+        at.shape.parameters(32),
+        max(artifact_bytes(kind, at.shape.parameters(26)) for kind, _ in at.artifacts),
+    )
+    assert all(artifact_bytes(kind, whole) <= limit for kind in planned.made)
+    assert "rivals" in cost.need(loaded.section("evaluate"), at).note
+    uncut = replace(at, kept=32, artifacts=tuple((kind, 32) for kind, _ in at.artifacts), recovered=False, depths=())
+    assert costs(uncut) == costs(uncut, "evaluate.rival=false") != costs(uncut, "evaluate.rival=true")
+    assert costs(replace(uncut, recovered=True))[0] > costs(uncut)[0]
+    assert costs(at, "evaluate.artifacts=false")[0] == without[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,213 @@
+"""The strongest rivals of exported files: the unpruned model, quantized to at most their bytes.
+
+Evaluation sets them beside the artifacts; this module is the only one of export that it uses. The files are made in a
+working folder, by the code that makes artifacts, and deleted once they were measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
+from ..core.memory import give_back_memory
+from ..core.stage import Context, Inputs
+from ..data.calibration import calibration_batches
+from ..modeling.load import load_config, load_model, load_tokenizer
+from ..modeling.weights import count_parameters
+from ..records.bundle import BundleManifest
+from ..records.manifest import StageManifest
+from ..records.models import ArtifactFormat
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
+from ..runtime.llamacpp_engine import LlamaCppEngine
+from .artifacts import GgufKind, Kind, Making, OnnxKind
+from .bundle import Size
+from .config import ExportConfig
+from .cost import RIVAL_TOKENS, RIVAL_WINDOW, RIVALS_TRIED
+from .gguf import check_gguf, context_length
+from .gguf_sizes import distinct_types, plain_sizes
+from .imatrix import collect, load_imatrix, save_imatrix
+from .onnx import build_graph, check_onnx
+from .onnx_sizes import onnx_sizes
+from .verify import TOP_K, Reference, compare, probe_windows, torch_reference
+
+
+def imatrix_tokens(bundle: Path) -> int:
+    """How many tokens the importance matrix of a bundle was computed from; 0 where it had none. Of a bundle that no
+    longer lies in its export stage's folder the number is not known: the usual one is taken."""
+    if not BundleManifest.read(bundle).importance_matrix:
+        return 0
+    stage = StageManifest.read_if_there(bundle.parent)
+    usual = ExportConfig.model_fields["imatrix_tokens"].default
+    return stage.config.get("imatrix_tokens", usual) if stage is not None else usual
+
+
+class PlainModels:
+    """The unpruned model in plain types, made in `work` when they are asked for; a killed run goes on from there.
+
+    `imatrix_tokens` is how many tokens of the data stage's training rows the importance matrix is computed from, as in
+    the export that the rivals stand beside; 0: there is none.
+    """
+
+    def __init__(self, inputs: Inputs, work: Path, context: Context, imatrix_tokens: int):
+        self.inputs, self.context, self.imatrix_tokens = inputs, context, imatrix_tokens
+        self.base, self.work = inputs.base, work
+        self.blocks = load_config(inputs.base).num_hidden_layers
+        self.parameters = count_parameters(inputs.base)
+        self._sizes: dict[ArtifactFormat, dict[str, int]] = {}
+        work.mkdir(parents=True, exist_ok=True)
+
+    def problem(self, form: ArtifactFormat, longest: int) -> str | None:
+        """Why the unpruned model cannot be measured in a format, on texts of up to `longest` tokens; None if it can."""
+        config = load_config(self.base)
+        try:
+            check_gguf(self.base) if form == "gguf" else check_onnx(config)
+        except UserError as error:
+            return str(error)
+        if form == "gguf" and context_length(config) < longest <= config.max_position_embeddings:
+            return f"llama.cpp runs it on {context_length(config)} tokens at most, and texts here have {longest}"
+        return None
+
+    def sizes(self, form: ArtifactFormat) -> dict[str, int]:
+        """The bytes of every plain type, smallest first; of ONNX within a percent."""
+        if form not in self._sizes:
+            found = self._gguf_sizes() if form == "gguf" else onnx_sizes(self.base)
+            self._sizes[form] = dict(sorted(found.items(), key=lambda item: item[1]))
+        return self._sizes[form]
+
+    def _gguf_sizes(self) -> dict[str, int]:
+        weighted = self.imatrix_tokens > 0
+        sizes = plain_sizes(self.base, weighted, name=self._making.name)
+        return {kind: sizes[kind] for kind in distinct_types(self.base, weighted) if kind in sizes}
+
+    def fitting(self, form: ArtifactFormat, limit: int) -> list[str]:
+        """The plain types of at most `limit` bytes, largest first."""
+        return [kind for kind, size in reversed(self.sizes(form).items()) if size <= limit]
+
+    def tried(self, form: ArtifactFormat, limit: int) -> list[str]:
+        """Those of them that are made to find the best: the largest ones of GGUF; of ONNX, whose few precisions are far
+        apart, the largest."""
+        return self.fitting(form, limit)[: RIVALS_TRIED if form == "gguf" else 1]
+
+    def check_disk(self, wanted: Iterable[tuple[ArtifactFormat, int]]) -> None:
+        """`UserError` where the files for one of `wanted`, format and limit in bytes, do not fit the disk."""
+        need = 0
+        for form, limit in wanted:
+            kinds = self.tried(form, limit)
+            graph = 4 * self.parameters if form == "onnx" and kinds else 0  # that the others are made from
+            need = max(need, graph + sum(self.sizes(form)[kind] for kind in kinds))
+        free = shutil.disk_usage(self.work).free
+        if need > free:
+            raise UserError(
+                f"measuring the unpruned model at the artifacts' sizes needs about {need / 1e9:.1f} GB in {self.work}, "
+                f"but only {free / 1e9:.1f} GB are free; free some space or set evaluate.rival to false"
+            )
+
+    def best(self, form: ArtifactFormat, limit: int) -> str | None:
+        """The best plain type of at most `limit` bytes; None where none is as small.
+
+        Of several GGUF types the one that is nearest to the unpruned model on a few windows of training rows: a larger
+        file is not always the better one. The file of the best stays in the working folder, the others go.
+        """
+        kinds = self.tried(form, limit)
+        if form == "onnx":
+            return next((kind for kind in kinds if self._onnx_fits(kind, limit)), None)
+        if len(kinds) < 2:
+            return next(iter(kinds), None)
+        best = min(kinds, key=self._damage)  # the first, so the larger one, of equals
+        for kind in kinds:
+            if kind != best:
+                self.discard(form, kind)
+        return best
+
+    def file(self, form: ArtifactFormat, kind: str) -> tuple[Path, Size]:
+        """The file or folder of a plain type, made unless it is there, and its size."""
+        maker = self._maker(form, kind)
+        file = maker.file(self.blocks)
+        if not file.exists():
+            maker.clear()
+            maker.write()
+        return file, maker.size(self.blocks)
+
+    def discard(self, form: ArtifactFormat, kind: str) -> None:
+        """Delete the file of a plain type."""
+        self._maker(form, kind).clear()
+
+    def _maker(self, form: ArtifactFormat, kind: str) -> Kind:
+        return GgufKind(self._making, kind) if form == "gguf" else OnnxKind(self._making, kind)
+
+    @cached_property
+    def _making(self) -> Making:
+        return Making(
+            self.base,
+            self.work,
+            self.inputs.name.rsplit("/", 1)[-1],
+            [self.blocks],
+            ExportConfig(gguf=list(GGUF_TYPES), onnx=list(ONNX_TYPES)),
+            self.context.progress,
+            self._imatrix,
+            lambda: load_tokenizer(self.base),
+            lambda: build_graph(self.base, self.work / "built", self.context.progress),
+            temporary=True,
+        )
+
+    def _onnx_fits(self, kind: str, limit: int) -> bool:
+        """Whether the folder is as small as it was reckoned to be."""
+        record = self.work / f"onnx-{kind}.json"
+        if not record.exists():
+            write_json(record, {"bytes": self.file("onnx", kind)[1].bytes})
+        if read_json(record)["bytes"] <= limit:
+            return True
+        self.discard("onnx", kind)
+        return False
+
+    def _damage(self, kind: str) -> float:
+        """KL(unpruned ‖ type) in nats per token on a few windows of training rows, in llama.cpp."""
+        record = self.work / f"gguf-{kind}.json"
+        if not record.exists():
+            reference = self._reference
+            longest = max(len(window.ids) for window in reference.windows)
+            file, size = self.file("gguf", kind)
+            # One slot: how texts share a batch depends on timing, and with it the last digits.
+            with LlamaCppEngine(file, context=max(longest + 8, 256), slots=1) as engine:
+                found = compare(reference, engine.score(reference.windows, top_k=TOP_K))["kl"]
+            write_json(record, {"kl": found})
+            self.context.progress.note(f"unpruned in {kind}: {size.bytes / 1e6:.1f} MB, KL {found:.4f}")
+        return read_json(record)["kl"]
+
+    def _imatrix(self) -> dict[str, Any] | None:
+        if not self.imatrix_tokens:
+            return None
+        if not self._imatrix_file.exists():
+            _ = self._reference  # for which the model is loaded, and weighed
+        return load_imatrix(self._imatrix_file)
+
+    @property
+    def _imatrix_file(self) -> Path:
+        return self.work / "imatrix.safetensors"
+
+    @cached_property
+    def _reference(self) -> Reference:
+        """The unpruned model's distributions on the windows that types are compared on. While it is loaded, the
+        importance matrix is collected too."""
+        model, tokenizer = load_model(self.base, self.context.dtype, self.context.device), load_tokenizer(self.base)
+        length = min(RIVAL_WINDOW, context_length(model.config))
+        windows = probe_windows(tokenizer, self.inputs.stages.get("data"), RIVAL_TOKENS, length, "train")
+        reference = torch_reference(model, windows)
+        if self.imatrix_tokens and not self._imatrix_file.exists():
+            batches = calibration_batches(self.inputs, tokenizer, tokens=self.imatrix_tokens, length=512, batch=4)
+            with self.context.progress.bar("importance matrix, unpruned", sum(b.tokens for b in batches)) as advance:
+                partial = self._imatrix_file.with_suffix(".tmp")
+                save_imatrix(collect(model, batches, advance), partial)
+            partial.replace(self._imatrix_file)
+        del model
+        give_back_memory()
+        return reference
+
+    def close(self) -> None:
+        """Delete the working folder."""
+        shutil.rmtree(self.work, ignore_errors=True)

@@ -1,0 +1,306 @@
+"""Exported files beside the unpruned model quantized to at most their bytes, on tiny models in the real runtimes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compress import api
+from compress.cli.main import app
+from compress.core.errors import UserError
+from compress.core.stage import WORK, Context, Inputs
+from compress.evaluation import stage as evaluation
+from compress.evaluation.config import EvaluateConfig
+from compress.export import rivals as making
+from compress.export.artifacts import GgufKind
+from compress.export.card import write_card
+from compress.export.config import ExportConfig
+from compress.export.gguf_sizes import plain_sizes
+from compress.export.onnx import write_onnx
+from compress.export.onnx_depths import measure_onnx
+from compress.export.onnx_sizes import onnx_sizes
+from compress.export.rivals import PlainModels
+from compress.export.stage import export_checkpoint
+from compress.modeling.blocks import drop_blocks
+from compress.modeling.checkpoint import save_checkpoint
+from compress.modeling.load import load_model, load_tokenizer
+from compress.modeling.weights import count_parameters
+from compress.pipeline.recipe import Recipe
+from compress.records.models import ModelEntry
+from compress.runtime.artifact_types import GGUF_TYPES
+from compress.runtime.bundle import read_bundle
+from typer.testing import CliRunner
+
+TEXT = "The library opens at nine. Anna returned three books, paid a fine and walked home along the river. " * 8
+LOOSE = {"kl": dict.fromkeys(GGUF_TYPES, 9.0), "tokens": 16, "window": 16}
+
+
+@pytest.fixture(scope="module")
+def base(shaken) -> Path:
+    """The unpruned model: four blocks, whose removal is felt."""
+    return shaken(initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def cut(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first and last block."""
+    model, folder = load_model(base), tmp_path_factory.mktemp("cut") / "model"
+    drop_blocks(model, [1, 2])
+    save_checkpoint(model, load_tokenizer(base), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def config(text: Path) -> EvaluateConfig:
+    return EvaluateConfig(text=str(text), window=64, tokens=256, speed=None)
+
+
+def bundle_of(checkpoint: Path, folder: Path, **keys: Any) -> Path:
+    export_checkpoint(checkpoint, folder, ExportConfig(verify=LOOSE, **keys), Context(), "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_bundle(cut: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle_of(cut, tmp_path_factory.mktemp("gguf") / "bundle", gguf=["F16", "Q4_0"])
+
+
+def by_role(entries: list[ModelEntry]) -> dict[str, ModelEntry]:
+    return {entry.role: entry for entry in entries}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_sizes_of_onnx_folders_are_reckoned(family, tiny, tmp_path, inline_builder):
+    folder = tiny(family)
+    for kind, size in onnx_sizes(folder).items():
+        write_onnx(folder, tmp_path / kind, kind)
+        true = measure_onnx(tmp_path / kind, count_parameters(folder)).bytes
+        graph = (tmp_path / kind / "model.onnx").stat().st_size  # of a tiny model a great part of the whole
+        assert abs(size - true) < graph
+
+
+def test_a_clearly_worse_cut_stands_before_its_rival(base, gguf_bundle, config, tmp_path):
+    entries = evaluation.evaluate_path(gguf_bundle, config, Context(), base, tmp_path)
+    roles = [entry.role for entry in entries]
+    rival = entries[2]
+    assert roles[:3] == ["base", "gguf-F16", rival.role] and roles[3] == "gguf-Q4_0"
+    ours, limit = entries[1], entries[1].bytes
+    fitting = [kind for kind, size in plain_sizes(base, False).items() if size <= limit]
+    assert rival.role.removeprefix("base-gguf-") in fitting and rival.rival_of == ["gguf-F16"]
+    assert rival.bytes <= limit and rival.blocks == 4 and rival.runtime == "llama.cpp"
+    (standing,) = ours.standings
+    assert (standing.verdict, standing.rival, standing.on_front) == ("worse", rival.role, False)
+    assert ours.kl_to_base is not None and rival.kl_to_base is not None and rival.kl_to_base < ours.kl_to_base
+    assert standing.difference == pytest.approx(ours.kl_to_base - rival.kl_to_base, rel=1e-6)
+    # The cut in the smallest type is smaller than the whole model in any.
+    (alone,) = entries[3].standings
+    sizes = plain_sizes(base, False)
+    assert (alone.verdict, alone.smallest_bytes) == ("alone", min(sizes.values()))
+    assert len(roles) == 4 and not any((tmp_path / "rivals").glob("**/*.gguf"))
+
+
+def test_the_best_of_the_largest_that_fit_wins(base, tmp_path):
+    """What is measured decides, not the size."""
+    plain = PlainModels(Inputs(base, base, {}), tmp_path / "work", Context(), 0)
+    limit = plain.sizes("gguf")["Q8_0"]
+    first, second = plain.tried("gguf", limit)
+    assert first == "Q8_0" and plain.sizes("gguf")[second] <= limit
+    assert plain.best("gguf", limit) == "Q8_0"
+    records = {kind: tmp_path / "work" / f"gguf-{kind}.json" for kind in (first, second)}
+    found = {kind: json.loads(file.read_text())["kl"] for kind, file in records.items()}
+    assert 0 < found[first] < found[second]
+    assert [file.stem for file in (tmp_path / "work" / "gguf").iterdir()] == ["model-Q8_0"]
+    records[first].write_text(json.dumps({"kl": 9.0}))
+    assert plain.best("gguf", limit) == second
+    assert plain.best("gguf", min(plain.sizes("gguf").values()) - 1) is None
+
+
+def test_an_onnx_file_has_a_rival_in_its_runtime_and_one_in_llamacpp(base, cut, config, tmp_path, inline_builder):
+    bundle = bundle_of(cut, tmp_path / "bundle", onnx=["fp32", "int4"])
+    (tmp_path / "work").mkdir()
+    entries = by_role(evaluation.evaluate_path(bundle, config, Context(), base, tmp_path / "work"))
+    ours = entries["onnx-fp32"]
+    onnx, gguf = ours.standings
+    assert (onnx.format, gguf.format) == ("onnx", "gguf")
+    assert onnx.rival == "base-onnx-int8" and entries["base-onnx-int8"].runtime == "onnxruntime"
+    assert entries["base-onnx-int8"].bytes <= ours.bytes and entries["base-onnx-int8"].rival_of == ["onnx-fp32"]
+    assert gguf.rival is not None and entries[gguf.rival].runtime == "llama.cpp" and "llama.cpp" in gguf.sentence
+    assert list(entries).index("onnx-fp32") < list(entries).index("base-onnx-int8") < list(entries).index("onnx-int4")
+    alone, _ = entries["onnx-int4"].standings
+    assert (alone.verdict, alone.smallest) == ("alone", "int4") and "No ONNX precision" in alone.sentence
+
+
+def test_every_depth_has_its_own_rival(base, config, tmp_path):
+    bundle = bundle_of(base, tmp_path / "bundle", gguf=["F16"], depths=[1, 3, 4])
+    (tmp_path / "work").mkdir()
+    entries = by_role(evaluation.evaluate_path(bundle, config, Context(), base, tmp_path / "work"))
+    for role in ("gguf-F16", "gguf-F16@3", "gguf-F16@1"):
+        (standing,) = entries[role].standings
+        rival = entries[standing.rival or ""]
+        assert rival.bytes <= entries[role].bytes and role in rival.rival_of
+    whole = entries["gguf-F16"].standings[0]
+    assert whole.rival != entries["gguf-F16@1"].standings[0].rival
+
+
+def test_a_model_that_was_not_cut_has_rivals_only_when_asked(base, config, tmp_path):
+    bundle = bundle_of(base, tmp_path / "bundle", gguf=["Q8_0"])
+    for wanted, roles in ((None, ["base", "gguf-Q8_0"]), (True, ["base", "gguf-Q8_0", "base-gguf-Q8_0"])):
+        (tmp_path / str(wanted)).mkdir()
+        asked = config.model_copy(update={"rival": wanted})
+        entries = evaluation.evaluate_path(bundle, asked, Context(), base, tmp_path / str(wanted))
+        assert [entry.role for entry in entries] == roles
+    (standing,) = entries[1].standings
+    assert standing.verdict == "tie" and standing.difference == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture
+def inputs(base: Path, gguf_bundle: Path, tmp_path: Path) -> Inputs:
+    """As a run has them: the bundle in its export stage's folder."""
+    stage = tmp_path / "export-0123"
+    stage.mkdir()
+    (stage / "bundle").symlink_to(gguf_bundle)
+    return Inputs(base, base, {"export": stage}, "tiny")
+
+
+def test_a_killed_run_makes_and_measures_nothing_twice(inputs, config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    made: list[str] = []
+    write, measured = GgufKind.write, evaluation.Bench._artifact
+    died: list[str] = []
+
+    def writing(kind: GgufKind) -> None:
+        made.append(kind.type)
+        write(kind)
+
+    def measuring(bench: Any, subject: Any) -> Any:
+        if subject.role.startswith("base-") and not died:
+            died.append(subject.role)
+            raise KeyboardInterrupt
+        return measured(bench, subject)
+
+    monkeypatch.setattr(GgufKind, "write", writing)
+    monkeypatch.setattr(evaluation.Bench, "_artifact", measuring)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(config, inputs, out, Context())
+    (chosen,) = died
+    files = list((out / WORK / "rivals" / "gguf").iterdir())
+    assert [f"base-gguf-{file.stem.rpartition('-')[2]}" for file in files] == [chosen]
+    before = list(made)
+    evaluation.run(config, inputs, out, Context())
+    assert made == before and len(made) == len(set(made)) == 2  # the two largest that fit
+    assert not (out / WORK / "rivals").exists()
+    roles = [entry["role"] for entry in json.loads((out / "models.json").read_text())]
+    assert roles == ["base", "gguf-F16", chosen, "gguf-Q4_0"]
+
+
+def test_rivals_are_left_out_where_the_section_says_so(inputs, config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    evaluation.run(config.model_copy(update={"rival": False}), inputs, out, Context())
+    models = json.loads((out / "models.json").read_text())
+    assert [m["role"] for m in models] == ["base", "gguf-F16", "gguf-Q4_0"]
+    assert not any({"standings", "rival_of"} & m.keys() for m in models)
+
+
+def test_a_full_disk_is_told_before_anything_is_measured(inputs, config, tmp_path, monkeypatch):
+    usage = making.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(making.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match=r"at the artifacts' sizes needs about .* set evaluate.rival to false"):
+        evaluation.run(config, inputs, out, Context())
+    assert not list((out / WORK).glob("*.json"))
+
+
+def test_a_format_that_cannot_hold_the_unpruned_model_is_named(inputs, config, tmp_path, noted, monkeypatch):
+    def refuse(_checkpoint: Path) -> None:
+        raise UserError("its attention is soft-capped")
+
+    monkeypatch.setattr(making, "check_gguf", refuse)
+    out, progress = tmp_path / "out", noted()
+    out.mkdir()
+    evaluation.run(config, inputs, out, Context(progress=progress))
+    assert any(note == "no rival in GGUF: its attention is soft-capped" for note in progress.texts)
+
+
+def test_the_importance_matrix_is_made_as_the_exports_was(base, talks, tmp_path, monkeypatch):
+    tokens: list[int] = []
+    original = making.calibration_batches
+
+    def batches(*args: Any, **keys: Any) -> Any:
+        tokens.append(keys["tokens"])
+        return original(*args, **keys)
+
+    monkeypatch.setattr(making, "calibration_batches", batches)
+    plain = PlainModels(Inputs(base, base, {"data": talks}), tmp_path / "work", Context(), 128)
+    file, size = plain.file("gguf", "Q4_0")
+    assert tokens == [128] and size.bytes == file.stat().st_size == plain.sizes("gguf")["Q4_0"]
+    unweighted = PlainModels(Inputs(base, base, {}), tmp_path / "other", Context(), 0).file("gguf", "Q4_0")[0]
+    assert file.read_bytes() != unweighted.read_bytes()
+
+
+def test_the_card_is_completed_and_the_bundle_stays_whole(base, gguf_bundle, config, tmp_path):
+    manifest = read_bundle(gguf_bundle, hashes=True)
+    assert "README.md" not in {entry.path for entry in manifest.files}
+    before = (gguf_bundle / "README.md").read_text()
+    entries = evaluation.evaluate_path(gguf_bundle, config, Context(), base, tmp_path)
+    write_card(gguf_bundle, manifest, entries)
+    card = (gguf_bundle / "README.md").read_text()
+    assert read_bundle(gguf_bundle, hashes=True) == manifest
+    standing = entries[1].standings[0]
+    assert f"- {standing.sentence}" in card and f"| {standing.rival} | 4 |" in card
+    head, _, tail = card.partition("## Beside the unpruned model at the same bytes")
+    assert before == head + "## How to run it" + tail.partition("## How to run it")[2]
+    write_card(gguf_bundle, manifest)
+    assert (gguf_bundle / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"rival": True}, "rival: a rival stands beside an exported file, and this recipe exports none"),
+        ({"rival": "perhaps"}, "rival"),
+        ({"rival": True, "artifacts": False}, "rival is true, but artifacts is false"),
+    ],
+)
+def test_sections_that_ask_for_rivals_of_nothing_are_refused(keys, why):
+    with pytest.raises(UserError, match=why):
+        Recipe.from_dict({"name": "x", "model": "random:llama", "prune": {"blocks": 1}, "evaluate": keys})
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch) -> Iterator[Any]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+        assert isinstance(result.exception, (UserError, SystemExit)), result.output
+        return str(result.exception) if isinstance(result.exception, UserError) else result.output
+
+    yield run
+
+
+def test_eval_refuses_rivals_of_checkpoints_and_without_a_base(base, gguf_bundle, text, refused):
+    assert "is not a bundle" in refused(base, "--base", base, "--text", text, "--rival")
+    assert "name the model with --base" in refused(gguf_bundle, "--text", text, "--rival")
+
+
+def test_eval_shows_the_rivals_of_a_bundle(base, gguf_bundle, text):
+    arguments = ["eval", str(gguf_bundle), "--base", str(base), "--text", str(text), "--tokens", "64", "--window", "32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "base-gguf-" in told and "is better than gguf-F16" in told and "No GGUF type of the unpruned model" in told
+    plain = api.evaluate(gguf_bundle, base=base, text=text, tokens=64, window=32, speed=None, rival=False)
+    assert [entry.role for entry in plain] == ["base", "gguf-F16", "gguf-Q4_0"]
