@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.stage import Inputs
+from ..export.cost import RIVAL_SHARED
 from ..modeling.load import load_config
 from ..records.bundle import BundleManifest
 from ..records.models import ArtifactFormat, ModelEntry
@@ -80,20 +81,27 @@ class Rivals:
         """Every file beside its rival of each format. A resumed run keeps what it had measured."""
         by_role = {model.role: model for model in measured}
         known: dict[str, MeasuredModel] = {}
-        pairs = []
-        for file, form in self.wanted:
-            kind = self.plain.best(form, file.bytes)
-            ours = by_role[file.role]
+        pairs: dict[tuple[str, ArtifactFormat], RivalPair] = {}
+        for file, form in sorted(self.wanted, key=lambda wanted: wanted[0].bytes):
+            kind, ours = self._kind(form, file.bytes, known), by_role[file.role]
             if kind is None:
                 smallest, size = next(iter(self.plain.sizes(form).items()))
-                pairs.append(RivalPair(ours, form, None, smallest, size))
+                pairs[file.role, form] = RivalPair(ours, form, None, smallest, size)
                 continue
             role = role_of(form, kind)
             if role not in known:
                 known[role] = self._measured(bench, role, form, kind)
-            pairs.append(RivalPair(ours, form, known[role], kind, known[role].bytes))
+            pairs[file.role, form] = RivalPair(ours, form, known[role], kind, known[role].bytes)
         self.plain.close()
-        return pairs
+        return [pairs[file.role, form] for file, form in self.wanted]
+
+    def _kind(self, form: ArtifactFormat, limit: int, known: Mapping[str, MeasuredModel]) -> str | None:
+        """The best plain type of at most `limit` bytes: one that was chosen for a hardly smaller file is that, too."""
+        for kind in self.plain.fitting(form, limit):
+            rival = known.get(role_of(form, kind))
+            if rival is not None and (1 - RIVAL_SHARED) * limit <= rival.bytes <= limit:
+                return kind
+        return self.plain.best(form, limit)
 
     def _measured(self, bench: Bench, role: str, form: ArtifactFormat, kind: str) -> MeasuredModel:
         found = bench.kept(role)

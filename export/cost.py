@@ -32,6 +32,7 @@ SCALING = 5 + 5 + 13
 SENSED, TEXT = 2048, 256
 ROUNDED, TYPES_TRIED = 0.2, 10
 RIVALS_TRIED = 2  # GGUF types of the unpruned model that are made for an artifact, the largest that fit
+RIVAL_SHARED = 0.02  # of an artifact's bytes: a rival that is smaller by less, and measured already, stands beside it
 RIVAL_TOKENS, RIVAL_WINDOW = 256, 128  # of training rows, on which they are compared
 
 
@@ -166,18 +167,19 @@ def rivals(at: Setting) -> PlannedRivals:
     """The rivals of all artifacts that the export leaves."""
     whole = at.shape.parameters(at.shape.blocks)
     made: dict[str, None] = {}
-    measured: dict[str, None] = {}
+    measured: dict[str, float] = {}
     scratch = 0
-    for kind, depth in at.artifacts:
-        limit = artifact_bytes(kind, at.shape.parameters(depth))
-        tried = [_fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED]]
+    for limit, kind in sorted((artifact_bytes(kind, at.shape.parameters(depth)), kind) for kind, depth in at.artifacts):
+        tried = []
+        if not any((1 - RIVAL_SHARED) * limit <= size <= limit for size in measured.values()):
+            tried.append(_fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED])
         if kind in ONNX_TYPES:
             tried.append(_fitting(list(ONNX_TYPES), whole, limit)[:1])
         for kinds in tried:
             made |= dict.fromkeys(kinds)
-            measured |= dict.fromkeys(kinds[:1])
+            measured |= {name: artifact_bytes(name, whole) for name in kinds[:1]}
             graph = 4 * whole if kinds and kinds[0] in ONNX_TYPES else 0
-            scratch = max(scratch, graph + sum(int(artifact_bytes(kind, whole)) for kind in kinds))
+            scratch = max(scratch, graph + sum(int(artifact_bytes(name, whole)) for name in kinds))
     return PlannedRivals(list(made), list(measured), scratch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from compress import api
@@ -14,6 +14,9 @@ from compress.core.errors import UserError
 from compress.core.stage import WORK, Context, Inputs
 from compress.evaluation import stage as evaluation
 from compress.evaluation.config import EvaluateConfig
+from compress.evaluation.rivals import Rivals
+from compress.evaluation.subjects import Subject
+from compress.evaluation.suite import MeasuredModel
 from compress.export import rivals as making
 from compress.export.artifacts import GgufKind
 from compress.export.card import write_card
@@ -150,6 +153,46 @@ def test_every_depth_has_its_own_rival(base, config, tmp_path):
         assert rival.bytes <= entries[role].bytes and role in rival.rival_of
     whole = entries["gguf-F16"].standings[0]
     assert whole.rival != entries["gguf-F16@1"].standings[0].rival
+
+
+class FewTypes:
+    """Plain types of made-up sizes."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def fitting(self, _form: str, limit: int) -> list[str]:
+        return [kind for kind, size in (("A", 1000), ("B", 900)) if size <= limit]
+
+    def best(self, form: str, limit: int) -> str | None:
+        self.asked.append(limit)
+        return next(iter(self.fitting(form, limit)), None)
+
+    def sizes(self, _form: str) -> dict[str, int]:
+        return {"B": 900, "A": 1000}
+
+    def close(self) -> None:
+        return None
+
+
+def test_files_of_nearly_one_size_share_a_rival(monkeypatch):
+    """Whatever their order; one that is more than 2 % larger has its own."""
+
+    def model(role: str, size: int) -> MeasuredModel:
+        figures = {"runtime": "x", "blocks": 1, "parameters": 1, "perplexity": 1.0, "positions": 1, "tasks": {}}
+        return MeasuredModel.model_validate({"role": role, "bytes": size, **figures})
+
+    def measured(_self: object, _bench: object, role: str, _form: str, kind: str) -> MeasuredModel:
+        return model(role, {"A": 1000, "B": 900}[kind])
+
+    monkeypatch.setattr(Rivals, "_measured", measured)
+    sizes = {"large": 1200, "near": 1015, "small": 1001, "tiny": 100}
+    wanted: Any = [(Subject(role, bytes=size), "gguf") for role, size in sizes.items()]
+    plain, bench = FewTypes(), cast(Any, None)
+    pairs = Rivals(cast(Any, plain), wanted).measure(bench, [model(role, size) for role, size in sizes.items()])
+    assert [pair.artifact.role for pair in pairs] == list(sizes)
+    assert [(pair.kind, pair.rival is None) for pair in pairs] == [("A", False)] * 3 + [("B", True)]
+    assert plain.asked == [100, 1001, 1200]
 
 
 def test_a_model_that_was_not_cut_has_rivals_only_when_asked(base, config, tmp_path):
