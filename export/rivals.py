@@ -22,7 +22,6 @@ from ..modeling.weights import count_parameters
 from ..records.bundle import BundleManifest
 from ..records.manifest import StageManifest
 from ..records.models import ArtifactFormat
-from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import Size
@@ -33,6 +32,7 @@ from .gguf_sizes import distinct_types, plain_sizes
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph, check_onnx
 from .onnx_sizes import onnx_sizes
+from .sized import Chosen
 from .verify import TOP_K, Reference, compare, probe_windows, torch_reference
 
 
@@ -44,6 +44,10 @@ def imatrix_tokens(bundle: Path) -> int:
     stage = StageManifest.read_if_there(bundle.parent)
     usual = ExportConfig.model_fields["imatrix_tokens"].default
     return stage.config.get("imatrix_tokens", usual) if stage is not None else usual
+
+
+def _no_size(kind: str) -> Chosen:
+    raise ValueError(f"{kind} is a size, a rival has a plain type")
 
 
 class PlainModels:
@@ -143,15 +147,16 @@ class PlainModels:
     @cached_property
     def _making(self) -> Making:
         return Making(
-            self.base,
-            self.work,
-            self.inputs.name.rsplit("/", 1)[-1],
-            [self.blocks],
-            ExportConfig(gguf=list(GGUF_TYPES), onnx=list(ONNX_TYPES)),
-            self.context.progress,
-            self._imatrix,
-            lambda: load_tokenizer(self.base),
-            lambda: build_graph(self.base, self.work / "built", self.context.progress),
+            checkpoint=self.base,
+            bundle=self.work,
+            name=self.inputs.name.rsplit("/", 1)[-1],
+            depths=[self.blocks],
+            config=ExportConfig(gguf=["F16"], onnx=["fp32"]),  # for its threads: types are asked for one by one
+            progress=self.context.progress,
+            imatrix=self._imatrix,
+            chosen=_no_size,
+            tokenizer=lambda: load_tokenizer(self.base),
+            built=lambda: build_graph(self.base, self.work / "built", self.context.progress),
             temporary=True,
         )
 
