@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests of the real model go first: they take longest, and one process must not do them alone at the end."""
+    """Files with tests of the real model go first: they take longest, and one process would end up alone with them."""
     slow = {item.path for item in items if item.get_closest_marker("real")}
     items.sort(key=lambda item: item.path not in slow)
 
