@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from ..core.geometry import Geometry
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs, check_deepest
 from ..data.calibration import calibration_batches
-from ..data.chat import encode_text, load_encoded
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link
 from ..modeling.geometry import geometry_of
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads, load_heads
-from ..modeling.shape import original_context, rotated_size
+from ..modeling.shape import original_context
 from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
@@ -33,18 +32,18 @@ from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card, write_modelfile
 from .config import ExportConfig
-from .cost import CACHE_ROW, CACHE_TOKENS
+from .cost import CACHE_ROW
 from .gguf import context_length
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph
-from .onnx_kv import CacheScales, calibrate
+from .onnx_kv import CacheScales
 from .retaining import write_heads
+from .rounded_cache import calibration_rows, kept_scales, rounded_cache_kl
 from .scale_training import ScaleRows, train_scales
 from .sensitivity import Sensitivity
 from .sensitivity_rows import kept_sensitivity
 from .sized import Chosen, GgufSizes
 from .verify import (
-    PROBE,
     Reference,
     by_length,
     check_weights,
@@ -253,49 +252,21 @@ class ExportJob:
         return kind.form == "onnx" and self.config.kv != "float32"
 
     def _rounded_cache(self, kind: Kind) -> dict[str, float]:
-        """Depth → KL of the float32 graph with an int8 cache, in files that are made for it and deleted again."""
+        """Depth → KL of the float32 graph with an int8 cache."""
         record = self.work / "rounded-cache.json"
         if not record.exists():
-            place = self.work / "rounded"
-            shutil.rmtree(place, ignore_errors=True)
-            precise = OnnxKind(replace(kind.making, bundle=place, temporary=True), OnnxKind.precise)
-            precise.write()
-            with self.context.progress.bar("checking the int8 cache", len(self.depths)) as step:
-                found = {}
-                for depth in self.depths:
-                    found[str(depth)] = precise.check_cache(depth, self._references["onnx"][depth])
-                    step()
-            shutil.rmtree(place)
-            write_json(record, found)
+            write_json(record, rounded_cache_kl(kind.making, self.work / "rounded", self._references["onnx"]))
         return read_json(record)
 
     @cached_property
     def _cache_scales(self) -> CacheScales | None:
-        """How keys and values are rounded, measured with the float32 graph on the data stage's rows."""
         if self.config.kv == "float32":
             return None
+        length, data = min(CACHE_ROW, self._shape.positions), self.inputs.stages.get("data")
+        rows = partial(calibration_rows, self._tokenizer, data, length)
+        built = build_graph(self.checkpoint, self.work / "built", self.context.progress)
         file = self.work / "cache-scales.safetensors"
-        if not file.exists():
-            built = build_graph(self.checkpoint, self.work / "built", self.context.progress)
-            rows = self._calibration_rows()
-            with self.context.progress.bar("scales of keys and values", sum(map(len, rows))) as advance:
-                calibrate(built, rows, rotated_size(load_config(self.checkpoint)), self.config.threads, advance).save(
-                    file.with_suffix(".tmp")
-                )
-            file.with_suffix(".tmp").replace(file)
-        return CacheScales.load(file)
-
-    def _calibration_rows(self) -> list[list[int]]:
-        data, length = self.inputs.stages.get("data"), min(CACHE_ROW, self._shape.positions)
-        if data is None:
-            return [row.input_ids for row in encode_text(self._tokenizer, PROBE, length)]
-        rows, left = [], CACHE_TOKENS
-        for row in load_encoded(data, self._tokenizer, "train", length):
-            rows.append(row.input_ids[:left])
-            left -= len(rows[-1])
-            if left <= 0:
-                break
-        return rows
+        return kept_scales(file, built, rows, self.checkpoint, self.config.threads, self.context.progress)
 
     @cached_property
     def _shape(self) -> Geometry:

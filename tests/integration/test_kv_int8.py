@@ -323,7 +323,7 @@ def test_killed_exports_calibrate_once(shaken, talks, tmp_path, inline_builder, 
         calls.append(sum(map(len, rows)))
         return calibrate(folder, rows, *rest)
 
-    monkeypatch.setattr("compress.export.job.calibrate", counted)
+    monkeypatch.setattr("compress.export.rounded_cache.calibrate", counted)
     inputs, checkpoint = {"data": talks}, shaken()
     with pytest.raises(UserError, match=r"int8 its predictions are .* \(limit 1e-09\)\. Export with kv: float32"):
         run(config(onnx=["int4"], verify={"kv": 1e-9}), Inputs(checkpoint, checkpoint, inputs), tmp_path, Context())
