@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.stage import Context
 from ..modeling.load import load_config
 from ..modeling.types import ModelTokenizer
+from ..records.figures import RewriteShares
 from .asking import last_answer, leaks, own_prompt, rewrite_prompt
 from .chat import encode_row, special_tokens
 from .checks import Truth
@@ -240,17 +241,17 @@ def examples(golds: Sequence[Gold], outcomes: Sequence[RewriteOutcome], count: i
     return shown
 
 
-def shares(rows: Sequence[Row]) -> dict[str, Any]:
+def shares(rows: Sequence[Row]) -> RewriteShares:
     """Counts for rows with a rewrite requested: by origin, and by the reason gold was kept."""
     asked = [row for row in rows if row.why]
     origins = Counter(row.origin for row in asked)
     reasons = Counter(row.why for row in asked if row.origin == "gold")
-    return {
-        "asked": len(asked),
-        "origins": dict(sorted(origins.items())),
-        "taken_share": round(1 - origins["gold"] / len(asked), 4) if asked else 0.0,
-        "gold_kept": dict(sorted(reasons.items())),
-    }
+    return RewriteShares(
+        asked=len(asked),
+        origins=dict(sorted(origins.items())),
+        taken_share=round(1 - origins["gold"] / len(asked), 4) if asked else 0.0,
+        gold_kept=dict(sorted(reasons.items())),
+    )
 
 
 def _turns(gold: Gold) -> Messages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..core.files import write_json
 from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
+from ..records.figures import DataFigures, RewriteShares
 from .chat import encode_row, encode_text
 from .collect import collect, sources
 from .config import FORMAT as FORMAT
@@ -61,30 +62,49 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     tokenizer = load_tokenizer(inputs.base)
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
-    speed: dict[str, Any] = {}
-    figures: dict[str, Any] = {}
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        rows, counts, figures, speed = _from_data(config, inputs, out_dir, tokenizer, context)
+        made = _from_data(config, inputs, out_dir, tokenizer, context)
     else:
-        rows, counts, speed = _from_model(config, inputs, tokenizer, work, context)
+        made = _from_model(config, inputs, tokenizer, work, context)
     if context.rank:
         return {}
-    rows = split_rows(rows, config.heldout, context.seed)
+    rows = split_rows(made.rows, config.heldout, context.seed)
     rows = [_measured(row, tokenizer, config.length) for row in rows]
-    stats = statistics(rows, counts) | figures
+    figures = statistics(rows, made.counts)
+    if made.contaminated is not None:
+        figures.contaminated = made.contaminated
+    if made.sets:
+        figures.sets = made.sets
+    if made.rewritten is not None:
+        figures.rewritten = made.rewritten
     write_rows(out_dir, rows)
     if config.teacher is not None:
-        stats |= write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
-    write_json(out_dir / STATS, stats, indent=1, ascii=True)
+        size = write_teacher(config.teacher, inputs.base, rows, tokenizer, config.length, out_dir, context)
+        figures.teacher_targets, figures.teacher_bytes = size.targets, size.bytes
+    write_json(out_dir / STATS, figures.model_dump(), indent=1, ascii=True)
     context.progress.note(
-        f"{stats['rows']} rows ({stats['heldout']} held out), {stats['tokens']} tokens, {stats['targets']} to train on"
+        f"{figures.rows} rows ({figures.heldout} held out), {figures.tokens} tokens, {figures.targets} to train on"
     )
-    return stats | speed
+    if made.speed:
+        figures.tokens_per_second = round(made.speed, 1)
+    return figures.model_dump()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Rows that were written or read, and what is counted on the way."""
+
+    rows: list[Row]
+    counts: Counter[str]  # rows by KEPT or the reason they were dropped
+    speed: float | None = None  # tokens sampled per second, without what an interrupted attempt had sampled
+    contaminated: dict[str, int] | None = None
+    sets: dict[str, int] = field(default_factory=dict)
+    rewritten: RewriteShares | None = None
 
 
 def _from_model(
     config: MagpieConfig | TextsConfig, inputs: Inputs, tokenizer: ModelTokenizer, work: Path, context: Context
-) -> tuple[list[Row], Counter[str], dict[str, Any]]:
+) -> _Made:
     if isinstance(config, MagpieConfig):
         drawer, to_training_row = Magpie(config, inputs.base, tokenizer, context, work), to_row
         hint = "the model may not be instruction-tuned, or data.max_tokens and data.max_prompt_tokens are too small"
@@ -93,37 +113,31 @@ def _from_model(
         hint = "raise data.temperature"
     with drawer.writer as writer:
         drafts, counts = draw_rows(drawer, context, hint)
-    speed = writer.speed()  # does not include rows from before an interruption
-    return [to_training_row(draft) for draft in drafts], counts, {"tokens_per_second": round(speed, 1)} if speed else {}
+    return _Made([to_training_row(draft) for draft in drafts], counts, writer.speed())
 
 
 def _from_data(
     config: DatasetConfig | DatasetsConfig, inputs: Inputs, out_dir: Path, tokenizer: ModelTokenizer, context: Context
-) -> tuple[list[Row], Counter[str], dict[str, Any], dict[str, Any]]:
-    """Rows, counts by reason, further figures for `stats.json`, and the speed."""
+) -> _Made:
     work = out_dir / WORK
     collected = collect(config, tokenizer, context, work / "datasets")
-    figures: dict[str, Any] = {}
-    if config.decontaminate:
-        figures["contaminated"] = dict(collected.contaminated)
-    if collected.sets:
-        figures["sets"] = collected.sets
-    golds = collected.golds
+    golds, counts = collected.golds, collected.counts
+    dropped = dict(collected.contaminated) if config.decontaminate else None
     if all(part.rewrite is None for part in config.parts):
-        return [gold.row for gold in golds], collected.counts, figures, {}
+        return _Made([gold.row for gold in golds], counts, None, dropped, collected.sets)
     rewriter = Rewriter(tokenizer, inputs.base, config.length, config.batch, config.engine, context, work)
     outcomes, speed = rewriter.run(golds)
     if context.rank:
-        return [], collected.counts, figures, {}
+        return _Made([], counts)
     by_id = {outcome.id: outcome for outcome in outcomes}
     rows = [settle_row(gold, by_id.get(gold.row.id)) for gold in golds]
     write_json(out_dir / EXAMPLES, examples(golds, outcomes), indent=1)
-    figures["rewritten"] = shares(rows)
-    kept = ", ".join(f"{count} {reason}" for reason, count in figures["rewritten"]["gold_kept"].items())
+    rewritten = shares(rows)
+    kept = ", ".join(f"{count} {reason}" for reason, count in rewritten.gold_kept.items())
     context.progress.note(
-        f"{figures['rewritten']['taken_share']:.0%} of {len(outcomes)} gold answers replaced (kept: {kept or 'none'})"
+        f"{rewritten.taken_share:.0%} of {len(outcomes)} gold answers replaced (kept: {kept or 'none'})"
     )
-    return rows, collected.counts, figures, {"tokens_per_second": round(speed, 1)} if speed else {}
+    return _Made(rows, counts, speed, dropped, collected.sets, rewritten)
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
@@ -141,17 +155,17 @@ def _measured(row: Row, tokenizer: ModelTokenizer, length: int) -> Row:
     return replace(row, tokens=tokens, targets=sum(sum(window.loss_mask) for window in windows))
 
 
-def statistics(rows: Sequence[Row], counts: Counter[str]) -> dict[str, Any]:
+def statistics(rows: Sequence[Row], counts: Counter[str]) -> DataFigures:
     """Counts, the share of read or sampled rows that was kept, and tokens."""
     total = sum(counts.values())
-    return {
-        "rows": len(rows),
-        "train": sum(row.split == "train" for row in rows),
-        "heldout": sum(row.split == "heldout" for row in rows),
-        "seen": total,
-        "dropped": {reason: counts[reason] for reason in sorted(counts) if reason != KEPT},
-        "cut": sum(row.cut for row in rows),
-        "kept_share": round(counts[KEPT] / total, 4),
-        "tokens": sum(row.tokens for row in rows),
-        "targets": sum(row.targets for row in rows),
-    }
+    return DataFigures(
+        rows=len(rows),
+        train=sum(row.split == "train" for row in rows),
+        heldout=sum(row.split == "heldout" for row in rows),
+        seen=total,
+        dropped={reason: counts[reason] for reason in sorted(counts) if reason != KEPT},
+        cut=sum(row.cut for row in rows),
+        kept_share=round(counts[KEPT] / total, 4),
+        tokens=sum(row.tokens for row in rows),
+        targets=sum(row.targets for row in rows),
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,14 @@ PART = 64  # windows per part
 Arrays = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class CacheSize:
+    """What a teacher folder holds."""
+
+    targets: int  # tokens that have a distribution
+    bytes: int
+
+
 def write_teacher(
     config: TeacherConfig,
     base: Path,
@@ -47,8 +56,8 @@ def write_teacher(
     length: int,
     out_dir: Path,
     context: Context,
-) -> dict[str, int]:
-    """Write the folder for the training rows; returns its size in targets and bytes.
+) -> CacheSize:
+    """Write the folder for the training rows; returns its size.
 
     Windows are encoded as for training and written part by part, so a killed run resumes at its unfinished part and
     ends with the same bytes.
@@ -58,7 +67,7 @@ def write_teacher(
     if not (out_dir / FOLDER).exists():
         _write(config, base, windows, pad_id(tokenizer), length, out_dir, context)
     sizes = [file.stat().st_size for file in sorted((out_dir / FOLDER).iterdir())]
-    return {"teacher_targets": sum(sum(window.loss_mask) for window in windows), "teacher_bytes": sum(sizes)}
+    return CacheSize(sum(sum(window.loss_mask) for window in windows), sum(sizes))
 
 
 def _write(

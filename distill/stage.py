@@ -8,6 +8,8 @@ from typing import Any
 
 from ..core.stage import Context, Inputs
 from ..modeling.checkpoint import link_files
+from ..records.curves import CURVES
+from ..records.figures import DistillFigures
 from ..training.run import check, train_students
 from .config import DistillConfig
 from .variants import choose, plan_jobs, write_record
@@ -32,9 +34,9 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
         return figures[""].model_dump()
     chosen = choose(config, {name: entry.best for name, entry in figures.items()})
     link_files(out_dir / "variants" / chosen / "model", out_dir / "model")
-    shutil.copyfile(out_dir / "variants" / chosen / "curves.jsonl", out_dir / "curves.jsonl")
+    shutil.copyfile(out_dir / "variants" / chosen / CURVES, out_dir / CURVES)
     write_record(config, jobs, figures, chosen, out_dir)
     context.progress.note(f"selected variant: {chosen} of {len(jobs)}")
     seconds = round(sum(entry.seconds_training for entry in figures.values()), 1)
-    every = {name: entry.model_dump() for name, entry in figures.items()}
-    return every[chosen] | {"seconds_training": seconds, "chosen": chosen, "variants": every}
+    own = figures[chosen].model_dump() | {"seconds_training": seconds, "chosen": chosen, "variants": figures}
+    return DistillFigures.model_validate(own).model_dump()

@@ -21,6 +21,7 @@ from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import has_heads
 from ..modeling.types import CausalModel
 from ..records.bundle import BundleManifest
+from ..records.figures import EvaluateFigures
 from ..records.importance import Importance
 from ..records.merge import MergeRecord
 from ..records.models import ModelEntry, Models, RetrievalResult
@@ -64,7 +65,8 @@ def run(config: EvaluateConfig, inputs: Inputs, out_dir: Path, context: Context)
     measured, entries = measure_all(bench, [*models, *files], rivals)
     write_answers(question_scores(measured), out_dir / "answers.jsonl")
     Models(entries).write(out_dir)
-    return {"models": len(measured), "tokens": bench.tokens, "text": config.text or "held-out self-data"}
+    text = config.text or "held-out self-data"
+    return EvaluateFigures(models=len(measured), tokens=bench.tokens, text=text).model_dump()
 
 
 def measure_all(

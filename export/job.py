@@ -23,6 +23,7 @@ from ..modeling.shape import original_context
 from ..modeling.types import CausalModel
 from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
+from ..records.figures import ExportFigures
 from ..records.record import Entry
 from ..runtime.artifact_sizes import bits_per_weight, target_of
 from ..runtime.bundle import read_bundle
@@ -129,10 +130,7 @@ class ExportJob:
         write_modelfile(self.bundle, manifest)
         manifest.model_copy(update={"files": list_files(self.bundle)}).write(self.bundle)
         read_bundle(self.bundle)
-        return {
-            "artifacts": [artifact.model_dump() for artifact in artifacts],
-            "families": [family.model_dump() for family in manifest.families],
-        }
+        return ExportFigures(artifacts=artifacts, families=manifest.families).model_dump()
 
     def _kinds(self) -> list[Kind]:
         making = Making(

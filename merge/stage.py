@@ -18,6 +18,7 @@ from ..modeling.checkpoint import copy_companions, link_files
 from ..modeling.load import load_tokenizer
 from ..modeling.soundness import check_checkpoint
 from ..modeling.weights import tensor_headers
+from ..records.figures import MergeFigures
 from ..records.merge import Merged, MergeRecord
 from ..records.students import Variants
 from .alignment import check_alike
@@ -51,7 +52,7 @@ def run(config: MergeConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     models = [Merged(name=name, merged=name in asked, **figures[name]) for name in figures]
     MergeRecord(config=config.model_dump(mode="json"), chosen=chosen, models=models).write(out_dir)
     context.progress.note(describe(config, figures, chosen))
-    return {"method": config.method, "chosen": chosen, "models": [model.model_dump() for model in models]}
+    return MergeFigures(method=config.method, chosen=chosen, models=models).model_dump()
 
 
 def read_variants(folder: Path) -> Variants:

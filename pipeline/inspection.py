@@ -305,7 +305,7 @@ def _stage(path: Path) -> StageInfo:
     return StageInfo(
         path=printable(path),
         stage=manifest.stage,
-        chosen=manifest.metrics.get("chosen"),
+        chosen=manifest.chosen,
         fingerprint=manifest.fingerprint,
         seconds=manifest.seconds,
         peak_memory_bytes=manifest.peak_memory_bytes,

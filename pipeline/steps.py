@@ -25,6 +25,7 @@ from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfi
 from ..distill.config import DistillConfig
 from ..modeling.source import fingerprint_source, hash_file
 from ..prune.config import PruneConfig
+from ..records.figures import PruneFigures
 from ..records.manifest import StageManifest
 from ..retain.config import RetainConfig
 from ..sort.config import SortConfig
@@ -81,7 +82,7 @@ class PruneResult(ModelResult):
     @property
     def dropped(self) -> list[int]:
         """The removed blocks, as indices in the model that was pruned."""
-        return self.metrics["dropped"]
+        return self.manifest.figures(PruneFigures).dropped
 
 
 RowsLike = StageResult | Path | str

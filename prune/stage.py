@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..modeling.blocks import drop_blocks, dropped_since, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.types import CausalModel, ModelTokenizer
+from ..records.figures import PruneFigures
 from ..records.importance import Healing, Importance
 from .auto import decide
 from .config import PruneConfig
@@ -57,7 +57,7 @@ def run(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) ->
     record.healing = _heal_and_save(model, tokenizer, record.dropped, batches, config, out_dir, context)
     record.kept = kept_blocks(model.config)
     record.write(out_dir)
-    return record.model_dump(include={"blocks", "dropped", "tokens", "healing"})
+    return _figures(record.blocks, record.dropped, record.tokens, record.healing)
 
 
 def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Context) -> dict[str, Any]:
@@ -70,12 +70,11 @@ def heal_cut(config: PruneConfig, inputs: Inputs, out_dir: Path, context: Contex
     batches = calibration_rows(config, inputs, tokenizer, context)
     blocks, tokens = model.config.num_hidden_layers, sum(batch.tokens for batch in batches)
     healing = _heal_and_save(model, tokenizer, dropped, batches, config, out_dir, context)
-    return {
-        "blocks": blocks,
-        "dropped": dropped,
-        "tokens": tokens,
-        "healing": [dataclasses.asdict(gap) for gap in healing],
-    }
+    return _figures(blocks, dropped, tokens, healing)
+
+
+def _figures(blocks: int, dropped: list[int], tokens: int, healing: list[Healing]) -> dict[str, Any]:
+    return PruneFigures(blocks=blocks, dropped=dropped, tokens=tokens, healing=healing).model_dump()
 
 
 def _heal_and_save(

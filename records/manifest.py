@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
+from ..core.errors import UserError
 from .record import Entry, Record
+
+E = TypeVar("E", bound=Entry)
 
 
 class StageFile(Entry):
@@ -50,5 +53,21 @@ class StageManifest(Record):
     peak_memory_bytes: int  # of the process and its children
     peak_cuda_bytes: int | None  # allocated by torch
     planned_memory_bytes: int | None = None  # of the device the stage ran on
-    metrics: dict[str, Any]  # the stage's own figures
+    metrics: dict[str, Any]  # the stage's own: `records.figures`
     files: dict[str, StageFile] = Field(default_factory=dict)
+
+    @property
+    def chosen(self) -> str | None:
+        """Of several models that the stage made, the one that later stages go on from."""
+        return self.metrics.get("chosen")
+
+    def figures(self, kind: type[E]) -> E:
+        """The metrics as the record of the stage (`records.figures`). `UserError` where they are of another version."""
+        try:
+            return kind.model_validate(self.metrics)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise UserError(
+                f"the manifest of {self.stage}-{self.fingerprint[:12]} is not of this version: metrics.{where}: "
+                f"{error.errors()[0]['msg']}; run the recipe again"
+            ) from error

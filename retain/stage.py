@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import write_whole
 from ..core.stage import WORK, Context, Inputs
 from ..data.readers import DatasetSource, local_file
 from ..kv.settings import HeadSettings
@@ -19,12 +17,12 @@ from ..modeling.checkpoint import link_file
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import save_heads
 from ..modeling.source import checkpoint_files
+from ..records.curves import CURVES, HeldOutHeads, write_lines
+from ..records.figures import HeadFigures, RetainFigures
 from .config import RetainConfig, head_width
 from .rows import RetainRows, made_rows, users_rows
 from .samples import keep_all
 from .train import fresh_heads, kept_shares, train_heads
-
-CURVES = "curves.jsonl"
 
 
 def check(config: RetainConfig, base: Path, context: Context) -> None:
@@ -58,25 +56,26 @@ def run(config: RetainConfig, inputs: Inputs, out_dir: Path, context: Context) -
         train, held = files[: rows.count], files[rows.count :]
         lines, loss = train_heads(heads, train, held, config, work / "heads", context.seed, advance)
     shares = kept_shares(decoder, rows.heldout, config, fresh, heads)
-    before = {"eval_loss": lines[0]["eval_loss"], "eval_recall": shares[0]}
-    after = {"eval_loss": loss, "eval_recall": shares[1]}
-    lines[0]["eval_recall"], lines[-1]["eval_recall"] = shares
+    first, last = lines[0], lines[-1]
+    assert isinstance(first, HeldOutHeads) and isinstance(last, HeldOutHeads)
+    first.eval_recall, last.eval_recall = shares
     link_model(inputs.model, out_dir / "model")
     save_heads(heads.cpu(), HeadSettings(**config.numbers()), out_dir / "model")
-    write_whole(out_dir / CURVES, "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(out_dir / CURVES, lines)
     context.progress.note(
         f"of the quarter of a prompt that answers attend to most, the heads keep "
         f"{100 * shares[0]:.0f} % → {100 * shares[1]:.0f} %"
     )
-    return {
-        "rows": rows.count,
-        "steps": config.steps,
-        "width": width,
-        "trainable_parameters": sum(p.numel() for p in heads.parameters()),
-        "before": before,
-        "after": after,
-        "seconds_training": round(time.monotonic() - started, 1),
-    }
+    figures = RetainFigures(
+        rows=rows.count,
+        steps=config.steps,
+        width=width,
+        trainable_parameters=sum(p.numel() for p in heads.parameters()),
+        before=HeadFigures(eval_loss=first.eval_loss, eval_recall=shares[0]),
+        after=HeadFigures(eval_loss=loss, eval_recall=shares[1]),
+        seconds_training=round(time.monotonic() - started, 1),
+    )
+    return figures.model_dump()
 
 
 def _rows(config: RetainConfig, inputs: Inputs, work: Path, context: Context) -> RetainRows:

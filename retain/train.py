@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from ..modeling.blocks import Decoder
 from ..modeling.retaining import RetainingHeads
 from ..modeling.retaining_labels import BlockLabels, label_row
 from ..modeling.shape import AttentionShape
+from ..records.curves import HeadLine, HeadStep, HeldOutHeads
 from ..training.weights import save_whole
 from .config import RetainConfig, measured_after
 from .rows import LongRow
@@ -141,7 +141,7 @@ def train_heads(
     work: Path,
     seed: int,
     advance: Advance,
-) -> tuple[list[dict[str, Any]], float]:
+) -> tuple[list[HeadLine], float]:
     """Train every block's head in place on the pairs in files. Returns the loss over all blocks as lines, one per step
     and one per measurement, and the held-out loss of the heads that are kept. Each trained head is written to `work`;
     heads found there are not trained again."""
@@ -171,12 +171,14 @@ def _load(head: nn.Module, file: Path) -> Curve:
         return Curve(saved.get_tensor("losses"), saved.get_tensor("heldout"))
 
 
-def _lines(curves: Sequence[Curve], config: RetainConfig) -> list[dict[str, Any]]:
+def _lines(curves: Sequence[Curve], config: RetainConfig) -> list[HeadLine]:
     """The sum of the blocks' shares."""
     losses = torch.stack([curve.losses for curve in curves]).double().sum(0).tolist()
     heldout = torch.stack([curve.heldout for curve in curves]).double().sum(0).tolist()
-    lines: list[dict[str, Any]] = [
-        {"step": step, "loss": loss, "lr": learning_rate(config, step)} for step, loss in enumerate(losses, start=1)
+    lines: list[HeadLine] = [
+        HeadStep(step=step, loss=loss, lr=learning_rate(config, step)) for step, loss in enumerate(losses, start=1)
     ]
-    lines += [{"step": step, "eval_loss": loss} for step, loss in zip(measured_after(config), heldout, strict=True)]
-    return sorted(lines, key=lambda line: (line["step"], "eval_loss" in line))
+    lines += [
+        HeldOutHeads(step=step, eval_loss=loss) for step, loss in zip(measured_after(config), heldout, strict=True)
+    ]
+    return sorted(lines, key=lambda line: (line.step, isinstance(line, HeldOutHeads)))

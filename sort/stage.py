@@ -8,6 +8,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.stage import WORK, Context, Inputs, check_deepest
 from ..modeling.load import load_config
+from ..records.figures import SortFigures
 from ..training.job import TrainingJob
 from ..training.run import check as check_training
 from ..training.run import train_students
@@ -30,4 +31,6 @@ def run(config: SortConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     if context.group.share(job.figures is None):
         train_students(config, [job], inputs, context)
     figures = job.figures
-    return {} if context.rank or figures is None else {"depths": config.depths, **figures.model_dump()}
+    if context.rank or figures is None:
+        return {}
+    return SortFigures(depths=config.depths, **figures.model_dump()).model_dump()

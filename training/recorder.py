@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback
 
-from ..core.files import read_json, write_json, write_whole
+from ..core.files import read_json, write_json
 from ..core.stage import Advance
+from ..records.curves import CURVES, TrainingStep, append_line, student_lines, write_lines
 from ..records.students import HeldOutFigures
 from .weights import save_whole, trainable_state
 
@@ -50,7 +50,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, trainer: DistillTrainer, work: Path, advance: Advance):
         self.trainer, self.advance, self.group = trainer, advance, trainer.group
-        self.curves, self.best = work / "curves.jsonl", work / BEST
+        self.curves, self.best = work / CURVES, work / BEST
         self.best_weights = work / "best.safetensors"
         self.note, self.lr = "", 0.0
 
@@ -61,8 +61,8 @@ class Recorder(TrainerCallback):
             torch.manual_seed(args.seed + self.group.rank)  # other dropout masks in each process
         begun = False
         if self.group.rank == 0:
-            keep = [line for line in read_lines(self.curves) if line["step"] <= state.global_step > 0]
-            _write_lines(self.curves, keep)
+            keep = [line for line in student_lines(self.curves) if line.step <= state.global_step > 0]
+            write_lines(self.curves, keep)
             begun = bool(keep)
         self.advance(state.global_step)
         if not self.group.share(begun):
@@ -91,20 +91,20 @@ class Recorder(TrainerCallback):
         loss, nll, kl = trainer.depths.mean(means).tolist()
         config, step = trainer.config, state.global_step
         epochs, steps = divmod(step, self._epoch_steps())
-        line = {
-            "step": step,
-            "epoch": round(epochs + steps * config.accumulate / trainer.order.count, 4),
-            "loss": loss,
-            "nll": nll,
-            "lr": self.lr,
-            "tokens": int(table[-1, 3]),
-        }
+        line = TrainingStep(
+            step=step,
+            epoch=round(epochs + steps * config.accumulate / trainer.order.count, 4),
+            loss=loss,
+            nll=nll,
+            lr=self.lr,
+            tokens=int(table[-1, 3]),
+        )
         if trainer.teacher is not None:
-            line["kl"] = kl
+            line.kl = kl
         if config.sorts:
-            line["depths"] = [entry.model_dump() for entry in trainer.by_depth(means)]
+            line.depths = trainer.by_depth(means)
         if self.group.rank == 0:
-            _append_line(self.curves, line)
+            append_line(self.curves, line)
         last = step >= state.max_steps
         if step % config.eval_every == 0 or last:
             self._measure(step)
@@ -118,7 +118,7 @@ class Recorder(TrainerCallback):
             if not math.isfinite(figure):
                 raise self.trainer.diverged(f"held-out {name}", figure, step)
         if self.group.rank == 0:
-            _append_line(self.curves, figures.model_dump())
+            append_line(self.curves, figures)
         self.note = f"held-out kl {figures.eval_kl:.3f}, perplexity {figures.eval_perplexity:.2f}"
         value = self._value(step, figures)
         # A run killed between a measurement and its checkpoint measures again; the same value changes nothing.
@@ -136,20 +136,3 @@ class Recorder(TrainerCallback):
     def _is_best(self, value: float) -> bool:
         best = Best.read(self.best).value if self.best.exists() else math.inf
         return value < best or not self.best_weights.exists()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete JSON lines of a file; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def _append_line(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

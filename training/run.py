@@ -19,10 +19,11 @@ from ..modeling.blocks import forget_depths, record_depths
 from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
+from ..records.curves import CURVES, TrainingStep, student_lines
 from ..records.students import HeldOutFigures, StudentFigures
 from .config import Copy, Lora, TrainingConfig
 from .job import TrainingJob, share
-from .recorder import BEST, Best, read_lines
+from .recorder import BEST, Best
 from .students import Preparation, best_model
 from .train import DistillTrainer, total_steps
 from .weights import latest_checkpoint
@@ -91,8 +92,8 @@ def _train_student(
     if job.context.rank:
         return None
     seconds = time.monotonic() - started
-    lines = read_lines(job.work / "curves.jsonl")
-    held_out = [HeldOutFigures.model_validate(line) for line in lines if "eval_kl" in line]
+    lines = student_lines(job.work / CURVES)
+    held_out = [line for line in lines if isinstance(line, HeldOutFigures)]
     best = Best.read(job.work / BEST).figures
     job.context.progress.note(
         f"{job.label}held-out KL to the unpruned model {held_out[0].eval_kl:.3f} → {best.eval_kl:.3f} "
@@ -105,7 +106,7 @@ def _train_student(
     else:
         forget_depths(model.config)
     save_checkpoint(model, tokenizer, job.folder / "model")
-    shutil.copyfile(job.work / "curves.jsonl", job.folder / "curves.jsonl")
+    shutil.copyfile(job.work / CURVES, job.folder / CURVES)
     return StudentFigures(
         objective=job.config.objective.kind,
         steps=steps,
@@ -113,7 +114,7 @@ def _train_student(
         before=held_out[0],
         last=held_out[-1],
         best=best,
-        target_tokens=sum(line["tokens"] for line in lines if "tokens" in line),
+        target_tokens=sum(line.tokens for line in lines if isinstance(line, TrainingStep)),
         train_tokens=sum(batch.tokens for batch in train),
         seconds_training=round(seconds, 1),
     )

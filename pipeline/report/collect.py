@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.files import json_lines, read_json, read_json_value
+from ...core.files import read_json, read_json_value
+from ...records.curves import CURVES, head_lines, student_lines
+from ...records.figures import DataFigures, EvaluateFigures, ExportFigures
 from ...records.importance import Importance
 from ...records.manifest import StageManifest
 from ...records.merge import MergeRecord
@@ -31,24 +33,25 @@ def build_report(name: str, recipe: str, stages: list[StageRecord]) -> Report:
     """The report of the finished stages; parts whose stages are missing are empty."""
     folders = {stage.name: stage.folder for stage in stages}
     last = stages[-1].manifest if stages else None
-    metrics = {stage.name: stage.manifest.metrics for stage in stages}
+    manifests = {stage.name: stage.manifest for stage in stages}
+    evaluated, exported, data = (manifests.get(name) for name in ("evaluate", "export", "data"))
     measured = Models.read_if_there(folders.get("evaluate"))
     return Report(
         name=name,
         base=last.base.source if last else "",
-        measured_on=metrics.get("evaluate", {}).get("text"),
+        measured_on=evaluated.figures(EvaluateFigures).text if evaluated else None,
         models=measured.root if measured else [],
         stages=[_entry(stage) for stage in stages],
         importance=Importance.read_if_there(folders.get("prune")),
-        curves=_lines(folders, "distill", "curves.jsonl"),
-        sort=_lines(folders, "sort", "curves.jsonl"),
-        retain=_lines(folders, "retain", "curves.jsonl"),
+        curves=student_lines(folders["distill"] / CURVES) if "distill" in folders else [],
+        sort=student_lines(folders["sort"] / CURVES) if "sort" in folders else [],
+        retain=head_lines(folders["retain"] / CURVES) if "retain" in folders else [],
         variants=Variants.read_if_there(folders.get("distill")),
         merge=MergeRecord.read_if_there(folders.get("merge")),
-        data=metrics.get("data"),
+        data=data.figures(DataFigures) if data else None,
         samples=_samples(folders.get("data")),
         rewrites=_examples(folders.get("data")),
-        artifacts=metrics.get("export", {}).get("artifacts", []),
+        artifacts=exported.figures(ExportFigures).artifacts if exported else [],
         bench=_bench(folders.get("export")),
         recipe=recipe,
         versions=last.versions if last else {},
@@ -84,13 +87,6 @@ def _entry(stage: StageRecord) -> StageEntry:
 def _examples(data: Path | None) -> list[dict[str, str]]:
     file = data / "examples.json" if data is not None else None
     return read_json_value(file) if file is not None and file.is_file() else []
-
-
-def _lines(folders: dict[str, Path], stage: str, name: str) -> list[dict[str, Any]]:
-    file = folders[stage] / name if stage in folders else None
-    if file is None or not file.is_file():
-        return []
-    return [record for _, record in json_lines(file)]
 
 
 def _samples(folder: Path | None) -> list[list[dict[str, str]]]:

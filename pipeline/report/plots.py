@@ -6,7 +6,9 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ...records.curves import HeadStep, HeldOutHeads, TrainingStep
 from ...records.models import ModelEntry
+from ...records.students import HeldOutFigures
 from .schema import Report
 
 if TYPE_CHECKING:
@@ -82,12 +84,12 @@ def _above(axes: Axes, x: float, align: str, text: str, colour: str) -> None:
 
 def loss_plot(report: Report) -> str | None:
     """Training loss by step."""
-    steps = [line for line in report.curves if "loss" in line]
+    steps = [line for line in report.curves if isinstance(line, TrainingStep)]
     if not steps:
         return None
 
     def draw(axes: Axes) -> None:
-        axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, linewidth=1.2)
+        axes.plot([s.step for s in steps], [s.loss for s in steps], color=BLUE, linewidth=1.2)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
 
@@ -96,17 +98,17 @@ def loss_plot(report: Report) -> str | None:
 
 def heldout_plot(report: Report) -> str | None:
     """KL to the unpruned model, and perplexity, on the held-out rows; each has an axis of its own."""
-    points = [line for line in report.curves if "eval_kl" in line]
+    points = [line for line in report.curves if isinstance(line, HeldOutFigures)]
     if not points:
         return None
 
     def draw(axes: Axes) -> None:
-        x = [p["step"] for p in points]
-        axes.plot(x, [p["eval_kl"] for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
+        x = [p.step for p in points]
+        axes.plot(x, [p.eval_kl for p in points], color=BLUE, marker="o", markersize=3, linewidth=1.2)
         axes.set_xlabel("step")
         axes.set_ylabel("held-out KL to the unpruned model", color=BLUE)
         other = axes.twinx()
-        other.plot(x, [p["eval_perplexity"] for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
+        other.plot(x, [p.eval_perplexity for p in points], color=ORANGE, marker="s", markersize=3, linewidth=1.2)
         _plain(other)
         other.set_ylabel("held-out perplexity", color=ORANGE)
 
@@ -115,22 +117,22 @@ def heldout_plot(report: Report) -> str | None:
 
 def sort_plot(report: Report) -> str | None:
     """KL to the unpruned model on the held-out rows by step, a line per depth of a sorted training."""
-    points = [line for line in report.sort if "eval_depths" in line]
+    points = [line for line in report.sort if isinstance(line, HeldOutFigures) and line.eval_depths]
     if not points:
         return None
 
     def draw(axes: Axes) -> None:
-        x = [p["step"] for p in points]
-        series = list(zip(*(p["eval_depths"] for p in points), strict=True))
+        x = [p.step for p in points]
+        series = list(zip(*(p.eval_depths for p in points), strict=True))
         for own, opacity in zip(series, _opacities(len(series)), strict=True):
-            values = [figures["kl"] for figures in own]
+            values = [figures.kl for figures in own]
             axes.plot(x, values, color=BLUE, alpha=opacity, marker="o", markersize=3, linewidth=1.2)
             axes.annotate(
-                str(own[-1]["depth"]), (x[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8,
+                str(own[-1].depth), (x[-1], values[-1]), xytext=(6, 0), textcoords="offset points", fontsize=8,
                 color=INK, va="center",
             )  # fmt: skip
         axes.set_yscale("log")
-        values = [figures["kl"] for p in points for figures in p["eval_depths"]]
+        values = [figures.kl for p in points for figures in p.eval_depths]
         _number_axis(axes.yaxis, values)
         axes.set_ylim(min(values) * 0.9, max(values) * 1.1)
         axes.set_xlabel("step")
@@ -142,16 +144,16 @@ def sort_plot(report: Report) -> str | None:
 
 def retain_plot(report: Report) -> str | None:
     """The heads' loss by step, on what they learn from and on held-out rows, and what they keep before and after."""
-    points = [line for line in report.retain if "eval_loss" in line]
+    points = [line for line in report.retain if isinstance(line, HeldOutHeads)]
     if not points:
         return None
 
     def draw(axes: Axes) -> None:
-        learned = [line for line in report.retain if "loss" in line]
-        axes.plot([p["step"] for p in learned], [p["loss"] for p in learned], color=INK, alpha=0.35, linewidth=0.8)
+        learned = [line for line in report.retain if isinstance(line, HeadStep)]
+        axes.plot([p.step for p in learned], [p.loss for p in learned], color=INK, alpha=0.35, linewidth=0.8)
         axes.plot(
-            [p["step"] for p in points],
-            [p["eval_loss"] for p in points],
+            [p.step for p in points],
+            [p.eval_loss for p in points],
             color=BLUE,
             marker="o",
             markersize=3,
@@ -159,7 +161,7 @@ def retain_plot(report: Report) -> str | None:
         )
         axes.set_xlabel("step")
         axes.set_ylabel("loss, held out", color=BLUE)
-        first, last = (100 * point["eval_recall"] for point in (points[0], points[-1]))
+        first, last = (100 * (point.eval_recall or 0.0) for point in (points[0], points[-1]))
         kept = f"grey: of the training's batches. Kept of the best quarter: {first:.0f} % → {last:.0f} %"
         _above(axes, 0.99, "right", kept, INK)
 

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...records.bundle import ArtifactEntry
+from ...records.curves import HeadLine, StudentLine
+from ...records.figures import DataFigures
 from ...records.importance import Importance
 from ...records.merge import MergeRecord
 from ...records.models import ModelEntry
@@ -47,17 +50,17 @@ class Report(Entry):
     models: list[ModelEntry] = Field(description="figures per model and artifact, in the order in which they were made")
     stages: list[StageEntry] = Field(description="the finished stages")
     importance: Importance | None = Field(description="the prune stage's importance.json")
-    curves: list[dict[str, Any]] = Field(description="the distill stage's curves.jsonl")
-    sort: list[dict[str, Any]] = Field(default_factory=list, description="the sort stage's curves.jsonl")
-    retain: list[dict[str, Any]] = Field(default_factory=list, description="the retain stage's curves.jsonl")
+    curves: list[StudentLine] = Field(description="the distill stage's curves.jsonl")
+    sort: list[StudentLine] = Field(default_factory=list, description="the sort stage's curves.jsonl")
+    retain: list[HeadLine] = Field(default_factory=list, description="the retain stage's curves.jsonl")
     variants: Variants | None = Field(default=None, description="the distill stage's variants.json")
     merge: MergeRecord | None = Field(default=None, description="the merge stage's merge.json")
-    data: dict[str, Any] | None = Field(description="the data stage's counts")
+    data: DataFigures | None = Field(description="the data stage's counts")
     samples: list[list[dict[str, str]]] = Field(description="a few conversations of the data stage")
     rewrites: list[dict[str, str]] = Field(
         default_factory=list, description="a few rewritten rows: prompt, gold, written, origin, why"
     )
-    artifacts: list[dict[str, Any]] = Field(description="the bundle's artifacts with their verification")
+    artifacts: list[ArtifactEntry] = Field(description="the bundle's artifacts with their verification")
     bench: dict[str, Any] | None = Field(default=None, description="figures of compress bench on this bundle")
     recipe: str = Field(description="the recipe's text with its overrides")
     versions: dict[str, str] = Field(description="versions of the packages")

@@ -12,6 +12,7 @@ from compress.pipeline.report import html, plots
 from compress.pipeline.report.schema import Report, StageEntry
 from compress.pipeline.report.tasks import task_lines
 from compress.pipeline.summary import show
+from compress.records.figures import DataFigures
 from compress.records.merge import Merged, MergeRecord
 from compress.records.models import ModelEntry, Standing, TaskDissent, TaskResult
 from compress.records.students import HeldOutFigures, VariantFigures, Variants
@@ -60,7 +61,14 @@ def report() -> Report:
         }
     )
     copying = TaskResult(kind="generation", metric="exact_match", value=0.0, low=0.0, high=0.11, n=32, chance=0.0)
-    verification = {"perplexity": 6.0, "checkpoint_perplexity": 5.9, "kl": 0.01, "top1_agreement": 0.9}
+    verification = {
+        "runtime": "llama.cpp",
+        "positions": 192,
+        "perplexity": 6.0,
+        "checkpoint_perplexity": 5.9,
+        "kl": 0.01,
+        "top1_agreement": 0.9,
+    }
     return Report(
         name="a-run",
         base="package:x/y.gguf",
@@ -106,16 +114,30 @@ def report() -> Report:
         },
         curves=[
             {"step": 0, "eval_loss": 2.0, "eval_kl": 0.9, "eval_perplexity": 9.0},
-            {"step": 1, "loss": 1.0, "nll": 2.0, "kl": 0.8, "lr": 1e-4, "tokens": 100},
+            {"step": 1, "epoch": 0.5, "loss": 1.0, "nll": 2.0, "kl": 0.8, "lr": 1e-4, "tokens": 100},
             {"step": 2, "eval_loss": 1.0, "eval_kl": 0.5, "eval_perplexity": 6.0},
         ],
-        data={"train": 84, "heldout": 12, "tokens": 19000, "dropped": {"empty": 3}},
+        data={
+            "rows": 96,
+            "train": 84,
+            "heldout": 12,
+            "seen": 99,
+            "dropped": {"empty": 3},
+            "cut": 0,
+            "kept_share": 0.9697,
+            "tokens": 19000,
+            "targets": 9000,
+        },
         samples=[[{"role": "user", "content": EVIL}, {"role": "assistant", "content": "x" * 5000}]],
         artifacts=[
             {
                 "role": "gguf-Q4_K_M",
+                "format": "gguf",
+                "type": "Q4_K_M",
+                "depth": 24,
                 "path": "gguf/a.gguf",
                 "bytes": 80_000_000,
+                "parameters": 100_000_000,
                 "bits_per_weight": 6.3,
                 "verification": verification | {"tensor_error": 0.05},
             }
@@ -268,11 +290,12 @@ def test_the_page_shows_variants_beside_their_merge(report):
 def test_the_page_shows_what_was_rewritten_and_what_was_not(report):
     assert "gold beside" not in parsed(report).text and "gold answers" not in parsed(report).text
     rewritten = {"asked": 80, "origins": {"gold": 20, "own": 12, "rewritten": 48}, "taken_share": 0.75}
-    data = report.data | {
+    more = {
         "rewritten": rewritten | {"gold_kept": {"differs": 15, "leak": 5}},
         "sets": {"a.jsonl": 60, "b.jsonl": 24},
         "contaminated": {"task.jsonl": 7},
     }
+    data = DataFigures.model_validate(report.data.model_dump() | more)
     example = {"prompt": EVIL, "gold": "the gold one", "written": "z" * 900, "origin": "gold", "why": "differs"}
     page = parsed(report.model_copy(update={"data": data, "rewrites": [example]}))
     for words in (
@@ -313,7 +336,10 @@ def test_a_sorted_model_is_shown_at_every_depth(report):
     deep = [entry(role, 10**8 * blocks, 200 / blocks, blocks=blocks) for role, blocks in places]
     own = [[{"depth": d, "loss": 1.0, "kl": kl, "perplexity": 9.0} for d, kl in ((12, a), (24, b))] for a, b in
            ((4.0, 1.0), (2.0, 0.5))]  # fmt: skip
-    lines = [{"step": i, "eval_kl": 1.0, "eval_depths": figures} for i, figures in enumerate(own)]
+    lines = [
+        HeldOutFigures(step=i, eval_loss=2.0, eval_kl=1.0, eval_perplexity=7.0, eval_depths=figures)
+        for i, figures in enumerate(own)
+    ]
     found = report.model_copy(update={"models": [*report.models, *deep], "sort": lines})
     final = html.final_model(found)
     assert final is not None and final.role == "depth-24"

@@ -6,7 +6,10 @@ import json
 
 import pytest
 from compress.core.errors import UserError
+from compress.records.curves import TrainingStep, append_line, head_lines, student_lines, write_lines
+from compress.records.figures import DataFigures, DistillFigures, EvaluateFigures, SortFigures
 from compress.records.importance import CurvePoint, Healing, Importance
+from compress.records.manifest import StageManifest
 from compress.records.merge import Merged, MergeRecord
 from compress.records.models import ModelEntry, Models, RetrievalResult, TaskResult
 from compress.records.record import Record
@@ -124,3 +127,63 @@ def test_a_file_that_is_no_object_is_named(tmp_path):
     with pytest.raises(UserError, match=r"merge\.json does not exist"):
         MergeRecord.read(tmp_path)
     assert MergeRecord.read_if_there(tmp_path) is None and MergeRecord.read_if_there(None) is None
+
+
+STEP = {"step": 1, "epoch": 0.5, "loss": 1.5, "nll": 2.5, "lr": 1e-4, "tokens": 7}
+
+
+def test_curves_are_read_as_they_were_written(tmp_path):
+    """Keys in their order, none that was not given, and nothing of a line that a kill cut short."""
+    depth = {"depth": 2, "loss": 1.0, "kl": 0.5, "perplexity": 4.0}
+    steps = [HELD, STEP, STEP | {"step": 2, "kl": 0.25, "depths": [depth]}, HELD | {"step": 4, "eval_depths": [depth]}]
+    heads = [{"step": 0, "eval_loss": 3.0, "eval_recall": 0.5}, {"step": 1, "loss": 2.0, "lr": 1e-3}]
+    heads.append({"step": 1, "eval_loss": 2.5})
+    file = tmp_path / "curves.jsonl"
+    for lines, read in ((steps, student_lines), (heads, head_lines)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        file.write_text(text + '{"step": 9')
+        found = read(file)
+        write_lines(file, found)
+        assert file.read_text() == text
+    student = [HeldOutFigures.model_validate(HELD), TrainingStep.model_validate(STEP)]
+    file.unlink()
+    assert student_lines(file) == []
+    for line in student:
+        append_line(file, line)
+    assert student_lines(file) == student
+    for damaged in (STEP | {"later": 1}, {"step": 1}):
+        file.write_text(json.dumps(HELD) + "\n" + json.dumps(damaged) + "\n")
+        with pytest.raises(UserError, match=r"line 2 of .*curves\.jsonl is not one of this version"):
+            student_lines(file)
+
+
+COUNTS = {"rows": 2, "train": 1, "heldout": 1, "seen": 4, "dropped": {"empty": 2}, "cut": 0, "kept_share": 0.5}
+COUNTS |= {"tokens": 9, "targets": 5}
+REWRITTEN = {"asked": 2, "origins": {"gold": 1}, "taken_share": 0.5, "gold_kept": {"differs": 1}}
+STUDENT = {key: value for key, value in VARIANT.items() if key not in ("name", "seed", "rows")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (DataFigures, COUNTS),
+        (DataFigures, {**COUNTS, "rewritten": REWRITTEN, "tokens_per_second": 7.5}),
+        (SortFigures, {"depths": [1, 2], **STUDENT}),
+        (DistillFigures, {**STUDENT, "chosen": "b", "variants": {"b": STUDENT}}),
+        (EvaluateFigures, {"models": 3, "tokens": 99, "text": "held-out self-data"}),
+    ],
+)
+def test_metrics_have_their_keys_in_order_and_none_that_was_not_given(kind, values):
+    assert json.dumps(kind.model_validate(values).model_dump()) == json.dumps(values)
+
+
+def test_metrics_of_another_version_name_the_stage_and_the_key():
+    values = {
+        "stage": "evaluate", "fingerprint": "0a1b2c3d4e5f6a7b", "format": 1, "config": {}, "inputs": {},
+        "base": {"source": "x", "fingerprint": "y"}, "seed": 0, "device": "cpu", "processes": 1, "versions": {},
+        "machine": {}, "seconds": 1.0, "resumed": False, "peak_memory_bytes": 1, "peak_cuda_bytes": None,
+    }  # fmt: skip
+    manifest = StageManifest.model_validate({**values, "metrics": {"models": 1, "tokens": 5}})
+    with pytest.raises(UserError, match=r"manifest of evaluate-0a1b2c3d4e5f .* metrics\.text: Field required; run the"):
+        manifest.figures(EvaluateFigures)
+    assert manifest.chosen is None

@@ -64,11 +64,11 @@ def test_the_cache_holds_the_likeliest_tokens_of_every_target(
     (tmp_path / WORK).mkdir()
     rows, tokenizer = texts(), load_tokenizer(base)
     config = TeacherConfig(top_k=3, batch=batch)
-    figures = write_teacher(config, base, rows[::-1], tokenizer, LENGTH, tmp_path, Context())
+    size = write_teacher(config, base, rows[::-1], tokenizer, LENGTH, tmp_path, Context())
     windows = encode_rows(tokenizer, [row for row in rows if row.split == "train"], LENGTH)
     assert len({window.row for window in windows}) == 5 < len(windows)  # a text is several windows
     wanted = [target for window in windows for target in reference(base, window, 3)]
-    assert figures["teacher_targets"] == len(wanted)
+    assert size.targets == len(wanted)
     cache = TeacherCache(tmp_path)
     assert isinstance(cache.tokens, np.memmap) and cache.tokens.dtype == np.uint16
     assert cache.tokens.tolist() == [tokens for tokens, _ in wanted]

@@ -1,0 +1,108 @@
+"""What the stages measure and count: the `metrics` of their manifests, a record for each stage."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .bundle import ArtifactEntry, FamilyEntry
+from .importance import Healing
+from .merge import Merged
+from .record import Entry, SparseEntry
+from .students import StudentFigures
+
+
+class RewriteShares(Entry):
+    """What became of the gold answers that the recipe has rewritten."""
+
+    asked: int
+    origins: dict[str, int]  # gold, own or rewritten → rows
+    taken_share: float
+    gold_kept: dict[str, int]  # reason → rows
+
+
+class DataFigures(SparseEntry):
+    """The data stage's; `stats.json` holds the same without the speed."""
+
+    rows: int
+    train: int
+    heldout: int
+    seen: int  # rows read or sampled
+    dropped: dict[str, int]  # reason → rows
+    cut: int  # rows whose last answer was cut off
+    kept_share: float
+    tokens: int
+    targets: int  # tokens to train on
+    contaminated: dict[str, int] = Field(default_factory=dict)  # evaluation file → rows dropped for it
+    sets: dict[str, int] = Field(default_factory=dict)  # data set → rows
+    rewritten: RewriteShares | None = None
+    teacher_targets: int | None = None
+    teacher_bytes: int | None = None
+    tokens_per_second: float | None = None  # sampled; not of what an interrupted attempt had sampled
+
+
+class PruneFigures(Entry):
+    """The prune stage's."""
+
+    blocks: int  # of the unpruned model
+    dropped: list[int]
+    tokens: int  # of the calibration rows
+    healing: list[Healing]
+
+
+class DistillFigures(StudentFigures):
+    """The distill stage's: those of the chosen student, and of each of several."""
+
+    chosen: str | None = None
+    variants: dict[str, StudentFigures] = Field(default_factory=dict)
+
+
+class SortedDepths(Entry):
+    """What a model can run at."""
+
+    depths: list[int]
+
+
+class SortFigures(StudentFigures, SortedDepths):
+    """The sort stage's."""
+
+
+class HeadFigures(Entry):
+    """Retaining heads on held-out rows."""
+
+    eval_loss: float
+    eval_recall: float  # of the quarter of a prompt that answers attend to most, the share that is kept
+
+
+class RetainFigures(Entry):
+    """The retain stage's."""
+
+    rows: int
+    steps: int
+    width: int
+    trainable_parameters: int
+    before: HeadFigures
+    after: HeadFigures
+    seconds_training: float
+
+
+class MergeFigures(Entry):
+    """The merge stage's."""
+
+    method: str
+    chosen: str
+    models: list[Merged]
+
+
+class ExportFigures(Entry):
+    """The export stage's: what the bundle's manifest lists."""
+
+    artifacts: list[ArtifactEntry]
+    families: list[FamilyEntry]
+
+
+class EvaluateFigures(Entry):
+    """The evaluate stage's."""
+
+    models: int
+    tokens: int  # that perplexity is measured on
+    text: str  # what they are of
