@@ -3,10 +3,10 @@
     python benchmarks/anchor_memory.py [--trl-python PYTHON] [--hidden H] [--blocks B] [--dropped N] [--steps S] ...
 
 A random Llama loses some blocks and one of its projections is changed, as healing does; LoRA training in float32, one
-row per step. Each case runs in a process of its own: the whole distill stage (loading, the look at the held-out row,
-training, merging, saving), or TRL's trainer from loading to saving. Memory is the largest resident set above the one
-after imports; speed is that of the median step, beside it by processor time, which other work on the machine slows
-down less. TRL lives in an environment of its own, whose python is named:
+row per step. Each case runs in a process of its own: the whole step `distill` of the Python API (loading, the look at
+the held-out row, training, merging, saving), or TRL's trainer from loading to saving. Memory is the largest resident
+set above the one after imports; speed is that of the median step, beside it by processor time, which other work on the
+machine slows down less. TRL lives in an environment of its own, whose python is named:
 
     python -m venv trl && trl/bin/pip install -c constraints.txt trl peft torch
 
@@ -26,8 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +118,17 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def ours(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """The distill stage."""
     import bitsandbytes  # noqa: F401
+    import compress.distill.stage  # noqa: F401
     import peft.tuners.lora  # noqa: F401
     import torch.profiler  # noqa: F401
-    from compress.core.stage import Advance, Context, Inputs, Progress
-    from compress.distill import stage
-    from compress.distill.config import DistillConfig
+    from compress.api import ProgressEvent, distill
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     clock = Clock()
 
-    class Watch(Progress):
-        @contextmanager
-        def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-            yield lambda n=1, note="": clock.tick()
+    def watch(event: ProgressEvent) -> None:
+        if event.label == "training":
+            clock.tick()
 
     plain: dict[str, Any] = {
         "objective": {"kind": "kd"},
@@ -144,13 +140,18 @@ def ours(case: str, folder: Path, options: argparse.Namespace) -> dict[str, floa
         "eval_every": 10**6,
         "save_every": 10**6,
     }
-    config = DistillConfig.model_validate(plain | OURS[case])
-    inputs = Inputs(folder / "base", folder / "pruned", {"data": folder / "data"})
     out = folder / "".join(c for c in case if c.isalnum())
-    out.mkdir()
     imported = peak_mb()
-    figures = stage.run(config, inputs, out, Context(progress=Watch()))
-    return {"peak": peak_mb() - imported, **clock.seconds(), "loss": figures["last"]["eval_loss"]}
+    trained = distill(
+        folder / "pruned",
+        out,
+        base=folder / "base",
+        rows=folder / "data",
+        runs=folder / "runs",
+        on_progress=watch,
+        **(plain | OURS[case]),
+    )
+    return {"peak": peak_mb() - imported, **clock.seconds(), "loss": trained.metrics["last"]["eval_loss"]}
 
 
 def trl(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:

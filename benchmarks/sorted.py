@@ -22,8 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +69,21 @@ def cases(options: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """One case, in this process."""
+    import compress.distill.stage
+    import compress.sort.stage  # noqa: F401
     import peft.tuners.lora  # noqa: F401
     import torch
-    from compress.core.stage import Advance, Context, Inputs, Progress
-    from compress.distill import stage as distill
-    from compress.distill.config import DistillConfig
-    from compress.sort import stage as sort
-    from compress.sort.config import SortConfig
+    from compress.api import ProgressEvent, distill, sort
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     torch.set_num_threads(options.threads)
     ends: list[tuple[float, float]] = []
 
-    class Watch(Progress):
-        @contextmanager
-        def bar(self, label: str, total: int | None = None) -> Iterator[Advance]:
-            yield lambda n=1, note="": ends.append((time.perf_counter(), time.process_time()))
+    def watch(event: ProgressEvent) -> None:
+        if event.label == "training":
+            ends.append((time.perf_counter(), time.process_time()))
 
-    plain = {
+    plain: dict[str, Any] = {
         "objective": options.objective,
         "tune": options.tune,
         "teacher": options.teacher,
@@ -99,14 +94,14 @@ def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, f
         "save_every": 10**6,
     }
     own = cases(options)[case]
-    inputs = Inputs(source(), folder / "pruned", {"data": folder / "data"})
+    rows = {"base": source(), "rows": folder / "data", "runs": folder / "runs", "on_progress": watch}
     before = resident()
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "made"
         if own is None:
-            figures = distill.run(DistillConfig.model_validate(plain), inputs, Path(out), Context(progress=Watch()))
+            figures = distill(folder / "pruned", out, **rows, **plain).metrics
         else:
-            section = SortConfig.model_validate(plain | own | {"depths": options.depths})
-            figures = sort.run(section, inputs, Path(out), Context(progress=Watch()))
+            figures = sort(folder / "pruned", out, **rows, **plain, **own, depths=options.depths).metrics
     steps = [[b - a for a, b in itertools.pairwise(one)][:-1] for one in zip(*ends, strict=True)]
     wall, cpu = (statistics.median(one[1:]) for one in steps)  # the first warms up, the last is measured as well
     share = figures["target_tokens"] / figures["train_tokens"]

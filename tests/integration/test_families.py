@@ -299,7 +299,7 @@ def test_dropping_blocks_makes_the_file_that_llama_cpp_prunes(shaken, tmp_path, 
     assert read(ours).arrays == wanted
 
 
-@pytest.mark.real
+@pytest.mark.real  # here, not in tests/real: it compares files as the tests around it do
 def test_dropping_blocks_of_the_real_model_makes_the_file_that_llama_cpp_prunes(smollm2, tmp_path):
     whole, ours = export_both(smollm2, tmp_path, "Q8_0", range(13, 19))
     theirs = llama_quantize(whole, tmp_path / "theirs.gguf", "copy", range(13, 19))

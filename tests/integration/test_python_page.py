@@ -76,7 +76,7 @@ def test_on_a_random_model(tmp_path, monkeypatch, inline_builder, capsys):
     assert "model perplexity" in out
 
 
-@pytest.mark.real
+@pytest.mark.real  # here, not in tests/real: it runs the page with the changes above
 def test_on_the_real_model(tmp_path, monkeypatch):
     from compress.api import Settings
 

@@ -259,7 +259,7 @@ def test_load_encoded_reads_one_split_and_refuses_rows_without_targets(tmp_path:
         read_rows(tmp_path)
 
 
-@pytest.mark.real
+@pytest.mark.real  # here, not in tests/real: it needs the reference above
 def test_smollm2_inserts_its_system_prompt_and_masks_exactly(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
     for seed in range(10):
