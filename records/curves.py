@@ -20,30 +20,32 @@ CURVES = "curves.jsonl"
 class TrainingStep(SparseEntry):
     """One step of a student's training; means over its response tokens."""
 
-    step: int
-    epoch: float
-    loss: float
-    nll: float
-    lr: float
-    tokens: int  # response tokens
-    kl: float | None = None  # to the unpruned model, where it is there
-    depths: list[HeldOutDepth] = Field(default_factory=list)  # each depth's own, of a training for several
+    step: int = Field(description="step of the optimizer")
+    epoch: float = Field(description="passes over the training rows so far")
+    loss: float = Field(description="training loss, nats")
+    nll: float = Field(description="negative log-likelihood of the response tokens, nats")
+    lr: float = Field(description="learning rate of the step")
+    tokens: int = Field(description="response tokens")
+    kl: float | None = Field(default=None, description="KL to the unpruned model, nats")
+    depths: list[HeldOutDepth] = Field(default_factory=list, description="figures of each depth, in a sorted training")
 
 
 class HeadStep(Entry):
     """One step of all retaining heads together."""
 
-    step: int
-    loss: float
-    lr: float
+    step: int = Field(description="step of the optimizer")
+    loss: float = Field(description="training loss over all blocks")
+    lr: float = Field(description="learning rate of the step")
 
 
 class HeldOutHeads(SparseEntry):
     """Retaining heads on held-out rows."""
 
-    step: int
-    eval_loss: float
-    eval_recall: float | None = None  # before the first step and after the last one
+    step: int = Field(description="step of the optimizer")
+    eval_loss: float = Field(description="loss on held-out rows")
+    eval_recall: float | None = Field(
+        default=None, description="share of the most attended quarter that is kept; of the first and last measurement"
+    )
 
 
 StudentLine = TrainingStep | HeldOutFigures

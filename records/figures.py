@@ -14,30 +14,32 @@ from .students import StudentFigures
 class RewriteShares(Entry):
     """What became of the gold answers that the recipe has rewritten."""
 
-    asked: int
-    origins: dict[str, int]  # gold, own or rewritten → rows
-    taken_share: float
-    gold_kept: dict[str, int]  # reason → rows
+    asked: int = Field(description="gold answers that were to be rewritten")
+    origins: dict[str, int] = Field(description="gold, own or rewritten → rows")
+    taken_share: float = Field(description="share of gold answers that were replaced")
+    gold_kept: dict[str, int] = Field(description="reason → rows")
 
 
 class DataFigures(SparseEntry):
     """The data stage's; `stats.json` holds the same without the speed."""
 
-    rows: int
-    train: int
-    heldout: int
-    seen: int  # rows read or sampled
-    dropped: dict[str, int]  # reason → rows
-    cut: int  # rows whose last answer was cut off
-    kept_share: float
-    tokens: int
-    targets: int  # tokens to train on
-    contaminated: dict[str, int] = Field(default_factory=dict)  # evaluation file → rows dropped for it
-    sets: dict[str, int] = Field(default_factory=dict)  # data set → rows
-    rewritten: RewriteShares | None = None
-    teacher_targets: int | None = None
-    teacher_bytes: int | None = None
-    tokens_per_second: float | None = None  # sampled; not of what an interrupted attempt had sampled
+    rows: int = Field(description="rows of both splits")
+    train: int = Field(description="rows to train on")
+    heldout: int = Field(description="rows held out of training")
+    seen: int = Field(description="rows read or sampled")
+    dropped: dict[str, int] = Field(description="reason → rows")
+    cut: int = Field(description="rows whose last answer was cut off")
+    kept_share: float = Field(description="share of the rows read or sampled that was kept")
+    tokens: int = Field(description="tokens of all rows")
+    targets: int = Field(description="tokens to train on")
+    contaminated: dict[str, int] = Field(default_factory=dict, description="evaluation file → rows dropped for it")
+    sets: dict[str, int] = Field(default_factory=dict, description="data set → rows")
+    rewritten: RewriteShares | None = Field(default=None, description="what became of the gold answers")
+    teacher_targets: int | None = Field(default=None, description="response tokens with stored distributions")
+    teacher_bytes: int | None = Field(default=None, description="size of the stored distributions")
+    tokens_per_second: float | None = Field(
+        default=None, description="tokens sampled per second, since the last interruption"
+    )
 
 
 class PruneFigures(Entry):
