@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..runtime.artifact_types import GGUF_TYPES
+
 F16_CACHE, Q8_CACHE = "f16", "q8_0"  # as llama.cpp names the types of its cache
 T = TypeVar("T")
 
@@ -21,12 +23,17 @@ class Combination:
     @property
     def plain(self) -> bool:
         """The unpruned model, as anybody would quantize it."""
-        return self.removed == 0 and self.cache == F16_CACHE
+        return self.removed == 0 and self.cache == F16_CACHE and not self.sized
+
+    @property
+    def sized(self) -> bool:
+        """Whether its mix is a size, such as 80MB, for which every tensor gets a type of its own."""
+        return self.mix not in GGUF_TYPES
 
     @property
     def name(self) -> str:
         """As people read it; no two candidates share one."""
-        words = [self.mix]
+        words = [f"types for {self.mix}" if self.sized else self.mix]
         if self.removed:
             words.append(f"{self.removed} block{'' if self.removed == 1 else 's'} cut")
         if self.cache == Q8_CACHE:

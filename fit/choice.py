@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..core.units import megabytes, number
 from ..records.fit import FitFigures
-from .candidates import Combination, front
+from .candidates import F16_CACHE, Combination, front
 from .limits import Limits
 
 SLACK = 1.5  # times the best KL within the limits: a candidate that is predicted to be worse is not promising
@@ -56,11 +56,12 @@ def difference(a: Found, b: Found) -> Difference:
 def next_candidate(
     predicted: Mapping[Combination, FitFigures], measured: Mapping[Combination, FitFigures], limits: Limits
 ) -> Combination | None:
-    """The most promising candidate that was not measured: what may be the best within the limits first, the unpruned
-    model's best plain mix and the best cut among it; then what is left of the front. None where nothing is."""
+    """The most promising candidate that was not measured: what may be the best within the limits first, of each kind
+    (a plain mix, types of its own for the size, a cut, a smaller cache) the best; then what is left of the front. None
+    where nothing is."""
     left = {c: f for c, f in predicted.items() if c not in measured}
     within = {c: f for c, f in left.items() if limits.meets(f)}
-    for kind in (_is_plain, _is_cut, _is_small_cache):
+    for kind in (_is_plain, _is_sized, _is_cut, _is_small_cache):
         if not any(kind(c) and limits.meets(f) for c, f in measured.items()):
             best = min((c for c in within if kind(c)), key=lambda c: (within[c].kl, c), default=None)
             if best is not None:
@@ -84,8 +85,12 @@ def _is_cut(candidate: Combination) -> bool:
     return candidate.removed > 0
 
 
+def _is_sized(candidate: Combination) -> bool:
+    return candidate.removed == 0 and candidate.cache == F16_CACHE and candidate.sized
+
+
 def _is_small_cache(candidate: Combination) -> bool:
-    return not candidate.plain and candidate.removed == 0
+    return candidate.removed == 0 and candidate.cache != F16_CACHE
 
 
 def recommend(found: Sequence[Found], limits: Limits) -> Found:
@@ -94,11 +99,7 @@ def recommend(found: Sequence[Found], limits: Limits) -> Found:
     within = [each for each in found if limits.meets(each.figures)]
     best = min(within, key=lambda each: (each.figures.kl, each.candidate))
     alike = [each for each in within if each is best or not difference(each, best).sure]
-    return min(alike, key=lambda each: (each.candidate.removed, not _whole(each), each.figures.bytes))
-
-
-def _whole(each: Found) -> bool:
-    return each.candidate.plain or each.candidate.cache == "f16"
+    return min(alike, key=lambda each: (each.candidate.removed, each.candidate.cache != F16_CACHE, each.figures.bytes))
 
 
 def reason(chosen: Found, found: Sequence[Found], smallest: tuple[str, int], limits: Limits) -> str:

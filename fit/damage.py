@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.stage import Context, Inputs
+from ..data.calibration import calibration_batches
 from ..data.chat import Encoded
-from ..evaluation.language import BaseLogProbs, log_probs, measure_model, targets, text_windows
+from ..evaluation.language import BaseLogProbs, log_probs, targets, text_windows
+from ..export.cost import SENSED, TEXT
 from ..export.gguf import Conversion
 from ..export.imatrix import collect, load_imatrix, save_imatrix
+from ..export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
+from ..export.sized import Chosen, GgufSizes
 from ..modeling.blocks import Decoder, drop_blocks, replaced, without_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.gguf_layout import Array, from_gguf
@@ -32,9 +39,12 @@ from ..prune.searches.greedy import Greedy
 from ..prune.searches.window import Window
 from ..prune.stage import calibration_rows, candidate_blocks, make_study
 from ..prune.study import Study
+from ..runtime.artifact_sizes import Target, target_of
 from ..runtime.artifact_types import GGUF_TYPES
 from .rows import Effort, too_few
 
+TOP_K = 64  # tokens that llama.cpp lists of each prediction; the rest count as one
+SMALL_VOCABULARY = 2048  # of which it lists all
 COPYING = 0.5  # of the rows on which cuts are chosen: one that no longer copies is not seen on ordinary rows
 
 
@@ -44,8 +54,11 @@ class Damage:
     `area` holds what a later attempt need not do again.
     """
 
-    def __init__(self, base: Path, rows: Path, area: Path, effort: Effort, context: Context):
+    def __init__(
+        self, base: Path, rows: Path, area: Path, effort: Effort, context: Context, name: Callable[[int], str] = str
+    ):
         self.base, self.rows, self.area, self.effort, self.context = base, rows, area, effort, context
+        self.name = name  # the model's in a file, by its blocks
         self.searched = True  # False: cuts come from one pass, for want of time
 
     @cached_property
@@ -90,8 +103,41 @@ class Damage:
 
     def of_type(self, mix: str) -> float:
         """KL of the unpruned model in a mix."""
-        with rounded(self.model, self.base, mix, self.matrix(self.base, self.model)):
+        with rounded(self.model, self.base, self.types(self.base, mix, self.model)):
             return self._kl(f"rounded to {mix}")
+
+    def roomier(self, limit: int, sizes: Sequence[int]) -> list[float]:
+        """The estimated KL of own types for files of other sizes, as shares of that of `limit` bytes."""
+        found = [self._chosen(self.base, Target(bytes=size).name, self.model).damage for size in (limit, *sizes)]
+        return [each / found[0] if found[0] > 0 else 1.0 for each in found[1:]]
+
+    def types(self, checkpoint: Path, mix: str, model: CausalModel | None = None) -> FileTypes:
+        """What a file of a checkpoint in a mix is written with; a mix may be a size."""
+        if target_of(mix) is None:
+            return FileTypes(mix, self.matrix(checkpoint, model) if GGUF_TYPES[mix].calibrated else None)
+        chosen = self._chosen(checkpoint, mix, model)
+        return FileTypes(chosen.like, chosen.importance, chosen.types)
+
+    def _chosen(self, checkpoint: Path, size: str, model: CausalModel | None) -> Chosen:
+        """A type for every tensor, chosen as an export stage chooses it."""
+        name = self._label(checkpoint)
+        file = self.area / f"sensitivity-{name}.safetensors"
+        if not file.exists():
+            model = load_model(checkpoint, self.context.dtype, self.context.device) if model is None else model
+            tokenizer = load_tokenizer(self.base)
+            rows = calibration_batches(self._inputs, tokenizer, tokens=SENSED, length=TEXT, batch=1)
+            with self._bar("sensitivity", sum(batch.tokens for batch in rows)) as advance:
+                found = collect_sensitivity(model, rows, seed=self.context.seed, advance=advance)
+            save_sensitivity(found, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        sizes = GgufSizes(checkpoint, name=self.name(load_config(checkpoint).num_hidden_layers))
+        return sizes.chosen(
+            size,
+            load_sensitivity(file),
+            self.matrix(checkpoint, model),
+            cache=self.area / f"damage-{name}.json",
+            progress=self.context.progress,
+        )
 
     def cut(self, count: int) -> Cut:
         """The blocks that go where `count` do."""
@@ -103,10 +149,13 @@ class Damage:
         with replaced(values), without_blocks(self.model, cut):
             return self._kl(f"{len(cut)} cut")
 
-    def checkpoint(self, cut: Cut) -> tuple[Path, dict[str, Array]]:
-        """A folder with the healed model without these blocks, and the importance matrix of its export; made once."""
+    def _label(self, checkpoint: Path) -> str:
+        return "unpruned" if checkpoint == self.base else checkpoint.parent.name
+
+    def checkpoint(self, cut: Cut) -> Path:
+        """A folder with the healed model without these blocks; made once."""
         if not cut:
-            return self.base, self.matrix(self.base, self.model)
+            return self.base
         folder = self.area / "cuts" / "-".join(map(str, cut))
         if not (folder / "model" / "config.json").is_file():
             model, tokenizer = load_model(self.base, self.context.dtype, self.context.device), load_tokenizer(self.base)
@@ -114,7 +163,7 @@ class Damage:
             drop_blocks(model, cut)
             save_checkpoint(model, tokenizer, folder / "unfinished")
             (folder / "unfinished").rename(folder / "model")
-        return folder / "model", self.matrix(folder / "model", None)
+        return folder / "model"
 
     def section(self, count: int) -> PruneConfig:
         """The recipe's `prune` section that makes the cut of so many blocks."""
@@ -145,8 +194,7 @@ class Damage:
 
     def matrix(self, checkpoint: Path, model: CausalModel | None) -> dict[str, Array]:
         """The importance matrix of a checkpoint, made once."""
-        name = "unpruned" if checkpoint == self.base else checkpoint.parent.name
-        file = self.area / f"imatrix-{name}.safetensors"
+        file = self.area / f"imatrix-{self._label(checkpoint)}.safetensors"
         if not file.exists():
             self.area.mkdir(parents=True, exist_ok=True)
             model = load_model(checkpoint, self.context.dtype, self.context.device) if model is None else model
@@ -156,11 +204,16 @@ class Damage:
         return load_imatrix(file)
 
     def _kl(self, label: str) -> float:
+        """As llama.cpp lets a candidate be measured, so that prediction and measurement are of the same thing."""
+        base, total, start = self.reference.open(), 0.0, 0
         with self._bar(label, self._tokens) as advance:
-            found = measure_model(self.model, self.held_out, self.reference, advance)["kl_to_base"]
-        if found is None or not np.isfinite(found):
+            for logs, wanted in log_probs(self.model, self.held_out, advance):
+                expected = torch.from_numpy(base[slice(start, start + len(wanted))]).to(logs.device)
+                total += float(divergences(expected, logs, wanted, listed(logs.shape[-1])).sum())
+                start += len(wanted)
+        if not np.isfinite(total):
             raise UserError(f"the model's predictions {label} are not numbers: its weights are out of range")
-        return max(found, 0.0)
+        return max(total / start, 0.0)
 
     @property
     def _tokens(self) -> int:
@@ -174,12 +227,38 @@ class Damage:
         return self.context.progress.bar(label, total)
 
 
+def listed(vocabulary: int) -> int | None:
+    """How many tokens llama.cpp is asked to list of each prediction; None: all."""
+    return None if vocabulary <= SMALL_VOCABULARY else TOP_K
+
+
+def divergences(expected: Tensor, logs: Tensor, targets: Tensor, top_k: int | None) -> Tensor:
+    """KL(expected ‖ logs) of each position, both (n, V) log-probabilities, in nats, float64 (n,); with `top_k` as
+    `runtime.engine.divergence` has it: all but the other's most probable tokens and the target count as one."""
+    p, log_p, log_q = expected.double().exp(), expected.double(), logs.double()
+    if top_k is None:
+        return (p * (log_p - log_q)).sum(-1)
+    mask = torch.zeros_like(log_q).scatter_(1, logs.topk(top_k).indices, 1.0).scatter_(1, targets[:, None], 1.0)
+    rest_p, rest_q = 1 - (p * mask).sum(-1), 1 - (log_q.exp() * mask).sum(-1)
+    rest = rest_p * (rest_p.clamp_min(1e-6) / rest_q.clamp_min(1e-6)).log()
+    return (p * (log_p - log_q) * mask).sum(-1) + torch.where(rest_p > 1e-6, rest, 0.0)
+
+
+@dataclass(frozen=True)
+class FileTypes:
+    """What a file is written with."""
+
+    mix: str  # plain
+    importance: Mapping[str, Array] | None
+    types: Mapping[str, GGMLQuantizationType] | None = None  # of every tensor; None: the mix's
+
+
 @contextmanager
-def rounded(model: CausalModel, checkpoint: Path, mix: str, matrix: dict[str, Array]) -> Iterator[None]:
-    """The model with every weight as a file of this mix would have it; `checkpoint` is where it was loaded from."""
-    conversion = Conversion(checkpoint, mix, imatrix=matrix if GGUF_TYPES[mix].calibrated else None)
+def rounded(model: CausalModel, checkpoint: Path, how: FileTypes) -> Iterator[None]:
+    """The model with every weight as a file of these types would have it; `checkpoint` is where it was loaded from."""
+    conversion = Conversion(checkpoint, how.mix, imatrix=how.importance, types=how.types)
     parameters = dict(model.named_parameters())
-    values: dict[Any, torch.Tensor] = {}
+    values: dict[Any, Tensor] = {}
     for tensor in conversion.tensors:
         original = conversion.source.originals.get(tensor.name)
         if original is None or len(tensor.shape) < 2 or original not in parameters:

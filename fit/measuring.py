@@ -17,16 +17,13 @@ from ..export.gguf import write_gguf
 from ..pipeline.plan import Device
 from ..prune.cuts import Cut
 from ..records.fit import FitFigures
-from ..runtime.artifact_types import GGUF_TYPES
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.measure import Measurement, measure
 from .candidates import Combination
-from .damage import Damage
+from .damage import Damage, listed
 from .prediction import FileSize
 from .request import FitRequest
 
-TOP_K = 64  # tokens that llama.cpp lists of each prediction; the rest count as one
-SMALL_VOCABULARY = 2048  # of which it lists all
 REPEAT = 2
 PROMPT = 128  # tokens, of which a token's share is taken
 
@@ -54,11 +51,12 @@ class CandidateBench:
 
     @contextmanager
     def _file(self, candidate: Combination, cut: Cut) -> Iterator[Path]:
-        checkpoint, matrix = self.damage.checkpoint(cut)
+        checkpoint = self.damage.checkpoint(cut)
         file = self.damage.area / "candidate.gguf"
-        calibrated = GGUF_TYPES[candidate.mix].calibrated
-        how = {"name": self.name, "progress": self.damage.context.progress}
-        write_gguf(checkpoint, file, candidate.mix, imatrix=matrix if calibrated else None, **how)
+        how, progress = self.damage.types(checkpoint, candidate.mix), self.damage.context.progress
+        write_gguf(
+            checkpoint, file, how.mix, imatrix=how.importance, types=how.types, name=self.name, progress=progress
+        )
         try:
             yield file
         finally:
@@ -71,8 +69,8 @@ class CandidateBench:
             LlamaCppEngine(file, context=longest, cache=cache) as engine,
             damage.context.progress.bar(label, damage.positions) as advance,
         ):
-            listed = None if damage.reference.shape[1] <= SMALL_VOCABULARY else TOP_K
-            return engine_divergences(engine, damage.held_out, damage.reference, listed, advance)
+            top_k = listed(damage.reference.shape[1])
+            return engine_divergences(engine, damage.held_out, damage.reference, top_k, advance)
 
     def _time(self, file: Path, cache: str) -> Measurement:
         effort = self.damage.effort

@@ -105,18 +105,22 @@ class Knowledge:
     cuts: dict[int, float] = field(default_factory=lambda: {0: 0.0})  # KL of a healed cut
     caches: dict[str, float] = field(default_factory=lambda: {F16_CACHE: 0.0})  # KL of a smaller cache
     overhead: int = OVERHEAD  # bytes of a runtime's process beside the file and the cache
+    # The share of a type's KL that is left where a cut leaves a size more bits per weight.
+    roomier: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def knows(self, candidate: Combination) -> bool:
         """Whether there is enough to predict it from."""
-        return candidate.mix in self.types and candidate.removed in self.cuts and candidate.cache in self.caches
+        parts = candidate.mix in self.types and candidate.removed in self.cuts and candidate.cache in self.caches
+        return parts and (candidate.removed, candidate.mix) in self.sizes
 
     def predict(self, candidate: Combination, context: int, speeds: Speeds) -> FitFigures:
         """Its figures; `KeyError` unless it `knows` it."""
         blocks = self.shape.blocks - candidate.removed
         size = self.sizes[candidate.removed, candidate.mix]
         cache = context * kv_bytes_per_token(self.shape, blocks, candidate.cache)
+        rounding = self.types[candidate.mix] * self.roomier.get((candidate.removed, candidate.mix), 1.0)
         return FitFigures(
-            kl=self.types[candidate.mix] + self.cuts[candidate.removed] + self.caches[candidate.cache],
+            kl=rounding + self.cuts[candidate.removed] + self.caches[candidate.cache],
             bytes=size.bytes,
             memory=size.bytes + cache + self.overhead,
             latency=speeds.decode(candidate.mix, size, blocks),

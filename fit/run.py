@@ -23,6 +23,7 @@ from ..pipeline.progress import OnProgress, as_progress
 from ..pipeline.steps import ROWS, RowsLike
 from ..pipeline.store import lock
 from ..records.fit import FitBudget, FitCandidate, FitFigures, FitLimits, FitRecord
+from ..runtime.artifact_types import GGUF_TYPES
 from .candidates import Combination, front
 from .choice import Found, doubts, reason
 from .ledger import Clock, Ledger
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .search import FitSearch
 
 IDENTITY, LEDGER = "fit-of.json", "ledger.jsonl"
+LARGE = ("unpruned.*", "imatrix-*", "sensitivity-*", "damage-*", "*.gguf")  # in the work area
 ROWS_SHARE = 0.2  # of all time, for rows that the model writes
 EFFORT = Effort()
 
@@ -88,6 +90,9 @@ def fit(
     distinct = files.distinct(MIXES)
     request = replace(request, mixes=tuple(distinct))
     sizes = files.table(removable(shape), request.mixes)
+    if request.limits.size is not None and (own := files.sized(sizes, request.limits.size)):
+        request = replace(request, mixes=(*request.mixes, next(iter(own))[1]))
+        sizes |= own
     check_reachable(request, shape, sizes)
     identity = {"model": fingerprint_source(source, cache), "rows": _rows_identity(rows, text, cache), "seed": seed,
                 "dtype": dtype, "place": request.place}  # fmt: skip
@@ -161,7 +166,7 @@ class _Job:
         ledger = Ledger(self.area / LEDGER)
         clock = Clock(ledger, 60 * minutes)
         data = self._rows(ledger, clock, rows, text, runs)
-        damage = Damage(self.base, data.folder, self.area, EFFORT, self.context)
+        damage = Damage(self.base, data.folder, self.area, EFFORT, self.context, self.name)
         damage.check("--text" if text is not None else "--rows" if rows is not None else "the model's own rows")
         known = Knowledge(self.shape, self.sizes)
         search = FitSearch(damage, self.request, known, ledger, clock, self.context.progress, self.name)
@@ -229,8 +234,9 @@ class _Job:
 
     def _smallest(self) -> tuple[str, int]:
         """The plain mix with the smallest file."""
-        name = min(self.request.mixes, key=lambda mix: self.sizes[0, mix].bytes)
-        return name, self.sizes[0, name].bytes
+        plain = {mix: size.bytes for (removed, mix), size in self.sizes.items() if not removed and mix in GGUF_TYPES}
+        name = min(plain, key=lambda mix: plain[mix])
+        return name, plain[name]
 
     def _record(self, search: FitSearch, chosen: Found, found: list[Found], why: str, positions: int) -> FitRecord:
         limits, cuts = self.request.limits, search.cuts
@@ -290,5 +296,5 @@ def _deviation(each: Found) -> float:
 def _discard(area: Path) -> None:
     """Take away what is large and can be made again; the ledger and the rows stay, for a fit with other limits."""
     shutil.rmtree(area / "cuts", ignore_errors=True)
-    for file in [*area.glob("unpruned.*"), *area.glob("imatrix-*"), *area.glob("*.gguf")]:
+    for file in [file for kind in LARGE for file in area.glob(kind)]:
         file.unlink(missing_ok=True)

@@ -75,9 +75,9 @@ class FitSearch:
     def _types(self) -> None:
         """The damage of each mix, those that may be the best within the limits first."""
         limits = self.request.limits
-        sizes = {mix: self.known.sizes[0, mix].bytes for mix in self.request.mixes}
+        sizes = {mix: size.bytes for (removed, mix), size in self.known.sizes.items() if not removed}
         room = min(limits.size or max(sizes.values()), limits.memory or max(sizes.values()))
-        order = sorted(self.request.mixes, key=lambda mix: (sizes[mix] > room, abs(sizes[mix] - room)))
+        order = sorted(sizes, key=lambda mix: (sizes[mix] > room, abs(sizes[mix] - room)))
         self.ledger.recorded("unpruned", lambda: self.damage.reference.complete)
         late = []
         for mix in order:
@@ -88,10 +88,23 @@ class FitSearch:
             kl = self.ledger.recorded(key, lambda mix=mix: self.damage.of_type(mix))
             self.known.types[mix] = kl
             self.progress.note(f"{mix}: {megabytes(sizes[mix])}, KL {number(kl)} on the weights")
+        self._roomier()
         if late:
             self.left_out.append(f"for want of time, the damage of {', '.join(late)} was not measured: raise --minutes")
         if Q8_CACHE in self.request.caches:  # until one is measured: as much as 8 bits cost all weights
             self.known.caches[Q8_CACHE] = self.known.types.get("Q8_0", min(self.known.types.values()))
+
+    def _roomier(self) -> None:
+        """A cut leaves the same size more bits per weight: how much less rounding costs then, by the estimate."""
+        known, limit = self.known, self.request.limits.size
+        sized = [key for key in known.sizes if key[0] and Combination(*key).sized]
+        if limit is None or not sized or sized[0][1] not in known.types:
+            return
+        whole = known.sizes[0, "Q8_0"].bytes if (0, "Q8_0") in known.sizes else limit
+        bytes_of = {removed: known.sizes.get((removed, "Q8_0")) for removed, _ in sized}
+        alike = [limit if (size := bytes_of[removed]) is None else limit * whole // size.bytes for removed, _ in sized]
+        shares = self.ledger.recorded(f"roomier {limit}", lambda: self.damage.roomier(limit, alike))
+        known.roomier |= dict(zip(sized, shares, strict=True))
 
     def _cuts(self) -> None:
         """The damage of cuts of growing size, until they are hopeless, or the time is over."""

@@ -17,6 +17,7 @@ from ..export.mixes import tensor_type
 from ..export.quantize import row_bytes
 from ..export.stage import plain_name
 from ..modeling.blocks import config_at
+from ..runtime.artifact_sizes import Target
 from .prediction import FileSize
 
 _INFO = 8 + 4 + 4 + 8  # bytes of a tensor in the header beside its name and shape: length, dimensions, type, offset
@@ -36,6 +37,16 @@ class FileSizes:
         """By removed blocks and mix."""
         counts = list(removed)
         return {(count, mix): self.size(count, mix) for count in counts for mix in mixes}
+
+    def sized(self, table: Mapping[tuple[int, str], FileSize], limit: int) -> dict[tuple[int, str], FileSize]:
+        """The same for the mix that is the size `limit` itself, where that lies between the least plain mix and F16."""
+        name, found = Target(bytes=limit).name, {}
+        for removed in dict.fromkeys(count for count, _ in table):
+            least = min(size.bytes for (count, _), size in table.items() if count == removed)
+            whole = self.size(removed, "F16")
+            if least <= limit < whole.bytes:
+                found[removed, name] = FileSize(limit, limit - (whole.bytes - whole.read))
+        return found
 
     def distinct(self, mixes: Sequence[str]) -> dict[str, list[str]]:
         """The mixes that differ for this model, each with others that give every tensor the same types: where rows fit

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from compress.core.errors import UserError
 from compress.core.geometry import Geometry
 from compress.export.gguf import write_gguf
 from compress.fit.candidates import Combination, combinations, front
 from compress.fit.choice import Found, difference, doubts, next_candidate, reason, recommend
+from compress.fit.damage import divergences
 from compress.fit.ledger import Clock, Ledger
 from compress.fit.limits import Limits
 from compress.fit.measuring import PlannedSpeeds
@@ -36,6 +38,7 @@ from compress.pipeline.plan import find_device
 from compress.records.fit import FitFigures
 from compress.runtime.artifact_types import GGUF_TYPES
 from compress.runtime.cost import kv_bytes_per_token
+from compress.runtime.engine import distributions, divergence
 
 SHAPE = Geometry(30, 576, 1536, 9, 3, 64, 49152, True, 2048)
 
@@ -123,7 +126,7 @@ def test_what_is_measured_next():
     predicted = {
         Combination(0, "Q8_0"): figures(0.01, 140, latency=0.02),
         Combination(0, "Q4_0"): figures(0.2, 85),
-        Combination(0, "Q3_K"): figures(0.5, 70, latency=0.005),
+        Combination(0, "Q3_K_S"): figures(0.5, 70, latency=0.005),
         Combination(2, "Q4_0"): figures(0.28, 80, latency=0.008),
         Combination(6, "Q4_0"): figures(0.9, 75, latency=0.009),
     }
@@ -133,7 +136,7 @@ def test_what_is_measured_next():
         order.append(chosen)
         measured[chosen] = predicted[chosen]
     # The best plain one, the best cut, nothing more that is promising; then the front: what is too large, what is fast.
-    assert order == [Combination(0, "Q4_0"), Combination(2, "Q4_0"), Combination(0, "Q8_0"), Combination(0, "Q3_K")]
+    assert order == [Combination(0, "Q4_0"), Combination(2, "Q4_0"), Combination(0, "Q8_0"), Combination(0, "Q3_K_S")]
 
 
 def test_the_best_is_recommended_unless_a_plainer_one_cannot_be_told_from_it():
@@ -146,7 +149,7 @@ def test_the_best_is_recommended_unless_a_plainer_one_cannot_be_told_from_it():
     assert recommend([close, cut_better], limits) is close
     too_large = found(0, "Q8_0", list(noise / 10), size=140)
     assert recommend([too_large, plain, cut_better], limits) is cut_better
-    smaller = found(0, "Q3_K", list(noise + 0.05 + draw.normal(0, 0.1, 400)), size=70)
+    smaller = found(0, "Q3_K_S", list(noise + 0.05 + draw.normal(0, 0.1, 400)), size=70)
     assert recommend([plain, smaller], limits) is smaller
 
 
@@ -223,6 +226,16 @@ def test_requests():
     assert list(removable(SHAPE)) == list(range(16)) and list(removable(replace(SHAPE, blocks=2))) == [0]
 
 
+def test_a_size_is_a_mix_of_its_own_and_a_cut_gives_it_more_bits():
+    sized = Combination(0, "80MB")
+    assert sized.sized and not sized.plain and Combination(2, "80MB").name == "types for 80MB, 2 blocks cut"
+    known = Knowledge(SHAPE, {(2, "80MB"): FileSize(80, 78)}, {"80MB": 0.4}, {0: 0.0, 2: 0.1})
+    known.roomier[2, "80MB"] = 0.5
+    speeds = PlannedSpeeds(find_device("cpu-2core"), SHAPE)
+    assert known.predict(Combination(2, "80MB"), 8, speeds).kl == pytest.approx(0.4 * 0.5 + 0.1)
+    assert not known.knows(sized)  # no such file
+
+
 def test_a_ledger_keeps_what_was_found_through_a_kill(tmp_path):
     file = tmp_path / "work" / "ledger.jsonl"
     ledger = Ledger(file)
@@ -240,6 +253,17 @@ def test_a_clock_counts_what_was_asked_for():
     ledger._known, ledger._used = {"a": {"value": 1, "seconds": 40.0}, "b": {"value": 1, "seconds": 500.0}}, {"a"}
     clock = Clock(ledger, 100)
     assert clock.allows(0.5) and clock.allows(0.5, 10.0) and not clock.allows(0.5, 11.0)
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_divergences_are_those_of_the_runtimes(top_k):
+    draw = np.random.default_rng(5)
+    p, q = (torch.from_numpy(draw.normal(0, 3, (6, 50))).log_softmax(-1).float() for _ in range(2))
+    wanted = torch.arange(6) * 7
+    ids = [0, *wanted.tolist()]
+    ours, theirs = (distributions(x.numpy(), ids, range(1, 7), k) for x, k in ((p, None), (q, top_k)))
+    expected = [divergence(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert divergences(p, q, wanted, top_k).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_pieces_are_the_text():
