@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,10 +86,11 @@ class GgufSizes:
         if target is None or self.budget(target) >= self.smallest:
             return
         tensors = self.smallest - self.overhead
-        bits = 8 * tensors / count_parameters(self.checkpoint)
+        least = math.ceil(self.smallest / 1e4) / 100  # rounded up, so that what is said is possible
+        bits = math.ceil(800 * tensors / count_parameters(self.checkpoint)) / 100
         raise UserError(
             f"export.gguf: {name} is too small for {self.checkpoint.name}: with every tensor in its smallest type the "
-            f"file has {self.smallest / 1e6:.1f} MB ({bits:.2f} bits per weight); ask for at least that"
+            f"file has {least:.2f} MB ({bits:.2f} bits per weight); ask for at least that"
         )
 
     def needs_damage(self, name: str) -> bool:

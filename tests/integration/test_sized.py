@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -183,7 +184,8 @@ def test_without_rows_the_checkpoint_writes_its_own(files, shaken, noted, monkey
 
 def test_sizes_out_of_reach_are_refused_and_large_ones_are_f16(files, shaken, monkeypatch):
     sizes = GgufSizes(shaken(**WIDE), name="m")
-    text = rf"export\.gguf: 100kB is too small .* the file has {sizes.smallest / 1e6:.1f} MB"
+    least = math.ceil(sizes.smallest / 1e4) / 100
+    text = rf"export\.gguf: 100kB is too small .* the file has {least:.2f} MB"
     monkeypatch.setattr(ExportJob, "_measure", lambda _job: pytest.fail("it has begun to work"))
     with pytest.raises(UserError, match=text):
         files(gguf=["100kB"])
