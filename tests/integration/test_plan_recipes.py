@@ -65,7 +65,7 @@ def test_the_8b_recipe_is_a_night_on_one_24_gb_card() -> None:
     assert plan.seconds is not None and plan.seconds <= NIGHT
     found = stages(plan)
     assert all(stage.seconds for stage in plan.stages)  # none is left out
-    assert found["evaluate"].need.scratch <= 2.2e9 and found["export"].need.scratch <= 27e9
+    assert found["evaluate"].need.scratch <= 20e9 and found["export"].need.scratch <= 27e9
     assert all(stage.need.host <= 32 * GIB for stage in plan.stages)
     without = planned("llama8b_26L", "rtx-4090", "data.engine=transformers", "data.batch=24")
     assert without.seconds is not None and plan.seconds < without.seconds <= NIGHT
@@ -79,7 +79,7 @@ def test_the_70b_recipe_is_a_night_on_eight_80_gb_cards_and_their_processors() -
     for stage in plan.stages:
         assert stage.fits or (stage.beside is not None and stage.beside.memory <= 700e9)
     assert plan.seconds is not None and plan.seconds <= NIGHT
-    assert found["evaluate"].need.scratch <= 2.2e9
+    assert found["evaluate"].need.scratch <= 70e9  # rivals: the unpruned model, quantized
     alone = stages(planned("llama70b_64L", "h100-80g"))
     seconds = found["distill"].seconds
     assert seconds and alone["distill"].seconds == pytest.approx(8 * seconds)
@@ -96,8 +96,8 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return " ".join(capsys.readouterr().out.split())
 
     out = said("llama8b_26L", "--on", "rtx-4090")
-    assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 8 h" in out
-    assert "host memory: prune 22.55 GB" in out and "2.10 GB" in out
+    assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 9 h" in out
+    assert "host memory: prune 22.55 GB" in out and "13.80 GB" in out
     out = said("llama70b_64L", "--on", "h100-80g", "--cards", "8")
     assert "8 cards sharing data, distill and sort" in out
     assert "on the host CPU (--device cpu) it takes" in out
@@ -173,7 +173,7 @@ def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
     weights = artifact_bytes("Q4_K_M", shape.parameters(26))
     at = Setting(shape, 26, "bfloat16", True, room=24 * GIB, artifacts=(("Q4_K_M", 26),))
     evaluate_work: Any = STAGES["evaluate"].cost.work
-    values: dict[str, Any] = {"window": 512, "tokens": 4096, "speed": None}
+    values: dict[str, Any] = {"window": 512, "tokens": 4096, "speed": None, "rival": False}
     found = evaluate_work(EvaluateConfig.model_validate(values), at)
     assert found.host_read == pytest.approx(4096 / SLOTS * weights) and found.flops == 0
     twice = evaluate_work(EvaluateConfig.model_validate(values | {"tokens": 8192}), at)
