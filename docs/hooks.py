@@ -45,7 +45,8 @@ class _SchemaPage:
     def __init__(self, definitions: Mapping[str, Any], defaults: bool = True):
         self.definitions = definitions
         self.defaults = defaults  # whether there is a column of defaults: for recipes, not for outputs
-        self.written: dict[str, str] = {}  # definition -> the anchor of its section
+        self.written: set[str] = set()  # definitions that have their section
+        self.anchors: dict[str, str] = {}  # definition -> the anchor of its section, by its first link
 
     def nested(self, path: str, node: Mapping[str, Any], level: int) -> Iterator[str]:
         """The sections that a key refers to, each followed by the sections of its own keys."""
@@ -55,8 +56,9 @@ class _SchemaPage:
             definition = self.definitions[name]
             kind = _kind(definition)
             title = f"`{path}`" + (f" [{kind}]" if kind else "")
-            self.written[name] = _anchor(path, kind)
-            yield from self.section(f"{title} {{ #{self.written[name]} }}", definition, path, level)
+            self.written.add(name)
+            anchor = self.anchors.setdefault(name, _anchor(path, kind))
+            yield from self.section(f"{title} {{ #{anchor} }}", definition, path, level)
             for key, child in definition.get("properties", {}).items():
                 yield from self.nested(f"{path}.{key}", child, min(level + 1, 4))
 
@@ -104,7 +106,7 @@ class _SchemaPage:
             if "properties" not in definition:
                 return self._type(definition, path)
             kind = _kind(definition)
-            return f"[{kind or 'section'}](#{self.written.get(name) or _anchor(path, kind)})"
+            return f"[{kind or 'section'}](#{self.anchors.setdefault(name, _anchor(path, kind))})"
         options = node.get("anyOf") or node.get("oneOf")
         if options:
             sections = any(True for _ in self._sections(node))  # kinds are linked: their names are not repeated

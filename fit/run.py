@@ -26,15 +26,14 @@ from ..records.fit import FitBudget, FitCandidate, FitFigures, FitLimits, FitRec
 from ..runtime.artifact_types import GGUF_TYPES
 from .candidates import Combination, front
 from .choice import Found, doubts, reason
-from .ledger import Clock, Ledger
 from .prediction import FileSize, Knowledge, prediction_errors
 from .recipe import FILE, write_recipe
 from .report import write_fit
 from .request import MIXES, FitRequest, check_reachable, make_request, removable
 from .rows import Effort, FitRows, given_rows, own_rows, text_rows
-from .sizes import FileSizes
 
 if TYPE_CHECKING:
+    from .ledger import Clock, Ledger
     from .search import FitSearch
 
 IDENTITY, LEDGER = "fit-of.json", "ledger.jsonl"
@@ -86,6 +85,8 @@ def fit(
     base = resolve(str(model), cache, progress=progress)
     shape = geometry_of(load_config(base).to_dict())
     request = make_request(shape, size=size, memory=memory, context=context, latency_ms=latency_ms, on=on)
+    from .sizes import FileSizes
+
     files = FileSizes(base, shown_name(source))
     distinct = files.distinct(MIXES)
     request = replace(request, mixes=tuple(distinct))
@@ -161,6 +162,7 @@ class _Job:
     ) -> FitRecord:
         """Measure, choose, and write the result; `notes` are told with what was left out."""
         from .damage import Damage
+        from .ledger import Clock, Ledger
         from .search import FitSearch
 
         ledger = Ledger(self.area / LEDGER)

@@ -119,6 +119,8 @@ def artifacts(runs: Path) -> dict[str, object]:
                 found[name] = {key: manifest[key] for key in ALWAYS}
             else:
                 found[name] = hash_file(file)
+                if file.name == "README.md":  # completed when the run ends, so that no manifest has its hash
+                    continue
                 assert manifest["files"][str(file.relative_to(folder))]["sha256"] == found[name]
     return found
 
