@@ -58,8 +58,8 @@ class ScaledMatrix:
             found.append((blocks.view(*offsets.shape, -1).sum(-1) * offsets).sum(-1) * self.minima)
         return torch.stack(found)
 
-    def rows(self, part: slice) -> ScaledMatrix:
-        """Some of the rows."""
+    def rows(self, part: slice | Tensor) -> ScaledMatrix:
+        """Some of the rows: a slice, or their numbers (n,) int64."""
         return self._each(lambda tensor: tensor[part])
 
     def to(self, device: str | torch.device) -> ScaledMatrix:
