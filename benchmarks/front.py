@@ -55,7 +55,8 @@ class Front:
     def __init__(self, checkpoint: Path, text: Path, work: Path, tokens: int):
         self.checkpoint, self.work = checkpoint, work
         model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-        self.ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        self.ids: list[int] = list(ids)
         windows = [self.ids[start : start + WINDOW] for start in range(0, tokens, WINDOW)]
         self.reference = torch_reference(model, [ScoringWindow(ids, range(1, len(ids))) for ids in windows])
         if not (work / "imatrix.safetensors").exists():
