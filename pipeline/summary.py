@@ -35,8 +35,8 @@ def finish(run: Run, made: int) -> Report:
     write_json(run.folder / LAST, {"name": run.loaded.name, "stages": stages})
     report, page = _of_run(run)
     if made or not (run.folder / "report.html").exists():
+        complete_card(run, report)  # first: where the report exists, nothing is written again
         write_report(report, page, run.folder)
-        complete_card(run, report)
     return report
 
 

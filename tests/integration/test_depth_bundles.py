@@ -95,9 +95,8 @@ def test_sizes_are_stated_with_and_without_links(exported, tmp_path):
         if family.format == "gguf":
             assert family.bytes_without_links == sum(parts)
     files = {entry.path: entry for entry in manifest.files}
-    assert sum(entry.bytes for entry in files.values() if entry.link is None) == disk(exported) - os.path.getsize(
-        exported / "manifest.json"
-    )
+    unlisted = sum(os.path.getsize(exported / name) for name in ("manifest.json", "README.md"))
+    assert sum(entry.bytes for entry in files.values() if entry.link is None) == disk(exported) - unlisted
     links = [entry for entry in files.values() if entry.link is not None]
     assert links and all((exported / entry.path).samefile(exported / str(entry.link)) for entry in links)
 

@@ -22,9 +22,10 @@ from compress.distill.config import DistillConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.records.curves import TrainingStep, student_lines, write_lines
 from compress.records.students import HeldOutFigures
-from compress.training import recorder, students, train, weights
 from compress.training import run as training
+from compress.training import students, train, weights
 from compress.training.config import Copy
 from compress.training.teacher import CopyTeacher, quantization
 from safetensors.torch import load_file
@@ -242,8 +243,11 @@ def test_checkpoints_cut_short_are_removed_and_the_newest_whole_one_is_taken(tmp
         (tmp_path / f"checkpoint-{number}" / weights.WHOLE).touch()
     assert weights.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
-    (tmp_path / "curves").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert recorder.read_lines(tmp_path / "curves") == [{"step": 1}, {"step": 2}]
+    steps = [TrainingStep(step=number, epoch=0.5, loss=1.0, nll=1.0, lr=0.1, tokens=8) for number in (1, 2)]
+    write_lines(tmp_path / "curves", steps)
+    with (tmp_path / "curves").open("a") as file:
+        file.write('{"st')
+    assert student_lines(tmp_path / "curves") == steps
 
 
 @pytest.mark.parametrize("bits", [None, "nf4"])

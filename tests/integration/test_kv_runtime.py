@@ -140,7 +140,10 @@ class Reference:
                 return out.transpose(1, 2), None
 
             ALL_ATTENTION_FUNCTIONS["slow_bounded"] = attend
-            return self.model(torch.tensor([ids]), use_cache=False).logits[0]
+            try:
+                return self.model(torch.tensor([ids]), use_cache=False).logits[0]
+            finally:
+                del ALL_ATTENTION_FUNCTIONS["slow_bounded"]
 
     def _turned(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Rows (n, D) turned on by so many positions, as complex numbers."""

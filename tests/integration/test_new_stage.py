@@ -164,8 +164,8 @@ def test_it_is_planned(home: Path, capsys: pytest.CaptureFixture[str], monkeypat
     change = planned(memory=toy.need.peak // 2).stages[1].change
     assert change is not None and change.overrides == ("toy.copies=2",) and change.memory == toy.need.peak // 2
     evaluated = planned("evaluate.tokens=64").stages[-1].need.note
-    assert evaluated == "3 checkpoints, 1 artifacts"  # base, pruned and the toy's
-    assert planned("evaluate.tokens=64", "toy=null").stages[-1].need.note == "2 checkpoints, 1 artifacts"
+    assert evaluated == "3 checkpoints, 1 artifacts, 1 rivals"  # base, pruned and the toy's
+    assert planned("evaluate.tokens=64", "toy=null").stages[-1].need.note == "2 checkpoints, 1 artifacts, 1 rivals"
     assert "2 blocks are scaled" in said(capsys, monkeypatch, "plan", str(home / "r.yaml"), "--runs", str(home))
 
 

@@ -165,7 +165,7 @@ def test_bench_goes_into_a_runs_report(bundle, tmp_path):
     manifest = StageManifest(
         stage="export", fingerprint="aa", format=1, config={}, inputs={}, seed=0, device="cpu", processes=1,
         base=BaseModelSource(source="m", fingerprint="bb"), versions={}, machine={}, seconds=1.0, resumed=False,
-        peak_memory_bytes=5, peak_cuda_bytes=None, metrics={},
+        peak_memory_bytes=5, peak_cuda_bytes=None, metrics={"artifacts": [], "families": []},
     )  # fmt: skip
     for stage, shown in (("export-aa", True), ("export-bb", False)):
         record = StageRecord("export", tmp_path / stage, manifest)

@@ -38,6 +38,13 @@ def home(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
+DATA_FIGURES = {
+    **dict.fromkeys(("rows", "train", "heldout", "seen", "cut", "tokens", "targets"), 1),
+    "dropped": {},
+    "kept_share": 1.0,
+}
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the stages' work by writing one file; lists which were made."""
@@ -51,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 shutil.copytree(inputs.model, out_dir / "model")
             stages = {name: folder.name for name, folder in inputs.stages.items()}
             (out_dir / "seen.json").write_text(json.dumps({"model": str(inputs.model), "stages": stages}))
-            return {"seed": context.seed}
+            return DATA_FIGURES if spec.name == "data" else {"seed": context.seed}
 
         return SimpleNamespace(run=run, check=lambda config, base, context: log.append(f"check {spec.name}"))
 
@@ -337,7 +344,7 @@ def test_the_manifest_says_where_a_stage_came_from(home, made):
         assert manifest["inputs"] == {name: prints(run)[name] for name in reads}
         assert manifest["base"] == {"source": "./model", "fingerprint": run.base}
         assert (manifest["seed"], manifest["device"], manifest["dtype"]) == (11, "cpu", "float32")
-        assert manifest["metrics"] == {"seed": 11}
+        assert manifest["metrics"] == (DATA_FIGURES if stage.spec.name == "data" else {"seed": 11})
         assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
         assert {"torch", "transformers", "onnxruntime"} <= manifest["versions"].keys()
         assert manifest["machine"]["cores"] == os.cpu_count()
