@@ -72,8 +72,10 @@ def fit_table(found: FitRecord) -> Table:
     table = figures_table(
         f"{found.model}: KL to the unpruned model on {found.positions} tokens, speeds of {found.device}",
         ("candidate",),
-        ("file", "KL", "predicted", "memory", "ms/token", "prompt tokens/s", "within", "front"),
+        ("file", "KL", "±", "predicted", "memory", "ms per\ntoken", "prompt\ntokens/s", "front"),
     )
+    table.columns[0].no_wrap = False
+    table.caption = "bold: recommended; front: none is better in KL without being larger (bytes) or slower (latency)"
     measured = [c for c in found.candidates if c.measured is not None]
     rest = [c for c in found.candidates if c.measured is None]
     for entry in [*measured, *rest[:PREDICTED]]:
@@ -81,13 +83,13 @@ def fit_table(found: FitRecord) -> Table:
         table.add_row(
             entry.name,
             megabytes(figures.bytes),
-            "–" if entry.measured is None else f"{number(figures.kl)} ± {number(entry.deviation)}",
-            number(entry.predicted.kl),
+            "–" if entry.measured is None else f"{figures.kl:.3g}",
+            "" if entry.deviation is None else f"{entry.deviation:.2g}",
+            f"{entry.predicted.kl:.3g}",
             megabytes(figures.memory),
             f"{1000 * figures.latency:.3g}",
-            f"{1 / figures.prefill:.4g}",
-            "yes" if entry.meets else "no",
-            ", ".join(entry.front),
+            f"{1 / figures.prefill:.0f}",
+            " ".join(entry.front) if entry.meets else "over",
             style="bold" if entry.name == found.recommended else "dim" if entry.measured is None else None,
         )
     return table

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..core.errors import UserError
 from ..core.extras import missing
+from ..core.machine import spin_briefly
 from ..pipeline.explain import explained, without_foreign_advice
 from . import bundle_commands, fit_command, model_commands, recipe_commands, serve_command
 from .console import errors
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None, name: str = "compress") -> None:
     `arguments` are the process's own if not given; `name` is what help calls the command.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    spin_briefly()
     # On CPUs with AVX-512 BF16, importing bitsandbytes logs that a package of faster kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # File names may have bytes that are not UTF-8, and must still be printable.

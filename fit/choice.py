@@ -105,34 +105,35 @@ def recommend(found: Sequence[Found], limits: Limits) -> Found:
 def reason(chosen: Found, found: Sequence[Found], smallest: tuple[str, int], limits: Limits) -> str:
     """Why, in plain words. `smallest` is the plain mix with the smallest file, and its bytes."""
     asked, within = " and ".join(limits.texts()), [each for each in found if limits.meets(each.figures)]
-    told = _told(chosen)
-    cuts = [each for each in within if each.candidate.removed]
-    plain = [each for each in within if each.candidate.plain]
-    if not chosen.candidate.removed:
-        words = f"Do not cut. Within {asked}, the unpruned model as {told} was the best that was measured"
-        if cuts:
-            best = min(cuts, key=lambda each: each.figures.kl)
-            words += f"; the best with a cut, {_told(best)}"
-            words += _unsure(best, chosen, ", cannot be told from it on these rows")
-        return words + "."
+    best = min(within, key=lambda each: (each.figures.kl, each.candidate))
+    cuts, uncut = ([each for each in within if (each.candidate.removed > 0) is cut] for cut in (True, False))
     count = chosen.candidate.removed
-    words = f"Cut {count} block{'' if count == 1 else 's'}: {told}"
-    if plain:
-        best = min(plain, key=lambda each: each.figures.kl)
-        return words + f" is better than the best plain file of the unpruned model within {asked}, {_told(best)}."
+    if count:
+        words = f"Cut {count} block{'' if count == 1 else 's'}. Within {asked}, {_told(chosen)}"
+    else:
+        words = f"Do not cut. Within {asked}, the unpruned model as {_told(chosen)}"
+    if best is chosen:
+        words += " was the best that was measured"
+    else:
+        words += f" changes the model least of those that cannot be told from the best on these rows, {_told(best)}"
+    if not count:
+        if cuts and not best.candidate.removed:
+            rival = min(cuts, key=lambda each: each.figures.kl)
+            words += f"; the best with a cut, {_told(rival)}"
+            words += "" if difference(rival, chosen).sure else ", cannot be told from it on these rows"
+        return words + "."
+    if uncut:
+        rival = min(uncut, key=lambda each: each.figures.kl)
+        return words + f"; the best without a cut, {_told(rival)}, is worse."
     name, size = smallest
     if limits.size is not None and size > limits.size:
         return words + f". No plain file of the unpruned model is that small: {name} has {megabytes(size)}."
-    return words + f". No plain file of the unpruned model that was measured is within {asked}."
+    return words + f". No file of the unpruned model that was measured is within {asked}."
 
 
 def _told(each: Found) -> str:
     figures = each.figures
     return f"{each.candidate.name} ({megabytes(figures.bytes)}, KL {number(figures.kl)})"
-
-
-def _unsure(a: Found, b: Found, words: str) -> str:
-    return "" if difference(a, b).sure else words
 
 
 def doubts(chosen: Found, found: Sequence[Found], limits: Limits) -> list[str]:

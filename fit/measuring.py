@@ -10,22 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.geometry import Geometry
-from ..core.work import decoding
 from ..evaluation.language import engine_divergences
 from ..export.gguf import write_gguf
-from ..pipeline.plan import Device
 from ..prune.cuts import Cut
 from ..records.fit import FitFigures
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.measure import Measurement, measure
 from .candidates import Combination
 from .damage import Damage, listed
-from .prediction import FileSize
 from .request import FitRequest
 
 REPEAT = 2
-PROMPT = 128  # tokens, of which a token's share is taken
 
 
 class CandidateBench:
@@ -78,25 +73,6 @@ class CandidateBench:
         prompt = max(min(effort.prompt, context - effort.answer), 1)
         new = max(min(effort.answer, context - 1), 1)
         return measure(file, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, context=context, slots=1, cache=cache)
-
-
-class PlannedSpeeds:
-    """Speeds on a named device, as `compress plan` counts them: stock llama.cpp on its processors, where it has some
-    beside a card."""
-
-    def __init__(self, device: Device, shape: Geometry):
-        self.device, self.shape = device, shape
-
-    def decode(self, mix: str, size: FileSize, blocks: int) -> float:
-        return self._seconds(size, blocks, 0)
-
-    def prefill(self, mix: str, size: FileSize, blocks: int) -> float:
-        return (self._seconds(size, blocks, PROMPT) - self._seconds(size, blocks, 0)) / PROMPT
-
-    def _seconds(self, size: FileSize, blocks: int, prompt: int) -> float:
-        """One written token after a prompt."""
-        work = decoding(self.shape, blocks, 1, 1, prompt, 1, size.read, 2)
-        return self.device.seconds(work.beside(), "float32")
 
 
 def standard_error(values: list[float]) -> float:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..core.geometry import Geometry
+from ..core.work import decoding
+from ..pipeline.plan import Device
 from ..records.fit import FitErrors, FitFigures
 from ..runtime.cost import kv_bytes_per_token
 from .candidates import F16_CACHE, Combination
@@ -21,6 +23,9 @@ from .candidates import F16_CACHE, Combination
 OVERHEAD = (
     60_000_000  # bytes of a process of llama.cpp in Python beside the file and the cache, before one was measured
 )
+
+
+PROMPT = 128  # tokens, of which a token's share is taken
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,25 @@ class Speeds(Protocol):
     def decode(self, mix: str, size: FileSize, blocks: int) -> float: ...
 
     def prefill(self, mix: str, size: FileSize, blocks: int) -> float: ...
+
+
+class PlannedSpeeds:
+    """Speeds on a named device, as `compress plan` counts them: stock llama.cpp on its processors, where it has some
+    beside a card."""
+
+    def __init__(self, device: Device, shape: Geometry):
+        self.device, self.shape = device, shape
+
+    def decode(self, mix: str, size: FileSize, blocks: int) -> float:
+        return self._seconds(size, blocks, 0)
+
+    def prefill(self, mix: str, size: FileSize, blocks: int) -> float:
+        return (self._seconds(size, blocks, PROMPT) - self._seconds(size, blocks, 0)) / PROMPT
+
+    def _seconds(self, size: FileSize, blocks: int, prompt: int) -> float:
+        """One written token after a prompt."""
+        work = decoding(self.shape, blocks, 1, 1, prompt, 1, size.read, 2)
+        return self.device.seconds(work.beside(), "float32")
 
 
 @dataclass(frozen=True)
@@ -128,13 +152,23 @@ class Knowledge:
         )
 
 
-def prediction_errors(pairs: Sequence[tuple[FitFigures, FitFigures]], *, timed: bool = True) -> FitErrors:
-    """The errors of (predicted, measured) pairs; `timed` is False where speeds were not measured."""
+Pairs = Sequence[tuple[FitFigures, FitFigures]]
 
-    def median(name: str) -> float | None:
-        found = [(getattr(p, name), getattr(m, name)) for p, m in pairs]
+
+def prediction_errors(pairs: Pairs, later: Pairs, *, timed: bool = True) -> FitErrors:
+    """The errors of (predicted, measured) pairs. Memory and speeds count for the `later` ones alone, which were
+    predicted after a file had been timed; `timed` is False where speeds were not measured."""
+
+    def median(name: str, among: Pairs) -> float | None:
+        found = [(getattr(p, name), getattr(m, name)) for p, m in among]
         errors = [abs(p - m) / m for p, m in found if m > 0]
         return statistics.median(errors) if errors else None
 
-    speeds = {name: median(name) if timed else None for name in ("latency", "prefill")}
-    return FitErrors(measured=len(pairs), kl=median("kl"), bytes=median("bytes"), memory=median("memory"), **speeds)
+    return FitErrors(
+        measured=len(pairs),
+        kl=median("kl", pairs),
+        bytes=median("bytes", pairs),
+        memory=median("memory", later),
+        latency=median("latency", later) if timed else None,
+        prefill=median("prefill", later) if timed else None,
+    )

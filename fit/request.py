@@ -13,7 +13,7 @@ from ..runtime.artifact_types import GGUF_TYPES
 from ..runtime.cost import kv_bytes_per_token
 from .candidates import F16_CACHE, Q8_CACHE, Combination
 from .limits import Limits
-from .prediction import FileSize
+from .prediction import FileSize, PlannedSpeeds
 
 CONTEXT = 2048  # tokens, unless the user says or the model has fewer
 MIXES = tuple(GGUF_TYPES)
@@ -72,13 +72,15 @@ def removable(shape: Geometry) -> range:
 
 
 def check_reachable(request: FitRequest, shape: Geometry, sizes: dict[tuple[int, str], FileSize]) -> None:
-    """`UserError` where no file is small enough, the smallest named; sizes are known to the byte, and a process is at
-    least its file and its cache."""
+    """`UserError` where no file is small enough, the smallest named; sizes are known to the byte, a process is at
+    least its file and its cache, and a named device's speeds are the plan's."""
     least: list[tuple[str, FitFigures]] = []
+    speeds = None if request.device is None else PlannedSpeeds(request.device, shape)
     for (removed, mix), size in sizes.items():
+        latency = 0.0 if speeds is None else speeds.decode(mix, size, shape.blocks - removed)
         for cache in request.caches:
             held = request.limits.context * kv_bytes_per_token(shape, shape.blocks - removed, cache)
-            figures = FitFigures(kl=0, bytes=size.bytes, memory=size.bytes + held, latency=0, prefill=0)
+            figures = FitFigures(kl=0, bytes=size.bytes, memory=size.bytes + held, latency=latency, prefill=0)
             least.append((Combination(removed, mix, cache).name, figures))
     if any(request.limits.meets(figures) for _, figures in least):
         return
@@ -90,4 +92,4 @@ def check_reachable(request: FitRequest, shape: Geometry, sizes: dict[tuple[int,
             f"--size {megabytes(limit)}: no mix reaches it; the smallest possible is {megabytes(small.bytes)} "
             f"({name}), without a cut {megabytes(whole[0])} ({whole[1]})"
         )
-    raise request.limits.refuse(least, "possible")
+    raise request.limits.refuse(least, "possible" if speeds is None else "possible or planned")

@@ -243,6 +243,7 @@ class _Job:
     def _record(self, search: FitSearch, chosen: Found, found: list[Found], why: str, positions: int) -> FitRecord:
         limits, cuts = self.request.limits, search.cuts
         pairs = [(search.predicted[each.candidate], each.figures) for each in found]
+        later = [pair for pair, each in zip(pairs, found, strict=True) if each.candidate != next(iter(search.found))]
         fronts = {
             axis: front(found, lambda each: each.figures.kl, lambda each, axis=axis: getattr(each.figures, axis))
             for axis in ("bytes", "latency")
@@ -271,8 +272,8 @@ class _Job:
             recommended=chosen.candidate.name,
             reason=why,
             recipe=FILE,
-            errors=prediction_errors(pairs, timed=self.request.device is None),
-            left_out=search.left_out,
+            errors=prediction_errors(pairs, later, timed=self.request.device is None),
+            left_out=list(dict.fromkeys(search.left_out)),
             seconds=round(search.ledger.spent, 1),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.stage import Progress
@@ -16,8 +16,8 @@ from .candidates import Q8_CACHE, Combination, combinations
 from .choice import Found, next_candidate, recommend
 from .damage import Damage
 from .ledger import Clock, Ledger
-from .measuring import CandidateBench, PlannedSpeeds
-from .prediction import Knowledge, MeasuredSpeeds, Speeds, Timing
+from .measuring import CandidateBench
+from .prediction import Knowledge, MeasuredSpeeds, PlannedSpeeds, Speeds, Timing
 from .request import FitRequest, removable
 
 # Shares of all time by which a part ends; what a part does not need is left to those after it.
@@ -25,6 +25,7 @@ TYPES, CUTS, MEASURED = 0.35, 0.65, 1.0
 MOST = 20  # candidates measured, whatever the time
 WORSE = 2.0  # times the best KL within the limits: cuts beyond are no longer tried
 MISSES = 2  # such cuts in a row
+HOPE = 1.5  # times a limit of time or memory: predictions beyond are not just wrong
 
 
 @dataclass
@@ -48,6 +49,7 @@ class FitSearch:
         """Measure what there is time for; the recommended candidate. `UserError` where nothing meets the limits."""
         self._types()
         self._measure_until(lambda: len(self.found) >= 2)
+        self._check_hope()
         self._cuts()
         self._measure_until(lambda: len(self.found) >= MOST)
         within = [each for each in self.found.values() if self.request.limits.meets(each.figures)]
@@ -115,9 +117,8 @@ class FitSearch:
         for count in removable(self.known.shape)[1:]:
             key = f"cut {count}"
             if count > least and self.too_late(key, CUTS):
-                self.left_out.append(
-                    f"for want of time, cuts of {count} blocks and more were not tried: raise --minutes"
-                )
+                blocks = "a block" if count == 1 else f"{count} blocks"
+                self.left_out.append(f"for want of time, cuts of {blocks} and more were not tried: raise --minutes")
                 return
             if count < least:
                 continue  # nothing with so few blocks removed is within the limits
@@ -137,14 +138,28 @@ class FitSearch:
 
     def _fewest(self) -> int:
         """With how few removed blocks anything is predicted to be within the limits."""
-        limits, speeds = self.request.limits, self.speeds
         for count in removable(self.known.shape):
-            guess = Knowledge(self.known.shape, self.known.sizes, self.known.types, {count: 0.0}, self.known.caches,
-                              self.known.overhead)  # fmt: skip
-            every = [c for c in combinations([count], self.request.mixes, self.request.caches) if guess.knows(c)]
-            if any(limits.meets(guess.predict(c, limits.context, speeds)) for c in every):
+            if any(self.request.limits.meets(figures) for figures in self._guessed(count).values()):
                 return count
         return removable(self.known.shape)[-1]
+
+    def _guessed(self, count: int) -> dict[Combination, FitFigures]:
+        """What is expected of all files without so many blocks, but for what the cut costs."""
+        known = replace(self.known, cuts={count: 0.0})
+        every = combinations([count], self.request.mixes, self.request.caches)
+        return {c: known.predict(c, self.request.limits.context, self.speeds) for c in every if known.knows(c)}
+
+    def _check_hope(self) -> None:
+        """`UserError` now where nothing comes near the limits, rather than after all cuts."""
+        limits = self.request.limits
+        wider = replace(
+            limits,
+            memory=None if limits.memory is None else round(HOPE * limits.memory),
+            latency_ms=None if limits.latency_ms is None else HOPE * limits.latency_ms,
+        )
+        guessed = [(c.name, f) for count in removable(self.known.shape) for c, f in self._guessed(count).items()]
+        if not any(wider.meets(figures) for _, figures in guessed):
+            raise limits.refuse(guessed, "predicted")
 
     def _search_fits(self, count: int) -> bool:
         """Whether searching for so many blocks fits in the time: each is looked for among all, half of the model each

@@ -40,7 +40,8 @@ class FitCandidate(Entry):
 
 class FitErrors(Entry):
     """How far the predictions were from what was measured, over the measured candidates: the median of |predicted −
-    measured| / measured."""
+    measured| / measured. Memory and times leave out the candidate that was measured first: before it nothing is known
+    of them."""
 
     measured: int = Field(description="candidates that were measured")
     kl: float | None = Field(description="relative error of the KL")

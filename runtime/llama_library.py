@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import UserError
 from ..core.extras import install, package_folder
-from .llamacpp_server import short_spins
+from ..core.machine import short_spins
 
 EXTRA = install("llama-kv")
 NORM_ROPE = 0  # llama_rope_type of models that rotate adjacent pairs; their query and key rows are reordered for it

@@ -7,13 +7,12 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..core.errors import UserError
+from ..core.machine import short_spins
 
 LOG_SECONDS = 5  # to wait for llama.cpp's message on why it cannot load a file
 CACHES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}  # keys and values; q8_0 needs heads of a multiple of 32
@@ -87,22 +86,6 @@ def checked(answer: dict[str, Any], what: object) -> dict[str, Any]:
     if "error" in answer:
         raise UserError(f"llama.cpp refused {what}: {answer['error'].get('message', answer['error'])}")
     return answer
-
-
-@contextmanager
-def short_spins() -> Iterator[None]:
-    """Load a llama.cpp library inside this context.
-
-    GNU OpenMP's threads spin for milliseconds at each of a graph's many barriers. With anything else running on the
-    machine, that slowed decoding on two cores down by a factor of 5 to 20; the setting is read once, on loading.
-    """
-    before = os.environ.get("GOMP_SPINCOUNT")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def _import() -> Any:

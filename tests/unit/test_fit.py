@@ -19,11 +19,11 @@ from compress.fit.choice import Found, difference, doubts, next_candidate, reaso
 from compress.fit.damage import divergences
 from compress.fit.ledger import Clock, Ledger
 from compress.fit.limits import Limits
-from compress.fit.measuring import PlannedSpeeds
 from compress.fit.prediction import (
     FileSize,
     Knowledge,
     MeasuredSpeeds,
+    PlannedSpeeds,
     Timing,
     _two_rates,
     prediction_errors,
@@ -112,9 +112,10 @@ def test_a_prediction_is_the_sum_of_its_parts():
 
 def test_errors_are_medians_of_relative_ones():
     pairs = [(figures(k, 80, 100, t), figures(0.2, 80, 50, 0.01)) for k, t in ((0.1, 0.01), (0.3, 0.02), (0.26, 0.01))]
-    errors = prediction_errors(pairs)
+    errors = prediction_errors(pairs, pairs)
     assert (errors.kl, errors.bytes, errors.memory, errors.latency) == (pytest.approx(0.5), 0, 1, 0)
-    assert prediction_errors(pairs, timed=False).latency is None
+    assert prediction_errors(pairs, pairs, timed=False).latency is None
+    assert (prediction_errors(pairs, pairs[1:2]).latency, prediction_errors(pairs, []).memory) == (1, None)
 
 
 def found(removed: int, mix: str, kl: list[float], **values: Any) -> Found:
@@ -173,9 +174,17 @@ def test_the_reason_names_the_rival():
         cut_only, [cut_only], smallest, limits
     )
     plain = found(0, "Q2_K", [1.4, 1.5], size=78_000_000)
-    assert "better than the best plain file" in reason(cut_only, [cut_only, plain], smallest, limits)
-    told = reason(plain, [cut_only, plain], smallest, limits)
-    assert told.startswith("Do not cut. Within --size 80.0 MB, the unpruned model as Q2_K (78.0 MB, KL 1.45)")
+    told = reason(cut_only, [cut_only, plain], smallest, limits)
+    assert told.endswith("the best that was measured; the best without a cut, Q2_K (78.0 MB, KL 1.45), is worse.")
+    better = found(0, "IQ4_XS", [0.4, 0.3], size=79_500_000)
+    told = reason(better, [cut_only, plain, better], smallest, limits)
+    assert told == (
+        "Do not cut. Within --size 80.0 MB, the unpruned model as IQ4_XS (79.5 MB, KL 0.35) was the best that was "
+        "measured; the best with a cut, Q4_0, 6 blocks cut (79.0 MB, KL 0.85)."
+    )
+    told = reason(plain, [cut_only, plain], smallest, limits)  # they cannot be told apart
+    assert "Q2_K (78.0 MB, KL 1.45) changes the model least of those that cannot be told from the best on" in told
+    assert told.endswith("these rows, Q4_0, 6 blocks cut (79.0 MB, KL 0.85).")
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,26 @@ def test_runtimes_that_count_the_machines_cores_are_told_fewer(monkeypatch, held
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(held)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert machine.threads_of(asked) == threads
+
+
+def test_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch):
+    from compress.core.machine import short_spins, spin_briefly
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    spin_briefly()
+    with short_spins():
+        assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    with short_spins():
+        assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert "GOMP_SPINCOUNT" not in os.environ
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_the_command_line_says_so_before_anything_is_loaded():
+    code = "import sys; from compress.cli.main import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+    code += "import os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    without = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=without)
+    assert found.stdout.splitlines()[-1] == "1000 False"
