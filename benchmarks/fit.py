@@ -30,9 +30,9 @@ from compress.fit.damage import Damage
 from compress.fit.ledger import Ledger
 from compress.fit.measuring import CandidateBench
 from compress.fit.request import FitRequest, make_request
+from compress.modeling.cuts import cut
 from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_config, resolve
-from compress.prune.cuts import cut
 from compress.records.fit import FitCandidate, FitFigures, FitRecord
 from front import dithered
 

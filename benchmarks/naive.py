@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from compress.data.packing import Batch
 from compress.modeling.blocks import Decoder, without_blocks
+from compress.modeling.cuts import Cut, cut, gaps
 from compress.prune.cost import CHUNK
-from compress.prune.cuts import Cut, cut, gaps
 from compress.prune.moments import Moments, apply_map
 from compress.prune.scoring import Measure, next_tokens
 from torch import Tensor

@@ -28,14 +28,14 @@ from compress.core.files import read_text
 from compress.core.stage import Context, Inputs
 from compress.data.calibration import calibration_batches
 from compress.data.chat import encode_text
+from compress.data.repeated import read_twice
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.suite import Suite, TorchPlayer
 from compress.evaluation.tasks import choice_scores, read_questions, split_tokens
 from compress.modeling.blocks import Decoder, replaced, without_blocks
+from compress.modeling.cuts import Cut, describe, gaps
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.prune.config import PruneConfig
-from compress.prune.copying import read_twice
-from compress.prune.cuts import Cut, describe, gaps
 from compress.prune.healing import fit_gaps
 from compress.prune.heals.patch import patch_matrix
 from compress.prune.moments import apply_map

@@ -33,10 +33,10 @@ from compress.data.chat import Encoded, encode_text, special_tokens
 from compress.data.packing import pack
 from compress.data.sampling import Sampling, row_seed, sample
 from compress.modeling.blocks import Decoder
+from compress.modeling.cuts import Cut
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.prune import scoring
 from compress.prune.config import PruneConfig
-from compress.prune.cuts import Cut
 from compress.prune.heals.linear import LinearHeal
 from compress.prune.searches import choose
 from compress.prune.stage import candidate_blocks

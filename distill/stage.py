@@ -10,8 +10,10 @@ from ..core.stage import Context, Inputs
 from ..modeling.checkpoint import link_files
 from ..records.curves import CURVES
 from ..records.figures import DistillFigures
+from ..records.students import LocalFigures, StudentFigures
 from ..training.run import check, train_students
 from .config import DistillConfig
+from .local import localized
 from .variants import choose, plan_jobs, write_record
 
 __all__ = ["check", "run"]
@@ -21,8 +23,10 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     """Write `model/` (the recovered checkpoint) and `curves.jsonl` (a line per step and per measurement).
 
     With variants each has these two in `variants/NAME/`, the best one's are here as well, and `variants.json` has the
-    figures of all. A finished variant is not trained again. Several processes train together; rank 0 writes.
+    figures of all. A finished variant is not trained again. With `local` all start from what that phase has made.
+    Several processes train together; rank 0 writes.
     """
+    inputs, local = localized(config, inputs, out_dir, context)
     jobs = plan_jobs(config, out_dir, context)
     pending = context.group.share([job.name for job in jobs if job.figures is None])
     if pending:
@@ -31,12 +35,16 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
         return {}
     figures = {job.name: figures for job in jobs if (figures := job.figures) is not None}
     if config.variants is None:
-        return figures[""].model_dump()
+        return _record(figures[""], local=local)
     chosen = choose(config, {name: entry.best for name, entry in figures.items()})
     link_files(out_dir / "variants" / chosen / "model", out_dir / "model")
     shutil.copyfile(out_dir / "variants" / chosen / CURVES, out_dir / CURVES)
     write_record(config, jobs, figures, chosen, out_dir)
     context.progress.note(f"selected variant: {chosen} of {len(jobs)}")
     seconds = round(sum(entry.seconds_training for entry in figures.values()), 1)
-    own = figures[chosen].model_dump() | {"seconds_training": seconds, "chosen": chosen, "variants": figures}
-    return DistillFigures.model_validate(own).model_dump()
+    return _record(figures[chosen], local=local, seconds_training=seconds, chosen=chosen, variants=figures)
+
+
+def _record(figures: StudentFigures, *, local: list[LocalFigures], **beside: Any) -> dict[str, Any]:
+    phase = {"local": local} if local else {}
+    return DistillFigures.model_validate(figures.model_dump() | phase | beside).model_dump()

@@ -27,11 +27,11 @@ from ..export.sensitivity import collect_sensitivity, load_sensitivity, save_sen
 from ..export.sized import Chosen, GgufSizes
 from ..modeling.blocks import Decoder, drop_blocks, replaced, without_blocks
 from ..modeling.checkpoint import save_checkpoint
+from ..modeling.cuts import Cut
 from ..modeling.gguf_layout import Array, from_gguf
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.types import CausalModel
 from ..prune.config import Calibration, PruneConfig
-from ..prune.cuts import Cut
 from ..prune.healing import fit_gaps, heal
 from ..prune.heals.refit import RefitHeal
 from ..prune.searches import choose

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..evaluation.language import engine_divergences
 from ..export.gguf import write_gguf
-from ..prune.cuts import Cut
+from ..modeling.cuts import Cut
 from ..records.fit import FitFigures
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.measure import Measurement, measure

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core.stage import Progress
 from ..core.units import duration, megabytes, number
+from ..modeling.cuts import Cut, cut, describe
 from ..pipeline.plan import find_device
-from ..prune.cuts import Cut, cut, describe
 from ..records.fit import FitFigures
 from ..runtime.cost import kv_bytes_per_token
 from .candidates import Q8_CACHE, Combination, combinations

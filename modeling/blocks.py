@@ -153,6 +153,17 @@ class Decoder:
             return {p: factor * p.detach().double() for linear in modules for p in linear.parameters()}
         return {norm.weight: self._scaled_norm(norm, factor) for norm in modules}
 
+    def adds_scaled(self, block: int, other: Decoder, other_block: int) -> float:
+        """s where a block adds s times what another model's block adds, by the weights that attention ends in."""
+        new, old = (
+            decoder._adding(number)[0].weight.detach().float() + (0.0 if decoder.can_fuse_after_mlp else offset)
+            for decoder, number, offset in (
+                (self, block, self.family.norm_offset),
+                (other, other_block, other.family.norm_offset),
+            )
+        )
+        return float((new * old).sum() / old.square().sum())
+
     def hidden(self, **inputs: Any) -> Tensor:
         """Hidden states after the final norm, (B, T, H); no logits are computed."""
         return self.model.model(**inputs).last_hidden_state

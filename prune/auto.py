@@ -10,9 +10,9 @@ import torch
 
 from ..core.errors import UserError
 from ..modeling.blocks import Decoder, replaced, without_blocks
+from ..modeling.cuts import Cut, describe
 from ..records.importance import Candidate, CurvePoint
 from .config import Goal, PruneConfig
-from .cuts import Cut, describe
 from .healing import fit_gaps
 from .scoring import Scorer
 from .searches import choose

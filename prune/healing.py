@@ -10,9 +10,9 @@ from ..core.errors import UserError
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder, replaced
+from ..modeling.cuts import gaps
 from ..modeling.types import CausalModel
 from ..records.importance import Healing
-from .cuts import gaps
 from .heals import HELD_OUT, Heal, LeastSquares
 from .stream import Gap, Values
 

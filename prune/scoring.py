@@ -25,9 +25,9 @@ from ..core.errors import UserError
 from ..core.stage import Advance
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..modeling.cuts import Cut, gaps
 from ..modeling.linear import linear
 from .cost import CHUNK
-from .cuts import Cut, gaps
 from .moments import Moments, apply_map
 
 Measure = Literal["kl", "perplexity"]

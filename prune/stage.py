@@ -11,16 +11,16 @@ from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
 from ..data.calibration import calibration_batches
 from ..data.packing import Batch
+from ..data.repeated import read_twice
 from ..modeling.blocks import drop_blocks, dropped_since, kept_blocks
 from ..modeling.checkpoint import save_checkpoint
+from ..modeling.cuts import describe
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.types import CausalModel, ModelTokenizer
 from ..records.figures import PruneFigures
 from ..records.importance import Healing, Importance
 from .auto import decide
 from .config import PruneConfig
-from .copying import read_twice
-from .cuts import describe
 from .healing import heal
 from .importance import Distances
 from .searches import choose

@@ -12,9 +12,9 @@ from ..core.files import write_whole
 from ..core.stage import Progress
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..modeling.cuts import Cut, cut
 from ..modeling.types import CausalModel
 from ..records.importance import SearchNotes
-from .cuts import Cut, cut
 from .importance import Distances, scan
 from .moments import Moments
 from .scoring import Measure, Scorer

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..core.stage import Advance
+from ..modeling.cuts import Cut, cut, describe
 from ..records.importance import Round
 from .config import PruneConfig
 from .cost import RIDGES
-from .cuts import Cut, cut, describe
 from .metrics.angular import Angular
 from .metrics.influence import Influence
 from .scoring import Measure, Scorer

@@ -8,7 +8,7 @@ from .bundle import ArtifactEntry, FamilyEntry
 from .importance import Healing
 from .merge import Merged
 from .record import Entry, SparseEntry
-from .students import StudentFigures
+from .students import LocalFigures, StudentFigures
 
 
 class RewriteShares(Entry):
@@ -56,6 +56,7 @@ class DistillFigures(StudentFigures):
 
     chosen: str | None = None
     variants: dict[str, StudentFigures] = Field(default_factory=dict)
+    local: list[LocalFigures] = Field(default_factory=list)
 
 
 class SortedDepths(Entry):

@@ -46,6 +46,20 @@ class StudentFigures(SparseEntry):
     )
 
 
+class LocalFigures(Entry):
+    """What the local phase did at one gap; KL to the unpruned model in nats per token."""
+
+    first: int = Field(description="first dropped block of the gap, by its number in the unpruned model")
+    last: int = Field(description="last dropped block")
+    steps: int = Field(description="optimizer steps")
+    tokens: int = Field(description="tokens in the training rows")
+    kl_before: float = Field(description="held-out KL before")
+    kl_after: float = Field(description="held-out KL after")
+    repeated_before: float = Field(description="KL on repeated held-out text before")
+    repeated_after: float = Field(description="KL on repeated held-out text after")
+    kept: bool = Field(description="whether the result was kept; otherwise it was undone")
+
+
 class VariantName(Entry):
     """The settings in which one of several students differs from the others."""
 

@@ -15,8 +15,8 @@ from ...core.errors import UserError
 from ...core.registry import Method, Registry
 
 if TYPE_CHECKING:
+    from ...modeling.cuts import Cut
     from ..config import PruneConfig
-    from ..cuts import Cut
     from ..study import Study
 
 

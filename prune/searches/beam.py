@@ -14,8 +14,8 @@ from pydantic import Field
 from . import Scored
 
 if TYPE_CHECKING:
+    from ...modeling.cuts import Cut
     from ..config import PruneConfig
-    from ..cuts import Cut
     from ..study import Study
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from . import Scored
 
 if TYPE_CHECKING:
+    from ...modeling.cuts import Cut
     from ..config import PruneConfig
-    from ..cuts import Cut
     from ..study import Study
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..cuts import Cut, cut
+from ...modeling.cuts import Cut, cut
 from . import Search
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from compress.core.stage import Advance, Progress
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import Decoder, drop_blocks, replaced
+from compress.modeling.cuts import gaps
 from compress.modeling.load import load_model
-from compress.prune.cuts import gaps
 from compress.prune.hadamard import hadamard
 from compress.prune.healing import fit_gaps, heal
 from compress.prune.heals import Heal

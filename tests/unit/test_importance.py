@@ -14,10 +14,10 @@ from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import Decoder
+from compress.modeling.cuts import Cut
 from compress.modeling.families import FAMILIES
 from compress.modeling.load import load_model
 from compress.prune.config import PruneConfig
-from compress.prune.cuts import Cut
 from compress.prune.importance import Distances, boundaries, last_tokens, scan
 from compress.prune.searches import choose
 from compress.prune.study import Study

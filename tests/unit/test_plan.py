@@ -24,6 +24,7 @@ from compress.export.config import ExportConfig, GgufType, OnnxPrecision
 from compress.export.cost import rivals
 from compress.export.gguf import write_gguf
 from compress.merge.config import Dtype
+from compress.modeling.blocks import Decoder
 from compress.modeling.geometry import geometry_of
 from compress.modeling.load import load_config, load_model
 from compress.pipeline.plan import find_device, make_plan, parse_size, read_geometry, settings, smallest_change
@@ -117,6 +118,30 @@ def test_operations_of_training_are_torchs(tiny, kind):
     assert more is not None and more.flops - found.flops == forward(shape, 3, 64, 32)
     again = work(config.model_copy(update={"gradient_checkpointing": True}), at)
     assert again is not None and again.flops - found.flops == forward(shape, 3, 64, 32)
+
+
+def test_the_local_phase_costs_a_few_blocks(tiny):
+    """Each further epoch costs the trained blocks' operations, as torch counts them; the states are temporary."""
+    folder = tiny(blocks=6, hidden=128, heads=4, intermediate=256)
+    shape, cost = shape_of(folder), STAGES["distill"].cost
+    rows = rows_of(Recipe.load("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).data)
+    at = Setting(shape, 5, "float32", rows=rows)
+
+    def section(**local: Any) -> DistillConfig:
+        return DistillConfig.model_validate({"length": 64, "local": local or None})
+
+    first, second = (cost.work(section(reach=1, epochs=epochs), at) for epochs in (1, 2))
+    model = load_model(folder)
+    decoder, ids = Decoder(model), torch.arange(64)[None]
+    model.set_attn_implementation("eager")
+    hidden = torch.randn(1, 64, 128, requires_grad=True)
+    real = counted(lambda: decoder.run(hidden, [1, 2], ids).sum().backward())
+    pairs = 3 * 64 * 32 * 4 * 2 * shape.heads * shape.head_size
+    assert first is not None and second is not None
+    assert (second.flops - first.flops) / rows.tokens * 64 == pytest.approx(real - pairs, rel=0.01)
+    plain, local = cost.need(section(), at), cost.need(section(reach=1), at)
+    assert local.scratch - plain.scratch == rows.tokens * 128 * 3 * 2
+    assert cost.need(section(reach=2), at).peak >= local.peak >= plain.peak
 
 
 def test_adapters_are_pefts(tiny):

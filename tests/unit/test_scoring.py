@@ -16,8 +16,8 @@ from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.modeling.blocks import Decoder, without_blocks
+from compress.modeling.cuts import Cut, gaps
 from compress.modeling.load import load_model
-from compress.prune.cuts import Cut, gaps
 from compress.prune.moments import Moments
 from compress.prune.scoring import ROWS, SURE, Measure, Score, Scorer, behind
 from torch import Tensor

@@ -14,12 +14,12 @@ import torch
 from compress.core.errors import UserError
 from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
+from compress.data.repeated import read_twice
 from compress.modeling.blocks import without_blocks
+from compress.modeling.cuts import Cut, gaps
 from compress.modeling.load import load_model
 from compress.prune import searches
 from compress.prune.config import PruneConfig
-from compress.prune.copying import read_twice
-from compress.prune.cuts import Cut, gaps
 from compress.prune.importance import Distances
 from compress.prune.metrics import METRICS
 from compress.prune.metrics.kl import Kl

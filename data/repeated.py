@@ -7,10 +7,13 @@ predicts every token with near certainty; a cut that cannot copy does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..data.packing import Batch
+import torch
+from torch import Tensor
+
+from .packing import Batch
 
 
 def read_twice(batches: Sequence[Batch], share: float) -> list[Batch]:
@@ -23,9 +26,24 @@ def read_twice(batches: Sequence[Batch], share: float) -> list[Batch]:
             number += 1
             if int(number * share) == int((number - 1) * share):
                 continue
-            for segment in range(int(segments.max()) + 1):
-                places = (segments == segment).nonzero().flatten()
+            for places in _segments(segments):
                 half = len(places) // 2
                 ids[row, places[half : 2 * half]] = ids[row, places[:half]]
         repeated.append(replace(batch, input_ids=ids))
     return repeated
+
+
+def repeated_halves(batch: Batch) -> Tensor:
+    """(B, T) bool: the second half of each segment, which `read_twice` fills with the first."""
+    mask = torch.zeros_like(batch.loss_mask)
+    for row, segments in enumerate(batch.segment_ids):
+        for places in _segments(segments):
+            half = len(places) // 2
+            mask[row, places[half : 2 * half]] = True
+    return mask
+
+
+def _segments(segments: Tensor) -> Iterator[Tensor]:
+    """The places (n,) of each segment of a packed row."""
+    for segment in range(int(segments.max()) + 1):
+        yield (segments == segment).nonzero().flatten()
