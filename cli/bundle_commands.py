@@ -81,8 +81,11 @@ def generate(
     text = read_standard_input() if prompt == "-" else prompt
     budget = options.budget(bundle)
     tokens = len(text) // 3 + max_tokens
-    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget)
-    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft, "kv_budget": budget}
+    fixed, deepest = _depth(
+        bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget, options.kv_type
+    )
+    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft}
+    where |= {"kv_budget": budget, "kv_type": options.kv_type}
     with Session(bundle, engine, kind, **where) as session:
         settings = Settings(
             max_tokens=max_tokens,
@@ -138,11 +141,15 @@ def chat(
 
     check_text(system, "--system")
     budget = options.budget(bundle)
-    fixed, deepest = _depth(bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget)
+    fixed, deepest = _depth(
+        bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget, options.kv_type
+    )
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    with Session(bundle, engine, kind, threads=threads, context=context, deepest=deepest, kv_budget=budget) as session:
+    where = {"threads": threads, "context": context, "deepest": deepest}
+    where |= {"kv_budget": budget, "kv_type": options.kv_type}
+    with Session(bundle, engine, kind, **where) as session:
         shown = ", ".join(map(str, session.depths))
         errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
         errors.print("/depth N switches depth, /reset clears the conversation, /exit or Ctrl-D ends", style="dim")
@@ -242,6 +249,7 @@ def bench(
             draft_tokens=draft_tokens,
             threads=threads,
             kv_budget=options.budget(bundle),
+            kv_type=options.kv_type,
             on_progress=CallbackProgress(lambda event: status.update(event.note)),
         )
     if as_json:
@@ -299,6 +307,7 @@ def _depth(
     tokens: int,
     threads: int,
     kv: KvBudget | None,
+    kv_type: str | None,
 ) -> tuple[int | None, int | None]:
     """(the depth to run, the greatest to load); with auto, measured for a text of about `tokens`."""
     limited = latency_ms is not None or memory_mb is not None
@@ -326,6 +335,7 @@ def _depth(
             repeat=2,
             threads=threads,
             kv=kv,
+            kv_type=kv_type,
         )
     errors.print(
         f"depth {choice.depth}: {choice.latency_ms:.1f} ms per token, {choice.peak_memory_bytes / 1e6:.0f} MB",

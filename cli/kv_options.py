@@ -1,4 +1,4 @@
-"""The command-line options of a KV budget, for every command that runs a bundle."""
+"""The command-line options of the KV cache, for every command that runs a bundle."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ PositionsOption = Annotated[
 EvictDecodingOption = Annotated[
     bool, typer.Option("--kv-evict-decoding", help="Also evict while generating, to at most budget + local entries.")
 ]
+KvTypeOption = Annotated[
+    str | None,
+    typer.Option("--kv-type", help="llama.cpp: f16 (default), or q8_0: keys and values in about half the memory."),
+]
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class KvOptions:
     kv_policy: PolicyOption = None
     kv_positions: PositionsOption = None
     kv_evict_decoding: EvictDecodingOption = False
+    kv_type: KvTypeOption = None
 
     def budget(self, bundle: Path) -> KvBudget | None:
-        """The KV budget they describe; None without --kv-budget. `UserError` for the other options without it."""
+        """The KV budget they describe; None without --kv-budget. `UserError` for the budget's other options without
+        it."""
         how = {
             "chunk": self.kv_chunk,
             "stabilizers": self.kv_stabilizers,

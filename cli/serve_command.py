@@ -47,7 +47,8 @@ def serve(
     budget = options.budget(bundle)
     with listen(host, port) as listening:
         try:
-            with Session(bundle, engine, kind, threads=threads, context=context, kv_budget=budget) as session:
+            where = {"threads": threads, "context": context, "kv_budget": budget, "kv_type": options.kv_type}
+            with Session(bundle, engine, kind, **where) as session:
                 if depth is not None:
                     check_depth(depth, session.depths)
                 if not is_loopback(listening):

@@ -61,7 +61,7 @@ class CandidateBench:
         damage = self.damage
         longest = max(len(row.input_ids) for row in damage.held_out)
         with (
-            LlamaCppEngine(file, context=longest, cache=cache) as engine,
+            LlamaCppEngine(file, context=longest, kv_type=cache) as engine,
             damage.context.progress.bar(label, damage.positions) as advance,
         ):
             top_k = listed(damage.reference.shape[1])
@@ -72,7 +72,9 @@ class CandidateBench:
         context = self.request.limits.context
         prompt = max(min(effort.prompt, context - effort.answer), 1)
         new = max(min(effort.answer, context - 1), 1)
-        return measure(file, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, context=context, slots=1, cache=cache)
+        return measure(
+            file, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, context=context, slots=1, kv_type=cache
+        )
 
 
 def standard_error(values: list[float]) -> float:

@@ -65,7 +65,8 @@ def _remarks(candidate: Combination) -> list[str]:
         found.append("Healed only, as it was measured: a `distill` section wins more back.")
     if candidate.cache == Q8_CACHE:
         found.append(
-            "Run the file with an 8-bit cache: llama-server --flash-attn on --cache-type-k q8_0 --cache-type-v q8_0"
+            "Run it with an 8-bit cache: compress generate BUNDLE --kv-type q8_0, or llama-server --flash-attn on "
+            "--cache-type-k q8_0 --cache-type-v q8_0"
         )
     return found
 

@@ -13,8 +13,10 @@ from ..core.extras import REPORT, need
 from ..core.files import write_whole
 from ..kv.settings import KvBudget, choose_budget
 from ..records.bundle import BundleManifest
+from ..runtime.artifact_types import GGUF_CACHE
 from ..runtime.bench import DepthFigures, DraftFigures
 from ..runtime.bundle import read_bundle
+from ..runtime.cost import held_as
 from .places import check_file_place
 from .progress import OnProgress, as_progress
 from .report.collect import BENCH
@@ -67,6 +69,9 @@ class BenchReport(_Figures):
     depths: list[BenchDepth] = Field(description="figures per engine, type and depth")
     drafts: list[BenchDraft] = Field(description="figures per draft depth, with --speculate")
     kv: KvBudget | None = Field(default=None, description="settings of the bounded KV cache; null without --kv-budget")
+    kv_type: str | None = Field(
+        default=None, description="how llama.cpp held keys and values, with --kv-type; null: each artifact its own way"
+    )
     stage: str | None = Field(
         default=None, description="in a run's bench.json: folder of the export stage with the bundle"
     )
@@ -84,15 +89,17 @@ def bench(
     draft_tokens: int = 4,
     threads: int = 0,
     kv_budget: int | KvBudget | None = None,
+    kv_type: str | None = None,
     on_progress: OnProgress = None,
 ) -> BenchReport:
     """Time every depth of a bundle in every engine and type, or the ones named, each in a process of its own.
 
     The best of `repeat` runs counts. `speculate` also measures each shallower depth as a draft for the deepest,
-    `draft_tokens` at a time. `kv_budget` bounds the KV cache, as for a `Session`. Raises `UserError` for engines and
-    types that the bundle lacks.
+    `draft_tokens` at a time. `kv_budget` bounds the KV cache and `kv_type` is how llama.cpp holds it, as for a
+    `Session`. Raises `UserError` for engines and types that the bundle lacks.
     """
     from ..runtime.bench import measure_all, measure_draft
+    from ..runtime.session import choose_engine
 
     if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
         raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
@@ -102,10 +109,11 @@ def bench(
         raise UserError("--speculate cannot be combined with --kv-budget: leave one of them out")
     measured = measure_all(
         bundle,
-        engine or (None if budget is None else "onnx"),
+        choose_engine(engine, budget, kv_type),
         type,
         done=lambda f: progress.note(f"measured {f.engine} {f.type} at depth {f.depth}"),
         kv=budget,
+        kv_type=kv_type,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeat=repeat,
@@ -116,25 +124,29 @@ def bench(
         same = [f.depth for f in measured if (f.engine, f.type) == (figures.engine, figures.type)]
         if figures.depth < max(same):
             progress.note(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
-            how = {"draft_tokens": draft_tokens, "new_tokens": new_tokens, "threads": threads}
+            how = {"draft_tokens": draft_tokens, "new_tokens": new_tokens, "threads": threads, "kv_type": kv_type}
             drafts.append(measure_draft(bundle, figures.engine, figures.type, figures.depth, **how))
     manifest = read_bundle(bundle)
     return BenchReport(
         name=manifest.name,
-        depths=_with_quality(manifest, measured),
+        depths=_with_quality(manifest, measured, kv_type),
         drafts=[BenchDraft(**asdict(draft)) for draft in drafts],
         kv=budget,
+        kv_type=kv_type,
     )
 
 
-def _with_quality(manifest: BundleManifest, found: list[DepthFigures]) -> list[BenchDepth]:
-    """The figures with the quality that the bundle's verification measured."""
+def _with_quality(manifest: BundleManifest, found: list[DepthFigures], kv_type: str | None) -> list[BenchDepth]:
+    """The figures with the quality that the bundle's verification measured, in the artifact's own type of cache."""
     artifacts = {(ENGINES[a.format], a.type, a.depth): a for a in manifest.artifacts}
     entries = []
     for figures in found:
         artifact = artifacts[figures.engine, figures.type, figures.depth]
+        held = artifact.kv_bytes_per_token
+        if held is not None and kv_type is not None:
+            held = held_as(held, GGUF_CACHE, kv_type)
         known = {"role": artifact.role, "perplexity": artifact.verification.perplexity}
-        entries.append(BenchDepth(**known, kv_bytes_per_token=artifact.kv_bytes_per_token, **asdict(figures)))
+        entries.append(BenchDepth(**known, kv_bytes_per_token=held, **asdict(figures)))
     return entries
 
 
@@ -162,11 +174,12 @@ def keep_in_run(report: BenchReport, bundle: Path, note: Callable[[str], None]) 
     """Add the figures to the report of the run that the bundle belongs to, if it does; returns the files written.
 
     If the report cannot be drawn here, `note` gets the reason, and the figures are saved nevertheless. With a KV budget
-    nothing is written: the run's report plots speed against quality, which a budget changes.
+    or another type of keys and values nothing is written: the run's report plots speed against quality, which they
+    change.
     """
     stage = bundle.resolve().parent
     run = stage.parent
-    if report.kv is not None or not (run / LAST).is_file():
+    if report.kv is not None or report.kv_type is not None or not (run / LAST).is_file():
         return []
     write_whole(run / BENCH, as_text(report.model_copy(update={"stage": stage.name})))
     try:

@@ -74,5 +74,6 @@ ARTIFACT_TYPES = GGUF_TYPES | ONNX_TYPES
 # Bytes of one number of the keys and values that a runtime holds, by the cache's type: ONNX's float32 and int8, and
 # llama.cpp's own names. q8_0 has blocks of 32 with a scale in half precision.
 CACHE_BYTES = {"float32": 4.0, "int8": 1.0, "f16": 2.0, "q8_0": 34 / 32}
-ONNX_CACHES = ("float32", "int8")
-GGUF_CACHE = "f16"
+ONNX_CACHES = ("float32", "int8")  # chosen at export: `export.kv`
+GGUF_CACHES = ("f16", "q8_0")  # chosen when a file is opened: `--kv-type`
+GGUF_CACHE = GGUF_CACHES[0]

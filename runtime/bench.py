@@ -13,7 +13,7 @@ from ..kv.settings import KvBudget
 from .bundle import read_bundle
 from .generator import Request, RequestWork
 from .measure import answer, in_own_process, peak_memory
-from .session import Session, Settings, choose_artifact, depth_artifacts
+from .session import Session, Settings, choose_artifact, choose_engine, depth_artifacts
 
 # Prompts for measuring drafts. Acceptance depends on the text; speed without a draft does not.
 PROMPTS = (
@@ -70,14 +70,15 @@ def measure_depth(
     repeat: int = 1,
     threads: int = 0,
     kv: KvBudget | None = None,
+    kv_type: str | None = None,
 ) -> DepthFigures:
     """Open the bundle in a fresh process at this depth only and time it; the best repetition counts.
 
-    `kv` bounds the cache.
+    `kv` bounds the cache, `kv_type` is how llama.cpp holds keys and values.
     """
     settings = {"engine": engine, "kind": kind, "depth": depth, "threads": threads}
     settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
-    settings |= {"kv": None if kv is None else asdict(kv)}
+    settings |= {"kv": None if kv is None else asdict(kv), "kv_type": kv_type}
     return DepthFigures(**in_own_process(__name__, bundle, settings))
 
 
@@ -90,10 +91,11 @@ def measure_draft(
     draft_tokens: int = 4,
     new_tokens: int = 64,
     threads: int = 0,
+    kv_type: str | None = None,
 ) -> DraftFigures:
     """Write answers to `PROMPTS` at the greatest depth in a fresh process, without and with a draft."""
     settings = {"engine": engine, "kind": kind, "draft_depth": draft_depth, "draft_tokens": draft_tokens}
-    settings |= {"new_tokens": new_tokens, "threads": threads}
+    settings |= {"new_tokens": new_tokens, "threads": threads, "kv_type": kv_type}
     return DraftFigures(**in_own_process(__name__, bundle, settings))
 
 
@@ -134,8 +136,7 @@ def choose_depth(
     if latency_ms is None and memory_bytes is None:
         raise UserError("--depth auto needs a limit to choose by: --latency-ms, --memory-mb, or both")
     manifest = read_bundle(bundle)
-    if settings.get("kv") is not None:
-        engine = engine or "onnx"  # as a session does
+    engine = choose_engine(engine, settings.get("kv"), settings.get("kv_type"))  # as a session does
     engine, kind = choose_artifact(manifest, engine, kind)
     tried = []
     for depth in reversed(depth_artifacts(manifest, engine, kind)):
@@ -156,7 +157,7 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     where = {"threads": values["threads"], "context": prompt_tokens + new_tokens + 8, "deepest": values["depth"]}
     kv = None if values["kv"] is None else KvBudget(**values["kv"])
-    with Session(bundle, values["engine"], values["kind"], kv_budget=kv, **where) as session:
+    with Session(bundle, values["engine"], values["kind"], kv_budget=kv, kv_type=values["kv_type"], **where) as session:
         prompt_tokens = min(prompt_tokens, session.context - new_tokens)
         if prompt_tokens < 1:
             raise UserError(f"{new_tokens} new tokens leave no room for a prompt in a context of {session.context}")
@@ -196,7 +197,8 @@ def _clock(session: Session, request: Request, work: RequestWork | None = None) 
 
 def _time_draft(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     context = 1024
-    with Session(bundle, values["engine"], values["kind"], threads=values["threads"], context=context) as session:
+    where = {"threads": values["threads"], "context": context, "kv_type": values["kv_type"]}
+    with Session(bundle, values["engine"], values["kind"], **where) as session:
         depth, new_tokens = session.depths[-1], values["new_tokens"]
         plain = Settings(max_tokens=new_tokens)
         prompts = [session.prompt([{"role": "user", "content": text}]) for text in PROMPTS]

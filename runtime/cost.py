@@ -25,6 +25,11 @@ def kv_bytes_per_token(shape: Geometry, depth: int, cache: str) -> int:
     return round(shape.kv_bytes(1, 1, depth) * CACHE_BYTES[cache])
 
 
+def held_as(kv_bytes: int, cache: str, kv_type: str) -> int:
+    """Bytes of keys and values that take `kv_bytes` in a cache of one type, in one of another."""
+    return round(kv_bytes * CACHE_BYTES[kv_type] / CACHE_BYTES[cache])
+
+
 def cache_type(kind: str, onnx_cache: str) -> str:
     """The type of an artifact's cache, where ONNX's is `onnx_cache`."""
     return onnx_cache if kind in ONNX_TYPES else GGUF_CACHE

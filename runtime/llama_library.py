@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 from ..core.errors import UserError
 from ..core.extras import install, package_folder
 from ..core.machine import short_spins
+from .artifact_types import GGUF_CACHE
 
 EXTRA = install("llama-kv")
 NORM_ROPE = 0  # llama_rope_type of models that rotate adjacent pairs; their query and key rows are reordered for it
 _F32, _F16 = 0, 1  # ggml_type
+_KV_TYPES = {"f16": _F16, "q8_0": 8}
+_FLASH = 1  # llama_flash_attn_type: on, which values in blocks need
 _WARN = 3  # ggml_log_level; errors are 4
 _EVAL = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 _LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
@@ -225,7 +228,15 @@ class Cache:
     `decode` re-raises whatever the observer raises.
     """
 
-    def __init__(self, model: LlamaModel, cells: int, batch: int, threads: int, observer: Observer | None):
+    def __init__(
+        self,
+        model: LlamaModel,
+        cells: int,
+        batch: int,
+        threads: int,
+        observer: Observer | None,
+        kv_type: str = GGUF_CACHE,
+    ):
         self.model, self._library, self.batch = model, model.library, batch
         self._observer, self._error = observer, None
         self._operations: dict[int, str] = {}
@@ -233,6 +244,9 @@ class Cache:
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_outputs_max = cells, batch, batch, 1
         params.n_threads = params.n_threads_batch = threads
+        if kv_type != GGUF_CACHE:
+            params.type_k = params.type_v = _KV_TYPES[kv_type]
+            params.flash_attention = _FLASH
         if observer is not None:
             params.cb_eval = self._callback = _EVAL(self._evaluated)  # kept: C holds a bare pointer to it
         self.handle = llama.llama_init_from_model(model.handle, params)

@@ -20,9 +20,10 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
 from ..core.machine import cores
+from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import SMALLEST, Distribution, Engine, ScoringWindow, Speed
-from .llamacpp_server import SEEDS, checked, open_server, post
+from .llamacpp_server import SEEDS, check_kv_type, checked, open_server, post
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
@@ -36,8 +37,8 @@ DRAFTED_STEPS = (1, 8, 32)  # where a draft model guesses ahead: it stops at the
 class LlamaCppEngine(Engine):
     """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
-    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation. `cache` is
-    the type of keys and values: f16, or q8_0 at half the memory.
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation. `kv_type`
+    is the type of keys and values: f16, or q8_0 in about half the memory.
     Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
     """
 
@@ -51,7 +52,7 @@ class LlamaCppEngine(Engine):
         slots: int = SLOTS,
         draft: Path | None = None,
         draft_tokens: int = 4,
-        cache: str = "f16",
+        kv_type: str = GGUF_CACHE,
     ):
         self.path = Path(file)
         split_files(self.path)  # raises for a missing part; llama.cpp finds the parts by itself
@@ -61,6 +62,7 @@ class LlamaCppEngine(Engine):
         vocabulary = header.get("tokenizer.ggml.tokens")
         if not isinstance(trained, int) or not isinstance(vocabulary, int):
             raise UserError(f"{self.path} is not a language model: its header names no context length or vocabulary")
+        check_kv_type(kv_type, header, self.path)
         self._vocabulary = vocabulary
         self.context = min(context, trained)
         self._slots = slots
@@ -68,7 +70,7 @@ class LlamaCppEngine(Engine):
         threads = threads or cores()
         # One more token: the server needs room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
-        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens, cache)
+        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens, kv_type)
 
     def score(
         self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import UserError
+from .artifact_types import GGUF_CACHE
 from .generator import Generator, Request, RequestWork, Tokens
 from .llamacpp_engine import LlamaCppEngine
 
 
 class LlamaCppGenerator(Generator):
-    """`files` maps depths to GGUF files. A depth is opened when first requested, and stays open.
+    """`files` maps depths to GGUF files. A depth is opened when first requested, and stays open. `kv_type` is the type
+    of keys and values.
 
     llama.cpp has no way to stop at a depth, so each has a cache of its own. It maps files into memory: what the files
     of two depths share on disk they also share in memory, except matrices that it repacks for the CPU.
@@ -20,9 +22,9 @@ class LlamaCppGenerator(Generator):
 
     runtime = "llama.cpp"
 
-    def __init__(self, files: Mapping[int, Path], threads: int = 0, context: int = 4096):
+    def __init__(self, files: Mapping[int, Path], threads: int = 0, context: int = 4096, kv_type: str = GGUF_CACHE):
         self.depths = tuple(sorted(files))
-        self._files, self._threads, self._wanted = files, threads, context
+        self._files, self._threads, self._wanted, self._kv_type = files, threads, context, kv_type
         self._engines: dict[tuple[int, int | None, int], LlamaCppEngine] = {}
         self._lock = threading.Lock()
         self.context = self._engine(self.depths[-1]).context
@@ -32,7 +34,7 @@ class LlamaCppGenerator(Generator):
         if key not in self._engines:
             draft_file = None if draft is None else self._files[draft]
             self._engines[key] = LlamaCppEngine(
-                self._files[depth], self._threads, self._wanted, 1, draft_file, draft_tokens
+                self._files[depth], self._threads, self._wanted, 1, draft_file, draft_tokens, self._kv_type
             )
         return self._engines[key]
 

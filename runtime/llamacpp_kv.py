@@ -22,9 +22,11 @@ from ..kv.policy import Floats, check_needs
 from ..kv.settings import KvBudget
 from ..kv.steps import most_held, read_in_steps, steps
 from ..kv.tokens import HeldTokens
+from .artifact_types import GGUF_CACHE
 from .engine import pick
 from .generator import Generator, Request, RequestWork, Tokens
 from .llama_library import Cache, LlamaModel
+from .llamacpp_server import check_kv_type
 
 BATCH = 512  # maximum tokens per forward pass; a chunk may take several
 _PARTS = {b"Qcur": 0, b"Kcur": 1, b"Vcur": 2, b"wqkv": 3}  # wqkv: Phi-3's, all three in one
@@ -112,7 +114,7 @@ def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArra
 
 class LlamaCppKvGenerator(Generator):
     """`files` maps depths to GGUF files, of which one is open at a time. `heads` is the bundle's `heads.gguf`, read if
-    the policy needs it.
+    the policy needs it. `kv_type` is the type of keys and values.
 
     The cache's memory depends on `limits` and the tokens to generate, not on the prompt. A text that extends the
     previous one continues from it; any other is read from the start, because dropped tokens cannot be restored.
@@ -120,7 +122,9 @@ class LlamaCppKvGenerator(Generator):
 
     runtime = "llama.cpp"
 
-    def __init__(self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0):
+    def __init__(
+        self, files: Mapping[int, Path], heads: Path, limits: KvBudget, threads: int = 0, kv_type: str = GGUF_CACHE
+    ):
         if limits.positions != "true":
             raise UserError(
                 f"llama.cpp supports a KV budget with true positions only, not {limits.positions}: use the onnx engine"
@@ -129,7 +133,7 @@ class LlamaCppKvGenerator(Generator):
         check_needs(self._policy, {"heads"}, "llama.cpp")
         self.depths = tuple(sorted(files))
         self._files, self._heads, self.limits = files, heads, limits
-        self._threads = threads or cores()
+        self._threads, self._kv_type = threads or cores(), kv_type
         self._lock = threading.Lock()
         self._depth = self._kv_heads = 0  # of the open model
         self._model: LlamaModel | None = None
@@ -144,8 +148,9 @@ class LlamaCppKvGenerator(Generator):
             self.close()
             file = self._files[depth]
             split_files(file)  # raises for a missing part; llama.cpp finds the parts by itself
-            model = self._model = LlamaModel(file)
             header = read_header(file)
+            check_kv_type(self._kv_type, header, file)
+            model = self._model = LlamaModel(file)
             if "heads" in self._policy.needs:
                 self._scorer = TokenScorer(self._heads, header, depth, model.pairs_adjacent)
             self._depth, self._kv_heads = depth, _kv_heads(header)
@@ -165,7 +170,7 @@ class LlamaCppKvGenerator(Generator):
             self._cache = None
         if self._cache is None:
             batch = min(BATCH, max(self.limits.chunk, self.limits.local))
-            self._cache = Cache(model, cells, batch, self._threads, scorer)
+            self._cache = Cache(model, cells, batch, self._threads, scorer, self._kv_type)
         self._cache.clear()
         held = HeldTokens(self._policy, self._depth, self._kv_heads)
         self._text = LlamaCppText(self._cache, scorer, held, self.limits)

@@ -7,15 +7,18 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..core.errors import UserError
 from ..core.machine import short_spins
+from ..core.suggest import did_you_mean
+from .artifact_types import GGUF_CACHE, GGUF_CACHES
 
 LOG_SECONDS = 5  # to wait for llama.cpp's message on why it cannot load a file
-CACHES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}  # keys and values; q8_0 needs heads of a multiple of 32
+BLOCK = 32  # numbers of a block of q8_0
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
@@ -26,12 +29,13 @@ def open_server(
     context: int,
     draft: Path | None = None,
     draft_tokens: int = 4,
-    cache: str = "f16",
+    kv_type: str = GGUF_CACHE,
 ) -> Any:
     """A ready `xllamacpp.Server` on `file`, with `slots` slots of `context` tokens each.
 
-    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time; `cache` is the type of keys
-    and values, one of `CACHES`. Raises `UserError`, with llama.cpp's own reason, where a file is missing or broken.
+    `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time; `kv_type` is the type of keys
+    and values, one of `GGUF_CACHES`. Raises `UserError`, with llama.cpp's own reason, where a file is missing or
+    broken.
     """
     xllamacpp = _import()
     parameters = xllamacpp.CommonParams()
@@ -39,8 +43,9 @@ def open_server(
     parameters.n_ctx = context * slots
     parameters.n_parallel = slots
     parameters.kv_unified = False
-    if cache != "f16":
-        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type[CACHES[cache]]
+    if kv_type != GGUF_CACHE:
+        kind = xllamacpp.ggml_type[f"GGML_TYPE_{kv_type.upper()}"]
+        parameters.cache_type_k = parameters.cache_type_v = kind
     parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
     parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
     parameters.fit_params = False
@@ -65,6 +70,22 @@ def open_server(
     # A server that is closed before its loop has started waits for it forever; an answer shows that it runs.
     checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
     return server
+
+
+def check_kv_type(kv_type: str, header: Mapping[str, Any], file: Path) -> None:
+    """`UserError` unless llama.cpp can hold a model's keys and values so; `header` is its file's."""
+    if kv_type not in GGUF_CACHES:
+        raise UserError(
+            f"--kv-type {kv_type}: llama.cpp holds keys and values as {' or '.join(GGUF_CACHES)}"
+            f"{did_you_mean(kv_type, GGUF_CACHES)}"
+        )
+    name = header.get("general.architecture")
+    heads, width = header.get(f"{name}.attention.head_count"), header.get(f"{name}.embedding_length")
+    size = header.get(f"{name}.attention.key_length", width // heads if heads and width else 0)
+    if kv_type != GGUF_CACHE and size % BLOCK:
+        raise UserError(
+            f"--kv-type {kv_type}: its blocks are of {BLOCK} numbers, and the heads of {file} have {size}; leave it out"
+        )
 
 
 def post(server: Any, path: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import Speed
 from .open import open_engine
@@ -35,16 +36,15 @@ def measure(
     runtime: str | None = None,
     context: int = 0,
     slots: int = SLOTS,
-    cache: str = "f16",
+    kv_type: str = GGUF_CACHE,
 ) -> Measurement:
     """Open the artifact in a fresh process and time it; the best repetition counts.
 
-    llama.cpp allocates a cache of the type `cache` for `slots` texts of `context` tokens; 0: as long as the prompt and
-    what is written.
-    Raises `UserError` as `open_engine` does.
+    llama.cpp allocates a cache of the type `kv_type` for `slots` texts of `context` tokens; 0: as long as the prompt
+    and what is written. Raises `UserError` as `open_engine` does.
     """
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
-    settings |= {"threads": threads, "runtime": runtime, "context": context, "slots": slots, "cache": cache}
+    settings |= {"threads": threads, "runtime": runtime, "context": context, "slots": slots, "kv_type": kv_type}
     values = in_own_process(__name__, path, settings)
     return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
 
@@ -75,7 +75,7 @@ def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
 def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     context = max(values["context"], values["prompt_tokens"] + values["new_tokens"] + 8)
-    how = {"slots": values["slots"], "cache": values["cache"]}
+    how = {"slots": values["slots"], "kv_type": values["kv_type"]}
     with open_engine(path, values["threads"], context, values["runtime"], **how) as engine:
         loaded = time.perf_counter() - started
         turns = [engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
+from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import Engine
 
@@ -16,18 +17,18 @@ def open_engine(
     runtime: str | None = None,
     *,
     slots: int = SLOTS,
-    cache: str = "f16",
+    kv_type: str = GGUF_CACHE,
 ) -> Engine:
     """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
 
     `context` is the longest text for llama.cpp, which allocates its cache in advance, for `slots` texts at a time and
-    in the type `cache`.
+    in the type `kv_type`.
     """
     path = Path(path)
     if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):
         from .llamacpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine(path, threads, context, slots, cache=cache)
+        return LlamaCppEngine(path, threads, context, slots, kv_type=kv_type)
     if path.is_dir() and runtime in (None, "onnxruntime"):
         from .onnx_engine import OnnxEngine
 

@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.suggest import did_you_mean
 from ..kv.settings import FOLDER, GGUF, KvBudget, choose_budget
 from ..records.bundle import ArtifactEntry, BundleManifest
+from .artifact_types import GGUF_CACHE
 from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, RequestWork, check_depth
@@ -88,7 +89,8 @@ class Session:
     Depths greater than `deepest` are not loaded. `draft` names another bundle whose deepest model drafts (onnx only).
     `depth` is used by requests that name none (default: the deepest). `kv_budget` bounds the cache, so that texts of
     any length take the same memory: the number of keys and values per block and KV head, or a `KvBudget` with more
-    settings; `engine` None is then onnx.
+    settings; `engine` None is then onnx. `kv_type` is how llama.cpp holds keys and values: f16, or q8_0 in about half
+    the memory; `engine` None is then llama.cpp.
 
     >>> with Session("bundle", depth=18, kv_budget=1024) as session:
     ...     print(session.generate("Why is the sky blue?", max_tokens=64).text)
@@ -108,13 +110,13 @@ class Session:
         deepest: int | None = None,
         draft: Path | None = None,
         kv_budget: int | KvBudget | None = None,
+        kv_type: str | None = None,
     ):
         self.path = Path(bundle)
         self.manifest = read_bundle(self.path)
         self.kv = choose_budget(self.path, kv_budget) if isinstance(kv_budget, int) else kv_budget
-        if self.kv is not None and engine is None:
-            engine = "onnx"
-        self.engine, self.kind = choose_artifact(self.manifest, engine, kind)
+        self.engine, self.kind = choose_artifact(self.manifest, choose_engine(engine, self.kv, kv_type), kind)
+        self.kv_type = kv_type
         artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
         if deepest is not None:
             check_depth(deepest, tuple(artifacts))
@@ -137,9 +139,10 @@ class Session:
             if draft is not None:
                 raise UserError("only the onnx engine can draft with another bundle; for llama.cpp give a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
+            held = self.kv_type or GGUF_CACHE
             if self.kv is not None:
-                return LlamaCppKvGenerator(files, self.path / FOLDER / GGUF, self.kv, threads)
-            return LlamaCppGenerator(files, threads, context)
+                return LlamaCppKvGenerator(files, self.path / FOLDER / GGUF, self.kv, threads, held)
+            return LlamaCppGenerator(files, threads, context, held)
         from .onnx_generator import BoundedGenerator, OnnxGenerator
 
         # The graph of the deepest model holds all others.
@@ -278,6 +281,19 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def choose_engine(engine: str | None, kv: KvBudget | None, kv_type: str | None) -> str | None:
+    """The engine that was asked for, else the one that the cache's settings need, or None. `UserError` for a type of
+    keys and values in an engine that has no choice of it."""
+    if kv_type is None:
+        return engine or (None if kv is None else "onnx")
+    if engine not in (None, "llama.cpp"):
+        raise UserError(
+            "--kv-type is for llama.cpp; an ONNX artifact's keys and values are as it was exported (kv: int8): leave "
+            "it out, or add --engine llama.cpp"
+        )
+    return "llama.cpp"
 
 
 def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | None) -> tuple[str, str]:

@@ -44,6 +44,7 @@ COVERED = {
     "compress generate *--engine llama.cpp --kv-budget*": "tests/integration/test_llamacpp_kv.py",
     "compress generate *--kv-budget 1024 --prompt*": "tests/integration/test_kv_bundle.py",
     "compress generate *--kv-positions contiguous*": "tests/integration/test_kv_bundle.py",
+    "compress generate *--kv-type q8_0*": "tests/integration/test_kv_types.py",
     "compress generate *--depth auto*": "tests/integration/test_run_commands.py",
     "compress run smollm2_135m_*": "tests/integration/test_plan_recipes.py",
     "compress eval my-model *--retrieval*": "tests/integration/test_retrieval.py",
