@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import os
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -43,6 +45,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests of the real model go first: they take longest, and one process would end up alone with them."""
     slow = {item.path for item in items if item.get_closest_marker("real")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+frozen = 0  # modules
+
+
+def pytest_runtest_setup() -> None:
+    """Take what was imported since the last time out of the garbage collector's sight: stages ask for collections, each
+    of which would walk for most of a second through the libraries' objects, which never go."""
+    global frozen
+    if len(sys.modules) > frozen + 20:
+        gc.collect()
+        gc.freeze()
+        frozen = len(sys.modules)
 
 
 torch.set_num_threads(1)
