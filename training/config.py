@@ -72,10 +72,15 @@ class TrainingConfig(Section):
     stage: ClassVar[str]  # the section's name in a recipe
     sorts: ClassVar[bool] = False  # trains several depths, which the checkpoint then records
 
-    objective: AnyObjective = Field(default_factory=Asft, description=f"{OBJECTIVES.listed()}; on response tokens only")
+    objective: AnyObjective = Field(default_factory=Asft, description=OBJECTIVES.listed())
     tune: Tune = Field(default_factory=Lora, description="lora or full")
     teacher: Teacher = Field(
         default_factory=Copy, description="where the teacher's distributions come from: copy, shared or cached"
+    )
+    learn: Literal["answers", "all"] = Field(
+        default="answers",
+        description="tokens of the training rows that the loss counts: those of answers, or prompts and templates too, "
+        "which the unpruned model also has distributions for",
     )
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps takes precedence")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
@@ -112,6 +117,11 @@ class TrainingConfig(Section):
                 ("teacher",),
                 "cached reads predictions that the data stage stores; add data.teacher: {top_k: 64}, or choose another "
                 "teacher",
+            )
+        if reads and self.learn == "all":
+            yield (
+                ("learn",),
+                "the predictions that the data stage stores are those of answers; with teacher: cached leave it out",
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import UserError
@@ -65,6 +66,8 @@ def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inpu
     """Train students one after another, and save them with their curves."""
     tokenizer = load_tokenizer(inputs.model)
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
+    if config.learn == "all":
+        train = [replace(row, loss_mask=[True] * len(row.loss_mask)) for row in train]
     preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
     for number, job in enumerate(jobs, start=1):
         batches = load_batches(job, train, tokenizer)

@@ -22,6 +22,7 @@ from compress.distill.config import DistillConfig
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
+from compress.pipeline.recipe import Recipe
 from compress.records.curves import TrainingStep, student_lines, write_lines
 from compress.records.students import HeldOutFigures
 from compress.training import run as training
@@ -130,6 +131,25 @@ def test_kd_recovers_and_the_figures_are_those_of_the_models(world: World, tune:
     old, new = tensors(world.inputs.model), tensors(world.out / "model")
     adapted = {name for name in old if name.endswith("_proj.weight")}
     assert {name for name in old if not torch.equal(old[name], new[name])} == (set(old) if tune == "full" else adapted)
+
+
+def test_learning_all_tokens_counts_prompts_too(world: World) -> None:
+    """The first step's loss is the mean KL over every token but each row's first, held-out figures stay those of
+    answers."""
+    answers, every = (world(max_steps=1, accumulate=99, learn=learn) for learn in ("answers", "all"))
+    assert every["before"] == answers["before"]
+    rows = [Encoded(row.input_ids, [True] * len(row.input_ids)) for row in world.rows("train")]
+    assert every["target_tokens"] == sum(len(row.input_ids) - 1 for row in rows) > answers["target_tokens"]
+    [step] = world.curves()
+    expected = figures(world.inputs.model, world.base, rows)["eval_kl"]
+    assert step["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_stored_predictions_are_of_answers_alone() -> None:
+    data = {"source": "magpie", "teacher": {"top_k": 8}}
+    distill = {"objective": "kd", "teacher": "cached", "learn": "all"}
+    with pytest.raises(UserError, match="with teacher: cached leave it out"):
+        Recipe.from_dict({"name": "r", "model": "random:llama", "data": data, "distill": distill})
 
 
 @pytest.mark.parametrize("objective", ["sft", "kd"])
