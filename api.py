@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .core.errors import UserError
     from .core.stage import Progress
-    from .data.config import DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
+    from .data.config import DatasetConfig, DatasetsConfig, MagpieConfig, ProseConfig, TextsConfig
     from .distill.config import DistillConfig
     from .evaluation.config import EvaluateConfig
     from .export.config import ExportConfig
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "core.errors": "UserError",
     "core.stage": "Progress",
-    "data.config": "DatasetConfig DatasetsConfig MagpieConfig TextsConfig",
+    "data.config": "DatasetConfig DatasetsConfig MagpieConfig ProseConfig TextsConfig",
     "distill.config": "DistillConfig",
     "evaluation.config": "EvaluateConfig",
     "export.config": "ExportConfig",
@@ -114,6 +114,7 @@ __all__ = [
     "Plan",
     "Progress",
     "ProgressEvent",
+    "ProseConfig",
     "PruneConfig",
     "PruneResult",
     "Recipe",

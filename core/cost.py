@@ -35,6 +35,8 @@ class RowCounts:
     tokens: int  # of all of them
     heldout: float  # share of them that is held out
     targets: int  # tokens to measure on in the held-out rows, at most
+    learned: int = 0  # tokens to learn in the training rows, at most
+    longest: int = 0  # tokens of the longest row, at most
 
 
 @dataclass(frozen=True)

@@ -168,10 +168,10 @@ class _Sieve:
             reason, detail = self._conversation(record)
         if reason:
             return reason, detail
-        identity = _identity(record)
-        if identity in self.seen:
+        known = identity(record)
+        if known in self.seen:
             return "duplicate", ""
-        self.seen.add(identity)
+        self.seen.add(known)
         if self.overlap is not None and self.overlap.overlapping(record.messages, record.text):
             return "contaminated", ""
         return KEPT, ""
@@ -200,7 +200,7 @@ def _advice(counts: Mapping[str, int]) -> str:
     return advice + (f"; or set data.max_dropped to {share:g} to drop them" if share < 1 else "")
 
 
-def _identity(record: DatasetRecord) -> str:
+def identity(record: DatasetRecord) -> str:
     """A key that two rows share if they differ only in case and spacing; punctuation counts as a difference."""
     turns = [message["content"] or "" for message in record.messages or []] or [record.text or ""]
     more = [message.get("tool_calls") for message in record.messages or []]

@@ -13,9 +13,9 @@ from ..core.stage import Section
 from .checks import CHECKS, COLUMNS, Check
 from .checks.none import Unchecked
 from .checks.number import FinalNumber
+from .prose_config import SUFFIXES, Decontaminate, Prose, ProseBeside
 
 FORMAT = 3
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 if TYPE_CHECKING:
     AnyCheck = Check
 else:
@@ -60,18 +60,40 @@ EngineChoice = Annotated[EngineConfig, Field(discriminator="kind"), BeforeValida
 class _Source(Section):
     """Keys that every source has."""
 
-    engine: EngineChoice = Field(
-        default_factory=TransformersSettings, description="engine that generates text: transformers, llama.cpp or vllm"
-    )
     teacher: TeacherConfig | None = Field(
         default=None, description="also store the unpruned model's top-k log-probabilities; null: do not"
     )
 
+
+class _Written(_Source):
+    """Keys of sources whose rows the unpruned model writes, or rewrites."""
+
+    engine: EngineChoice = Field(
+        default_factory=TransformersSettings, description="engine that generates text: transformers, llama.cpp or vllm"
+    )
+    prose: ProseBeside | None = Field(default=None, description="real text beside these rows; null: none")
+
     def input_files(self) -> list[str]:
-        return [self.engine.gguf] if isinstance(self.engine, LlamaCppSettings) else []
+        files = [self.engine.gguf] if isinstance(self.engine, LlamaCppSettings) else []
+        return files + (self.prose.prose_files() if self.prose else [])
 
 
-class MagpieConfig(_Source):
+class ProseConfig(_Source, Prose):
+    """Real text as it is. Nothing is generated: in distillation the unpruned model gives the distribution at every
+    token."""
+
+    source: Literal["prose"]
+    tokens: int = Field(ge=16, description="how many tokens to learn from and to hold out, together")
+    heldout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of the tokens held out of training, of other documents"
+    )
+    length: int = Field(default=512, ge=8, description="documents are cut into rows of this many tokens")
+
+    def input_files(self) -> list[str]:
+        return self.prose_files()
+
+
+class MagpieConfig(_Written):
     """Self-data without a data set: the unpruned model writes prompts and answers (Magpie, arXiv 2406.08464)."""
 
     source: Literal["magpie"]
@@ -103,7 +125,7 @@ class MagpieConfig(_Source):
     max_attempts: float = Field(default=4.0, ge=1, description="stop after sampling this many times `rows` prompts")
 
 
-class TextsConfig(_Source):
+class TextsConfig(_Written):
     """Plain text that the unpruned model writes from random first tokens (LLM-QAT, arXiv 2305.17888): for calibration,
     and for models without a chat template."""
 
@@ -176,13 +198,6 @@ class Maths(General):
 
 
 Rewrite = Annotated[General | Maths, Field(discriminator="kind"), BeforeValidator(named)]
-
-
-class Decontaminate(Section):
-    """Drop rows that share words with evaluation files."""
-
-    files: list[str] = Field(min_length=1, description="evaluation files, .jsonl or .txt; every text in them counts")
-    ngram: int = Field(default=13, ge=2, description="n-gram size in words; shorter texts are compared as a whole")
 
 
 class Columns(Section):
@@ -261,7 +276,7 @@ class WeightedSet(Columns):
     )
 
 
-class RowsFromData(_Source):
+class RowsFromData(_Written):
     """Keys shared by one data set and several."""
 
     shuffle: bool = Field(default=False, description="read rows in random order, seeded by the recipe's seed")
@@ -320,4 +335,5 @@ class DatasetsConfig(RowsFromData):
         return self.sets
 
 
-DataConfig = Annotated[MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig, Field(discriminator="source")]
+WrittenConfig = MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig
+DataConfig = Annotated[WrittenConfig | ProseConfig, Field(discriminator="source")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,16 @@ import numpy as np
 from ..core.cost import BYTES, CUDA_CONTEXT, Need, Overrides, Parts, RowCounts, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
 from ..runtime.artifact_types import GGUF_TYPES
-from .config import DataConfig, LlamaCppSettings, MagpieConfig, RowsFromData, TextsConfig, VllmSettings
+from .config import (
+    DataConfig,
+    LlamaCppSettings,
+    MagpieConfig,
+    ProseConfig,
+    RowsFromData,
+    TextsConfig,
+    VllmSettings,
+    WrittenConfig,
+)
 
 RUNTIME = 585e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 TEMPLATE = 32  # tokens a chat template adds around a turn
@@ -36,6 +46,22 @@ def target_arrays(k: int, vocabulary: int) -> dict[str, tuple[tuple[int, ...], n
 
 def rows_of(config: DataConfig) -> RowCounts | None:
     """The rows of a data stage; None if their number is unknown."""
+    if isinstance(config, ProseConfig):
+        train, held = prose_goals(config)
+        return _prose_rows(train, held, config.length)
+    own = own_rows_of(config)
+    if own is None or config.prose is None:
+        return own
+    weight = config.prose.weight
+    real = _prose_rows(math.ceil(weight * own.learned), math.ceil(weight * own.targets), config.length)
+    tokens = own.tokens + real.tokens
+    held = own.tokens * own.heldout + real.tokens * real.heldout
+    learned, longest = own.learned + real.learned, max(own.longest, real.longest)
+    return RowCounts(own.count + real.count, tokens, held / tokens, own.targets + real.targets, learned, longest)
+
+
+def own_rows_of(config: WrittenConfig) -> RowCounts | None:
+    """The same without the prose beside them."""
     if config.rows is None:
         return None
     longest, targets = config.length, config.length
@@ -43,9 +69,22 @@ def rows_of(config: DataConfig) -> RowCounts | None:
         longest = min(config.length, TEMPLATE + config.max_prompt_tokens + config.max_tokens)
         targets = config.max_tokens
     elif isinstance(config, TextsConfig):
-        longest = config.tokens
+        longest = targets = config.tokens
     held = max(1, round(config.rows * config.heldout))
-    return RowCounts(config.rows, config.rows * longest, config.heldout, held * targets)
+    learned = (config.rows - held) * targets
+    return RowCounts(config.rows, config.rows * longest, config.heldout, held * targets, learned, longest)
+
+
+def prose_goals(config: ProseConfig) -> tuple[int, int]:
+    """Tokens to learn and tokens to hold out."""
+    held = min(max(1, round(config.tokens * config.heldout)), config.tokens - 1)
+    return config.tokens - held, held
+
+
+def _prose_rows(train: int, held: int, length: int) -> RowCounts:
+    """Rows of full length; the first token of each is not learned."""
+    count = max(2, math.ceil((train + held) / (length - 1)))
+    return RowCounts(count, train + held + count, held / (train + held), held, train, length)
 
 
 def _leaves(config: DataConfig, at: Setting) -> Setting:
@@ -54,12 +93,8 @@ def _leaves(config: DataConfig, at: Setting) -> Setting:
 
 def _need(config: DataConfig, at: Setting) -> Need:
     """Generating rows (the unpruned model's weights and the KV cache of a whole batch), then the teacher cache."""
-    shape, runtime, rows = at.shape, {"runtime": at.runtime(RUNTIME)}, config.rows or 0
+    shape, runtime, rows = at.shape, {"runtime": at.runtime(RUNTIME)}, rows_of(config)
     writing, note, host = _writing(config, at)
-    if isinstance(config, RowsFromData):
-        targets = config.length  # at most
-    else:
-        targets = config.max_tokens if isinstance(config, MagpieConfig) else config.tokens
     if config.teacher is None:
         return Need(worst(runtime | writing), 0, note, host=host)
     arrays = target_arrays(min(config.teacher.top_k, shape.vocab), shape.vocab).values()
@@ -70,7 +105,7 @@ def _need(config: DataConfig, at: Setting) -> Need:
         "logits": CHUNK * shape.vocab * 4 * 3,
     }
     note += f"; teacher: {per_target} bytes per learned token"
-    disk = rows * targets * per_target
+    disk = (rows.learned + rows.targets) * per_target if rows else 0  # at most
     return Need(worst(runtime | writing, looking), disk, note, host=host)
 
 
@@ -94,7 +129,9 @@ class Text:
 
 
 def _texts(config: DataConfig) -> list[Text]:
-    """The texts generated per row; none if gold is kept unchanged."""
+    """The texts generated per row; none for real text, and if gold is kept unchanged."""
+    if isinstance(config, ProseConfig):
+        return []
     if isinstance(config, MagpieConfig):
         prompt = TEMPLATE + config.max_prompt_tokens
         return [Text(TEMPLATE, config.max_prompt_tokens), Text(prompt, config.max_tokens)]
@@ -110,9 +147,13 @@ def _texts(config: DataConfig) -> list[Text]:
 
 def _writing(config: DataConfig, at: Setting) -> tuple[Parts, str, int]:
     """Parts on the device, a note for the plan, and bytes of the machine's own memory."""
+    if isinstance(config, ProseConfig):
+        return {}, "real text, nothing is written", 0
     note, verb = "", "written"
+    if config.prose is not None:
+        note = "real text and "
     if isinstance(config, RowsFromData):
-        note = "rows of a data set, " if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets, "
+        note += "rows of a data set, " if len(config.parts) == 1 else f"rows of {len(config.parts)} data sets, "
         verb = "rewritten"
     texts, engine = _texts(config), config.engine
     if not texts:
@@ -159,12 +200,14 @@ def _work(config: DataConfig, at: Setting) -> Work | None:
 def _writing_work(config: DataConfig, at: Setting) -> Work:
     """Generating the text of `config.rows` rows, each of maximum length."""
     total = Work()
+    if isinstance(config, ProseConfig):
+        return total
     for text in _texts(config):
         total += _engine_work(config, text, at)
     return total
 
 
-def _engine_work(config: DataConfig, text: Text, at: Setting) -> Work:
+def _engine_work(config: WrittenConfig, text: Text, at: Setting) -> Work:
     shape, blocks, engine, rows = at.shape, at.shape.blocks, config.engine, (config.rows or 0) * text.times
     if not rows:
         return Work()
@@ -178,7 +221,7 @@ def _engine_work(config: DataConfig, text: Text, at: Setting) -> Work:
     return Work(work.flops / gpus, work.read / gpus)
 
 
-def vllm_rows(config: DataConfig, engine: VllmSettings, at: Setting) -> int:
+def vllm_rows(config: WrittenConfig, engine: VllmSettings, at: Setting) -> int:
     """Rows that vLLM batches: as many half-written rows as fit into its cache, at most `batch`."""
     most = min(config.batch, VLLM_ROWS)
     if not at.cuda or at.room is None:
@@ -189,12 +232,14 @@ def vllm_rows(config: DataConfig, engine: VllmSettings, at: Setting) -> int:
 
 
 def _changes(config: DataConfig, _at: Setting) -> Iterable[Overrides]:
-    return ((f"data.batch={size}",) for size in halves(config.batch, 1))
+    return () if isinstance(config, ProseConfig) else ((f"data.batch={size}",) for size in halves(config.batch, 1))
 
 
 def _cards(config: DataConfig, cards: int) -> int:
     """GPUs in use: one if no text is generated; one with llama.cpp, which runs on the CPU, and with vLLM that already
     spans several."""
+    if isinstance(config, ProseConfig):
+        return 1
     engine = config.engine
     alone = isinstance(engine, LlamaCppSettings) or (isinstance(engine, VllmSettings) and engine.gpus > 1)
     return 1 if alone or not _texts(config) else cards

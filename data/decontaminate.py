@@ -9,8 +9,8 @@ from pathlib import Path, PurePath
 from ..core.errors import UserError
 from ..core.files import check_file_exists, json_lines, read_text
 from ..core.stage import Context
-from .config import Decontaminate
 from .drafts import normalised
+from .prose_config import Decontaminate
 from .rows import Messages
 from .turns import strings
 from .turns import words as said
@@ -21,14 +21,14 @@ SUFFIXES = (".jsonl", ".txt")
 class Overlap:
     """The n-grams of all texts in the evaluation files, and the number of rows dropped because of each file."""
 
-    def __init__(self, config: Decontaminate, context: Context):
+    def __init__(self, config: Decontaminate, context: Context, where: str = "data"):
         self.size = config.ngram
         self.counts: Counter[str] = Counter()
         self.names = _names(config.files)
         self._ngrams: dict[str, str] = {}  # n words → the first file that contains them
         self._short: dict[str, str] = {}  # a whole text of fewer than n words → the first file that contains it
         for name, file in zip(self.names, config.files, strict=True):
-            for text in read_texts(evaluation_file(file, context)):
+            for text in read_texts(evaluation_file(file, context, where)):
                 words = normalised(text).split()
                 if len(words) < self.size and words:
                     self._short.setdefault(" ".join(words), name)
@@ -55,12 +55,13 @@ class Overlap:
         return (" ".join(words[i : i + self.size]) for i in range(len(words) - self.size + 1))
 
 
-def evaluation_file(file: str, context: Context) -> Path:
-    """The path of an evaluation file; raises `UserError` if it is missing or of an unsupported type."""
+def evaluation_file(file: str, context: Context, where: str = "data") -> Path:
+    """The path of an evaluation file; raises `UserError`, naming the key under `where`, if it is missing or of an
+    unsupported type."""
     path = context.resolve(file)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"data.decontaminate.files: {file} is not a {' or '.join(SUFFIXES)} file; convert it")
-    check_file_exists(path, "data.decontaminate.files: ")
+        raise UserError(f"{where}.decontaminate.files: {file} is not a {' or '.join(SUFFIXES)} file; convert it")
+    check_file_exists(path, f"{where}.decontaminate.files: ")
     return path
 
 

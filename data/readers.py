@@ -13,7 +13,8 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import check_file_exists
 from ..core.stage import Context
-from .config import SUFFIXES, Columns
+from .config import Columns
+from .prose_config import SUFFIXES
 from .rows import Messages
 from .tables import Table, open_table
 from .turns import UNICODE, Unusable, conversation, is_unicode, literal, tool_definitions
@@ -76,8 +77,10 @@ def local_file(source: DatasetSource) -> Path | None:
     return path
 
 
-def read_records(source: DatasetSource, cache: Path, shuffle: str | None = None) -> Iterator[DatasetRecord]:
-    """The records of a data set, in its own order or shuffled with the seed `shuffle`.
+def read_records(
+    source: DatasetSource, cache: Path, shuffle: str | None = None, table: Table | None = None
+) -> Iterator[DatasetRecord]:
+    """The records of a data set, in its own order or shuffled with the seed `shuffle`; those of `table` if given.
 
     Raises `UserError` if the data set is missing, gated, broken (names the line) or lacks a column (names the recipe
     key that would read the existing columns).
@@ -85,7 +88,7 @@ def read_records(source: DatasetSource, cache: Path, shuffle: str | None = None)
     columns = dict(source.config.columns)
     if "text" not in columns:
         columns.setdefault("tools", "tools")
-    table = _open(source, list(columns.values()), cache)
+    table = table or _open(source, list(columns.values()), cache)
     if source.config.tools is None and "tools" not in table.columns:
         columns.pop("tools", None)
     _check_columns(source, columns, table.columns)

@@ -13,15 +13,19 @@ from ..core.files import write_json
 from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
-from ..records.figures import DataFigures, RewriteShares
+from ..records.figures import DataFigures, ProseFigures, RewriteShares, SourceShare
 from .chat import encode_row, encode_text
 from .collect import collect, sources
 from .config import FORMAT as FORMAT
-from .config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
+from .config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, ProseConfig, TextsConfig
+from .cost import prose_goals
 from .decontaminate import evaluation_file
 from .drafts import KEPT, draw_rows
 from .engines import check_engine
 from .magpie import Magpie, query, to_row
+from .mixing import check_enough, goals, interleaved
+from .mixing import shares as shares_of
+from .prose import ProseSource, Taken, take
 from .readers import local_file
 from .rewriting import Rewriter, examples, settle_row, shares
 from .rows import Row, write_rows
@@ -34,12 +38,22 @@ EXAMPLES = "examples.json"  # rewrites beside gold
 
 def ready(config: DataConfig, context: Context) -> None:
     """Reject engines that are not installed, before the model is downloaded."""
+    if isinstance(config, ProseConfig):
+        return
     if not isinstance(config, (DatasetConfig, DatasetsConfig)) or any(part.rewrite for part in config.parts):
         check_engine(config.engine, context)
 
 
 def check(config: DataConfig, base: Path, context: Context) -> None:
     """Reject missing files, and conversations for a model without a chat template."""
+    source = _prose(config, context)
+    if source is not None:
+        source.files()
+        decontaminate = source.config.decontaminate
+        for file in decontaminate.files if decontaminate else []:
+            evaluation_file(file, context, source.where)
+    if isinstance(config, ProseConfig):
+        return
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
         for source in sources(config, context):
             local_file(source)
@@ -56,25 +70,24 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
 
     Several processes sample self-data in parallel; rank 0 writes the files.
     """
-    data_set = isinstance(config, (DatasetConfig, DatasetsConfig))
-    if context.rank and data_set and all(part.rewrite is None for part in config.parts):
+    if context.rank and not _writes(config):
         return {}
     tokenizer = load_tokenizer(inputs.base)
     work = out_dir / WORK
     work.mkdir(exist_ok=True)
-    if isinstance(config, (DatasetConfig, DatasetsConfig)):
-        made = _from_data(config, inputs, out_dir, tokenizer, context)
-    else:
-        made = _from_model(config, inputs, tokenizer, work, context)
+    made = _made(config, inputs, out_dir, tokenizer, context)
     if context.rank:
         return {}
-    rows = split_rows(made.rows, config.heldout, context.seed)
-    rows = [_measured(row, tokenizer, config.length) for row in rows]
+    rows = made.rows
     figures = statistics(rows, made.counts)
     if made.contaminated is not None:
         figures.contaminated = made.contaminated
     if made.sets:
         figures.sets = made.sets
+    if made.prose is not None:
+        figures.prose = made.prose
+    if made.shares:
+        figures.shares = made.shares
     if made.rewritten is not None:
         figures.rewritten = made.rewritten
     write_rows(out_dir, rows)
@@ -90,6 +103,13 @@ def run(config: DataConfig, inputs: Inputs, out_dir: Path, context: Context) -> 
     return figures.model_dump()
 
 
+def _writes(config: DataConfig) -> bool:
+    """Whether the unpruned model generates text, which all processes do together."""
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        return any(part.rewrite is not None for part in config.parts)
+    return not isinstance(config, ProseConfig)
+
+
 @dataclass(frozen=True)
 class _Made:
     """Rows that were written or read, and what is counted on the way."""
@@ -100,6 +120,49 @@ class _Made:
     contaminated: dict[str, int] | None = None
     sets: dict[str, int] = field(default_factory=dict)
     rewritten: RewriteShares | None = None
+    prose: ProseFigures | None = None
+    shares: dict[str, SourceShare] = field(default_factory=dict)
+
+
+def _made(config: DataConfig, inputs: Inputs, out_dir: Path, tokenizer: ModelTokenizer, context: Context) -> _Made:
+    """The rows of both splits, and real text beside them."""
+    source, cache = _prose(config, context), out_dir / WORK / "prose"
+    if isinstance(config, ProseConfig):
+        taken = take(ProseSource(config, context), *prose_goals(config), tokenizer, config.length, cache)
+        return _Made(taken.rows, taken.counts, prose=_prose_figures(taken))
+    if source is not None and config.prose is not None:
+        check_enough(config, source, config.prose.weight, tokenizer, cache)
+    if isinstance(config, (DatasetConfig, DatasetsConfig)):
+        made = _from_data(config, inputs, out_dir, tokenizer, context)
+    else:
+        made = _from_model(config, inputs, tokenizer, out_dir / WORK, context)
+    if context.rank:
+        return made
+    rows = split_rows(made.rows, config.heldout, context.seed)
+    rows = [_measured(row, tokenizer, config.length) for row in rows]
+    if source is None or config.prose is None:
+        return replace(made, rows=rows)
+    taken = take(source, *goals(rows, config.prose.weight), tokenizer, config.length, cache)
+    shares = shares_of({config.source: rows, source.title: taken.rows})
+    parts = [f"{one.share:.1%} {title}" for title, one in shares.items()]
+    context.progress.note(f"tokens to learn: {', '.join(parts)}")
+    return replace(made, rows=interleaved(rows, taken.rows), prose=_prose_figures(taken), shares=shares)
+
+
+def _prose(config: DataConfig, context: Context) -> ProseSource | None:
+    """The recipe's real text, if it has some."""
+    if isinstance(config, ProseConfig):
+        return ProseSource(config, context)
+    return ProseSource(config.prose, context, "data.prose") if config.prose is not None else None
+
+
+def _prose_figures(taken: Taken) -> ProseFigures:
+    return ProseFigures(
+        train_documents=taken.documents["train"],
+        heldout_documents=taken.documents["heldout"],
+        dropped={reason: count for reason, count in sorted(taken.counts.items()) if reason != KEPT},
+        bytes_per_token=taken.bytes_per_token,
+    )
 
 
 def _from_model(

@@ -63,7 +63,7 @@ def given_rows(folder: Path) -> FitRows:
     manifest = StageManifest.read_if_there(folder)
     section = manifest.config if manifest is not None else {}
     if section.get("source") in ("magpie", "texts"):  # others name files by paths of another recipe
-        return FitRows(folder, section)
+        return FitRows(folder, {key: value for key, value in section.items() if key != "prose"})
     column = "messages" if any(row.messages for row in read_rows(folder)) else "text"
     path = str((folder / ROWS).resolve())
     return FitRows(folder, {"source": "dataset", "path": path, column: column, "heldout": HELD_OUT})

@@ -21,7 +21,7 @@ from ..core.extras import FULL, need
 from ..core.files import check_folder_exists
 from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
-from ..data.config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, TextsConfig
+from ..data.config import DataConfig, ProseConfig, WrittenConfig
 from ..distill.config import DistillConfig
 from ..modeling.source import fingerprint_source, hash_file
 from ..prune.config import PruneConfig
@@ -97,7 +97,7 @@ class _Data(Section):
 def collect_rows(
     model: ModelLike,
     out: str | Path,
-    section: MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig | None = None,
+    section: WrittenConfig | ProseConfig | None = None,
     *,
     device: str = "cpu",
     dtype: str = "float32",

@@ -20,6 +20,24 @@ class RewriteShares(Entry):
     gold_kept: dict[str, int] = Field(description="reason → rows")
 
 
+class SourceShare(Entry):
+    """What one source of several has in the rows."""
+
+    rows: int = Field(description="rows of both splits")
+    learned: int = Field(description="tokens to learn in the training rows")
+    heldout: int = Field(description="tokens to measure on in the held-out rows")
+    share: float = Field(description="share of all tokens to learn")
+
+
+class ProseFigures(Entry):
+    """Real text among the rows."""
+
+    train_documents: int = Field(description="documents that training rows are of")
+    heldout_documents: int = Field(description="other documents, that held-out rows are of")
+    dropped: dict[str, int] = Field(description="reason → documents")
+    bytes_per_token: float = Field(description="UTF-8 bytes of text per token")
+
+
 class DataFigures(SparseEntry):
     """The data stage's; `stats.json` holds the same without the speed."""
 
@@ -34,6 +52,10 @@ class DataFigures(SparseEntry):
     targets: int = Field(description="tokens to train on")
     contaminated: dict[str, int] = Field(default_factory=dict, description="evaluation file → rows dropped for it")
     sets: dict[str, int] = Field(default_factory=dict, description="data set → rows")
+    prose: ProseFigures | None = Field(default=None, description="the real text among the rows")
+    shares: dict[str, SourceShare] = Field(
+        default_factory=dict, description="with real text beside other rows: both sources"
+    )
     rewritten: RewriteShares | None = Field(default=None, description="what became of the gold answers")
     teacher_targets: int | None = Field(default=None, description="response tokens with stored distributions")
     teacher_bytes: int | None = Field(default=None, description="size of the stored distributions")

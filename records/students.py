@@ -30,6 +30,17 @@ class HeldOutFigures(SparseEntry):
     )
 
 
+class PaceFigures(Entry):
+    """How a training went through its rows: what the recipe says, or what follows from the tokens to learn."""
+
+    learned: int = Field(description="tokens to learn in the training rows, once")
+    epochs: float = Field(description="passes over them, unless the steps are given")
+    tokens_per_step: int = Field(description="tokens per optimizer step, at most")
+    lr: float = Field(description="peak learning rate")
+    rank: int | None = Field(description="rank of the adapters; null: full tuning")
+    eval_every: int = Field(description="steps between measurements on the held-out rows")
+
+
 class StudentFigures(SparseEntry):
     """The result of a training."""
 
@@ -41,6 +52,7 @@ class StudentFigures(SparseEntry):
     best: HeldOutFigures = Field(description="figures of the checkpoint that is kept")
     target_tokens: int = Field(description="response tokens learned from, over all epochs")
     train_tokens: int = Field(description="tokens in the training rows")
+    pace: PaceFigures | None = Field(default=None, description="tokens per step, rate, epochs and rank")
     seconds_training: float = Field(
         default=0.0, description="training time; left out where equal inputs must give equal bytes"
     )

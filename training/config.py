@@ -12,12 +12,15 @@ from ..core.stage import Section
 from .objectives import OBJECTIVES
 from .objectives.asft import Asft
 
+RANK = 16  # of adapters for few tokens
+BY_TOKENS = "null: by the number of tokens to learn (docs/explanation/objectives.md)"
+
 
 class Lora(Section):
     """Low-rank adapters, merged into the weights at the end."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
+    rank: int | None = Field(default=None, ge=1, description=BY_TOKENS)
     alpha: float = Field(default=32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
@@ -82,20 +85,26 @@ class TrainingConfig(Section):
         description="tokens of the training rows that the loss counts: those of answers, or prompts and templates too, "
         "which the unpruned model also has distributions for",
     )
-    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows; max_steps takes precedence")
+    epochs: float | None = Field(
+        default=None, gt=0, description=f"passes over the training rows; max_steps takes precedence; {BY_TOKENS}"
+    )
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
-    lr: float = Field(default=2e-4, gt=0, description="peak learning rate")
+    lr: float | None = Field(default=None, gt=0, description=f"peak learning rate; {BY_TOKENS}")
     schedule: Schedule = "cosine"
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps over which the rate rises")
     batch: int = Field(default=1, ge=1, description="packed sequences per forward pass")
-    accumulate: int = Field(default=4, ge=1, description="forward passes per optimizer step")
-    length: int = Field(default=512, ge=8, description="tokens per packed sequence")
+    accumulate: int | None = Field(default=None, ge=1, description=f"forward passes per optimizer step; {BY_TOKENS}")
+    length: int = Field(
+        default=512, ge=8, description="tokens per packed sequence; without accumulate no more than a step needs"
+    )
     chunk: int = Field(default=256, ge=1, description="positions whose logits are held in memory at once")
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0, description="gradient norm limit")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
-    eval_every: int = Field(default=10, ge=1, description="steps between measurements on the held-out rows")
+    eval_every: int | None = Field(
+        default=None, ge=1, description=f"steps between measurements on the held-out rows; {BY_TOKENS}"
+    )
     save_every: int = Field(default=20, ge=1, description="steps between checkpoints that a killed run resumes from")
     select: Literal["kl", "perplexity", "loss", "last"] = Field(
         default="kl", description="held-out metric that selects the checkpoint to keep; last keeps the final one"

@@ -13,7 +13,8 @@ from ..core.cost import GRADIENT, INT8, MOMENTS, NF4, Need, Overrides, Setting, 
 from ..core.errors import UserError
 from ..core.geometry import Geometry
 from ..core.work import Work, forward
-from .config import Cached, Copy, Full, Lora, Shared, TrainingConfig
+from .budget import Pace, pace
+from .config import RANK, Cached, Copy, Full, Lora, Shared, TrainingConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 # Copies of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher also its logits,
@@ -34,7 +35,8 @@ def training_need(config: TrainingConfig, at: Setting) -> Need:
 
 def _student_need(config: TrainingConfig, at: Setting) -> Need:
     """Student, teacher, saved activations and one chunk of logits; depths run one after another."""
-    shape, tokens = at.shape, config.batch * config.length
+    shape, chosen = at.shape, pace_at(config, at)
+    tokens = config.batch * chosen.width
     student = shape.parameters(at.kept)
     anchored = config.objective.needs_teacher
     shared = anchored and isinstance(config.teacher, Shared) and isinstance(config.tune, Lora)
@@ -48,7 +50,7 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
         if shared and at.recovered:  # recovery changed every linear layer
             held += at.kept * shape.block_products
         weights = int(held * bytes_per_weight)
-        trained = lora_parameters(config.tune, shape, at.kept)
+        trained = lora_parameters(config.tune, shape, at.kept, chosen.rank)
         trained += shape.hidden * (shape.vocab * config.tune.train_head + config.tune.train_norm)
         adapters = trained * 4
         note = f"LoRA, {trained / 1e6:.1f} M trained"
@@ -89,8 +91,16 @@ def saved_per_token(shape: Geometry) -> int:
     return 14 * shape.hidden + 5 * shape.intermediate
 
 
-def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
-    """Parameters of the adapters."""
+def pace_at(config: TrainingConfig, at: Setting, share: float = 1.0) -> Pace:
+    """The settings of a student that learns from a share of the rows, if their tokens are known."""
+    rows = at.rows
+    if rows is None or not rows.learned:
+        return pace(config, None)
+    return pace(config, math.ceil(rows.learned * share), min(rows.longest, config.length) or None)
+
+
+def lora_parameters(tune: Lora, shape: Geometry, blocks: int, rank: int | None = None) -> int:
+    """Parameters of the adapters; `rank` is theirs where the recipe leaves it out."""
     q, kv, h, i = shape.heads * shape.head_size, shape.kv_heads * shape.head_size, shape.hidden, shape.intermediate
     sizes = {
         "q_proj": h + q,
@@ -102,34 +112,33 @@ def lora_parameters(tune: Lora, shape: Geometry, blocks: int) -> int:
         "down_proj": i + h,
     }
     names = sizes if tune.targets == "all-linear" else tune.targets
-    return blocks * tune.rank * sum(sizes.get(name, 2 * h) for name in names)
+    return blocks * (tune.rank or rank or RANK) * sum(sizes.get(name, 2 * h) for name in names)
 
 
 def training_work(config: TrainingConfig, at: Setting, shares: Sequence[float] = (1.0,)) -> Work | None:
     """Steps and measurements of all students, each on its share of the training rows."""
     if at.rows is None:
         return None
-    flops, half = 0.0, config.length / 2
-    teacher = forward(at.shape, at.shape.blocks, 1, half)
-    held = at.rows.tokens * at.rows.heldout
+    flops, held = 0.0, at.rows.tokens * at.rows.heldout
     for student, share in zip(config.students, shares, strict=True):
-        flops += _student_work(student, at, at.rows.tokens * (1 - at.rows.heldout) * share, held, teacher)
-    return Work(flops + held * teacher)
+        chosen = pace_at(student, at, share)
+        flops += _student_work(student, chosen, at, at.rows.tokens * (1 - at.rows.heldout) * share, held)
+    return Work(flops + forward(at.shape, at.shape.blocks, held, config.length / 2))
 
 
-def _student_work(config: TrainingConfig, at: Setting, train: float, held: float, teacher: float) -> float:
+def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: float, held: float) -> float:
     """Operations of one student's steps and measurements."""
-    per_step = config.batch * config.length * config.accumulate
-    steps = config.max_steps or max(1, math.ceil(config.epochs * train / per_step))
-    student = forward(at.shape, at.kept, 1, config.length / 2, config.passes)
+    per_step = config.batch * chosen.width * chosen.accumulate
+    steps = config.max_steps or max(1, math.ceil(chosen.epochs * train / per_step))
+    student = forward(at.shape, at.kept, 1, chosen.width / 2, config.passes)
     factor = 3 if isinstance(config.tune, Full) else 2  # forward and backward; the weights' own gradients
     factor += config.gradient_checkpointing
     flops = steps * per_step * student * factor
     if config.objective.needs_teacher and not isinstance(config.teacher, Cached):
-        flops += steps * per_step * teacher
+        flops += steps * per_step * forward(at.shape, at.shape.blocks, 1, chosen.width / 2)
     heads = len(config.depth_weights(at.kept))
     measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
-    return flops + measured * (1 + math.ceil(steps / config.eval_every))
+    return flops + measured * (1 + math.ceil(steps / chosen.eval_every))
 
 
 def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides]:
@@ -139,7 +148,10 @@ def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides
     if not config.gradient_checkpointing:
         yield (f"{section}.gradient_checkpointing=true",)
     for size in halves(config.batch, 1):  # the same sequences per optimizer step
-        yield (f"{section}.batch={size}", f"{section}.accumulate={config.accumulate * config.batch // size}")
+        if config.accumulate is None:  # it follows the batch
+            yield (f"{section}.batch={size}",)
+        else:
+            yield (f"{section}.batch={size}", f"{section}.accumulate={config.accumulate * config.batch // size}")
     if isinstance(config.teacher, Copy) and isinstance(config.tune, Lora):
         yield (f"{section}.teacher=shared",)
     if isinstance(config.teacher, Copy) and config.teacher.quantize is None:

@@ -75,7 +75,7 @@ class Recorder(TrainerCallback):
         self.trainer.order.set_epoch(state.global_step // self._epoch_steps())
 
     def _epoch_steps(self) -> int:
-        return math.ceil(self.trainer.order.count / self.trainer.config.accumulate)
+        return math.ceil(self.trainer.order.count / self.trainer.pace.accumulate)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -93,7 +93,7 @@ class Recorder(TrainerCallback):
         epochs, steps = divmod(step, self._epoch_steps())
         line = TrainingStep(
             step=step,
-            epoch=round(epochs + steps * config.accumulate / trainer.order.count, 4),
+            epoch=round(epochs + steps * trainer.pace.accumulate / trainer.order.count, 4),
             loss=loss,
             nll=nll,
             lr=self.lr,
@@ -106,7 +106,7 @@ class Recorder(TrainerCallback):
         if self.group.rank == 0:
             append_line(self.curves, line)
         last = step >= state.max_steps
-        if step % config.eval_every == 0 or last:
+        if step % trainer.pace.eval_every == 0 or last:
             self._measure(step)
         if step % config.save_every == 0 and not last:
             control.should_save = True

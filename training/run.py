@@ -21,7 +21,8 @@ from ..modeling.checkpoint import quiet, save_checkpoint
 from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
 from ..records.curves import CURVES, TrainingStep, student_lines
-from ..records.students import HeldOutFigures, StudentFigures
+from ..records.students import HeldOutFigures, PaceFigures, StudentFigures
+from .budget import Pace, pace
 from .config import Copy, Lora, TrainingConfig
 from .job import TrainingJob, share
 from .recorder import BEST, Best
@@ -34,7 +35,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 def check(config: TrainingConfig, base: Path, context: Context) -> None:
     """Reject quantization without bitsandbytes, and steps that cannot be split among the processes, before any work."""
-    if config.accumulate % context.world:
+    if config.accumulate is not None and config.accumulate % context.world:
         raise UserError(
             f"{config.stage}.accumulate is {config.accumulate}, which is not a multiple of the "
             f"{context.world} processes that share each step; make it a multiple, or start fewer processes"
@@ -70,14 +71,17 @@ def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inpu
         train = [replace(row, loss_mask=[True] * len(row.loss_mask)) for row in train]
     preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
     for number, job in enumerate(jobs, start=1):
-        batches = load_batches(job, train, tokenizer)
-        figures = _train_student(job, inputs, tokenizer, preparation, batches, jobs[number:])
+        chosen = pace_of(job, train)
+        job = replace(job, config=job.config.model_copy(update={"tune": chosen.tune}))
+        batches = load_batches(job, train, tokenizer, chosen.width)
+        figures = _train_student(job, chosen, inputs, tokenizer, preparation, batches, jobs[number:])
         if figures is not None:
             job.finish(figures)
 
 
 def _train_student(
     job: TrainingJob,
+    chosen: Pace,
     inputs: Inputs,
     tokenizer: ModelTokenizer,
     preparation: Preparation,
@@ -88,7 +92,7 @@ def _train_student(
     job.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with quiet(bars=True):
-        steps, parameters = _train(job, preparation, train, later)
+        steps, parameters = _train(job, chosen, preparation, train, later)
     if not later:
         preparation.forget()
     give_back_memory()  # the trainer's objects form reference cycles
@@ -119,31 +123,47 @@ def _train_student(
         best=best,
         target_tokens=sum(line.tokens for line in lines if isinstance(line, TrainingStep)),
         train_tokens=sum(batch.tokens for batch in train),
+        pace=PaceFigures(
+            learned=chosen.learned,
+            epochs=chosen.epochs,
+            tokens_per_step=job.config.batch * chosen.width * chosen.accumulate,
+            lr=chosen.lr,
+            rank=chosen.rank,
+            eval_every=chosen.eval_every,
+        ),
         seconds_training=round(seconds, 1),
     )
 
 
-def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: ModelTokenizer) -> list[Batch]:
-    """A job's share of the training rows, shuffled by its seed and packed; batches hold rows of similar length."""
+def pace_of(job: TrainingJob, rows: list[Encoded]) -> Pace:
+    """A job's settings, from its share of the training rows."""
+    own = share(rows, job)
+    learned, longest = sum(sum(row.loss_mask) for row in own), max(len(row.input_ids) for row in own)
+    return pace(job.config, learned, longest, job.context.world)
+
+
+def load_batches(job: TrainingJob, rows: list[Encoded], tokenizer: ModelTokenizer, width: int) -> list[Batch]:
+    """A job's share of the training rows, shuffled by its seed and packed into sequences of up to `width` tokens;
+    batches hold rows of similar length."""
     own = share(rows, job)
     random.Random(job.context.seed).shuffle(own)
-    return pack_rows(job.config, own, tokenizer, grouped=True)
+    return pack(own, width, job.config.batch, pad_id(tokenizer), grouped=True)
 
 
-def pack_rows(
-    config: TrainingConfig, rows: list[Encoded], tokenizer: ModelTokenizer, *, grouped: bool = False
-) -> list[Batch]:
+def pack_rows(config: TrainingConfig, rows: list[Encoded], tokenizer: ModelTokenizer) -> list[Batch]:
     """Rows packed into sequences of the section's length, in order."""
-    return pack(rows, config.length, config.batch, pad_id(tokenizer), grouped=grouped)
+    return pack(rows, config.length, config.batch, pad_id(tokenizer))
 
 
-def _train(job: TrainingJob, preparation: Preparation, train: list[Batch], later: list[TrainingJob]) -> tuple[int, int]:
+def _train(
+    job: TrainingJob, chosen: Pace, preparation: Preparation, train: list[Batch], later: list[TrainingJob]
+) -> tuple[int, int]:
     """Optimizer steps, and how many parameters they change."""
     config, work, context = job.config, job.work, job.context
     student, teacher, held_out = preparation.student(job, train, later)
-    steps = total_steps(config, len(train))
+    steps = total_steps(config, chosen, len(train))
     with context.progress.bar(f"{job.label}training", steps) as advance:
-        trainer = DistillTrainer(student, config, teacher, held_out, work, context, train, advance)
+        trainer = DistillTrainer(student, config, chosen, teacher, held_out, work, context, train, advance)
         checkpoint = latest_checkpoint(work / "trainer") if context.rank == 0 else None
         trainer.train(resume_from_checkpoint=context.group.share(str(checkpoint) if checkpoint else None))
     return steps, sum(p.numel() for p in student.parameters() if p.requires_grad)

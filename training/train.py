@@ -21,7 +21,8 @@ from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
 from ..modeling.types import CausalModel
 from ..records.students import HeldOutDepth, HeldOutFigures
-from .config import Lora, TrainingConfig
+from .budget import Pace
+from .config import RANK, Lora, TrainingConfig
 from .depths import Depths, Drawn
 from .losses import weighted_loss
 from .order import BatchOrder, blank
@@ -102,7 +103,7 @@ def lora_model(model: CausalModel, tune: Lora, seed: int) -> Any:
     _check_targets(model, tune.targets)
     beside = trained_beside(Decoder(model), tune)
     config = LoraConfig(
-        r=tune.rank,
+        r=tune.rank or RANK,
         lora_alpha=tune.alpha,  # type: ignore[arg-type]
         lora_dropout=tune.dropout,
         target_modules=tune.targets,
@@ -139,6 +140,7 @@ class DistillTrainer(Trainer):
         self,
         student: Student,
         config: TrainingConfig,
+        pace: Pace,
         teacher: Teacher | None,
         held_out: HeldOut,
         work: Path,
@@ -148,14 +150,15 @@ class DistillTrainer(Trainer):
     ):
         super().__init__(
             model=student,
-            args=_arguments(config, work, context, len(batches)),
+            args=_arguments(config, pace, work, context, len(batches)),
             # The last batch is blank, for processes that get none when batches do not divide evenly.
             train_dataset=[*batches, blank(batches)],  # type: ignore[arg-type]
             data_collator=lambda items: vars(items[0]),
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
-        self.config, self.teacher, self.held_out, self.group = config, teacher, held_out, context.group
+        self.config, self.pace, self.teacher, self.held_out = config, pace, teacher, held_out
+        self.group = context.group
         self.order = BatchOrder(len(batches), context.world, context.seed)
         self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
         self.depths = student.depths
@@ -180,7 +183,7 @@ class DistillTrainer(Trainer):
     def diverged(self, figure: str, value: float, step: int) -> UserError:
         return UserError(
             f"the {figure} is {value} at step {step}: training diverged. "
-            f"Lower {self.config.stage}.lr (it is {self.config.lr:g}) or raise {self.config.stage}.warmup."
+            f"Lower {self.config.stage}.lr (it is {self.pace.lr:g}) or raise {self.config.stage}.warmup."
         )
 
     def sums(self, model: nn.Module, batch: Batch) -> DepthSums:
@@ -300,15 +303,15 @@ class DistillTrainer(Trainer):
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
 
 
-def total_steps(config: TrainingConfig, batches: int) -> int:
+def total_steps(config: TrainingConfig, pace: Pace, batches: int) -> int:
     """Optimizer steps of a run over `batches` batches per epoch."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulate)))
+    return max(1, math.ceil(pace.epochs * math.ceil(batches / pace.accumulate)))
 
 
-def _arguments(config: TrainingConfig, work: Path, context: Context, batches: int) -> TrainingArguments:
-    steps = total_steps(config, batches)
+def _arguments(config: TrainingConfig, pace: Pace, work: Path, context: Context, batches: int) -> TrainingArguments:
+    steps = total_steps(config, pace, batches)
     on_cpu = context.device == "cpu"
     # LoRA keeps float32 adapters beside weights of the given dtype; full tuning keeps float32 weights. float16 needs
     # loss scaling, for which torch has no scaler on CPUs.
@@ -317,8 +320,8 @@ def _arguments(config: TrainingConfig, work: Path, context: Context, batches: in
         output_dir=str(work / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=1,  # a data set item is a whole batch of packed sequences
-        gradient_accumulation_steps=config.accumulate // context.world,
-        learning_rate=config.lr,
+        gradient_accumulation_steps=pace.accumulate // context.world,
+        learning_rate=pace.lr,
         lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # its first step has a rate of 0
         weight_decay=config.weight_decay,

@@ -149,7 +149,7 @@ def test_slices_share_no_row_and_leave_none_out(inputs: Inputs, tmp_path: Path) 
     jobs = plan_jobs(config, tmp_path, Context())
     assert [share(range(18), job) for job in jobs] == [list(range(5)), list(range(5, 10)), list(range(10, 18))]
     rows = load_encoded(inputs.stages["data"], load_tokenizer(inputs.model), "train", 64)
-    batches = [training.load_batches(job, rows, load_tokenizer(inputs.model)) for job in jobs]
+    batches = [training.load_batches(job, rows, load_tokenizer(inputs.model), 64) for job in jobs]
     tokens = [sum(len(row.input_ids) for row in part) for part in (rows[:5], rows[5:10], rows[10:])]
     assert [sum(batch.tokens for batch in part) for part in batches] == tokens
     with pytest.raises(UserError, match=r"variants: a has no rows: \[0\.0, 0\.3\] of 1 training rows; give it a wider"):
@@ -200,7 +200,7 @@ def test_what_a_variant_overrides() -> None:
     assert config.variants is not None
     a, b, c = (config.of(variant) for variant in config.variants)
     assert (a.epochs, a.max_steps, a.objective.kind, a.variants) == (2, None, "kd", None)
-    assert (b.epochs, b.max_steps, b.objective.kind, b.lr) == (1, 3, "sft", 5e-3)
+    assert (b.epochs, b.max_steps, b.objective.kind, b.lr) == (None, 3, "sft", 5e-3)
     assert (c.epochs, c.max_steps, c.tune.kind, c.lr) == (3, 9, "full", 1e-2)
     assert b.model_copy(update={"objective": config.objective, "lr": 1e-2, "max_steps": 4}) == section()
 
