@@ -2,7 +2,7 @@
 
     tokens per step   256 up to 100,000 tokens, then about 400 steps per epoch, at most 2,048
     learning rate     LoRA: 1e-3 up to 100,000 tokens, 2e-4 from 10 million on, geometric between; full tuning: 2e-5
-    epochs            1; with fewer than 32 steps in an epoch as many as make 32, at most 4
+    epochs            1; below 8,192 tokens as many as make 8,192 (32 steps), at most 4
     rank              16 up to a million tokens, 32 up to 10 million, 64 above
     measurements      every 10 steps, at most 16 of them
 
@@ -21,7 +21,7 @@ STEPS = 400  # per epoch, while the tokens per step are between these
 FEW, MANY = 100_000, 10_000_000  # tokens to learn
 LORA_RATE = (1e-3, 2e-4)  # for few tokens, and for many
 FULL_RATE = 2e-5  # the published one of full tuning (arXiv 2509.23753)
-FEWEST_STEPS, MOST_EPOCHS = 32, 4
+FEWEST, MOST_EPOCHS = 8192, 4  # tokens learned in all, and passes at most to reach them
 MEASURED_EVERY, MEASUREMENTS = 10, 16
 UNKNOWN = 1_000_000  # tokens to learn that are assumed where a recipe does not tell
 
@@ -59,9 +59,9 @@ def learning_rate(learned: int, tune: Tune) -> float:
     return float(f"{LORA_RATE[0] * (LORA_RATE[1] / LORA_RATE[0]) ** way:.1e}")
 
 
-def epochs(learned: int, per_step: int) -> float:
+def epochs(learned: int) -> float:
     """Passes over the rows."""
-    return float(min(max(math.ceil(FEWEST_STEPS * per_step / max(learned, 1)), 1), MOST_EPOCHS))
+    return float(min(max(math.ceil(FEWEST / max(learned, 1)), 1), MOST_EPOCHS))
 
 
 def rank(learned: int) -> int:
@@ -82,7 +82,7 @@ def pace(config: TrainingConfig, learned: int | None, longest: int | None = None
         accumulate = max(1, round(per_step / (config.batch * width)))
         accumulate += -accumulate % world
     per_step = config.batch * width * accumulate
-    passes = config.epochs or epochs(known, per_step)
+    passes = config.epochs or epochs(known)
     tune = config.tune
     if isinstance(tune, Lora) and tune.rank is None:
         tune = tune.model_copy(update={"rank": rank(known)})
