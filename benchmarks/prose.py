@@ -52,7 +52,7 @@ class RealText(Study):
         self.rows = {"self": data, "prose": self.made("prose", collect_rows, **prose, path=PYTHON_DOCS)}
         self.rows["half"] = self.half(data)
         if options.stories:
-            own = prose | {"path": str(options.stories.resolve()), "text": "prompt"}
+            own: dict[str, Any] = prose | {"path": str(options.stories.resolve()), "text": "prompt"}
             self.rows["stories"] = self.made("stories", collect_rows, **own)
 
     def half(self, data: Path) -> Path:
