@@ -96,7 +96,8 @@ def pace_at(config: TrainingConfig, at: Setting, share: float = 1.0) -> Pace:
     rows = at.rows
     if rows is None or not rows.learned:
         return pace(config, None)
-    return pace(config, math.ceil(rows.learned * share), min(rows.longest, config.length) or None)
+    learned = rows.tokens * (1 - rows.heldout) if config.learn == "all" else rows.learned
+    return pace(config, math.ceil(learned * share), min(rows.longest, config.length) or None)
 
 
 def lora_parameters(tune: Lora, shape: Geometry, blocks: int, rank: int | None = None) -> int:

@@ -138,7 +138,7 @@ def _train_student(
 def pace_of(job: TrainingJob, rows: list[Encoded]) -> Pace:
     """A job's settings, from its share of the training rows."""
     own = share(rows, job)
-    learned, longest = sum(sum(row.loss_mask) for row in own), max(len(row.input_ids) for row in own)
+    learned, longest = sum(sum(row.loss_mask[1:]) for row in own), max(len(row.input_ids) for row in own)
     return pace(job.config, learned, longest, job.context.world)
 
 

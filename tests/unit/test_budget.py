@@ -140,6 +140,8 @@ def test_the_plan_follows_the_rule(tiny: Callable[..., Path]) -> None:
     assert work(section(epochs=4), at) > 2 * work(plain, at)
     many = replace(at, rows=RowCounts(10**5, 2 * 10**7, 0.01, 10**5, 19 * 10**6, 200))
     assert cost.need(plain, many).parts["adapters"] == 4 * cost.need(plain, at).parts["adapters"]
+    more = replace(at, rows=replace(few, tokens=400_000))  # prompts, which `learn: all` learns too
+    assert cost.need(section(learn="all"), more).peak > cost.need(plain, more).peak
     unknown = replace(at, rows=None)
     assert cost.need(plain, unknown) == cost.need(section(accumulate=4, tune={"kind": "lora", "rank": 16}), unknown)
     assert ("distill.batch=2",) in list(cost.changes(section(batch=4), at))
