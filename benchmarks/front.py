@@ -1,11 +1,12 @@
-"""What a model loses at each file size: the best plain GGUF type that fits, and the same bytes with a type per tensor.
+"""What a model loses at each file size: the best plain type that fits, and the same bytes with a type per tensor.
 
-    python benchmarks/front.py MODEL --text TEXT --work FOLDER [--sizes 60,70,80,90,105,120] [--dither]
+    python benchmarks/front.py MODEL --text TEXT --work FOLDER [--sizes 60,70,80,90,105,120] [--onnx] [--dither]
 
 For each size (MB) every plain type whose file fits and is among the `--plain` largest is measured, and the best of them
-is the row; ours is `export.gguf: {size: …}`. All have the same importance matrix. Measured in stock llama.cpp on the
-first `--tokens` tokens of TEXT in windows of 256; importance and sensitivity are measured on a later part of it, from
-token 20,000 on. KL is to MODEL in torch. Finished rows are kept in FOLDER, and a run that was stopped goes on.
+is the row; ours is `export.gguf: {size: …}`. With `--onnx` the same for ONNX; its default sizes are those of int4 and
+int8. All have the same importance matrix. Measured in stock llama.cpp or ONNX Runtime on the first `--tokens` tokens of
+TEXT in windows of 256; importance and sensitivity are measured on a later part of it, from token 20,000 on. KL is to
+MODEL in torch. Finished rows are kept in FOLDER, and a run that was stopped goes on.
 
 `--dither` first moves every weight within the step of the 4-bit block that it was in (8-bit for the embedding), for
 models that come from a quantized file: a type with that file's grid would find its weights again without any error.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,22 @@ from compress.core.stage import Progress
 from compress.data.chat import Encoded
 from compress.data.packing import pack
 from compress.export.gguf import write_gguf
+from compress.export.gguf_sized import GgufSizes
 from compress.export.imatrix import collect, load_imatrix, save_imatrix
+from compress.export.onnx import build_graph, write_onnx
+from compress.export.onnx_sized import OnnxSizes
 from compress.export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
-from compress.export.sized import GgufSizes
+from compress.export.sized import Chosen, Sizes
 from compress.export.verify import TOP_K, compare, torch_reference
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
-from compress.runtime.artifact_types import GGUF_TYPES
-from compress.runtime.engine import ScoringWindow
+from compress.runtime.artifact_types import ARTIFACT_TYPES
+from compress.runtime.engine import Distribution, ScoringWindow
 from compress.runtime.llamacpp_engine import LlamaCppEngine
+from compress.runtime.onnx_engine import OnnxEngine
 
 WINDOW, LATER = 256, 20_000
+SIZES = "60,70,80,90,105,120"
 
 
 def dithered(checkpoint: Path, out: Path, seed: int = 7) -> Path:
@@ -50,7 +57,9 @@ def dithered(checkpoint: Path, out: Path, seed: int = 7) -> Path:
 
 
 class Front:
-    """Files of one checkpoint, measured against it."""
+    """GGUF files of one checkpoint, measured against it."""
+
+    sizes: Sizes[Any]
 
     def __init__(self, checkpoint: Path, text: Path, work: Path, tokens: int):
         self.checkpoint, self.work = checkpoint, work
@@ -66,7 +75,11 @@ class Front:
             save_sensitivity(found, work / "sensitivity.safetensors")
         self.imatrix = load_imatrix(work / "imatrix.safetensors")
         self.sensitivity = load_sensitivity(work / "sensitivity.safetensors")
-        self.sizes = GgufSizes(checkpoint)
+        self.open()
+
+    def open(self) -> None:
+        self.sizes = gguf = GgufSizes(checkpoint=self.checkpoint)
+        self.plain_bytes = gguf.plain
 
     def _later(self, tokens: int) -> list[Encoded]:
         starts = range(LATER, LATER + tokens, WINDOW)
@@ -74,21 +87,27 @@ class Front:
 
     def measured(self, name: str, like: str, **options: Any) -> dict[str, Any]:
         """Write a file, measure it, and remove it."""
-        record, file = self.work / f"{name}.json", self.work / f"{name}.gguf"
+        record = self.work / f"{self.sizes.form}-{name}.json"
         if not record.exists():
-            write_gguf(self.checkpoint, file, like, **options)
-            with LlamaCppEngine(file, 0, context=WINDOW + 8, slots=1) as engine:
-                scores = engine.score(self.reference.windows, top_k=TOP_K)
-            found = {"name": name, "bytes": file.stat().st_size, **compare(self.reference, scores)}
+            size, scores = self.scores(self.work / name, name, like, **options)
+            found = {"name": name, "bytes": size, **compare(self.reference, scores)}
             record.write_text(json.dumps(found), encoding="utf-8")
-            file.unlink()
         return json.loads(record.read_text(encoding="utf-8"))
+
+    def scores(self, place: Path, name: str, like: str, **options: Any) -> tuple[int, list[list[Distribution]]]:
+        file = place.with_suffix(".gguf")
+        write_gguf(self.checkpoint, file, like, **options)
+        with LlamaCppEngine(file, 0, context=WINDOW + 8, slots=1) as engine:
+            scores = engine.score(self.reference.windows, top_k=TOP_K)
+        size = file.stat().st_size
+        file.unlink()
+        return size, scores
 
     def plain(self, size: int, count: int) -> dict[str, Any] | None:
         """The best of the plain types with the `count` largest files that fit."""
-        fitting = sorted((b, mix) for mix, b in self.sizes.plain.items() if b <= size)
+        fitting = sorted((b, mix) for mix, b in self.plain_bytes.items() if b <= size)
         rows = [
-            self.measured(mix, mix, imatrix=self.imatrix if GGUF_TYPES[mix].calibrated else None)
+            self.measured(mix, mix, imatrix=self.imatrix if ARTIFACT_TYPES[mix].calibrated else None)
             for _, mix in fitting[-count:]
         ]
         return min(rows, key=lambda row: row["kl"]) if rows else None
@@ -98,10 +117,33 @@ class Front:
         if size < self.sizes.smallest:
             return None
         name = f"{size / 1e6:g}MB"
-        cache = self.work / "damage.json"
+        cache = self.work / f"damage-{self.sizes.form}.json"
         chosen = self.sizes.chosen(name, self.sensitivity, self.imatrix, cache=cache, progress=Progress())
-        row = self.measured(name, chosen.like, types=chosen.types, imatrix=chosen.importance)
+        row = self.measured(name, chosen.like, **self.options(chosen))
         return row | {"estimate": chosen.damage, "types": str(chosen)}
+
+    def options(self, chosen: Chosen[Any]) -> dict[str, Any]:
+        return {"types": chosen.types, "imatrix": chosen.importance}
+
+
+class OnnxFront(Front):
+    """ONNX folders of one checkpoint, measured against it."""
+
+    def open(self) -> None:
+        self.built = build_graph(self.checkpoint, self.work / "built", Progress())
+        self.sizes = self.onnx = OnnxSizes(self.checkpoint, self.built)
+        self.plain_bytes = {kind: self.measured(kind, kind, imatrix=self.imatrix)["bytes"] for kind in ("int4", "int8")}
+
+    def scores(self, place: Path, name: str, like: str, **options: Any) -> tuple[int, list[list[Distribution]]]:
+        written = write_onnx(self.checkpoint, place, name, built=self.built, **options)
+        with OnnxEngine(place) as engine:
+            scores = engine.score(self.reference.windows)
+        shutil.rmtree(place)
+        return written.bytes, scores
+
+    def options(self, chosen: Chosen[Any]) -> dict[str, Any]:
+        by_node = self.onnx.by_node(chosen)
+        return {"grids": by_node.types, "imatrix": by_node.importance}
 
 
 def show(size: int, kind: str, row: dict[str, Any] | None) -> None:
@@ -121,18 +163,21 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/front"))
-    parser.add_argument("--sizes", default="60,70,80,90,105,120", help="MB")
+    parser.add_argument("--sizes", help="MB, such as 60,70,80,90,105,120")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--plain", type=int, default=3, help="plain types measured for each size")
+    parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--dither", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint = resolve(options.model, options.work / "sources")
     if options.dither:
         checkpoint = dithered(checkpoint, options.work / "dithered")
-    front = Front(checkpoint, options.text, options.work, options.tokens)
-    print(f"checkpoint: perplexity {front.measured('F16', 'F16')['checkpoint_perplexity']:.3f}")
-    for size in (round(float(part) * 1e6) for part in options.sizes.split(",")):
+    front = (OnnxFront if options.onnx else Front)(checkpoint, options.text, options.work, options.tokens)
+    precise = "int8" if options.onnx else "F16"
+    print(f"checkpoint: perplexity {front.measured(precise, precise)['checkpoint_perplexity']:.3f}")
+    sizes = [round(float(part) * 1e6) for part in (options.sizes or SIZES).split(",")]
+    for size in front.plain_bytes.values() if options.onnx and not options.sizes else sizes:
         show(size, "best plain", front.plain(size, options.plain))
         show(size, "ours", front.ours(size))
 

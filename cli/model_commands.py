@@ -16,7 +16,10 @@ GgufOption = Annotated[
     str,
     typer.Option("--gguf", help=f"Comma-separated: {', '.join(GGUF_TYPES)}; or sizes, such as 80MB or 4.3bits."),
 ]
-OnnxOption = Annotated[str, typer.Option("--onnx", help=f"Comma-separated precisions: {', '.join(ONNX_TYPES)}.")]
+OnnxOption = Annotated[
+    str,
+    typer.Option("--onnx", help=f"Comma-separated: {', '.join(ONNX_TYPES)}; or sizes, such as 80MB or 4.3bits."),
+]
 BaseOption = Annotated[str | None, typer.Option("--base", help="The unpruned model to compare with.")]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A text file to measure perplexity on.")]
 TasksOption = Annotated[

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from .geometry import Geometry
 from .stage import check_deepest
@@ -39,6 +39,14 @@ class RowCounts:
     longest: int = 0  # tokens of the longest row, at most
 
 
+class PlannedFile(NamedTuple):
+    """An exported file."""
+
+    form: str  # gguf, onnx
+    type: str
+    blocks: int
+
+
 @dataclass(frozen=True)
 class Setting:
     """The model that a stage receives, how its weights are held, and what earlier stages produced."""
@@ -55,7 +63,7 @@ class Setting:
     variants: int = 1  # students, to be merged
     depths: tuple[int, ...] = ()  # depths of a sorted model
     measured: tuple[int, ...] = ()  # number of blocks of each checkpoint that an evaluation measures
-    artifacts: tuple[tuple[str, int], ...] = ()  # type and blocks of each exported file
+    artifacts: tuple[PlannedFile, ...] = ()
     weighed: int = 0  # tokens of the importance matrix that they were made with, at most
 
     @property

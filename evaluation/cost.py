@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..core.cost import Need, Overrides, Setting, StageCost, halves, worst
+from ..core.cost import Need, Overrides, PlannedFile, Setting, StageCost, halves, worst
 from ..core.work import Work, batches, decoding, forward
 from ..export.cost import rival_work, rivals
 from ..runtime.cost import artifact_bytes, scoring, writing
@@ -24,14 +24,13 @@ def measured_tokens(config: EvaluateConfig, at: Setting) -> int:
 
 def makes_rivals(config: EvaluateConfig, at: Setting) -> bool:
     """Whether the unpruned model is measured at the artifacts' sizes."""
-    cut = at.kept < at.shape.blocks or any(depth < at.shape.blocks for _, depth in at.artifacts)
+    cut = at.kept < at.shape.blocks or any(depth < at.shape.blocks for *_, depth in at.artifacts)
     return config.wants_rivals(cut or at.recovered or bool(at.depths))
 
 
-def _files(config: EvaluateConfig, at: Setting) -> list[tuple[str, int]]:
-    """Type and blocks of every artifact and rival that is measured."""
-    plain = rivals(at).measured if makes_rivals(config, at) else []
-    return [*(at.artifacts if config.artifacts else ()), *((kind, at.shape.blocks) for kind in plain)]
+def _files(config: EvaluateConfig, at: Setting) -> list[PlannedFile]:
+    """Every artifact and rival that is measured."""
+    return [*(at.artifacts if config.artifacts else ()), *(rivals(at).measured if makes_rivals(config, at) else ())]
 
 
 def _need(config: EvaluateConfig, at: Setting) -> Need:
@@ -52,7 +51,7 @@ def _need(config: EvaluateConfig, at: Setting) -> Need:
     if config.retrieval:  # the full cache, a copy per question about a text, and a copy of that to decode with
         reading["kv"] = shape.kv_bytes(3 * max(config.retrieval.lengths), at.size)
     files, own = _files(config, at), at.artifacts if config.artifacts else ()
-    sizes = [int(artifact_bytes(kind, shape.parameters(depth))) for kind, depth in files]
+    sizes = [int(artifact_bytes(file.type, shape.parameters(file.blocks))) for file in files]
     host = max(sizes, default=0) if at.cuda else 0
     note = f"{len(at.measured)} checkpoints" + (f", {len(own)} artifacts" if own else "")
     note += f", {len(files) - len(own)} rivals" if len(files) > len(own) else ""
@@ -77,8 +76,9 @@ def _work(config: EvaluateConfig, at: Setting) -> Work:
             work = work + decoding(shape, blocks, rows, together, PROMPT, config.max_tokens, weights, at.size)
         if speed is not None:
             work = work + decoding(shape, blocks, 1, 1, speed.prompt_tokens, timed, weights, at.size)
-    for kind, depth in _files(config, at):
-        work = work + scoring(shape, kind, depth, tokens, config.window)
+    for file in _files(config, at):
+        _, kind, depth = file
+        work = work + scoring(shape, file, tokens, config.window)
         for rows in written:
             work = work + writing(shape, kind, depth, rows, PROMPT, config.max_tokens)
         if speed is not None:

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from gguf import GGMLQuantizationType
+
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..records.bundle import Verification
@@ -20,10 +22,12 @@ from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.onnx_engine import OnnxEngine
 from . import gguf_family, onnx_depths, onnx_retaining
 from .bundle import Size
+from .choices import Choices
 from .config import ExportConfig
 from .ends import check_gguf_texts, check_onnx_texts, end_tokens
 from .gguf import write_gguf
 from .gguf_family import family_name, measure_gguf, write_family
+from .grids import Grid
 from .onnx import write_onnx
 from .onnx_depths import depth_folder, measure_onnx
 from .onnx_kv import CacheScales
@@ -57,11 +61,16 @@ class Making:
     config: ExportConfig
     progress: Progress
     imatrix: Callable[[], dict[str, Any] | None]
-    chosen: Callable[[str], Chosen]  # the types of the tensors of a GGUF of a size
+    choices: Choices | None  # the types of the tensors of files of a size; None: there are no such files
     tokenizer: Callable[[], Any]
     built: Callable[[], Path]  # the folder with the float32 ONNX graph, which is made when it is first asked for
     cache: Callable[[], CacheScales | None] = lambda: None  # None: keys and values in float32
     temporary: bool = False  # for verification alone
+
+    @property
+    def sizes(self) -> Choices:
+        assert self.choices is not None, "without sizes there is nothing to choose"
+        return self.choices
 
 
 class Kind(ABC):
@@ -83,9 +92,14 @@ class Kind(ABC):
         return self.role if depth == self.making.depths[-1] else f"{self.role}@{depth}"
 
     @property
+    @abstractmethod
+    def chosen(self) -> Chosen[Any] | None:
+        """The types of the tensors of a file of a size; None for a plain type."""
+
+    @property
     def like(self) -> str:
-        """The plain type whose limits apply: the type itself."""
-        return self.type
+        """The plain type whose limits apply: the type itself; of a size, that with the largest file that fits it."""
+        return self.type if self.chosen is None else self.chosen.like
 
     @property
     def limit(self) -> float:
@@ -132,6 +146,9 @@ class Kind(ABC):
         """The mean KL of one depth at the type `precise`; `UserError` if it differs from the checkpoint truncated to
         that depth, or has other end-of-text tokens or another chat template."""
 
+    def _tell(self, chosen: Chosen[Any]) -> None:
+        self.making.progress.note(f"{self.role}: {chosen}; estimated KL {chosen.damage:.4f}")
+
     def file(self, depth: int) -> Path:
         return self.making.bundle / self.path(depth)
 
@@ -163,11 +180,10 @@ class GgufKind(Kind):
             "threads": making.config.threads,
             "progress": making.progress,
         }
-        mix = self.like
-        if self.sized:
-            chosen = making.chosen(self.type)
+        mix, chosen = self.like, self.chosen
+        if chosen is not None:
             options |= {"types": chosen.types, "imatrix": chosen.importance}
-            making.progress.note(f"{self.role}: {chosen}; estimated KL {chosen.damage:.4f}")
+            self._tell(chosen)
         else:
             options["imatrix"] = making.imatrix() if GGUF_TYPES[mix].calibrated else None
         if self.several:
@@ -176,9 +192,8 @@ class GgufKind(Kind):
             write_gguf(making.checkpoint, making.bundle / self.root, mix, **options)
 
     @property
-    def like(self) -> str:
-        """The type itself; of a size, the plain type that its limits are taken from."""
-        return self.making.chosen(self.type).like if self.sized else self.type
+    def chosen(self) -> Chosen[GGMLQuantizationType] | None:
+        return self.making.sizes.gguf(self.type) if self.sized else None
 
     def check_depths(self) -> None:
         if self.several:
@@ -230,18 +245,27 @@ class OnnxKind(Kind):
     def size(self, depth: int) -> Size:
         return measure_onnx(self.file(depth), count_parameters(self.making.checkpoint, depth))
 
+    @property
+    def chosen(self) -> Chosen[Grid] | None:
+        return self.making.sizes.onnx(self.type) if self.sized else None
+
     def write(self) -> None:
-        making = self.making
+        making, chosen = self.making, self.chosen
+        if chosen is not None:
+            self._tell(chosen)
+            options: dict[str, Any] = {"grids": chosen.types, "imatrix": chosen.importance}
+        else:
+            options = {"imatrix": making.imatrix() if ONNX_TYPES[self.type].calibrated else None}
         write_onnx(
             making.checkpoint,
             making.bundle / self.root,
             self.type,
             depths=making.depths,
-            imatrix=making.imatrix() if ONNX_TYPES[self.type].calibrated else None,
             built=making.built(),
             link=making.temporary,
             kv=making.cache(),
             progress=making.progress,
+            **options,
         )
 
     def check_depths(self) -> None:
@@ -263,7 +287,7 @@ class OnnxKind(Kind):
             found = check_runtime(role, self.type, engine, reference, self.limit + more, tensor_error)
             if reference.retaining:
                 scores = engine.retaining_scores(reference.windows[0].ids)
-                kind = self.type if making.config.kv == "float32" else coarser(self.type)
+                kind = self.like if making.config.kv == "float32" else coarser(self.like)
                 found.retaining_agreement = check_retaining(role, kind, reference, scores)
         with GenaiEngine(self.file(depth)) as engine:
             # Stock genai, which passes over outputs that it does not know, such as retaining scores.

@@ -61,7 +61,12 @@ SIZED = {
     "maxProperties": 1,
     "properties": {"size": {"anyOf": [{"type": "string", "pattern": PATTERN}, NUMBER]}, "bits": NUMBER},
 }
-TARGET = {"anyOf": [{"enum": list(GGUF_TYPES), "type": "string"}, {"type": "string", "pattern": PATTERN}, SIZED]}
+
+
+def _schema(types: Iterable[str]) -> WithJsonSchema:
+    """A list of types and sizes, or one size."""
+    one = {"anyOf": [{"enum": list(types), "type": "string"}, {"type": "string", "pattern": PATTERN}, SIZED]}
+    return WithJsonSchema({"anyOf": [{"type": "array", "items": one}, SIZED]})
 
 
 if TYPE_CHECKING:
@@ -69,12 +74,9 @@ if TYPE_CHECKING:
 else:
     GgufType, OnnxPrecision = Literal[tuple(GGUF_TYPES)], Literal[tuple(ONNX_TYPES)]
     KvType = Literal[ONNX_CACHES]
-GgufTarget = Annotated[GgufType, WrapValidator(_sized)]
-GgufTargets = Annotated[
-    list[GgufTarget],
-    BeforeValidator(lambda value: [value] if isinstance(value, dict) else value),  # one mapping is a list of it
-    WithJsonSchema({"anyOf": [{"type": "array", "items": TARGET}, SIZED]}),
-]
+OneIsAList = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
+GgufTargets = Annotated[list[Annotated[GgufType, WrapValidator(_sized)]], OneIsAList, _schema(GGUF_TYPES)]
+OnnxTargets = Annotated[list[Annotated[OnnxPrecision, WrapValidator(_sized)]], OneIsAList, _schema(ONNX_TYPES)]
 
 
 class Verify(Section):
@@ -119,7 +121,11 @@ class ExportConfig(Section):
         description=f"GGUF types: {', '.join(GGUF_TYPES)}; or sizes, for which every tensor gets a type of its own: "
         "{size: 80MB} for the whole file, or {bits: 4.3} per weight",
     )
-    onnx: list[OnnxPrecision] = Field(default_factory=list, description=f"ONNX precisions: {', '.join(ONNX_TYPES)}")
+    onnx: OnnxTargets = Field(
+        default_factory=list,
+        description=f"ONNX precisions: {', '.join(ONNX_TYPES)}; or sizes, for which every matrix gets bits and "
+        "blocks of its own: {size: 80MB} for the whole folder, or {bits: 4.3} per weight",
+    )
     depths: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
         min_length=1,

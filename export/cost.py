@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..core.cost import Need, Overrides, Parts, Setting, StageCost, halves, worst
+from ..core.cost import Need, Overrides, Parts, PlannedFile, Setting, StageCost, halves, worst
 from ..core.units import kilobytes
 from ..core.work import Work, forward
 from ..runtime.artifact_sizes import target_of
@@ -41,15 +41,20 @@ def _exported(config: ExportConfig, at: Setting) -> Sequence[int]:
     return config.depths or at.depths or [at.kept]
 
 
-def _sized(config: ExportConfig) -> bool:
+def _listed(config: ExportConfig) -> list[tuple[str, str]]:
+    """Format and type of all that is exported."""
+    return [*(("gguf", kind) for kind in config.gguf), *(("onnx", kind) for kind in config.onnx)]
+
+
+def _sized(kinds: Iterable[str]) -> bool:
     """Whether types are chosen tensor by tensor."""
-    return any(target_of(kind) is not None for kind in [*config.gguf, *config.onnx])
+    return any(target_of(kind) is not None for kind in kinds)
 
 
 def _leaves(config: ExportConfig, at: Setting) -> Setting:
     if config.depths:
         at.check_depths("export.depths", config.depths)
-    files = [(kind, depth) for kind in [*config.gguf, *config.onnx] for depth in _exported(config, at)]
+    files = [PlannedFile(*kind, depth) for kind in _listed(config) for depth in _exported(config, at)]
     return replace(at, artifacts=tuple(files), weighed=0 if config.imatrix is False else config.imatrix_tokens)
 
 
@@ -69,7 +74,7 @@ def _need(config: ExportConfig, at: Setting) -> Need:
         positions = (len(less) + 1) * LONG_TOKENS // LONG_STEP
         reference["logits"] = reference.get("logits", 0) + positions * at.shape.vocab * 4
     moments = [reference]
-    if _sized(config):  # one text's activations of every block, and its logits with what their gradient needs
+    if _sized(kinds):  # one text's activations of every block, and its logits with what their gradient needs
         width = 12 * at.shape.hidden + 3 * at.shape.intermediate
         kept = TEXT * (at.kept * width * at.size + 4 * at.shape.vocab * 4)
         moments.append(runtime | {"weights": at.small, "activations": kept})
@@ -86,7 +91,7 @@ def _need(config: ExportConfig, at: Setting) -> Need:
 
 def _context_note(config: ExportConfig, at: Setting) -> str:
     """What keys and values take at the greatest depth."""
-    caches = dict.fromkeys(cache_type(kind, config.kv) for kind in [*config.onnx, *config.gguf])
+    caches = dict.fromkeys(cache_type(form, config.kv) for form, _ in reversed(_listed(config)))
     each = (f"{kilobytes(kv_bytes_per_token(at.shape, at.kept, cache))} in {cache}" for cache in caches)
     return f"keys and values of a token: {', '.join(each)}"
 
@@ -131,26 +136,27 @@ def _work(config: ExportConfig, at: Setting) -> Work:
     tried at high precision."""
     small, verify = at.shape.parameters(at.kept), config.verify
     work = Work(forward(at.shape, at.kept, config.imatrix_tokens + verify.tokens, 256))
-    for kind in [*config.gguf, *config.onnx]:
+    for form, kind in _listed(config):
         plain = kind in ("F16", "fp32")
         work = work + Work(host_flops=0 if plain else QUANTIZING * small, host_read=4 * 4 * small)
         for depth in _exported(config, at):
-            work = work + scoring(at.shape, kind, depth, verify.tokens, verify.window)
+            work = work + scoring(at.shape, PlannedFile(form, kind, depth), verify.tokens, verify.window)
     if config.train_scales:
         work = work + _training_work(config.train_scales, at, len(config.trained), len(_exported(config, at)))
-    if _sized(config):
-        rounding = ROUNDED * TYPES_TRIED * QUANTIZING * small
+    if _sized([*config.gguf, *config.onnx]):
+        formats = _sized(config.gguf) + _sized(config.onnx)
+        rounding = formats * ROUNDED * TYPES_TRIED * QUANTIZING * small
         work = work + Work(3 * forward(at.shape, at.kept, SENSED, TEXT / 2), host_flops=rounding)
-    for precise, kinds in (("F16", config.gguf), ("fp32", config.onnx)):  # the graph, once per format
+    for form, precise, kinds in (("gguf", "F16", config.gguf), ("onnx", "fp32", config.onnx)):  # the graph, once each
         written = bool(kinds) and precise == "F16" and precise not in kinds
         work = work + Work(host_read=(4 + 2) * small if written else 0)
         for depth in _exported(config, at) if kinds else ():
-            work = work + scoring(at.shape, precise, depth, verify.tokens, verify.window)
+            work = work + scoring(at.shape, PlannedFile(form, precise, depth), verify.tokens, verify.window)
     if config.kv != "float32":
         for depth in _exported(config, at):
             work = work + Work(forward(at.shape, depth, LONG_TOKENS, LONG_TOKENS / 2, LONG_TOKENS / LONG_STEP))
-            work = work + scoring(at.shape, "fp32", depth, LONG_TOKENS, LONG_TOKENS)
-        work = work + scoring(at.shape, "fp32", at.kept, CACHE_TOKENS, CACHE_ROW)
+            work = work + scoring(at.shape, PlannedFile("onnx", "fp32", depth), LONG_TOKENS, LONG_TOKENS)
+        work = work + scoring(at.shape, PlannedFile("onnx", "fp32", at.kept), CACHE_TOKENS, CACHE_ROW)
     return work
 
 
@@ -158,28 +164,31 @@ def _work(config: ExportConfig, at: Setting) -> Work:
 class PlannedRivals:
     """The unpruned model at the artifacts' sizes (`export/rivals.py`), as far as typical sizes tell."""
 
-    made: Sequence[str]  # types that are written, each once
-    measured: Sequence[str]  # of them those that are set beside the artifacts
+    made: Sequence[PlannedFile]  # what is written, each once
+    measured: Sequence[PlannedFile]  # of them those that are set beside the artifacts
     scratch: int  # bytes of the files that are there at once
 
 
 def rivals(at: Setting) -> PlannedRivals:
     """The rivals of all artifacts that the export leaves."""
     whole = at.shape.parameters(at.shape.blocks)
-    made: dict[str, None] = {}
-    measured: dict[str, float] = {}
+    made: dict[PlannedFile, None] = {}
+    measured: dict[PlannedFile, float] = {}
     scratch = 0
-    for limit, kind in sorted((artifact_bytes(kind, at.shape.parameters(depth)), kind) for kind, depth in at.artifacts):
+    for limit, form in sorted(
+        (artifact_bytes(file.type, at.shape.parameters(file.blocks)), file.form) for file in at.artifacts
+    ):
         tried = []
         if not any((1 - RIVAL_SHARED) * limit <= size <= limit for size in measured.values()):
-            tried.append(_fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED])
-        if kind in ONNX_TYPES:
-            tried.append(_fitting(list(ONNX_TYPES), whole, limit)[:1])
-        for kinds in tried:
-            made |= dict.fromkeys(kinds)
-            measured |= {name: artifact_bytes(name, whole) for name in kinds[:1]}
-            graph = 4 * whole if kinds and kinds[0] in ONNX_TYPES else 0
-            scratch = max(scratch, graph + sum(int(artifact_bytes(name, whole)) for name in kinds))
+            tried.append(("gguf", _fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED]))
+        if form == "onnx":
+            tried.append(("onnx", _fitting(list(ONNX_TYPES), whole, limit)[:1]))
+        for rival, kinds in tried:
+            files = [PlannedFile(rival, kind, at.shape.blocks) for kind in kinds]
+            made |= dict.fromkeys(files)
+            measured |= {file: artifact_bytes(file.type, whole) for file in files[:1]}
+            graph = 4 * whole if kinds and rival == "onnx" else 0
+            scratch = max(scratch, graph + sum(int(artifact_bytes(kind, whole)) for kind in kinds))
     return PlannedRivals(list(made), list(measured), scratch)
 
 
@@ -195,11 +204,11 @@ def rival_work(at: Setting) -> Work:
     if not found.made:
         return Work()
     work = Work(forward(at.shape, blocks, at.weighed + RIVAL_TOKENS, 256))
-    for kind in found.made:
-        plain = kind in ("F16", "fp32")
+    for file in found.made:
+        plain = file.type in ("F16", "fp32")
         work = work + Work(host_flops=0 if plain else QUANTIZING * whole, host_read=4 * 4 * whole)
-        if kind in GGUF_TYPES:
-            work = work + scoring(at.shape, kind, blocks, RIVAL_TOKENS, RIVAL_WINDOW)
+        if file.form == "gguf":
+            work = work + scoring(at.shape, file, RIVAL_TOKENS, RIVAL_WINDOW)
     return work
 
 

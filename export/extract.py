@@ -16,13 +16,14 @@ from ..runtime.bundle import read_bundle
 from .gguf_source import file_order
 
 
-def find_artifact(bundle: Path, type: str, depth: int | None) -> ArtifactEntry:
-    """The artifact of a type and a depth (the greatest, if none is given); `UserError` listing what there is."""
+def find_artifact(bundle: Path, type: str, depth: int | None, form: str) -> ArtifactEntry:
+    """The artifact of a type and a depth (the greatest, if none is given), of format `form` if there are two, as of a
+    size; `UserError` listing what there is."""
     manifest = read_bundle(bundle)
     wanted = manifest.depths[-1] if depth is None else depth
-    for artifact in manifest.artifacts:
-        if (artifact.type, artifact.depth) == (type, wanted):
-            return artifact
+    found = [artifact for artifact in manifest.artifacts if (artifact.type, artifact.depth) == (type, wanted)]
+    for artifact in sorted(found, key=lambda artifact: artifact.format != form):
+        return artifact
     types = ", ".join(dict.fromkeys(artifact.type for artifact in manifest.artifacts))
     depths = ", ".join(map(str, manifest.depths))
     raise UserError(f"{bundle} holds no {type} at depth {wanted}; it has the types {types} at the depths {depths}")
@@ -35,7 +36,7 @@ def extract(bundle: Path, type: str, depth: int | None, out: Path) -> ArtifactEn
     """
     if out.exists():
         raise UserError(f"{out} exists already; give another --out, or remove it")
-    artifact = find_artifact(bundle, type, depth)
+    artifact = find_artifact(bundle, type, depth, "gguf" if out.suffix == ".gguf" else "onnx")
     if (artifact.format == "gguf") != (out.suffix == ".gguf"):
         wanted = "a file that ends in .gguf" if artifact.format == "gguf" else "a folder"
         raise UserError(f"{type} is extracted into {wanted}; --out is {out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from ..modeling.weights import count_parameters
 from ..records.bundle import ArtifactEntry, BundleManifest, FamilyEntry, TrainedScales
 from ..records.figures import ExportFigures
 from ..records.record import Entry
-from ..runtime.artifact_sizes import bits_per_weight, target_of
+from ..runtime.artifact_sizes import bits_per_weight
 from ..runtime.bundle import read_bundle
 from ..runtime.cost import cache_type, kv_bytes_per_token
 from ..runtime.engine import ScoringWindow
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import copy_model_files, disk_bytes, list_files
 from .card import write_card, write_modelfile
+from .choices import Choices
 from .config import ExportConfig
 from .cost import CACHE_ROW
 from .gguf import context_length
@@ -43,7 +44,6 @@ from .rounded_cache import calibration_rows, kept_scales, rounded_cache_kl
 from .scale_training import ScaleRows, train_scales
 from .sensitivity import Sensitivity
 from .sensitivity_rows import kept_sensitivity
-from .sized import Chosen, GgufSizes
 from .verify import (
     Reference,
     by_length,
@@ -93,16 +93,14 @@ class ExportJob:
     context: Context
     name: str
     inputs: Inputs
-    _choices: dict[str, Chosen] = field(default_factory=dict)
 
     @cached_property
     def depths(self) -> list[int]:
         return chosen_depths(self.config, self.checkpoint)
 
     def run(self, provenance: dict[str, Any]) -> dict[str, Any]:
-        for target in self._targets:
-            self._sizes.check(target)
         self._check_disk()
+        self._choices.check()
         if self.config.trained:
             _ = self._rows  # too few are refused before anything is written
         self.bundle.mkdir(exist_ok=True)
@@ -141,9 +139,9 @@ class ExportJob:
             self.config,
             self.context.progress,
             lambda: self._imatrix,
-            self._chosen,
+            self._choices,
             lambda: self._tokenizer,
-            lambda: build_graph(self.checkpoint, self.work / "built", self.context.progress),
+            lambda: self._built,
             lambda: self._cache_scales,
         )
         return [*(GgufKind(making, t) for t in self.config.gguf), *(OnnxKind(making, t) for t in self.config.onnx)]
@@ -158,7 +156,7 @@ class ExportJob:
             found = kind.run(depth, self._references[kind.form][depth], made.tensor_error)
             rounded = self._rounded_cache(kind).get(str(depth)) if self._quantizes_cache(kind) else None
             found = found.model_copy(update={"graph_kl": graph, "kv_kl": rounded})
-            cache = cache_type(kind.type, self.config.kv)
+            cache = cache_type(kind.form, self.config.kv)
             size = kind.size(depth)
             entry = ArtifactEntry(
                 role=role,
@@ -262,9 +260,8 @@ class ExportJob:
             return None
         length, data = min(CACHE_ROW, self._shape.positions), self.inputs.stages.get("data")
         rows = partial(calibration_rows, self._tokenizer, data, length)
-        built = build_graph(self.checkpoint, self.work / "built", self.context.progress)
         file = self.work / "cache-scales.safetensors"
-        return kept_scales(file, built, rows, self.checkpoint, self.config.threads, self.context.progress)
+        return kept_scales(file, self._built, rows, self.checkpoint, self.config.threads, self.context.progress)
 
     @cached_property
     def _shape(self) -> Geometry:
@@ -280,27 +277,25 @@ class ExportJob:
             format=kind.form, type=kind.type, depths=self.depths, bytes=linked, bytes_without_links=copied
         )
 
-    @property
-    def _targets(self) -> list[str]:
-        """The sizes that GGUF files are to have."""
-        return [name for name in self.config.gguf if target_of(name) is not None]
-
     @cached_property
-    def _sizes(self) -> GgufSizes:
-        return GgufSizes(self.checkpoint, name=self.name, depths=self.depths)
+    def _choices(self) -> Choices:
+        """The types of files of a size."""
+        return Choices(
+            self.checkpoint,
+            self.name,
+            self.depths,
+            self.config,
+            self.work,
+            lambda: self._built,
+            lambda: self._measured.sensitivity,
+            lambda: self._imatrix,
+            self.context.progress,
+        )
 
-    def _chosen(self, target: str) -> Chosen:
-        """The types of the tensors of a GGUF of a size; what was measured for it is kept in the work folder."""
-        if target not in self._choices:
-            self._choices[target] = self._sizes.chosen(
-                target,
-                self._measured.sensitivity,
-                self._imatrix or {},
-                cache=self.work / "damage.json",
-                threads=self.config.threads,
-                progress=self.context.progress,
-            )
-        return self._choices[target]
+    @property
+    def _built(self) -> Path:
+        """The folder with the float32 ONNX graph, which is made when it is first asked for."""
+        return build_graph(self.checkpoint, self.work / "built", self.context.progress)
 
     def _check_disk(self) -> None:
         sizes = [count_parameters(self.checkpoint, depth) for depth in self.depths]
@@ -397,7 +392,7 @@ class ExportJob:
 
     def _sensed(self, model: CausalModel) -> Sensitivity | None:
         """How much each matrix's errors matter, if a size asks for it."""
-        if not any(self._sizes.needs_damage(target) for target in self._targets):
+        if not self._choices.needs_damage:
             return None
         file, seed = self.work / "sensitivity.safetensors", self.context.seed
         return kept_sensitivity(file, model, self._tokenizer, self.inputs, seed, self.context.progress)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,34 +25,23 @@ from ..core.stage import Progress
 from ..modeling.checkpoint import link_file
 from ..modeling.families import FAMILIES, family_of
 from ..modeling.load import load_config
-from ..modeling.retaining import has_heads, load_heads
+from ..modeling.retaining import has_heads
 from ..modeling.shape import rope_settings, rotated_size, sliding_blocks
 from ..modeling.types import ConfigLike
 from ..modeling.weights import count_parameters
+from ..runtime.artifact_sizes import target_of
 from ..runtime.artifact_types import ONNX_TYPES
+from ..runtime.onnx_engine import WEIGHTS
 from .bundle import TOKENIZER, settle_tokenizer
 from .ends import end_tokens, write_generation_config
-from .onnx_depths import spread, weights_read
-from .onnx_kv import CacheScales, quantize_cache
-from .onnx_retaining import add_heads, head_bytes
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from .grids import Grid
+from .onnx_depths import GRAPH, spread, weights_read
+from .onnx_edit import Rounding, edited_graph, grid_rounding, plain_rounding, save_graph
+from .onnx_kv import CacheScales
+from .onnx_retaining import head_bytes
 
 # Settings that the builder passes over, with what attention would do.
 LEFT_OUT = {"attn_logit_softcapping": "is soft-capped", "use_bidirectional_attention": "looks ahead"}
-# The builder's name of a projection -> llama.cpp's name of a tensor that reads the same input (for the importance).
-_IMPORTANCE = {
-    "attn/qkv_proj": "attn_q",
-    "attn/q_proj": "attn_q",
-    "attn/k_proj": "attn_k",
-    "attn/v_proj": "attn_v",
-    "attn/o_proj": "attn_output",
-    "mlp/gate_up_proj": "ffn_up",
-    "mlp/gate_proj": "ffn_gate",
-    "mlp/up_proj": "ffn_up",
-    "mlp/down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ def check_onnx(config: ConfigLike, precision: str = "int4") -> None:
     """Raise `UserError` unless models of this configuration (object or dict) can be exported at `precision`."""
     values = config if isinstance(config, dict) else config.to_dict()
     family = values.get("model_type")
-    if precision not in ONNX_TYPES:
+    if precision not in ONNX_TYPES and target_of(precision) is None:
         why = ": ONNX Runtime's CPU kernels take no float16 attention" if precision == "fp16" else ""
         raise UserError(f"unknown ONNX precision {precision!r}{why}; there are: {', '.join(ONNX_TYPES)}")
     builders = {name: record.onnx for name, record in FAMILIES.items() if record.onnx is not None}
@@ -97,6 +84,7 @@ def write_onnx(
     *,
     depths: Sequence[int] = (),
     imatrix: Mapping[str, np.ndarray] | None = None,
+    grids: Mapping[str, Grid] | None = None,
     built: Path | None = None,
     link: bool = False,
     kv: CacheScales | None = None,
@@ -108,6 +96,9 @@ def write_onnx(
     bits. Head and embedding are one tensor where the model ties them. A checkpoint's retaining heads stay float32 and
     become outputs (`onnx_retaining`). `imatrix` gives the mean squared activations of each matrix's inputs,
     (in_features,) float32 by llama.cpp tensor name, and improves int4.
+
+    With `grids` every matrix has one of its own, by the name of the node that reads it (`onnx_sized`); `imatrix` then
+    has these names too, and `precision` is the name of a size.
 
     With `kv` the cache's keys and values are int8, rounded with these scales (`onnx_kv`); else float32.
 
@@ -129,7 +120,10 @@ def write_onnx(
     with _work_folder(work), _disk_errors(out_dir):
         if built is None:
             build_float32([(checkpoint, work / "fp32")], progress)
-        made = _finish(checkpoint, built or work / "fp32", work, precision, imatrix or {}, progress, link, kv)
+        made = work / "folder"
+        known = imatrix or {}
+        rounding = plain_rounding(precision, known) if grids is None else grid_rounding(grids, known)
+        _finish(checkpoint, built or work / "fp32", made, rounding, kv, link, precision, progress)
         info = _describe(made, checkpoint)
         if len(depths) > 1:
             spread(made, work / "family", depths, load_config(checkpoint))
@@ -232,37 +226,30 @@ def _builder_error(checkpoint: Path, log: Path) -> UserError | OSError:
 def _finish(
     checkpoint: Path,
     built: Path,
-    work: Path,
-    precision: str,
-    imatrix: Mapping[str, np.ndarray],
-    progress: Progress,
-    link: bool,
+    made: Path,
+    rounding: Rounding | None,
     kv: CacheScales | None,
-) -> Path:
-    """Edit and quantize the float32 graph in `built`; gather the folder's files."""
+    link: bool,
+    label: str,
+    progress: Progress,
+) -> None:
+    """Write the edited graph and gather the folder's files in the new folder `made`."""
     import onnx_ir as ir
 
-    made = work / "folder"
     made.mkdir()
-    model = ir.load(built / "model.onnx")
-    # The builder stamps the git commit of whatever repository its package lies in.
-    model.producer_version = version("onnxruntime-genai")
-    _add_position_ids(model)
-    if kv is not None:
-        quantize_cache(model, kv)
-    data = made / "model.onnx.data"
-    heads = load_heads(checkpoint, load_config(checkpoint)) if has_heads(checkpoint) else None
-    if not _rounds(precision) and heads is None:
-        (link_file if link else shutil.copyfile)(built / data.name, data)
-        ir.save(model, made / "model.onnx")
+    model = edited_graph(checkpoint, built, rounding, kv=kv, label=label, progress=progress)
+    if rounding is None and not has_heads(checkpoint):
+        (link_file if link else shutil.copyfile)(built / WEIGHTS, made / WEIGHTS)
+        ir.save(model, made / GRAPH)
     else:
-        if _rounds(precision):
-            _quantize(model, precision, imatrix, progress)
-        if heads is not None:  # after quantization: their weights stay float32
-            add_heads(model, heads)
-        ir.save(model, made / "model.onnx", external_data=data.name, size_threshold_bytes=0)
+        save_graph(model, made)
+    copy_companions(checkpoint, built, made)
+
+
+def copy_companions(checkpoint: Path, built: Path, made: Path) -> None:
+    """The folder's files beside graph and weights: tokenizer, configuration, genai's settings."""
     for path in sorted(built.iterdir()):
-        if path.is_file() and not path.name.startswith("model.onnx"):
+        if path.is_file() and not path.name.startswith(GRAPH):
             shutil.copyfile(path, made / path.name)
     shutil.copyfile(checkpoint / "config.json", made / "config.json")
     write_generation_config(checkpoint, made)
@@ -273,63 +260,6 @@ def _finish(
     if ends:
         settings["model"]["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(made / "genai_config.json", settings, indent=4, ascii=True)
-    return made
-
-
-def _add_position_ids(model: ir.Model) -> None:
-    """Wire a `position_ids` input (batch, tokens) to every attention, which otherwise counts positions itself.
-
-    The rotary embedding then uses the given positions: a cache from which entries were dropped stays usable.
-    """
-    import onnx_ir as ir
-
-    inputs = {value.name: value for value in model.graph.inputs}
-    if "position_ids" in inputs:
-        return
-    positions = ir.Value(
-        name="position_ids",
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape(["batch_size", "sequence_length"]),
-    )
-    model.graph.inputs.insert(2, positions)
-    for node in model.graph:
-        if node.op_type == "GroupQueryAttention":
-            node.replace_input_with(9, positions)
-
-
-def _quantize(model: ir.Model, precision: str, imatrix: Mapping[str, np.ndarray], progress: Progress) -> None:
-    """Replace every matrix of weights by integers, in place."""
-    from .onnx_graph import replace_embedding, replace_matmul, weight_matmuls
-    from .quantizers import quantizer
-
-    kind = ONNX_TYPES[precision]
-    nodes = weight_matmuls(model)
-    with progress.bar(f"onnx {precision}", len(nodes)) as advance:
-        for node in nodes:
-            is_head = node.name == "/lm_head/MatMul"
-            name = kind.head if is_head else kind.blocks
-            if name is None:
-                continue
-            weight = np.ascontiguousarray(node.inputs[1].const_value.numpy().T)  # (N, K)
-            chosen = quantizer(name)
-            quantized = chosen.quantize(weight, _importance(node.name, imatrix))
-            if is_head:
-                replace_embedding(model, node.inputs[1], quantized, chosen)
-            replace_matmul(model, node, quantized)
-            advance(note=node.name.strip("/"))
-    model.graph.sort()
-
-
-def _rounds(precision: str) -> bool:
-    kind = ONNX_TYPES[precision]
-    return kind.blocks is not None or kind.head is not None
-
-
-def _importance(node: str, imatrix: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    match = re.fullmatch(r"/model/layers\.(\d+)/(.+)/MatMul", node)
-    if not match or match[2] not in _IMPORTANCE:
-        return None
-    return imatrix.get(f"blk.{match[1]}.{_IMPORTANCE[match[2]]}.weight")
 
 
 def _describe(folder: Path, checkpoint: Path) -> WrittenOnnx:

@@ -49,7 +49,7 @@ def check_heads(folder: Path, checkpoint: Path) -> None:
     if not has_heads(checkpoint):
         return
     graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
-    there = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith(_PREFIX)}
+    there = {tensor.name: tensor for tensor in graph.initializer if is_head(tensor.name)}
     for name, value in load_heads(checkpoint, load_config(checkpoint)).state_dict().items():
         tensor = there.get(f"retaining.{name}")
         if tensor is None or not np.array_equal(to_array(tensor, str(folder)).T, value.numpy()):
@@ -58,7 +58,12 @@ def check_heads(folder: Path, checkpoint: Path) -> None:
 
 def head_bytes(places: Mapping[str, tuple[Any, ...]]) -> int:
     """The bytes of the heads in a weights file; `places` as returned by `weights_read`."""
-    return sum(place[2] for name, place in places.items() if name.startswith(_PREFIX))
+    return sum(place[2] for name, place in places.items() if is_head(name))
+
+
+def is_head(name: str) -> bool:
+    """Whether an initializer belongs to a head."""
+    return name.startswith(_PREFIX)
 
 
 def _projected(model: ir.Model, attention: ir.Node, stem: str) -> Any:

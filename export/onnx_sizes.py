@@ -35,15 +35,16 @@ def onnx_sizes(checkpoint: Path) -> dict[str, int]:
 
 def _onnx_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
     """Bytes of a weight in a precision's graph."""
-    known = ONNX_TYPES[precision]
-    quantized = known.head if block_number(name) is None else known.blocks
-    if quantized is None or len(shape) != 2 or shape[1] % BLOCK:
+    if len(shape) != 2:
         return 4 * math.prod(shape)
-    return shape[0] * _row_bytes(quantized, shape[1])
+    return shape[0] * row_bytes(precision, shape[1], block_number(name) is not None)
 
 
 @cache
-def _row_bytes(name: str, columns: int) -> int:
-    """Bytes of a row in a quantizer's form: of one that it makes."""
-    row = quantizer(name).quantize(np.ones((1, columns), np.float32), None)
-    return sum(part.nbytes for part in (row.values, row.scales, row.zero_points) if part is not None)
+def row_bytes(precision: str, columns: int, in_block: bool) -> int:
+    """Bytes of a matrix's row in a precision: of one that its quantizer makes. Embedding and head are in no block."""
+    known = ONNX_TYPES[precision]
+    name = known.blocks if in_block else known.head
+    if name is None or columns % BLOCK:
+        return 4 * columns
+    return quantizer(name).quantize(np.ones((1, columns), np.float32), None).nbytes

@@ -32,7 +32,6 @@ from .gguf_sizes import distinct_types, plain_sizes
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph, check_onnx
 from .onnx_sizes import onnx_sizes
-from .sized import Chosen
 from .verify import TOP_K, Reference, compare, probe_windows, torch_reference
 
 
@@ -44,10 +43,6 @@ def imatrix_tokens(bundle: Path) -> int:
     stage = StageManifest.read_if_there(bundle.parent)
     usual = ExportConfig.model_fields["imatrix_tokens"].default
     return stage.config.get("imatrix_tokens", usual) if stage is not None else usual
-
-
-def _no_size(kind: str) -> Chosen:
-    raise ValueError(f"{kind} is a size, a rival has a plain type")
 
 
 class PlainModels:
@@ -154,7 +149,7 @@ class PlainModels:
             config=ExportConfig(gguf=["F16"], onnx=["fp32"]),  # for its threads: types are asked for one by one
             progress=self.context.progress,
             imatrix=self._imatrix,
-            chosen=_no_size,
+            choices=None,
             tokenizer=lambda: load_tokenizer(self.base),
             built=lambda: build_graph(self.base, self.work / "built", self.context.progress),
             temporary=True,

@@ -1,106 +1,112 @@
-"""A GGUF file of a size that was asked for: which type each tensor gets, and whether there is such a file."""
+"""A file of a size that was asked for: which type each matrix gets, and whether there is such a file.
+
+What the formats have in common; `gguf_sized.py` and `onnx_sized.py` say what a matrix may become in theirs.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-from gguf import GGMLQuantizationType as Type
+from types import MappingProxyType
+from typing import Generic
 
 from ..core.errors import UserError
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..runtime.artifact_sizes import Target, target_of
-from .choose import choose
-from .damage import Array, gguf_damage, gguf_types
-from .gguf import Conversion
-from .gguf_sizes import header_bytes, plain_sizes, stored_bytes
-from .mixes import is_matrix
+from .choose import choose, smallest, total
+from .damage import Array, Candidates, K, measure_damage
 from .sensitivity import Sensitivity
 
 LEAST = 0.5  # of the average bits: types with fewer are looked at only where nothing else fits
+AROUND = 64  # bytes that a matrix takes beside its weights, at most, more in one type than in another
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Generic[K]):
     """A type for every tensor."""
 
     like: str  # the plain type with the largest file that is no larger
-    types: Mapping[str, Type]
+    types: Mapping[str, K]
     importance: Mapping[str, Array]  # of the columns of every matrix; empty where nothing is quantized
     damage: float  # estimated KL to the checkpoint, nats per token
 
     def __str__(self) -> str:
-        counts = Counter(kind.name for kind in self.types.values() if kind != Type.F32)
+        counts = Counter(kind.name for kind in self.types.values() if kind.name != "F32")  # of vectors
         return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
-class GgufSizes:
-    """What sizes a checkpoint's GGUF can have, and what is in it at each.
+class Sizes(ABC, Generic[K]):
+    """What sizes a checkpoint's file can have, and what is in it at each.
 
-    `depths` are those of a family, whose sizes are of all files that the deepest is read from; `name` is the model's in
-    the file. Raises `UserError` for models that GGUF cannot hold.
+    `shapes` are those of the matrices whose type is chosen, (rows, columns); `others` are the types of other tensors.
     """
 
-    def __init__(self, checkpoint: Path, *, name: str | None = None, depths: Sequence[int] = ()):
-        self.checkpoint, self.name, self.depths = checkpoint, name, depths
-        self.job = Conversion(checkpoint, "F16", name=name)
-        shapes = self.job.source.shapes
-        self.matrices = {n: shape for n, shape in shapes.items() if is_matrix(n, shape)}
-        self.others = {n: Type.F32 for n in shapes if n not in self.matrices}
-        self.overhead = header_bytes(self.job, depths)
-        self.overhead += sum(stored_bytes(shapes[n], kind) for n, kind in self.others.items())
+    form: str  # the recipe's key: gguf, onnx
+    precise: K  # the type that loses nothing to speak of
 
-    @cached_property
-    def plain(self) -> dict[str, int]:
-        """The bytes of every plain type's file."""
-        return plain_sizes(self.checkpoint, True, name=self.name, depths=self.depths)
+    def __init__(
+        self, checkpoint: Path, shapes: Mapping[str, Sequence[int]], others: Mapping[str, K] = MappingProxyType({})
+    ):
+        self.checkpoint, self.shapes, self.others = checkpoint, shapes, others
+        self.parameters = count_parameters(checkpoint)
 
-    @property
-    def precise(self) -> Type:
-        """The type that loses nothing to speak of: the checkpoint's own if it is bfloat16, else float16."""
-        dtypes = {tensor.dtype for tensor in self.job.source.tensors.headers.values()}
-        return Type.BF16 if dtypes == {"BF16"} else Type.F16
+    @abstractmethod
+    def kinds(self, columns: int, least: float = 0.0) -> list[K]:
+        """The types that rows of so many columns may get, of at least so many bits per weight."""
+
+    @abstractmethod
+    def stored(self, shape: Sequence[int], kind: K) -> int:
+        """Bytes of a matrix in a file."""
+
+    @abstractmethod
+    def bytes(self, types: Mapping[str, K]) -> int:
+        """Of the whole file with these types of its matrices."""
+
+    @abstractmethod
+    def weight_bytes(self, types: Mapping[str, K]) -> int:
+        """The same without what is no weight: vocabulary, metadata, graph."""
+
+    @abstractmethod
+    def like(self, types: Mapping[str, K]) -> str:
+        """The plain type with the largest file that is no larger than that of these types; else the smallest."""
+
+    @abstractmethod
+    def importance(self, sensitivity: Sensitivity, imatrix: Mapping[str, Array]) -> dict[str, Array]:
+        """Weights of the columns of every matrix."""
+
+    @abstractmethod
+    def candidates(
+        self, sensitivity: Sensitivity, importance: Mapping[str, Array], least: float
+    ) -> Mapping[str, Candidates[K]]:
+        """Every matrix with the types of at least so many bits that it may get."""
 
     @cached_property
     def smallest(self) -> int:
         """Bytes of the smallest possible file."""
-        return self.overhead + sum(min(stored_bytes(s, k) for k in gguf_types(s[-1])) for s in self.matrices.values())
-
-    def budget(self, target: Target) -> int:
-        """Bytes that the file may have."""
-        if target.bytes is not None:
-            return target.bytes
-        assert target.bits is not None
-        shapes = self.job.source.shapes
-        others = sum(stored_bytes(shapes[n], kind) for n, kind in self.others.items())
-        return self.overhead - others + int(target.bits * count_parameters(self.checkpoint) / 8)
+        return self.bytes(self._smallest)
 
     def check(self, name: str) -> None:
         """Raise `UserError` for a size that no choice of types reaches."""
         target = target_of(name)
-        if target is None or self.budget(target) >= self.smallest:
+        if target is None or self._limit(target) >= self._counted(target, self._smallest):
             return
-        tensors = self.smallest - self.overhead
         least = math.ceil(self.smallest / 1e4) / 100  # rounded up, so that what is said is possible
-        bits = math.ceil(800 * tensors / count_parameters(self.checkpoint)) / 100
+        bits = math.ceil(800 * self.weight_bytes(self._smallest) / self.parameters) / 100
         raise UserError(
-            f"export.gguf: {name} is too small for {self.checkpoint.name}: with every tensor in its smallest type the "
-            f"file has {least:.2f} MB ({bits:.2f} bits per weight); ask for at least that"
+            f"export.{self.form}: {name} is too small for {self.checkpoint.name}: with every tensor in its smallest "
+            f"type the file has {least:.2f} MB ({bits:.2f} bits per weight); ask for at least that"
         )
 
     def needs_damage(self, name: str) -> bool:
         """Whether a size is one at which it matters what each tensor loses."""
         target = target_of(name)
-        return target is not None and self.budget(target) < self._all_precise
-
-    @property
-    def _all_precise(self) -> int:
-        return self.overhead + sum(stored_bytes(shape, self.precise) for shape in self.matrices.values())
+        return target is not None and self._limit(target) < self._counted(target, self._all_precise)
 
     def chosen(
         self,
@@ -109,9 +115,8 @@ class GgufSizes:
         imatrix: Mapping[str, Array],
         *,
         cache: Path | None = None,
-        threads: int = 0,
         progress: Progress | None = None,
-    ) -> Chosen:
+    ) -> Chosen[K]:
         """The types with the least damage at a size; `sensitivity` is not needed where `needs_damage` says so.
 
         `imatrix` has columns' weights for rounding by llama.cpp's name; what it lacks is taken from the sensitivity.
@@ -121,41 +126,45 @@ class GgufSizes:
         target = target_of(name)
         assert target is not None
         if not self.needs_damage(name):
-            types = dict.fromkeys(self.matrices, self.precise) | self.others
-            return Chosen(self.precise.name, types, {}, 0.0)
+            types = self._all_precise
+            return Chosen(self.like(types), {**types, **self.others}, {}, 0.0)
         assert sensitivity is not None
         importance = self.importance(sensitivity, imatrix)
-        room = self.budget(target) - self.overhead
-        options = gguf_damage(
-            self.job.source,
-            sensitivity,
-            importance,
-            least_bits=self._least_bits(room),
-            cache=cache,
-            threads=threads,
-            progress=progress,
-        )
-        types = choose(options, room)
-        damage = sum(options[n][kind].damage for n, kind in types.items())
-        return Chosen(self.like(types), types | self.others, importance, damage)
+        room = self._room(target)
+        options = measure_damage(self.candidates(sensitivity, importance, self._least_bits(room)), cache, progress)
+        while True:
+            types = choose(options, room) if smallest(options) <= room else self._smallest
+            over = self._counted(target, types) - self._limit(target)
+            if over <= 0:
+                break
+            room -= over  # what stands around the matrices depends a little on their types
+        damage = total(options, types).damage
+        return Chosen(self.like(types), {**types, **self.others}, importance, damage)
 
-    def importance(self, sensitivity: Sensitivity, imatrix: Mapping[str, Array]) -> dict[str, Array]:
-        """By llama.cpp's name, weights of the columns of every matrix."""
-        originals = self.job.source.originals
-        return {n: imatrix[n] if n in imatrix else sensitivity.importance(originals[n]) for n in self.matrices}
+    def _limit(self, target: Target) -> int:
+        """Bytes that are counted at most."""
+        return target.bytes if target.bytes is not None else int((target.bits or 0) * self.parameters / 8)
 
-    def bytes(self, types: Mapping[str, Type]) -> int:
-        """Of the file with these types of its matrices."""
-        return self.overhead + sum(stored_bytes(shape, types[n]) for n, shape in self.matrices.items())
+    def _counted(self, target: Target, types: Mapping[str, K]) -> int:
+        """A size in bytes is the whole file's, bits count the weights."""
+        return self.bytes(types) if target.bytes is not None else self.weight_bytes(types)
 
-    def like(self, types: Mapping[str, Type]) -> str:
-        """The plain type with the largest file that is no larger than that of these types; else the smallest."""
-        size = self.bytes(types)
-        below = {mix: found for mix, found in self.plain.items() if found <= size}
-        return max(below, key=lambda mix: below[mix]) if below else min(self.plain, key=lambda mix: self.plain[mix])
+    def _room(self, target: Target) -> int:
+        """Bytes for the matrices."""
+        return self._limit(target) - self._counted(target, self._smallest) + self._tensors(self._smallest)
+
+    def _tensors(self, types: Mapping[str, K]) -> int:
+        return sum(self.stored(shape, types[name]) for name, shape in self.shapes.items())
+
+    @cached_property
+    def _smallest(self) -> dict[str, K]:
+        return {n: min(self.kinds(s[-1]), key=lambda kind: self.stored(s, kind)) for n, s in self.shapes.items()}
+
+    @property
+    def _all_precise(self) -> dict[str, K]:
+        return dict.fromkeys(self.shapes, self.precise)
 
     def _least_bits(self, room: int) -> float:
-        weights = count_parameters(self.checkpoint)
-        least = LEAST * 8 * room / weights
-        sizes = ([stored_bytes(s, k) for k in gguf_types(s[-1], least)] for s in self.matrices.values())
-        return least if sum(min(found) for found in sizes) <= room else 0.0
+        least = LEAST * 8 * room / self.parameters
+        sizes = ([self.stored(s, kind) for kind in self.kinds(s[-1], least)] for s in self.shapes.values())
+        return least if sum(min(found) + AROUND for found in sizes) <= room else 0.0

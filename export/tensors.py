@@ -15,7 +15,7 @@ from ..modeling.families import BLOCKS, EMBEDDING, HEAD, family_of
 from ..modeling.load import load_config
 from ..modeling.weights import Tensors
 from .gguf_source import GgufSource
-from .quantizers import row_limits
+from .quantizers import BLOCK, row_limits
 
 if TYPE_CHECKING:
     import onnx
@@ -47,6 +47,17 @@ LIMITS = {
     "IQ2_XXS": 0.95,
     "IQ1_M": 1.0,
     "IQ1_S": 1.1,
+    "int2": 1.0,
+    "int2/64": 1.0,
+    "int2/128": 1.0,
+    "int4/16": 0.25,
+    "int4/64": 0.4,
+    "int4/128": 0.45,
+    "int4/256": 0.6,
+    "int8/16": 0.02,
+    "int8/64": 0.03,
+    "int8/128": 0.035,
+    "int8/256": 0.045,
 } | row_limits()
 
 
@@ -94,10 +105,11 @@ def onnx_errors(folder: Path, checkpoint: Path) -> Iterator[tuple[str, str, floa
                 yield node.name, "F32", row_error(found.T if node.op_type == "MatMul" else found, expected)
             continue
         attributes = {a.name: a.i for a in node.attribute}
-        bits = attributes["bits"]
+        bits, block = attributes["bits"], attributes["block_size"]
         parts = [to_array(values[name]) if name else None for name in integer_parts(node)]
-        found = dequantize_nbits(parts, bits, attributes["block_size"], expected.shape[1])
-        yield node.name, f"int{bits}", row_error(found, expected)
+        found = dequantize_nbits(parts, bits, block, expected.shape[1])
+        kind = f"int{bits}" if block == BLOCK else f"int{bits}/{block}"
+        yield node.name, kind, row_error(found, expected)
     for name, tensor in values.items():
         expected = weights.vector(name)
         if expected is not None:
@@ -123,10 +135,8 @@ def dequantize_nbits(parts: list[Any], bits: int, block: int, columns: int) -> A
     rows = packed.shape[0]
 
     def unpack(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if bits == 8:
-            return data
-        halves: Any = np.stack([data & 15, data >> 4], axis=-1)
-        return halves.reshape(*data.shape[:-1], -1)
+        parts: Any = np.stack([data >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], axis=-1)
+        return parts.reshape(*data.shape[:-1], -1)
 
     values = unpack(packed).reshape(rows, -1, block).astype(np.float32)
     blocks = values.shape[1]

@@ -22,9 +22,10 @@ from ..data.chat import Encoded
 from ..evaluation.language import BaseLogProbs, log_probs, targets, text_windows
 from ..export.cost import SENSED, TEXT
 from ..export.gguf import Conversion
+from ..export.gguf_sized import GgufSizes
 from ..export.imatrix import collect, load_imatrix, save_imatrix
 from ..export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
-from ..export.sized import Chosen, GgufSizes
+from ..export.sized import Chosen
 from ..modeling.blocks import Decoder, drop_blocks, replaced, without_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.cuts import Cut

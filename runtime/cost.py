@@ -6,10 +6,11 @@ several texts.
 
 from __future__ import annotations
 
+from ..core.cost import PlannedFile
 from ..core.geometry import Geometry
 from ..core.work import Work, decoding, forward
 from .artifact_sizes import bits_per_weight
-from .artifact_types import CACHE_BYTES, GGUF_CACHE, ONNX_TYPES
+from .artifact_types import CACHE_BYTES, GGUF_CACHE
 
 SLOTS = 4  # texts that llama.cpp scores side by side
 
@@ -30,16 +31,16 @@ def held_as(kv_bytes: int, cache: str, kv_type: str) -> int:
     return round(kv_bytes * CACHE_BYTES[kv_type] / CACHE_BYTES[cache])
 
 
-def cache_type(kind: str, onnx_cache: str) -> str:
+def cache_type(form: str, onnx_cache: str) -> str:
     """The type of an artifact's cache, where ONNX's is `onnx_cache`."""
-    return onnx_cache if kind in ONNX_TYPES else GGUF_CACHE
+    return onnx_cache if form == "onnx" else GGUF_CACHE
 
 
-def scoring(shape: Geometry, kind: str, depth: int, tokens: int, window: int) -> Work:
+def scoring(shape: Geometry, file: PlannedFile, tokens: int, window: int) -> Work:
     """Cost of an artifact's predictions at `tokens` positions, in texts of `window` tokens."""
-    steps = 1.0 if kind in ONNX_TYPES else tokens / SLOTS
-    weights = artifact_bytes(kind, shape.parameters(depth))
-    return Work(forward(shape, depth, tokens, window / 2), steps * weights).beside()
+    steps = 1.0 if file.form == "onnx" else tokens / SLOTS
+    weights = artifact_bytes(file.type, shape.parameters(file.blocks))
+    return Work(forward(shape, file.blocks, tokens, window / 2), steps * weights).beside()
 
 
 def writing(shape: Geometry, kind: str, depth: int, rows: int, prompt: int, new: int) -> Work:

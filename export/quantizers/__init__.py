@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 32  # weights, along the input dimension, that share a scale
+BLOCK = 32  # weights, along the input dimension, that share a scale in all precisions
 CHUNK = 1 << 18  # weights worked on at once: small enough for the processor's cache
 
 
@@ -22,15 +22,25 @@ CHUNK = 1 << 18  # weights worked on at once: small enough for the processor's c
 class Quantized:
     """Weights (N, K) in blocks along K: weight ≈ scale · (value - zero point)."""
 
-    values: np.ndarray  # (N, K / BLOCK, BLOCK · bits / 8) uint8, two 4-bit values to a byte, the first one low
-    scales: np.ndarray  # (N, K / BLOCK) float32
-    zero_points: np.ndarray | None  # (N, ceil(K / BLOCK · bits / 8)) uint8; None: 2^(bits - 1) everywhere
+    values: np.ndarray  # (N, blocks, bytes of a block) uint8, 8 / bits values to a byte, the first one lowest
+    scales: np.ndarray  # (N, blocks) float32
+    zero_points: np.ndarray | None  # (N, ceil(blocks · bits / 8)) uint8; None: 2^(bits - 1) everywhere
     bits: int
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        return self.values.shape[2] * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.values, self.scales, self.zero_points)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def dequantize(self) -> np.ndarray:
         """The weights (N, K) float32 that the runtime computes with."""
         rows, blocks = self.scales.shape
-        codes = unpack(self.values.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK)
+        codes = unpack(self.values.reshape(rows, -1), self.bits).reshape(rows, blocks, self.block)
         zeros = np.full((rows, blocks), 1 << (self.bits - 1), np.float32)
         if self.zero_points is not None:
             zeros = unpack(self.zero_points, self.bits)[:, :blocks]
@@ -44,7 +54,7 @@ class Quantizer:
     # Takes weight (N, K) float, K a multiple of `BLOCK`, and the mean squared activation of each input (K,) float32
     # if known; a quantizer may leave the latter unused.
     quantize: Callable[[np.ndarray, np.ndarray | None], Quantized]
-    bits: int  # of the integers it makes, 4 or 8
+    bits: int  # of the integers it makes: 2, 4 or 8
     row_error: float  # largest relative error of a row that verification accepts, as `tensors.LIMITS`
 
 
@@ -63,23 +73,25 @@ def row_limits() -> dict[str, float]:
     return limits
 
 
-def chunks(weight: np.ndarray) -> list[Tensor]:
-    """(rows, K / BLOCK, BLOCK) float32 pieces of weight (N, K)."""
+def chunks(weight: np.ndarray, block: int = BLOCK) -> list[Tensor]:
+    """(rows, K / block, block) float32 pieces of weight (N, K)."""
     rows = max(1, CHUNK // weight.shape[1])
     # Writable, which torch wants though nothing is written; copied only where it must be.
     pieces = (np.require(weight[i : i + rows], np.float32, ["C", "W"]) for i in range(0, len(weight), rows))
-    return [torch.from_numpy(piece).reshape(len(piece), -1, BLOCK) for piece in pieces]
+    return [torch.from_numpy(piece).reshape(len(piece), -1, block) for piece in pieces]
 
 
-def pack(codes: Tensor) -> np.ndarray:
-    """(N, M) values 0–15 to (N, ceil(M / 2)) bytes, the first of each pair in the low half."""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous().numpy()
+def pack(codes: Tensor, bits: int = 4) -> np.ndarray:
+    """(N, M) values of `bits` bits to (N, ceil(M · bits / 8)) bytes, the first values in the lowest bits."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each))
+    packed = codes[:, 0::each].clone()
+    for place in range(1, each):
+        packed |= codes[:, place::each] << (bits * place)
+    return packed.contiguous().numpy()
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """(N, M) bytes to the (N, M · 8 / bits) values they hold, float32; 4 or 8 bits."""
-    if bits == 8:
-        return packed.astype(np.float32)
-    return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1).astype(np.float32)
+    """(N, M) bytes to the (N, M · 8 / bits) values they hold, float32; 2, 4 or 8 bits."""
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, -1).reshape(len(packed), -1).astype(np.float32)

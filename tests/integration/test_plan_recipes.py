@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from compress.cli import main as cli
-from compress.core.cost import Setting
+from compress.core.cost import PlannedFile, Setting
 from compress.core.stage import Context, Inputs
 from compress.core.work import Work
 from compress.data.config import DatasetsConfig, VllmSettings
@@ -173,7 +173,7 @@ def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
     """On the processors beside the card; so do the types of an export's check."""
     shape = make_shape("llama8b_26L")
     weights = artifact_bytes("Q4_K_M", shape.parameters(26))
-    at = Setting(shape, 26, "bfloat16", True, room=24 * GIB, artifacts=(("Q4_K_M", 26),))
+    at = Setting(shape, 26, "bfloat16", True, room=24 * GIB, artifacts=(PlannedFile("gguf", "Q4_K_M", 26),))
     evaluate_work: Any = STAGES["evaluate"].cost.work
     values: dict[str, Any] = {"window": 512, "tokens": 4096, "speed": None, "rival": False}
     found = evaluate_work(EvaluateConfig.model_validate(values), at)
@@ -186,7 +186,7 @@ def test_llamacpp_costs_a_decoded_token_per_measured_position() -> None:
     assert evaluate_work(EvaluateConfig.model_validate(values | {"artifacts": False}), at) == Work()
     exported = STAGES["export"].cost.work(ExportConfig.model_validate({"gguf": ["Q4_K_M"]}), at)
     assert exported and exported.host_read > 192 / SLOTS * weights
-    onnx = Setting(shape, 26, "bfloat16", True, artifacts=(("int4", 26),))
+    onnx = Setting(shape, 26, "bfloat16", True, artifacts=(PlannedFile("onnx", "int4", 26),))
     assert evaluate_work(EvaluateConfig.model_validate(values), onnx).host_read < found.host_read / 500  # whole texts
 
 

@@ -20,6 +20,7 @@ from compress.data.calibration import calibration_batches
 from compress.data.packing import Batch
 from compress.export import damage
 from compress.export.config import ExportConfig
+from compress.export.gguf_sized import GgufSizes, bits_of
 from compress.export.job import ExportJob
 from compress.export.own_text import own_batches
 from compress.export.sensitivity import (
@@ -29,7 +30,6 @@ from compress.export.sensitivity import (
     load_sensitivity,
     save_sensitivity,
 )
-from compress.export.sized import GgufSizes
 from compress.export.stage import export_checkpoint
 from compress.modeling.blocks import Decoder
 from compress.modeling.families import EMBEDDING
@@ -219,7 +219,7 @@ def test_more_bytes_cost_less_damage_and_what_matters_gets_more(shaken, talks):
     raised = replace(found, terms={**found.terms, name: [replace(t, rows=t.rows * 1e4) for t in found.terms[name]]})
     size = f"{sizes.plain['Q4_K_M']}B"
     plain, other = (sizes.chosen(size, sensed, {}) for sensed in (found, raised))
-    assert damage.bits_of(other.types["blk.1.ffn_down.weight"]) > damage.bits_of(plain.types["blk.1.ffn_down.weight"])
+    assert bits_of(other.types["blk.1.ffn_down.weight"]) > bits_of(plain.types["blk.1.ffn_down.weight"])
     damages = [sizes.chosen(f"{bits}bits", found, {}).damage for bits in (5, 6, 7)]
     assert damages == sorted(damages, reverse=True) and damages[0] > 4 * damages[-1]
 
@@ -244,4 +244,4 @@ def test_a_killed_export_goes_on(shaken, talks, tmp_path, monkeypatch):
     assert len(json.loads(cache.read_text())) == 8
     again = sizes.chosen("5.5bits", found, {}, cache=cache)
     assert again.types == whole.types and again.damage == whole.damage
-    assert len(calls) == 1 + len(sizes.matrices)
+    assert len(calls) == 1 + len(sizes.shapes)

@@ -21,9 +21,7 @@ import torch
 from compress.core.errors import UserError
 from compress.core.stage import Progress
 from compress.export.onnx import build_float32, check_onnx, write_onnx
-from compress.export.quantizers import BLOCK
-from compress.export.quantizers.int4 import quantize as quantize_int4
-from compress.export.quantizers.int8 import quantize as quantize_int8
+from compress.export.quantizers import BLOCK, quantizer
 from compress.export.tensors import dequantize_nbits, onnx_errors
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
@@ -34,6 +32,7 @@ from compress.runtime.genai_engine import GenaiEngine
 from compress.runtime.onnx_engine import PREFILL_CHUNK, OnnxEngine
 from onnx.numpy_helper import to_array
 
+quantize_int4, quantize_int8 = quantizer("int4").quantize, quantizer("int8").quantize
 TOLERANCE = 1e-4  # nats, of every log-probability in float32
 IDS = [(37 * i) % 450 + 3 for i in range(300)]
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -178,7 +177,7 @@ def test_int4_beats_round_to_nearest(matrix):
     def error(found: np.ndarray, by: np.ndarray | float = 1.0) -> float:
         return float((by * (found - weight) ** 2).sum())
 
-    plain, weighted = quantize_int4(weight).dequantize(), quantize_int4(weight, importance).dequantize()
+    plain, weighted = quantize_int4(weight, None).dequantize(), quantize_int4(weight, importance).dequantize()
     assert error(plain) < 0.97 * error(round_to_nearest(weight))
     assert error(weighted, importance) < 0.8 * error(round_to_nearest(weight), importance)
     assert error(weighted, importance) < error(plain, importance)
@@ -187,12 +186,12 @@ def test_int4_beats_round_to_nearest(matrix):
 def test_values_come_back_alike_by_both_readers(matrix):
     """160 columns are five blocks: the last zero point has a byte to itself."""
     weight, importance = matrix
-    for made in (quantize_int4(weight, importance), quantize_int8(weight)):
+    for made in (quantize_int4(weight, importance), quantize_int8(weight, None)):
         parts = [made.values, made.scales, made.zero_points]
         np.testing.assert_array_equal(dequantize_nbits(parts, made.bits, BLOCK, 160), made.dequantize())
     step = np.repeat(np.abs(weight.reshape(96, 5, BLOCK)).max(-1), BLOCK, axis=1) / 127
-    assert (np.abs(quantize_int8(weight).dequantize() - weight) <= 0.5001 * step).all()
-    zeros = quantize_int4(np.zeros((2, 64), np.float32))
+    assert (np.abs(quantize_int8(weight, None).dequantize() - weight) <= 0.5001 * step).all()
+    zeros = quantize_int4(np.zeros((2, 64), np.float32), None)
     assert not zeros.dequantize().any()
 
 
@@ -233,7 +232,7 @@ def test_a_failure_leaves_nothing(tiny, tmp_path, inline_builder, monkeypatch):
     def full(*_args: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("compress.export.onnx._quantize", full)
+    monkeypatch.setattr("compress.export.onnx.save_graph", full)
     with pytest.raises(UserError, match="the disk is full"):
         write_onnx(tiny(), tmp_path / "m", "int4")
     assert not list(tmp_path.iterdir())

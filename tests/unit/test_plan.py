@@ -265,11 +265,13 @@ def test_rivals_take_disk_and_time():
     assert with_them[0] - without[0] == planned.scratch and with_them[1] > without[1]
     whole, limit = (
         at.shape.parameters(32),
-        max(artifact_bytes(kind, at.shape.parameters(26)) for kind, _ in at.artifacts),
+        max(artifact_bytes(file.type, at.shape.parameters(26)) for file in at.artifacts),
     )
-    assert all(artifact_bytes(kind, whole) <= limit for kind in planned.made)
+    assert all(artifact_bytes(file.type, whole) <= limit for file in planned.made)
     assert "rivals" in cost.need(loaded.section("evaluate"), at).note
-    uncut = replace(at, kept=32, artifacts=tuple((kind, 32) for kind, _ in at.artifacts), recovered=False, depths=())
+    uncut = replace(
+        at, kept=32, artifacts=tuple(f._replace(blocks=32) for f in at.artifacts), recovered=False, depths=()
+    )
     assert costs(uncut) == costs(uncut, "evaluate.rival=false") != costs(uncut, "evaluate.rival=true")
     assert costs(replace(uncut, recovered=True))[0] > costs(uncut)[0]
     assert costs(at, "evaluate.artifacts=false")[0] == without[0]
