@@ -28,7 +28,7 @@ from compress.fit import run, search
 from compress.fit.candidates import Combination, combinations, front
 from compress.fit.damage import Damage
 from compress.fit.ledger import Ledger
-from compress.fit.measuring import CandidateBench
+from compress.fit.measuring import make_bench
 from compress.fit.request import FitRequest, make_request
 from compress.modeling.cuts import cut
 from compress.modeling.geometry import geometry_of
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dither", action="store_true")
     asked = parser.parse_args()
     run.EFFORT = replace(run.EFFORT, positions=asked.positions, calibration=asked.calibration)
-    run.MIXES = tuple(asked.mixes.split(","))
+    run.MIXES = {"llama.cpp": tuple(asked.mixes.split(","))}
     search.MOST = asked.most
     asked.work.mkdir(parents=True, exist_ok=True)
     base = resolve(asked.model, asked.work / "sources")
@@ -89,7 +89,7 @@ def exhaustive(found: FitRecord, base: Path, asked: argparse.Namespace) -> dict[
     ledger = Ledger(area / run.LEDGER)
     damage.searched = bool(ledger.recorded("searched", lambda: True))
     measured: dict[Combination, FitFigures] = {}
-    for each in combinations([int(number) for number in asked.removed.split(",")], run.MIXES, ["f16"]):
+    for each in combinations([int(number) for number in asked.removed.split(",")], asked.mixes.split(","), ["f16"]):
         value = ledger.recorded(
             f"measured {each.name} at {request.limits.context}",
             lambda each=each: measure(each, damage, ledger, request),
@@ -108,7 +108,7 @@ def measure(each: Combination, damage: Damage, ledger: Ledger, request: FitReque
         return {"dropped": list(dropped), "kl": damage.of_cut(dropped)}
 
     dropped = cut(ledger.recorded(f"cut {each.removed}", chosen)["dropped"]) if each.removed else ()
-    return CandidateBench(damage, request, "model").measure(each, dropped)
+    return make_bench(damage, request, "model").measure(each, dropped)
 
 
 def compare(found: FitRecord, every: dict[Combination, FitFigures]) -> None:

@@ -37,6 +37,9 @@ def fit(
         str | None,
         typer.Option("--on", help="Fit to a named device of compress plan; default: this machine, measured."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="llama.cpp (GGUF files; default) or onnx (ONNX Runtime).")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Time that all of it may take; what was left out is told.")] = 30.0,
     rows: Annotated[
         Path | None, typer.Option(help="A data stage's folder to calibrate on; default: the model writes rows itself.")
@@ -53,11 +56,11 @@ def fit(
 ) -> None:
     """Find the best model for a size, a memory or a speed: which types, which cache, and whether to cut at all.
 
-    Damage and speed are measured, all combinations predicted, the promising ones built and measured in stock llama.cpp.
+    Damage and speed are measured, all combinations predicted, the promising ones measured in the stock runtime.
     """
     from .. import api
 
-    limits = {"size": size, "memory": memory, "context": context, "latency_ms": latency_ms, "on": on}
+    limits = {"size": size, "memory": memory, "context": context, "latency_ms": latency_ms, "on": on, "engine": engine}
     where = {"minutes": minutes, "rows": rows, "text": text, "device": device, "dtype": dtype, "seed": seed}
     found = api.fit(model, out, **limits, **where, runs=runs, on_progress=ConsoleProgress(errors))
     if as_json:

@@ -17,14 +17,16 @@ from .cost import DEPTH_ONNX
 from .quantizers import BLOCK, quantizer
 
 
-def onnx_sizes(checkpoint: Path) -> dict[str, int]:
+def onnx_sizes(checkpoint: Path, blocks: int | None = None) -> dict[str, int]:
     """The size in bytes of the ONNX folder of every precision, within a percent: how the builder names things in its
-    graph, and where a file is padded, is known once it is written."""
+    graph, and where a file is padded, is known once it is written. With `blocks` of the first so many blocks alone."""
     config = load_config(checkpoint)
+    count = config.num_hidden_layers if blocks is None else blocks
     tables = 2 * config.max_position_embeddings * rotated_size(config) // 2 * 4  # of the rotary positions
     others = sum(file.stat().st_size for file in checkpoint.glob("tokenizer*.json"))
-    others += tables + DEPTH_ONNX * config.num_hidden_layers
-    tensors = {name: header.shape for name, header in tensor_headers(checkpoint).items()}
+    others += tables + DEPTH_ONNX * count
+    headers = tensor_headers(checkpoint).items()
+    tensors = {name: header.shape for name, header in headers if (block_number(name) or 0) < count}
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)
     found = {}

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..runtime.artifact_types import GGUF_TYPES
+from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_CACHES, ONNX_CACHES
 
-F16_CACHE, Q8_CACHE = "f16", "q8_0"  # as llama.cpp names the types of its cache
+CACHES = {"llama.cpp": GGUF_CACHES, "onnx": ONNX_CACHES}  # of each engine, the whole one first
+WHOLE_CACHES = tuple(whole for whole, _ in CACHES.values())
 T = TypeVar("T")
 
 
@@ -18,17 +19,22 @@ class Combination:
 
     removed: int
     mix: str
-    cache: str = F16_CACHE
+    cache: str = WHOLE_CACHES[0]
 
     @property
     def plain(self) -> bool:
         """The unpruned model, as anybody would quantize it."""
-        return self.removed == 0 and self.cache == F16_CACHE and not self.sized
+        return self.removed == 0 and self.whole_cache and not self.sized
+
+    @property
+    def whole_cache(self) -> bool:
+        """Whether keys and values are not in 8 bits."""
+        return self.cache in WHOLE_CACHES
 
     @property
     def sized(self) -> bool:
         """Whether its mix is a size, such as 80MB, for which every tensor gets a type of its own."""
-        return self.mix not in GGUF_TYPES
+        return self.mix not in ARTIFACT_TYPES
 
     @property
     def name(self) -> str:
@@ -36,10 +42,8 @@ class Combination:
         words = [f"types for {self.mix}" if self.sized else self.mix]
         if self.removed:
             words.append(f"{self.removed} block{'' if self.removed == 1 else 's'} cut")
-        if self.cache == Q8_CACHE:
+        if not self.whole_cache:
             words.append("8-bit cache")
-        elif self.cache != F16_CACHE:
-            words.append(f"cache of {self.cache}")
         return ", ".join(words)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..core.units import megabytes, number
 from ..records.fit import FitFigures
-from .candidates import F16_CACHE, Combination, front
+from .candidates import Combination, front
 from .limits import Limits
 
 SLACK = 1.5  # times the best KL within the limits: a candidate that is predicted to be worse is not promising
@@ -86,11 +86,11 @@ def _is_cut(candidate: Combination) -> bool:
 
 
 def _is_sized(candidate: Combination) -> bool:
-    return candidate.removed == 0 and candidate.cache == F16_CACHE and candidate.sized
+    return candidate.removed == 0 and candidate.whole_cache and candidate.sized
 
 
 def _is_small_cache(candidate: Combination) -> bool:
-    return candidate.removed == 0 and candidate.cache != F16_CACHE
+    return candidate.removed == 0 and not candidate.whole_cache
 
 
 def recommend(found: Sequence[Found], limits: Limits) -> Found:
@@ -99,7 +99,7 @@ def recommend(found: Sequence[Found], limits: Limits) -> Found:
     within = [each for each in found if limits.meets(each.figures)]
     best = min(within, key=lambda each: (each.figures.kl, each.candidate))
     alike = [each for each in within if each is best or not difference(each, best).sure]
-    return min(alike, key=lambda each: (each.candidate.removed, each.candidate.cache != F16_CACHE, each.figures.bytes))
+    return min(alike, key=lambda each: (each.candidate.removed, not each.candidate.whole_cache, each.figures.bytes))
 
 
 def reason(chosen: Found, found: Sequence[Found], smallest: tuple[str, int], limits: Limits) -> str:

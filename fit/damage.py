@@ -121,7 +121,7 @@ class Damage:
 
     def _chosen(self, checkpoint: Path, size: str, model: CausalModel | None) -> Chosen:
         """A type for every tensor, chosen as an export stage chooses it."""
-        name = self._label(checkpoint)
+        name = self.label(checkpoint)
         file = self.area / f"sensitivity-{name}.safetensors"
         if not file.exists():
             model = load_model(checkpoint, self.context.dtype, self.context.device) if model is None else model
@@ -150,7 +150,8 @@ class Damage:
         with replaced(values), without_blocks(self.model, cut):
             return self._kl(f"{len(cut)} cut")
 
-    def _label(self, checkpoint: Path) -> str:
+    def label(self, checkpoint: Path) -> str:
+        """A checkpoint's name in the work area."""
         return "unpruned" if checkpoint == self.base else checkpoint.parent.name
 
     def checkpoint(self, cut: Cut) -> Path:
@@ -195,7 +196,7 @@ class Damage:
 
     def matrix(self, checkpoint: Path, model: CausalModel | None) -> dict[str, Array]:
         """The importance matrix of a checkpoint, made once."""
-        file = self.area / f"imatrix-{self._label(checkpoint)}.safetensors"
+        file = self.area / f"imatrix-{self.label(checkpoint)}.safetensors"
         if not file.exists():
             self.area.mkdir(parents=True, exist_ok=True)
             model = load_model(checkpoint, self.context.dtype, self.context.device) if model is None else model

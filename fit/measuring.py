@@ -1,80 +1,184 @@
-"""Candidates as they will run: built, scored on the held-out windows in stock llama.cpp, timed in a process of their
+"""Candidates as they will run: built, scored on the held-out windows in the stock runtime, timed in a process of their
 own, and deleted again."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.language import engine_divergences
+from ..export.cost import CACHE_ROW
 from ..export.gguf import write_gguf
+from ..export.onnx import build_graph, write_onnx
+from ..export.onnx_kv import CacheScales
+from ..export.rounded_cache import calibration_rows, kept_scales
 from ..modeling.cuts import Cut
+from ..modeling.geometry import geometry_of
+from ..modeling.load import load_config, load_tokenizer
 from ..records.fit import FitFigures
+from ..runtime.artifact_types import ONNX_TYPES
+from ..runtime.cost import kv_bytes_per_token
+from ..runtime.engine import Engine
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from ..runtime.measure import Measurement, measure
-from .candidates import Combination
+from ..runtime.onnx_engine import OnnxEngine
+from .candidates import CACHES, Combination
 from .damage import Damage, listed
 from .request import FitRequest
 
 REPEAT = 2
 
 
-class CandidateBench:
-    """Builds and measures a candidate; `name` is the model's in its file."""
+def make_bench(damage: Damage, request: FitRequest, name: str) -> CandidateBench:
+    """Of the engine that was asked for; `name` is the model's in its file."""
+    return (OnnxBench if request.engine == "onnx" else GgufBench)(damage, request, name)
+
+
+class CandidateBench(ABC):
+    """Builds and measures candidates of one engine; `name` is the model's in its file."""
 
     def __init__(self, damage: Damage, request: FitRequest, name: str):
         self.damage, self.request, self.name = damage, request, name
 
+    @abstractmethod
+    def of_type(self, mix: str) -> float:
+        """KL of the unpruned model in a mix."""
+
+    @abstractmethod
+    def _written(self, candidate: Combination, cut: Cut) -> Path:
+        """The candidate as a file or a folder in the work area."""
+
+    @abstractmethod
+    def _opened(self, path: Path, cache: str, longest: int) -> Engine:
+        """The runtime on it, for texts of `longest` tokens."""
+
+    @abstractmethod
+    def _memory(self, found: Measurement, candidate: Combination) -> int:
+        """Of the process with a cache for the asked context."""
+
     def measure(self, candidate: Combination, cut: Cut) -> dict[str, Any]:
         """Figures of a candidate, its KL at every position, and its seconds per token on this machine."""
-        with self._file(candidate, cut) as file:
-            values = self._score(file, candidate.cache, candidate.name)
-            found = self._time(file, candidate.cache)
-            size = file.stat().st_size
+        with self._made(candidate, cut) as path:
+            values = self._score(path, candidate.cache, candidate.name)
+            found = self._time(path, candidate.cache)
+            files = path.iterdir() if path.is_dir() else [path]
+            size = sum(file.stat().st_size for file in files)
         figures = FitFigures(
             kl=max(statistics.fmean(values), 0.0),
             bytes=size,
-            memory=found.peak_memory_bytes,
+            memory=self._memory(found, candidate),
             latency=1 / found.speed.decode_tokens_per_second,
             prefill=1 / found.speed.prefill_tokens_per_second,
         )
         return {"figures": figures.model_dump(), "kl": [round(value, 6) for value in values]}
 
     @contextmanager
-    def _file(self, candidate: Combination, cut: Cut) -> Iterator[Path]:
-        checkpoint = self.damage.checkpoint(cut)
-        file = self.damage.area / "candidate.gguf"
-        how, progress = self.damage.types(checkpoint, candidate.mix), self.damage.context.progress
-        write_gguf(
-            checkpoint, file, how.mix, imatrix=how.importance, types=how.types, name=self.name, progress=progress
-        )
+    def _made(self, candidate: Combination, cut: Cut) -> Iterator[Path]:
+        path = self._written(candidate, cut)
         try:
-            yield file
+            yield path
         finally:
-            file.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def _score(self, file: Path, cache: str, label: str) -> list[float]:
+    def _score(self, path: Path, cache: str, label: str) -> list[float]:
         damage = self.damage
         longest = max(len(row.input_ids) for row in damage.held_out)
         with (
-            LlamaCppEngine(file, context=longest, kv_type=cache) as engine,
+            self._opened(path, cache, longest) as engine,
             damage.context.progress.bar(label, damage.positions) as advance,
         ):
             top_k = listed(damage.reference.shape[1])
             return engine_divergences(engine, damage.held_out, damage.reference, top_k, advance)
 
-    def _time(self, file: Path, cache: str) -> Measurement:
-        effort = self.damage.effort
-        context = self.request.limits.context
-        prompt = max(min(effort.prompt, context - effort.answer), 1)
-        new = max(min(effort.answer, context - 1), 1)
-        return measure(
-            file, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, context=context, slots=1, kv_type=cache
+    @property
+    def _timed(self) -> tuple[int, int]:
+        """Tokens of the prompt, and written ones."""
+        effort, context = self.damage.effort, self.request.limits.context
+        return max(min(effort.prompt, context - effort.answer), 1), max(min(effort.answer, context - 1), 1)
+
+    def _time(self, path: Path, cache: str) -> Measurement:
+        prompt, new = self._timed
+        how = {"context": self.request.limits.context, "slots": 1}
+        if path.suffix == ".gguf":
+            how["kv_type"] = cache
+        return measure(path, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, **how)
+
+
+class GgufBench(CandidateBench):
+    """GGUF files in llama.cpp."""
+
+    def of_type(self, mix: str) -> float:
+        return self.damage.of_type(mix)  # on the weights in torch: no file is written
+
+    def _written(self, candidate: Combination, cut: Cut) -> Path:
+        checkpoint, file = self.damage.checkpoint(cut), self.damage.area / "candidate.gguf"
+        how, progress = self.damage.types(checkpoint, candidate.mix), self.damage.context.progress
+        write_gguf(
+            checkpoint, file, how.mix, imatrix=how.importance, types=how.types, name=self.name, progress=progress
         )
+        return file
+
+    def _opened(self, path: Path, cache: str, longest: int) -> Engine:
+        return LlamaCppEngine(path, context=longest, kv_type=cache)
+
+    def _memory(self, found: Measurement, candidate: Combination) -> int:
+        return found.peak_memory_bytes  # llama.cpp allocates the whole cache
+
+
+class OnnxBench(CandidateBench):
+    """ONNX folders in ONNX Runtime."""
+
+    def of_type(self, mix: str) -> float:
+        whole, _ = CACHES["onnx"]
+        with self._made(Combination(0, mix, whole), ()) as path:  # integer kernels round activations, too
+            return max(statistics.fmean(self._score(path, whole, mix)), 0.0)
+
+    def _written(self, candidate: Combination, cut: Cut) -> Path:
+        damage, checkpoint = self.damage, self.damage.checkpoint(cut)
+        folder, progress = damage.area / "onnx-candidate", damage.context.progress
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left
+        write_onnx(
+            checkpoint,
+            folder,
+            candidate.mix,
+            imatrix=damage.matrix(checkpoint, None) if ONNX_TYPES[candidate.mix].calibrated else None,
+            built=self._graph(checkpoint),
+            kv=None if candidate.whole_cache else self._scales(checkpoint),
+            progress=progress,
+        )
+        return folder
+
+    def _graph(self, checkpoint: Path) -> Path:
+        """The float32 graph of a checkpoint; that of another one goes, since each takes 4 bytes per parameter."""
+        folder = self.damage.area / f"onnx-{self.damage.label(checkpoint)}"
+        for other in self.damage.area.glob("onnx-*"):
+            if other != folder:
+                shutil.rmtree(other)
+        return build_graph(checkpoint, folder, self.damage.context.progress)
+
+    def _scales(self, checkpoint: Path) -> CacheScales:
+        """Of an int8 cache, measured on the training rows; made once."""
+        damage = self.damage
+        length = min(CACHE_ROW, geometry_of(load_config(checkpoint).to_dict()).positions)
+        rows = partial(calibration_rows, load_tokenizer(damage.base), damage.rows, length)
+        file = damage.area / f"kv-{damage.label(checkpoint)}.safetensors"
+        return kept_scales(file, self._graph(checkpoint), rows, checkpoint, 0, damage.context.progress)
+
+    def _opened(self, path: Path, cache: str, longest: int) -> Engine:
+        return OnnxEngine(path)
+
+    def _memory(self, found: Measurement, candidate: Combination) -> int:
+        """Its cache grows with the text: what it had in the end is filled up."""
+        shape = geometry_of(load_config(self.damage.base).to_dict())
+        each = kv_bytes_per_token(shape, shape.blocks - candidate.removed, candidate.cache)
+        return found.peak_memory_bytes + max(self.request.limits.context - sum(self._timed), 0) * each
 
 
 def standard_error(values: list[float]) -> float:

@@ -18,11 +18,9 @@ from ..core.work import decoding
 from ..pipeline.plan import Device
 from ..records.fit import FitErrors, FitFigures
 from ..runtime.cost import kv_bytes_per_token
-from .candidates import F16_CACHE, Combination
+from .candidates import WHOLE_CACHES, Combination
 
-OVERHEAD = (
-    60_000_000  # bytes of a process of llama.cpp in Python beside the file and the cache, before one was measured
-)
+OVERHEAD = 60_000_000  # bytes of a runtime's process beside the file and the cache, before one was measured
 
 
 PROMPT = 128  # tokens, of which a token's share is taken
@@ -127,7 +125,7 @@ class Knowledge:
     sizes: Mapping[tuple[int, str], FileSize]  # by removed blocks and mix
     types: dict[str, float] = field(default_factory=dict)  # KL of the unpruned model in a mix
     cuts: dict[int, float] = field(default_factory=lambda: {0: 0.0})  # KL of a healed cut
-    caches: dict[str, float] = field(default_factory=lambda: {F16_CACHE: 0.0})  # KL of a smaller cache
+    caches: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WHOLE_CACHES, 0.0))  # KL of a smaller cache
     overhead: int = OVERHEAD  # bytes of a runtime's process beside the file and the cache
     # The share of a type's KL that is left where a cut leaves a size more bits per weight.
     roomier: dict[tuple[int, str], float] = field(default_factory=dict)

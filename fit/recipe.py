@@ -14,7 +14,8 @@ from ..modeling.source import ModelSource
 from ..pipeline.places import bundle_name
 from ..pipeline.recipe import Recipe
 from ..prune.config import PruneConfig
-from .candidates import Q8_CACHE, Combination
+from ..runtime.artifact_types import ONNX_TYPES
+from .candidates import Combination
 
 FILE = "recipe.yaml"
 
@@ -34,12 +35,18 @@ def write_recipe(
     tree: dict[str, Any] = {"name": _name(source, candidate), "model": model, "seed": seed, "data": data}
     if prune is not None:
         tree["prune"] = _short(prune)
-    tree["export"] = {"gguf": [candidate.mix]}
+    tree["export"] = _export(candidate)
     text = "".join(f"# {line}\n" for line in [reason, *_remarks(candidate)]) + _yaml(tree)
     file = out / FILE
     write_whole(file, text)
     Recipe.load(file)
     return file
+
+
+def _export(candidate: Combination) -> dict[str, Any]:
+    if candidate.mix not in ONNX_TYPES:
+        return {"gguf": [candidate.mix]}
+    return {"onnx": [candidate.mix]} | ({} if candidate.whole_cache else {"kv": candidate.cache})
 
 
 def _short(prune: PruneConfig) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _remarks(candidate: Combination) -> list[str]:
     found = []
     if candidate.removed:
         found.append("Healed only, as it was measured: a `distill` section wins more back.")
-    if candidate.cache == Q8_CACHE:
+    if not candidate.whole_cache and candidate.mix not in ONNX_TYPES:
         found.append(
             "Run it with an 8-bit cache: compress generate BUNDLE --kv-type q8_0, or llama-server --flash-attn on "
             "--cache-type-k q8_0 --cache-type-v q8_0"

@@ -26,6 +26,7 @@ def page(record: FitRecord, recipe: str) -> str:
     size = None if limits.size is None else limits.size / 1e6
     return template("page.html.j2", "compress.fit").render(
         fit=record,
+        runtime={"llama.cpp": "llama.cpp", "onnx": "ONNX Runtime"}[record.engine],
         limits=limits_text(limits),
         measured=measured,
         predicted=[c for c in record.candidates if c.measured is None],

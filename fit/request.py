@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 from ..core.errors import UserError
 from ..core.geometry import Geometry
+from ..core.suggest import did_you_mean
 from ..core.units import megabytes
 from ..pipeline.plan import Device, find_device, parse_size
 from ..records.fit import FitFigures
-from ..runtime.artifact_types import GGUF_TYPES
+from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.cost import kv_bytes_per_token
-from .candidates import F16_CACHE, Q8_CACHE, Combination
+from .candidates import CACHES, Combination
 from .limits import Limits
 from .prediction import FileSize, PlannedSpeeds
 
 CONTEXT = 2048  # tokens, unless the user says or the model has fewer
-MIXES = tuple(GGUF_TYPES)
-Q8_WIDTH = 32  # of heads: a multiple of it
+MIXES = {"llama.cpp": tuple(GGUF_TYPES), "onnx": tuple(ONNX_TYPES)}  # of each engine
+Q8_WIDTH = 32  # of heads in llama.cpp's 8-bit cache: a multiple of it
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class FitRequest:
     limits: Limits
     device: Device | None  # None: this machine
     caches: tuple[str, ...]
-    mixes: tuple[str, ...] = MIXES  # those that differ for this model
+    engine: str = "llama.cpp"
+    mixes: tuple[str, ...] = ()  # those that differ for this model
 
     @property
     def place(self) -> str:
@@ -42,9 +44,13 @@ def make_request(
     context: int | None,
     latency_ms: float | None,
     on: str | None,
+    engine: str | None = None,
 ) -> FitRequest:
-    """The checked request. Raises `UserError` for sizes that are none, unknown devices, a context that the model
-    cannot have, and where there is no limit at all."""
+    """The checked request. Raises `UserError` for sizes that are none, unknown devices and engines, a context that the
+    model cannot have, and where there is no limit at all."""
+    engine = engine or next(iter(CACHES))
+    if engine not in CACHES:
+        raise UserError(f"--engine {engine}: there are {' and '.join(CACHES)}{did_you_mean(engine, CACHES)}")
     device = find_device(on) if on else None
     room = parse_size(memory) if isinstance(memory, str) else memory
     most = parse_size(size, "--size", "80MB") if isinstance(size, str) else size
@@ -59,11 +65,11 @@ def make_request(
         raise UserError(
             f"--context {context}: the model was made for {shape.positions} tokens; ask for at most so many"
         )
-    caches = [F16_CACHE]
-    if (memory is not None or context is not None) and shape.head_size % Q8_WIDTH == 0:
-        caches.append(Q8_CACHE)
+    whole, small = CACHES[engine]
+    fits = engine != "llama.cpp" or shape.head_size % Q8_WIDTH == 0
+    caches = (whole, small) if (memory is not None or context is not None) and fits else (whole,)
     limits = Limits(most, room, context or min(CONTEXT, shape.positions), latency_ms)
-    return FitRequest(limits, device, tuple(caches))
+    return FitRequest(limits, device, caches, engine)
 
 
 def removable(shape: Geometry) -> range:

@@ -23,7 +23,7 @@ from ..pipeline.progress import OnProgress, as_progress
 from ..pipeline.steps import ROWS, RowsLike
 from ..pipeline.store import lock
 from ..records.fit import FitBudget, FitCandidate, FitFigures, FitLimits, FitRecord
-from ..runtime.artifact_types import GGUF_TYPES
+from ..runtime.artifact_types import ARTIFACT_TYPES
 from .candidates import Combination, front
 from .choice import Found, doubts, reason
 from .prediction import FileSize, Knowledge, prediction_errors
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from .search import FitSearch
 
 IDENTITY, LEDGER = "fit-of.json", "ledger.jsonl"
-LARGE = ("unpruned.*", "imatrix-*", "sensitivity-*", "damage-*", "*.gguf")  # in the work area
+# In the work area, folders with their contents.
+LARGE = ("unpruned.*", "imatrix-*", "sensitivity-*", "damage-*", "*.gguf", "cuts", "onnx-*", "kv-*")
 ROWS_SHARE = 0.2  # of all time, for rows that the model writes
 EFFORT = Effort()
 
@@ -51,6 +52,7 @@ def fit(
     context: int | None = None,
     latency_ms: float | None = None,
     on: str | None = None,
+    engine: str | None = None,
     minutes: float = 30.0,
     rows: RowsLike | None = None,
     text: str | Path | None = None,
@@ -66,7 +68,8 @@ def fit(
 
     `size` is the most bytes of the file, `memory` of the whole process with a cache for `context` tokens (each also as
     a text such as "80MB"), `latency_ms` the most milliseconds per written token: on this machine, or as `compress plan`
-    counts them `on` a named one, whose memory is then a limit too. Damage is measured on `rows` of a data stage, on the
+    counts them `on` a named one, whose memory is then a limit too. `engine` is llama.cpp (GGUF files; the default) or
+    onnx (ONNX Runtime). Damage is measured on `rows` of a data stage, on the
     file `text`, or on a few rows that the model writes itself; `minutes` is the time that all of this may take.
 
     The folder `out` gets fit.json (the result), fit.html and recipe.yaml. A fit that was killed goes on when it is
@@ -84,11 +87,13 @@ def fit(
 
     base = resolve(str(model), cache, progress=progress)
     shape = geometry_of(load_config(base).to_dict())
-    request = make_request(shape, size=size, memory=memory, context=context, latency_ms=latency_ms, on=on)
-    from .sizes import FileSizes
+    request = make_request(
+        shape, size=size, memory=memory, context=context, latency_ms=latency_ms, on=on, engine=engine
+    )
+    from .sizes import GgufFileSizes, OnnxFileSizes
 
-    files = FileSizes(base, shown_name(source))
-    distinct = files.distinct(MIXES)
+    files = (OnnxFileSizes if request.engine == "onnx" else GgufFileSizes)(base, shown_name(source))
+    distinct = files.distinct(MIXES[request.engine])
     request = replace(request, mixes=tuple(distinct))
     sizes = files.table(removable(shape), request.mixes)
     if request.limits.size is not None and (own := files.sized(sizes, request.limits.size)):
@@ -96,7 +101,7 @@ def fit(
         sizes |= own
     check_reachable(request, shape, sizes)
     identity = {"model": fingerprint_source(source, cache), "rows": _rows_identity(rows, text, cache), "seed": seed,
-                "dtype": dtype, "place": request.place}  # fmt: skip
+                "dtype": dtype, "place": request.place, "engine": request.engine}  # fmt: skip
     _check_owner(out, identity)
     with lock(out, "--out"), readable_errors(f"fit, working in {out}"):
         (out / WORK).mkdir(exist_ok=True)
@@ -136,6 +141,7 @@ def _check_owner(out: Path, identity: dict[str, Any]) -> None:
     differs = [name for name in identity if known.get(name) != identity[name]]
     if differs:
         words = {"model": "model", "rows": "calibration rows", "seed": "seed", "dtype": "--dtype", "place": "device"}
+        words["engine"] = "--engine"
         told = " and ".join(words[name] for name in differs)
         raise UserError(f"{out} belongs to another fit, with another {told}; give another --out, or remove it")
 
@@ -236,7 +242,9 @@ class _Job:
 
     def _smallest(self) -> tuple[str, int]:
         """The plain mix with the smallest file."""
-        plain = {mix: size.bytes for (removed, mix), size in self.sizes.items() if not removed and mix in GGUF_TYPES}
+        plain = {
+            mix: size.bytes for (removed, mix), size in self.sizes.items() if not removed and mix in ARTIFACT_TYPES
+        }
         name = min(plain, key=lambda mix: plain[mix])
         return name, plain[name]
 
@@ -263,6 +271,7 @@ class _Job:
         return FitRecord(
             model=self.source.title,
             blocks=self.shape.blocks,
+            engine=self.request.engine,
             limits=FitLimits(
                 size=limits.size, memory=limits.memory, context=limits.context, latency_ms=limits.latency_ms
             ),
@@ -298,6 +307,5 @@ def _deviation(each: Found) -> float:
 
 def _discard(area: Path) -> None:
     """Take away what is large and can be made again; the ledger and the rows stay, for a fit with other limits."""
-    shutil.rmtree(area / "cuts", ignore_errors=True)
-    for file in [file for kind in LARGE for file in area.glob(kind)]:
-        file.unlink(missing_ok=True)
+    for found in [found for kind in LARGE for found in area.glob(kind)]:
+        shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)

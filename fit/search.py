@@ -12,11 +12,11 @@ from ..modeling.cuts import Cut, cut, describe
 from ..pipeline.plan import find_device
 from ..records.fit import FitFigures
 from ..runtime.cost import kv_bytes_per_token
-from .candidates import Q8_CACHE, Combination, combinations
+from .candidates import CACHES, Combination, combinations
 from .choice import Found, next_candidate, recommend
 from .damage import Damage
 from .ledger import Clock, Ledger
-from .measuring import CandidateBench
+from .measuring import CandidateBench, make_bench
 from .prediction import Knowledge, MeasuredSpeeds, PlannedSpeeds, Speeds, Timing
 from .request import FitRequest, removable
 
@@ -87,14 +87,15 @@ class FitSearch:
             if self.known.types and self.too_late(key, TYPES):
                 late.append(mix)
                 continue
-            kl = self.ledger.recorded(key, lambda mix=mix: self.damage.of_type(mix))
+            kl = self.ledger.recorded(key, lambda mix=mix: self._bench(0).of_type(mix))
             self.known.types[mix] = kl
-            self.progress.note(f"{mix}: {megabytes(sizes[mix])}, KL {number(kl)} on the weights")
+            self.progress.note(f"{mix}: {megabytes(sizes[mix])}, KL {number(kl)}")
         self._roomier()
         if late:
             self.left_out.append(f"for want of time, the damage of {', '.join(late)} was not measured: raise --minutes")
-        if Q8_CACHE in self.request.caches:  # until one is measured: as much as 8 bits cost all weights
-            self.known.caches[Q8_CACHE] = self.known.types.get("Q8_0", min(self.known.types.values()))
+        for cache in self.request.caches[1:]:  # until one is measured: as much as 8 bits cost all weights
+            eight = {"llama.cpp": "Q8_0", "onnx": "int8"}[self.request.engine]
+            self.known.caches[cache] = self.known.types.get(eight, min(self.known.types.values()))
 
     def _roomier(self) -> None:
         """A cut leaves the same size more bits per weight: how much less rounding costs then, by the estimate."""
@@ -189,7 +190,7 @@ class FitSearch:
             self._measure(candidate, key, predicted[candidate])
 
     def _measure(self, candidate: Combination, key: str, predicted: FitFigures) -> None:
-        bench = CandidateBench(self.damage, self.request, self.name(self.known.shape.blocks - candidate.removed))
+        bench = self._bench(candidate.removed)
         value = self.ledger.recorded(key, lambda: bench.measure(candidate, self.cuts[candidate.removed]))
         measured = FitFigures.model_validate(value["figures"])
         self._learn(candidate, measured)
@@ -203,6 +204,9 @@ class FitSearch:
             f"{duration(self.ledger.spent)} of {duration(self.clock.total)}"
         )
 
+    def _bench(self, removed: int) -> CandidateBench:
+        return make_bench(self.damage, self.request, self.name(self.known.shape.blocks - removed))
+
     def _learn(self, candidate: Combination, measured: FitFigures) -> None:
         """What a measured candidate says of others."""
         known, blocks = self.known, self.known.shape.blocks - candidate.removed
@@ -213,9 +217,9 @@ class FitSearch:
             known.overhead = max(measured.memory - measured.bytes - held, 0)
         if candidate.plain:
             known.types[candidate.mix] = measured.kl
-        whole = self.found.get(Combination(candidate.removed, candidate.mix))
-        if candidate.cache == Q8_CACHE and whole is not None:
-            known.caches[Q8_CACHE] = max(measured.kl - whole.figures.kl, 0.0)
+        whole = self.found.get(replace(candidate, cache=CACHES[self.request.engine][0]))
+        if not candidate.whole_cache and whole is not None:
+            known.caches[candidate.cache] = max(measured.kl - whole.figures.kl, 0.0)
 
     def too_late(self, key: str, share: float) -> bool:
         """Whether work that was not done before would end after this share of the time, if it takes as long as the last

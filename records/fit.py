@@ -27,7 +27,7 @@ class FitCandidate(Entry):
     name: str = Field(description="the candidate's name")
     removed: int = Field(description="blocks")
     dropped: list[int] | None = Field(description="which ones; none where that many were never chosen")
-    mix: str = Field(description="its GGUF type or size")
+    mix: str = Field(description="its type or size")
     cache: str = Field(description="how keys and values are held")
     predicted: FitFigures = Field(description="before it was measured")
     measured: FitFigures | None = Field(
@@ -77,6 +77,7 @@ class FitRecord(Record):
 
     model: str = Field(description="source of the unpruned model")
     blocks: int = Field(description="blocks of the unpruned model")
+    engine: str = Field(description="llama.cpp or onnx")
     limits: FitLimits = Field(description="what was asked for")
     device: str = Field(description='of the speeds: "this machine", or a named one')
     positions: int = Field(description="tokens that KL was measured on")

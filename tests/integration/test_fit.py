@@ -43,7 +43,7 @@ WORDS = "the way of many people is which model and time look so é 42 on a in".s
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "EFFORT", SMALL)
     monkeypatch.setattr(search, "MOST", 4)
-    monkeypatch.setattr(run, "MIXES", ("Q8_0", "Q4_0", "Q4_K_M"))
+    monkeypatch.setattr(run, "MIXES", {"llama.cpp": ("Q8_0", "Q4_0", "Q4_K_M"), "onnx": ("int8", "int4")})
     monkeypatch.chdir(tmp_path)
 
 
@@ -138,6 +138,27 @@ def test_memory_with_a_context_weighs_an_eight_bit_cache(tiny, text, tmp_path):
     assert "What a KV budget costs" in (tmp_path / "f/fit.html").read_text("utf-8")
 
 
+def test_onnx_weighs_an_int8_cache(model, text, inline_builder):
+    found = fit(model, "f", memory="4GB", context=256, engine="onnx", text=text)
+    assert found.engine == "onnx"
+    assert {(c.mix, c.cache) for c in found.candidates} == {
+        (mix, cache) for mix in ("int8", "int4") for cache in ("float32", "int8")
+    }
+    measured = {c.name: c.measured for c in found.candidates if c.measured is not None}
+    whole, small = measured["int8"], measured["int8, 8-bit cache"]
+    assert whole is not None and small is not None and small.kl > whole.kl > 0
+    assert whole.bytes == small.bytes or abs(whole.bytes - small.bytes) < 0.02 * whole.bytes  # and its scales
+    numbers = 2 * 6 * 32 * 256  # 6 blocks, KV heads 32 wide together
+    for one in found.candidates:
+        assert one.measured is None or one.measured.bytes == pytest.approx(one.predicted.bytes, rel=0.02)
+    assert whole.memory - small.memory == pytest.approx(3 * numbers, abs=4_000_000)
+    page = Path("f/fit.html").read_text("utf-8")
+    assert "in stock ONNX Runtime" in page
+    recipe = Recipe.load("f/recipe.yaml")
+    assert recipe.export is not None and recipe.export.onnx == [found.candidate(found.recommended).mix]
+    assert not list(Path("f/.work").glob("onnx-*")) and not list(Path("f/.work").glob("kv-*"))
+
+
 def test_what_a_budget_costs(tiny):
     model = load_model(tiny(blocks=4, initializer_range=0.2))
     ids = [7 * i % 97 + 3 for i in range(64)]
@@ -220,6 +241,8 @@ def test_time_is_kept_and_what_is_left_out_is_told(model, text):
         ({"size": "1MB", "rows": "mine", "text": "short.txt"}, "--rows and --text are both given"),
         ({"size": "1MB", "out": "mine"}, "mine exists already and is no fit's folder"),
         ({"size": "1MB", "minutes": 0}, "--minutes 0: must be more than 0"),
+        ({"size": "1MB", "engine": "onxx"}, r"--engine onxx: there are llama\.cpp and onnx; did you mean 'onnx'\?"),
+        ({"size": "1KB", "engine": "onnx"}, r"--size 0\.0 MB: no mix reaches it; .* without a cut .* \(int4\)"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(options, message, model, tmp_path):

@@ -30,7 +30,7 @@ from compress.fit.prediction import (
 )
 from compress.fit.request import make_request, removable
 from compress.fit.rows import pieces
-from compress.fit.sizes import FileSizes
+from compress.fit.sizes import GgufFileSizes
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
@@ -287,7 +287,7 @@ def test_pieces_are_the_text():
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_sizes_are_those_of_the_files(family, tiny, tmp_path):
     whole = tiny(family, blocks=8, tied=family == "llama")
-    sizes = FileSizes(whole, "org/A-model.Q8_0")
+    sizes = GgufFileSizes(whole, "org/A-model.Q8_0")
     cut = tmp_path / "cut"
     model = load_model(whole)
     drop_blocks(model, [2, 3, 5])
