@@ -105,10 +105,15 @@ class CandidateBench(ABC):
 
     def _time(self, path: Path, cache: str) -> Measurement:
         prompt, new = self._timed
-        how = {"context": self.request.limits.context, "slots": 1}
-        if path.suffix == ".gguf":
-            how["kv_type"] = cache
-        return measure(path, prompt_tokens=prompt, new_tokens=new, repeat=REPEAT, **how)
+        return measure(
+            path,
+            prompt_tokens=prompt,
+            new_tokens=new,
+            repeat=REPEAT,
+            context=self.request.limits.context,
+            slots=1,
+            kv_type=cache,
+        )
 
 
 class GgufBench(CandidateBench):
