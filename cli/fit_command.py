@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..records.fit import FitRecord
 
 PREDICTED = 8  # rows of what was predicted only
+NAMES = 15  # columns for a candidate's name at least
+MARKS = {"bytes": "size", "latency": "time"}
 
 
 def fit(
@@ -75,10 +77,11 @@ def fit_table(found: FitRecord) -> Table:
     table = figures_table(
         f"{found.model}: KL to the unpruned model on {found.positions} tokens, speeds of {found.device}",
         ("candidate",),
-        ("file", "KL", "±", "predicted", "memory", "ms per\ntoken", "prompt\ntokens/s", "front"),
+        ("file", "KL", "±", "predicted", "memory", "ms per\ntoken", "front"),
     )
-    table.columns[0].no_wrap = False
-    table.caption = "bold: recommended; front: none is better in KL without being larger (bytes) or slower (latency)"
+    name = table.columns[0]  # the rest has 64 columns at most: a terminal of 80 has room
+    name.no_wrap, name.min_width = False, NAMES
+    table.caption = "bold: recommended; front: none has a lower KL without being larger (size) or slower (time)"
     measured = [c for c in found.candidates if c.measured is not None]
     rest = [c for c in found.candidates if c.measured is None]
     for entry in [*measured, *rest[:PREDICTED]]:
@@ -91,8 +94,7 @@ def fit_table(found: FitRecord) -> Table:
             f"{entry.predicted.kl:.3g}",
             megabytes(figures.memory),
             f"{1000 * figures.latency:.3g}",
-            f"{1 / figures.prefill:.0f}",
-            " ".join(entry.front) if entry.meets else "over",
+            " ".join(MARKS[axis] for axis in entry.front) if entry.meets else "over",
             style="bold" if entry.name == found.recommended else "dim" if entry.measured is None else None,
         )
     return table

@@ -65,5 +65,6 @@ def errors_text(errors: FitErrors) -> str:
     told = [f"{title} {percent(getattr(errors, name))}" for name, title in names.items() if
             getattr(errors, name) is not None]  # fmt: skip
     return (
-        f"Predictions against what was then measured, the median over {errors.measured} candidates: {', '.join(told)}."
+        f"Predictions against what was then measured, the median over {errors.measured} "
+        f"candidate{'' if errors.measured == 1 else 's'}: {', '.join(told)}."
     )

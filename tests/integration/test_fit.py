@@ -12,6 +12,7 @@ import pytest
 import torch
 from compress.api import Recipe, fit
 from compress.cli import main as cli
+from compress.cli.fit_command import fit_table
 from compress.core.errors import UserError
 from compress.data.rows import Row, write_rows
 from compress.fit import run, search
@@ -21,6 +22,7 @@ from compress.kv.settings import KvBudget
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from compress.records.fit import FitRecord
+from rich.console import Console
 
 SMALL = Effort(
     rows=48,
@@ -79,6 +81,10 @@ def test_a_text_and_a_size(model, text, tmp_path, capsys):
     assert "bytes" in found.candidate("Q8_0").front
     cuts = [c for c in found.candidates if c.removed]
     assert cuts and all(len(c.dropped or ()) == c.removed for c in cuts)
+    with (narrow := Console(width=80)).capture() as shown:
+        narrow.print(fit_table(found))
+    lines = [line.split()[0] for line in shown.get().splitlines() if line.strip()]
+    assert {"Q8_0", "Q4_0", "Q4_K_M"} <= set(lines) and "…" not in shown.get()
     page = (tmp_path / "f/fit.html").read_text("utf-8")
     assert "Do not cut." in page and page.count("<svg") == 2 and "Q4_K_M" in page
     recipe = Recipe.load("f/recipe.yaml")
