@@ -15,13 +15,15 @@ from compress.cli import main as cli
 from compress.cli.fit_command import fit_table
 from compress.core.errors import UserError
 from compress.data.rows import Row, write_rows
-from compress.fit import run, search
+from compress.fit import measuring, run, search
 from compress.fit.budgets import _tail_logs, budget_cost, settings_of
 from compress.fit.rows import Effort
 from compress.kv.settings import KvBudget
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
 from compress.records.fit import FitRecord
+from compress.runtime.engine import Speed
+from compress.runtime.measure import Measurement, _measure_artifact, measure
 from rich.console import Console
 
 SMALL = Effort(
@@ -41,8 +43,15 @@ SMALL = Effort(
 WORDS = "the way of many people is which model and time look so é 42 on a in".split()
 
 
+def timed_here(path: Path, **how: Any) -> Measurement:
+    """`measure` without a process of its own, which takes longer to start than to measure: its memory is this one's."""
+    values = _measure_artifact(path, {"threads": 1, "runtime": None, **how})
+    return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(measuring, "measure", timed_here)
     monkeypatch.setattr(run, "EFFORT", SMALL)
     monkeypatch.setattr(search, "MOST", 4)
     monkeypatch.setattr(run, "MIXES", {"llama.cpp": ("Q8_0", "Q4_0", "Q4_K_M"), "onnx": ("int8", "int4")})
@@ -65,7 +74,8 @@ def sizes(record: FitRecord) -> dict[str, int]:
     return {c.name: c.predicted.bytes for c in record.candidates}
 
 
-def test_a_text_and_a_size(model, text, tmp_path, capsys):
+def test_a_text_and_a_size(model, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "measure", measure)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["fit", str(model), "--size", "1MB", "--text", "text.txt", "--out", "f", "--json"])
     assert not stopped.value.code
