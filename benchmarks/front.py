@@ -1,12 +1,14 @@
 """What a model loses at each file size: the best plain type that fits, and the same bytes with a type per tensor.
 
-    python benchmarks/front.py MODEL --text TEXT --work FOLDER [--sizes 60,70,80,90,105,120] [--onnx] [--dither]
+    python benchmarks/front.py MODEL --text TEXT [--cut CHECKPOINT] [--work FOLDER] [--sizes 60,70,80,90,105,120]
+        [--onnx] [--dither]
 
 For each size (MB) every plain type whose file fits and is among the `--plain` largest is measured, and the best of them
-is the row; ours is `export.gguf: {size: …}`. With `--onnx` the same for ONNX; its default sizes are those of int4 and
-int8. All have the same importance matrix. Measured in stock llama.cpp or ONNX Runtime on the first `--tokens` tokens of
-TEXT in windows of 256; importance and sensitivity are measured on a later part of it, from token 20,000 on. KL is to
-MODEL in torch. Finished rows are kept in FOLDER, and a run that was stopped goes on.
+is the row "plain"; "sized" is `export.gguf: {size: …}`. With `--cut`, the recovered cut has both rows as well. With
+`--onnx` the same for ONNX; its default sizes are those of int4 and int8. All files of one checkpoint have the same
+importance matrix. Measured in stock llama.cpp or ONNX Runtime on the first `--tokens` tokens of TEXT in windows of 256;
+importance and sensitivity come from a later part of it, from token 20,000 on. KL is to MODEL in torch, for the cut too.
+Finished rows are kept in FOLDER, and a run that was stopped goes on.
 
 `--dither` first moves every weight within the step of the 4-bit block that it was in (8-bit for the embedding), for
 models that come from a quantized file: a type with that file's grid would find its weights again without any error.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from compress.export.onnx import build_graph, write_onnx
 from compress.export.onnx_sized import OnnxSizes
 from compress.export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
 from compress.export.sized import Chosen, Sizes
-from compress.export.verify import TOP_K, compare, torch_reference
+from compress.export.verify import TOP_K, Reference, compare, torch_reference
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer, resolve
 from compress.runtime.artifact_types import ARTIFACT_TYPES
@@ -56,23 +59,28 @@ def dithered(checkpoint: Path, out: Path, seed: int = 7) -> Path:
     return out
 
 
+def windows_of(ids: Sequence[int], start: int, tokens: int) -> list[list[int]]:
+    return [list(ids[at : at + WINDOW]) for at in range(start, start + tokens, WINDOW)]
+
+
+def rows_of(ids: Sequence[int], tokens: int) -> list[Encoded]:
+    rows = windows_of(ids, LATER, tokens)
+    return [Encoded(row, [True] * WINDOW, number, 0) for number, row in enumerate(rows)]
+
+
 class Front:
-    """GGUF files of one checkpoint, measured against it."""
+    """GGUF files of one checkpoint, measured against the reference."""
 
     sizes: Sizes[Any]
 
-    def __init__(self, checkpoint: Path, text: Path, work: Path, tokens: int):
-        self.checkpoint, self.work = checkpoint, work
-        model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-        ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-        self.ids: list[int] = list(ids)
-        windows = [self.ids[start : start + WINDOW] for start in range(0, tokens, WINDOW)]
-        self.reference = torch_reference(model, [ScoringWindow(ids, range(1, len(ids))) for ids in windows])
-        if not (work / "imatrix.safetensors").exists():
-            save_imatrix(collect(model, pack(self._later(8192), 512, 4, 0)), work / "imatrix.safetensors")
+    def __init__(self, checkpoint: Path, reference: Reference, ids: Sequence[int], work: Path):
+        work.mkdir(parents=True, exist_ok=True)
+        self.checkpoint, self.reference, self.work = checkpoint, reference, work
         if not (work / "sensitivity.safetensors").exists():
-            found = collect_sensitivity(model, pack(self._later(2048), WINDOW, 1, 0))
-            save_sensitivity(found, work / "sensitivity.safetensors")
+            model = load_model(checkpoint)
+            save_imatrix(collect(model, pack(rows_of(ids, 8192), 512, 4, 0)), work / "imatrix.safetensors")
+            sensitivity = collect_sensitivity(model, pack(rows_of(ids, 2048), WINDOW, 1, 0))
+            save_sensitivity(sensitivity, work / "sensitivity.safetensors")
         self.imatrix = load_imatrix(work / "imatrix.safetensors")
         self.sensitivity = load_sensitivity(work / "sensitivity.safetensors")
         self.open()
@@ -80,10 +88,6 @@ class Front:
     def open(self) -> None:
         self.sizes = gguf = GgufSizes(checkpoint=self.checkpoint)
         self.plain_bytes = gguf.plain
-
-    def _later(self, tokens: int) -> list[Encoded]:
-        starts = range(LATER, LATER + tokens, WINDOW)
-        return [Encoded(self.ids[at : at + WINDOW], [True] * WINDOW, number, 0) for number, at in enumerate(starts)]
 
     def measured(self, name: str, like: str, **options: Any) -> dict[str, Any]:
         """Write a file, measure it, and remove it."""
@@ -112,7 +116,7 @@ class Front:
         ]
         return min(rows, key=lambda row: row["kl"]) if rows else None
 
-    def ours(self, size: int) -> dict[str, Any] | None:
+    def sized(self, size: int) -> dict[str, Any] | None:
         """A type per tensor."""
         if size < self.sizes.smallest:
             return None
@@ -127,7 +131,7 @@ class Front:
 
 
 class OnnxFront(Front):
-    """ONNX folders of one checkpoint, measured against it."""
+    """ONNX folders of one checkpoint, measured against the reference."""
 
     def open(self) -> None:
         self.built = build_graph(self.checkpoint, self.work / "built", Progress())
@@ -146,14 +150,14 @@ class OnnxFront(Front):
         return {"grids": by_node.types, "imatrix": by_node.importance}
 
 
-def show(size: int, kind: str, row: dict[str, Any] | None) -> None:
+def show(size: int, label: str, row: dict[str, Any] | None) -> None:
     if row is None:
-        print(f"{size / 1e6:6.0f} MB  {kind:10}  no file is so small", flush=True)
+        print(f"{size / 1e6:6.0f} MB  {label:16}  no file is so small", flush=True)
         return
     print(
-        f"{size / 1e6:6.0f} MB  {kind:10}  {row['name']:8} {row['bytes'] / 1e6:7.2f} MB  perplexity "
-        f"{row['perplexity']:7.3f}  KL {row['kl']:.4f}  same top token {row['top1_agreement']:.3f}  "
-        + (f"estimated {row['estimate']:.4f}: {row['types']}" if "types" in row else ""),
+        f"{size / 1e6:6.0f} MB  {label:16}  {row['name']:8} {row['bytes'] / 1e6:7.2f} MB  perplexity "
+        f"{row['perplexity']:7.3f}  KL {row['kl']:.4f}  top-1 agreement {row['top1_agreement']:.3f}"
+        + (f"  estimated {row['estimate']:.4f}: {row['types']}" if "types" in row else ""),
         flush=True,
     )
 
@@ -161,6 +165,7 @@ def show(size: int, kind: str, row: dict[str, Any] | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--cut", type=Path, help="checkpoint of a pruned and recovered model")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/front"))
     parser.add_argument("--sizes", help="MB, such as 60,70,80,90,105,120")
@@ -170,16 +175,26 @@ def main() -> None:
     parser.add_argument("--dither", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = resolve(options.model, options.work / "sources")
+    base = resolve(options.model, options.work / "sources")
     if options.dither:
-        checkpoint = dithered(checkpoint, options.work / "dithered")
-    front = (OnnxFront if options.onnx else Front)(checkpoint, options.text, options.work, options.tokens)
+        base = dithered(base, options.work / "dithered")
+    text = options.text.read_text(encoding="utf-8")
+    ids: list[int] = list(load_tokenizer(base)(text, add_special_tokens=False, verbose=False)["input_ids"])
+    windows = [ScoringWindow.of(window) for window in windows_of(ids, 0, options.tokens)]
+    reference = torch_reference(load_model(base), windows)
+    checkpoints = {"unpruned": base} | ({"cut": options.cut} if options.cut else {})
+    kind = OnnxFront if options.onnx else Front
+    fronts = {name: kind(path, reference, ids, options.work / name) for name, path in checkpoints.items()}
     precise = "int8" if options.onnx else "F16"
-    print(f"checkpoint: perplexity {front.measured(precise, precise)['checkpoint_perplexity']:.3f}")
+    for name, front in fronts.items():
+        show(front.plain_bytes[precise], f"{name}, {precise}", front.measured(precise, precise))
     sizes = [round(float(part) * 1e6) for part in (options.sizes or SIZES).split(",")]
-    for size in front.plain_bytes.values() if options.onnx and not options.sizes else sizes:
-        show(size, "best plain", front.plain(size, options.plain))
-        show(size, "ours", front.ours(size))
+    if options.onnx and not options.sizes:
+        sizes = list(fronts["unpruned"].plain_bytes.values())
+    for size in sizes:
+        for name, front in fronts.items():
+            show(size, f"{name}, plain", front.plain(size, options.plain))
+            show(size, f"{name}, sized", front.sized(size))
 
 
 if __name__ == "__main__":
