@@ -94,6 +94,7 @@ class SplitGoal:
 
     @property
     def filled(self) -> float:
+        """The share of the goal that is reached."""
         return self.taken / self.goal if self.goal else 1.0
 
 
@@ -211,6 +212,7 @@ class ProseReader:
         self._seen: set[bytes] = set()
 
     def documents(self) -> Iterator[str]:
+        """The texts of usable documents, in the order in which they are read."""
         source, context = self.source, self.source.context
         shuffle = f"{context.seed}/prose" if source.config.shuffle else None
         for record in read_records(source.columns, self.cache, shuffle, source.table()):
