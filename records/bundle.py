@@ -49,7 +49,7 @@ class ArtifactEntry(Entry):
 
     role: str = Field(description="gguf-TYPE or onnx-PRECISION, followed by @DEPTH below the greatest depth")
     format: Literal["gguf", "onnx"] = Field(description="file format")
-    type: str = Field(description="GGUF type or ONNX precision")
+    type: str = Field(description="GGUF type or ONNX precision, or the size that was asked for")
     depth: int = Field(description="number of blocks")
     path: str = Field(description="path in the bundle of the .gguf file (the first part of several) or ONNX folder")
     bytes: int = Field(description="size of all files read at this depth; depths share most of it")
@@ -65,7 +65,7 @@ class FamilyEntry(Entry):
     """What the depths of one type take on disk together."""
 
     format: Literal["gguf", "onnx"] = Field(description="file format")
-    type: str = Field(description="GGUF type or ONNX precision")
+    type: str = Field(description="GGUF type or ONNX precision, or the size that was asked for")
     depths: list[int] = Field(description="numbers of blocks")
     bytes: int = Field(description="size on disk, hard links counted once")
     bytes_without_links: int = Field(description="size after copying with a tool that does not keep hard links")
