@@ -191,15 +191,22 @@ def test_disk_is_counted_with_or_without_links(shaken, tmp_path, context, monkey
     export_checkpoint(shaken(), tmp_path / "b", config(gguf=["F16"], depths=[2, 3, 4]), context)
 
 
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def uninterrupted(request, shaken, builder_here, tmp_path_factory) -> tuple[str, ExportConfig, Path]:
+    """A format, what is exported in it, and what a run leaves that nobody kills."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    wanted = config(**{request.param: ["Q8_0" if request.param == "gguf" else "int8"], "depths": [2, 4]})
+    with builder_here():
+        run(wanted, Inputs(shaken(), shaken()), folder, Context(seed=7))
+    return request.param, wanted, folder
+
+
 @pytest.mark.parametrize("moment", ["between depths", "checking the graph", "reading back", "writing"])
-@pytest.mark.parametrize("form", ["gguf", "onnx"])
-def test_a_killed_export_goes_on(shaken, tmp_path, context, inline_builder, monkeypatch, form, moment):
+def test_a_killed_export_goes_on(shaken, tmp_path, context, inline_builder, monkeypatch, uninterrupted, moment):
+    form, wanted, whole = uninterrupted
     kind = artifacts.GgufKind if form == "gguf" else artifacts.OnnxKind
-    wanted = config(**{form: ["Q8_0" if form == "gguf" else "int8"], "depths": [2, 4]})
-    inputs = Inputs(shaken(), shaken())
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    run(wanted, inputs, tmp_path / "whole", context)
+    inputs, killed = Inputs(shaken(), shaken()), tmp_path / "killed"
+    killed.mkdir()
     calls: list[str] = []
     for name in ("write", "run", "errors", "check_graph"):
         original = getattr(kind, name)
@@ -220,19 +227,19 @@ def test_a_killed_export_goes_on(shaken, tmp_path, context, inline_builder, monk
     moments = {"between depths": "run 2", "checking the graph": "check_graph 4", "reading back": "errors"}
     armed = [moments.get(moment, "write")]
     with pytest.raises(KeyboardInterrupt):
-        run(wanted, inputs, tmp_path / "killed", context)
+        run(wanted, inputs, killed, context)
     calls.clear()
-    run(wanted, inputs, tmp_path / "killed", context)
+    run(wanted, inputs, killed, context)
     behind = ["check_graph 2", "check_graph 4", "run 4", "run 2"]
     went_on = {"between depths": ["run 2"], "checking the graph": behind}
     assert calls == went_on.get(moment, ["write", "errors", *behind])
     files, again = (
-        sorted(f.relative_to(tmp_path / name) for f in (tmp_path / name / "bundle").rglob("*") if f.is_file())
-        for name in ("whole", "killed")
+        sorted(file.relative_to(home) for file in (home / "bundle").rglob("*") if file.is_file())
+        for home in (whole, killed)
     )
     assert files == again
     for file in files:
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
 
 
 def test_a_depth_that_runs_wrongly_fails_by_name(shaken, tmp_path, context, inline_builder, monkeypatch):

@@ -77,6 +77,12 @@ def quantized(sources: dict[str, Source]) -> Source:
     return source
 
 
+@pytest.fixture(scope="module")
+def sizes(sources: dict[str, Source]) -> dict[bool, dict[str, int]]:
+    """The bytes that the narrow shape's files are to have, without and with an importance matrix."""
+    return {weighted: plain_sizes(sources[NARROW].checkpoint, weighted, name="x") for weighted in (False, True)}
+
+
 def prepared(made: Path, folders: pytest.TempPathFactory) -> Source:
     folder = folders.mktemp("mixes")
     save_checkpoint(load_model(made).half().float(), load_tokenizer(made), folder / "half")
@@ -122,7 +128,7 @@ def test_types_are_those_of_llama_quantize(sources, shape, weighted):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("mix", GGUF_TYPES)
-def test_bytes_are_those_of_llama_quantize(quantized, tmp_path, mix, weighted):
+def test_bytes_are_those_of_llama_quantize(quantized, sizes, tmp_path, mix, weighted):
     ours = tmp_path / "ours.gguf"
     if GGUF_TYPES[mix].needs_importance and not weighted:
         with pytest.raises(UserError, match=f"GGUF type {mix} needs an importance matrix"):
@@ -133,4 +139,4 @@ def test_bytes_are_those_of_llama_quantize(quantized, tmp_path, mix, weighted):
     found, expected = tensors(ours), tensors(theirs)
     assert [name for name in found if found[name] != expected[name]] == []
     size = ours.stat().st_size
-    assert size == theirs.stat().st_size == plain_sizes(quantized.checkpoint, weighted, name="x")[mix]
+    assert size == theirs.stat().st_size == sizes[weighted][mix]

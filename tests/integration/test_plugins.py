@@ -281,8 +281,8 @@ def test_a_recipe_runs_with_the_methods_of_an_installed_package(
 
     again = call([*run, "--dry-run"], site)
     assert again.returncode == 0 and "to do" not in again.stdout
-    install(package(tmp_path / "newer", "tiny-plugin", "1.3", METHODS), tmp_path / "site")
-    lines = call([*run, "--dry-run"], tmp_path / "site").stdout.splitlines()
+    newer = by_hand(tmp_path / "site", "tiny-plugin", "1.3", METHODS)
+    lines = call([*run, "--dry-run"], newer).stdout.splitlines()
     states = {line.split()[1]: line for line in lines if line.startswith("│")}
     assert "complete" in states["data"]
     assert "to do" in states["prune"] and "to do" in states["distill"]

@@ -158,7 +158,14 @@ def files(
     return make
 
 
-WIDE = {"hidden": 256, "heads": 8, "kv_heads": 4, "intermediate": 512, "blocks": 4}
+# Rows of 256 may have every type.
+WIDE: dict[str, Any] = {"hidden": 256, "heads": 8, "kv_heads": 2, "intermediate": 256, "blocks": 2}
+
+
+@pytest.fixture(scope="module")
+def sensed(shaken: Callable[..., Path], talks: Path) -> Sensitivity:
+    """Of the wide model."""
+    return collect_sensitivity(load_model(shaken(**WIDE)), batches_of(shaken(**WIDE), talks))
 
 
 def types_in(file: Path) -> dict[str, str]:
@@ -204,32 +211,30 @@ def test_the_smallest_possible_is_possible(files, shaken, talks):
 
 
 def test_depths_share_the_types_of_their_blocks(files, shaken, talks):
-    sizes = GgufSizes(shaken(**WIDE), name="m", depths=[2, 4])
+    sizes = GgufSizes(shaken(**WIDE), name="m", depths=[1, 2])
     size = sizes.plain["Q4_K_M"]
-    out, found = files(rows=talks, gguf={"size": size}, depths=[2, 4])
-    assert [entry["depth"] for entry in found] == [4, 2] and found[1]["bytes"] < 0.98 * size < found[0]["bytes"] <= size
+    out, found = files(rows=talks, gguf={"size": size}, depths=[1, 2])
+    assert [entry["depth"] for entry in found] == [2, 1] and found[1]["bytes"] < 0.98 * size < found[0]["bytes"] <= size
     assert len(list((out / "gguf").rglob("*.gguf"))) == 7
 
 
-def test_more_bytes_cost_less_damage_and_what_matters_gets_more(shaken, talks):
-    checkpoint = shaken(**WIDE)
-    found = collect_sensitivity(load_model(checkpoint), batches_of(checkpoint, talks))
-    sizes = GgufSizes(checkpoint)
+def test_more_bytes_cost_less_damage_and_what_matters_gets_more(shaken, sensed, tmp_path):
+    sizes = GgufSizes(shaken(**WIDE))
     name = "model.layers.1.mlp.down_proj.weight"
-    raised = replace(found, terms={**found.terms, name: [replace(t, rows=t.rows * 1e4) for t in found.terms[name]]})
-    size = f"{sizes.plain['Q4_K_M']}B"
-    plain, other = (sizes.chosen(size, sensed, {}) for sensed in (found, raised))
+    terms = {**sensed.terms, name: [replace(t, rows=t.rows * 1e4) for t in sensed.terms[name]]}
+    raised = replace(sensed, terms=terms)
+    size, cache = f"{sizes.plain['Q4_K_M']}B", tmp_path / "damage.json"
+    plain = sizes.chosen(size, sensed, {}, cache=cache)
+    other = sizes.chosen(size, raised, {}, cache=tmp_path / "raised.json")
     assert bits_of(other.types["blk.1.ffn_down.weight"]) > bits_of(plain.types["blk.1.ffn_down.weight"])
-    damages = [sizes.chosen(f"{bits}bits", found, {}).damage for bits in (5, 6, 7)]
+    damages = [sizes.chosen(f"{bits}bits", sensed, {}, cache=cache).damage for bits in (5, 6, 7)]
     assert damages == sorted(damages, reverse=True) and damages[0] > 4 * damages[-1]
 
 
-def test_a_killed_export_goes_on(shaken, talks, tmp_path, monkeypatch):
+def test_a_killed_export_goes_on(shaken, sensed, tmp_path, monkeypatch):
     """The table of costs is kept tensor by tensor."""
-    checkpoint = shaken(**WIDE)
-    found = collect_sensitivity(load_model(checkpoint), batches_of(checkpoint, talks))
-    sizes, cache = GgufSizes(checkpoint), tmp_path / "damage.json"
-    whole = sizes.chosen("5.5bits", found, {})
+    sizes, cache = GgufSizes(shaken(**WIDE)), tmp_path / "damage.json"
+    whole = sizes.chosen("5.5bits", sensed, {})
     rounding, calls = damage.rounding_costs, []
 
     def killed(*arguments: Any) -> Any:
@@ -240,8 +245,8 @@ def test_a_killed_export_goes_on(shaken, talks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(damage, "rounding_costs", killed)
     with pytest.raises(KeyboardInterrupt):
-        sizes.chosen("5.5bits", found, {}, cache=cache)
+        sizes.chosen("5.5bits", sensed, {}, cache=cache)
     assert len(json.loads(cache.read_text())) == 8
-    again = sizes.chosen("5.5bits", found, {}, cache=cache)
+    again = sizes.chosen("5.5bits", sensed, {}, cache=cache)
     assert again.types == whole.types and again.damage == whole.damage
     assert len(calls) == 1 + len(sizes.shapes)
