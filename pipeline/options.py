@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,12 +35,12 @@ def choose_section(section: type[S], given: S | None, keys: Mapping[str, object]
 
 
 def checked(section: type[S], values: Mapping[str, Any], name: str = "") -> S:
-    """The section with these keys; None values are left out.
+    """The section with these keys; None values are left out, except where null turns off what is otherwise done.
 
     Raises `UserError` with a recipe's message in one line: "prune.block: unknown key 'block'; did you mean 'blocks'?".
     `name` is the section's name, if the message needs it to be clear.
     """
-    text = as_json({key: value for key, value in values.items() if value is not None})
+    text = as_json({key: value for key, value in values.items() if value is not None or _turns_off(section, key)})
     try:
         return section.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -47,3 +48,13 @@ def checked(section: type[S], values: Mapping[str, Any], name: str = "") -> S:
     prefix = (name,) if name else ()
     lines = [": ".join([".".join(map(str, (*prefix, *problem.path))), problem.message]) for problem in problems]
     raise UserError("; ".join(line.removeprefix(": ") for line in lines))
+
+
+def _turns_off(section: type[Section], key: str) -> bool:
+    """Whether a key may be null and is something else by default, as `speed` of the evaluate section."""
+    field = section.model_fields.get(key)
+    return (
+        field is not None
+        and NoneType in get_args(field.annotation)
+        and field.get_default(call_default_factory=True) is not None
+    )

@@ -103,6 +103,7 @@ def test_distilled_sorted_and_merged(pruned, tiny, talks, work):
     entries = api.evaluate(found.model, base=tiny(), rows=talks, runs=work, speed=None, tokens=64)
     assert [entry.role for entry in entries] == ["base", "depth-2", "depth-3"]
     assert entries[0].kl_to_base == 0 and entries[1].perplexity > 1
+    assert {entry.tokens_per_second for entry in entries} == {None}  # null turns off what is done by default
 
 
 def test_a_killed_step_goes_on_and_other_settings_begin_anew(tiny, talks, work, killer):
