@@ -153,7 +153,7 @@ def test_both_gaps_are_healed(pruned):
     for healing in record["healing"]:
         assert min(healing["errors"].values()) < healing["unhealed_error"]
     base = load_model(pruned.base)
-    ids = load_tokenizer(pruned.base)(draw_text(2, 80)).input_ids
+    ids = load_tokenizer(pruned.base)(draw_text(2, 80))["input_ids"]
     whole, healed = logprobs(base, ids), logprobs(pruned.model, ids)
     with without_blocks(base, WEAK):
         cut = logprobs(base, ids)

@@ -293,7 +293,7 @@ def test_texts_end_at_the_same_tokens_in_every_runtime(
     with LlamaCppEngine(next(bundle.rglob("*.gguf")), 1, context=256, slots=1) as engine:
         assert {token for token in range(45) if engine.ends_at(token)} == expected
     listed = {line.split(None, 2)[2] for line in (bundle / "Modelfile").read_text().splitlines() if "stop" in line}
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer: Any = load_tokenizer(checkpoint)
     assert {json.loads(text) for text in listed} == {tokenizer.convert_ids_to_tokens(token) for token in expected}
 
 

@@ -137,6 +137,7 @@ def write_heads(heads: RetainingHeads, file: Path) -> None:
     writer = gguf.GGUFWriter(file, "compress-retain")
     for name in ("budget", "chunk", "stabilizers", "local", "pool", "sinks"):
         writer.add_uint32(f"compress.retain.{name}", getattr(LIMITS, name))
+    block: Any
     for number, block in enumerate(heads.blocks):
         for layer, weight in ((1, block.w1.weight), (2, block.w2.weight)):
             writer.add_tensor(f"blk.{number}.retain_{layer}.weight", weight.detach().numpy())

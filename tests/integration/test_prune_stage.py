@@ -73,7 +73,7 @@ def test_the_artifact_loads_plainly_and_is_recorded(stage: Stage) -> None:
     assert {path.name for path in stage.out.iterdir()} == {"model", "importance.json"}
     model: Any = AutoModelForCausalLM.from_pretrained(stage.out / "model")
     tokenizer = AutoTokenizer.from_pretrained(stage.out / "model")
-    assert tokenizer("the way").input_ids == load_tokenizer(stage.base)("the way").input_ids
+    assert tokenizer("the way").input_ids == load_tokenizer(stage.base)("the way")["input_ids"]
     record = stage.record
     first = record["dropped"][0]
     assert record["dropped"] == [first, first + 1] and 1 <= first <= 3

@@ -16,7 +16,16 @@ from compress.core.errors import UserError
 from compress.core.stage import Context, Inputs
 from compress.evaluation.config import EvaluateConfig, RetrievalConfig
 from compress.evaluation.retrieval import Item, Retrieval, check, summarised
-from compress.evaluation.retrieval_tasks import Filler, RetrievalQuestion, continuation, hide, keys, passkey
+from compress.evaluation.retrieval_tasks import (
+    Continuation,
+    Filler,
+    Reading,
+    RetrievalQuestion,
+    continuation,
+    hide,
+    keys,
+    passkey,
+)
 from compress.evaluation.stage import checkpoints, evaluate_path, retrieving
 from compress.evaluation.statistics import wilson
 from compress.kv.settings import HeadSettings
@@ -136,6 +145,7 @@ def test_every_policy_is_measured_and_full_is_the_model_itself(headed, text):
     assert all(one.entries == (None if one.policy == "full" else 80) for one in measured)
     full = next(one for one in measured if one.task == "continuation")
     made = retrieval.made(Item("continuation", 320, 0, None))
+    assert isinstance(made, Continuation)
     with torch.no_grad():
         logs = model(torch.tensor([made.ids + made.after])).logits[0, 319:-1].log_softmax(-1)
     wanted = -float(logs[range(9), made.after].sum())
@@ -150,13 +160,19 @@ def test_every_policy_is_measured_and_full_is_the_model_itself(headed, text):
             assert one.nll == pytest.approx([wanted], rel=1e-5)
 
 
+def read(retrieval: Retrieval, item: Item) -> Reading:
+    made = retrieval.made(item)
+    assert isinstance(made, Reading)
+    return made
+
+
 def test_the_nats_of_an_answer_are_the_models_own(headed):
     """Of each question by itself, whatever else was asked, and whatever was written."""
     model, config = load_model(headed), RetrievalConfig.model_validate(SMALL | {"policies": ["full"]})
     retrieval = Retrieval(config, Context(), TOKENIZER)
     measured = list(retrieval.run(model, None, silent))
     for item, one in zip(retrieval.items(), measured, strict=True):
-        questions = retrieval.made(item).questions
+        questions = read(retrieval, item).questions
         for question, nll, tokens in zip(questions, one.nll, one.tokens, strict=True):
             ids = torch.tensor([[*question.ids, *question.answer_ids]])
             with torch.no_grad():
@@ -175,7 +191,7 @@ def test_the_nats_of_an_answer_are_the_models_own(headed):
 
 def test_a_perfect_model_finds_everything_and_the_share_has_its_interval(headed, monkeypatch):
     retrieval = Retrieval(RetrievalConfig.model_validate(SMALL | {"policies": ["full"]}), Context(), TOKENIZER)
-    answers = iter([q.answer_ids for item in retrieval.items() for q in retrieval.made(item).questions])
+    answers = iter([q.answer_ids for item in retrieval.items() for q in read(retrieval, item).questions])
     monkeypatch.setattr("compress.evaluation.kv_cache.KVCache.write", lambda *_: next(answers))
     cells = summarised(list(retrieval.run(load_model(headed), None, silent)))
     assert {(cell.task, cell.depth) for cell in cells} == {(t, d) for t in ("passkey", "keys") for d in (0.2, 0.8)}

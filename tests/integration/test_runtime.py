@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -135,7 +135,8 @@ def test_targets_that_are_pieces_of_characters(artifacts, expected):
 def test_greedy_generation_is_torchs(engine, artifacts, length):
     with torch.no_grad():
         ids = torch.tensor([IDS[:length]])
-        whole = load_model(artifacts.checkpoint).generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=-1)
+        model: Any = load_model(artifacts.checkpoint)
+        whole = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=-1)
     assert list(engine.generate(IDS[:length], 24)) == whole[0, length:].tolist()
 
 
@@ -182,7 +183,9 @@ def test_engines_close_at_once_and_twice(artifacts):
 def test_llama_cpp_tokenizes_without_adding_anything(artifacts):
     text = "<|im_start|>user\nwhat would you say 123<|im_end|>"
     with artifacts.open("llama.cpp") as engine:
-        assert engine.tokenize(text) == load_tokenizer(artifacts.checkpoint).encode(text, add_special_tokens=False)
+        assert (
+            engine.tokenize(text) == load_tokenizer(artifacts.checkpoint)(text, add_special_tokens=False)["input_ids"]
+        )
 
 
 def test_broken_artifacts_are_named(artifacts, tmp_path):

@@ -68,7 +68,7 @@ def test_openings_take_turns_and_are_part_of_the_text(tiny: Callable[..., Path],
 
 
 def test_first_tokens_are_text_and_never_special(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(tiny())
+    tokenizer: Any = load_tokenizer(tiny())
     first = Texts(settings(), tiny(), tokenizer, Context(), tmp_path).first
     pieces = [tokenizer.decode([token]) for token in first]
     assert len(first) > 50 and not set(first) & set(tokenizer.all_special_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -83,7 +83,7 @@ def test_read_in_and_written_out_a_file_is_the_same_to_the_byte(shaken, tmp_path
         a, b = (model(ids).logits[0].double().log_softmax(-1) for model in (first, second))
     assert float((a.exp() * (a - b)).sum(-1).max()) < 1e-4  # F16 alone
     text = "Hello, <|im_start|>user\n The 42 words é 🚀<|im_end|>\n"
-    ours, theirs = load_tokenizer(tmp_path / "read"), load_tokenizer(source)
+    ours, theirs = (cast(Any, load_tokenizer(folder)) for folder in (tmp_path / "read", source))
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
     assert (ours.chat_template, ours.eos_token) == (theirs.chat_template, theirs.eos_token)

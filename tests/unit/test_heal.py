@@ -100,6 +100,7 @@ def store(
 
         return hook
 
+    layer: Any
     for number, layer in enumerate(decoder.blocks):
         inner = seen["inner"][number]
         last = layer.mlp.down_proj if decoder.can_fuse_after_mlp else layer.post_feedforward_layernorm
@@ -160,13 +161,14 @@ def reference(config: Heal, model: Any, block: int, inner: Tensor, u: Tensor, r:
         ratio = (z @ basis).abs().mean(0) / ((u + r) @ basis).abs().mean(0)
         scale = float(ratio.mean())
         map, _ = solve(u, r, (u + r) @ basis * ratio @ basis.T / scale, one, ridge)
-    elif one.ndim == 2:
+    elif isinstance(config, RefitHeal) and one.ndim == 2:
         down = Decoder(model).down_proj(block)
         bias = torch.zeros(SIZE) if down.bias is None else down.bias.detach()
         prior = down.weight.detach().double().T
         found, scale = solve(inner, r + bias, z, prior, ridge, 1 / z.norm(dim=-1), scaled=config.scale)
         return lambda a, _m: (a @ found / scale + bias)[None], scale, found
     else:
+        assert isinstance(config, RefitHeal)
         found, scale = solve(u, r, z, one, ridge, 1 / z.norm(dim=-1), scaled=config.scale)
         map = found / scale
     return lambda _a, m: through(m, map), scale, map

@@ -43,7 +43,7 @@ PRUNE = Path(compress.prune.__file__).parent
 
 
 def windows(name: str, known: Study, length: int) -> list[float]:
-    return METRICS.get(name)().windows(known, length)
+    return METRICS.get(name).model_validate({}).windows(known, length)
 
 
 def rows(sizes: Sequence[int] = SIZES, seed: int = 5) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_gguf_file_is_read_as_the_checkpoint_it_was_made_from(tiny, tmp_path, 
     write_gguf(folder, tmp_path / "model.gguf", "F16")
     convert_gguf(tmp_path / "model.gguf", tmp_path / "read")
     torch.testing.assert_close(logits(load_model(tmp_path / "read")), logits(load_model(folder)), rtol=0, atol=1e-2)
-    original, read = load_tokenizer(folder), load_tokenizer(tmp_path / "read")
+    original, read = (cast(Any, load_tokenizer(home)) for home in (folder, tmp_path / "read"))
     assert len(read) == len(original)
     for text in ("The time 2024 people\n\n wrote, they'd think", "<|im_start|>user\nwater 1.5<|im_end|>", "Cửa Việt"):
         assert read(text).input_ids == original(text).input_ids

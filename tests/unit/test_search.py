@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_whether_cuts_are_scored_healed_follows_the_recipe(model: Any) -> None:
     scores, studies = {}, {heal: study(model) for heal in ("none", "linear", "cosine")}
     for heal, healed in itertools.product(studies, (None, True, False)):
         known = studies[heal]  # one study of all three: what is written down says which it was
-        known.notes.clear()
+        cast(dict[str, Any], known.notes).clear()
         choose(known, config("greedy", 1, heal=heal, healed=healed, guard=False), 1, INNER)
         scores[heal, healed] = known.notes["rounds"][0]["score"]
     assert scores["linear", None] == scores["linear", True] != scores["linear", False] == scores["none", None]
@@ -148,7 +148,7 @@ def tables(noted: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, model: Any
 
         def look_up(self: Trials, cuts: list[Cut], parent: Cut, keep: int) -> dict[Cut, float]:
             assert all(set(parent) < set(c) for c in cuts)
-            self.study.notes.setdefault("asked", []).append((parent, keep))
+            cast(dict[str, Any], self.study.notes).setdefault("asked", []).append((parent, keep))
             return {c: scores.get(c, 9.0) for c in cuts}
 
         monkeypatch.setattr(Trials, "_scores", look_up)
@@ -226,7 +226,7 @@ def test_the_guard_takes_a_cheap_cut_where_held_out_rows_prefer_it(tables: Calla
         assert known.notes["guard"] == {
             key: {"dropped": list(cut), "held_out": held_out[cut]} for key, cut in {kind: free, **cheap}.items()
         }
-        told = [line for line in known.progress.texts if "held-out rows prefer" in line]
+        told = [line for line in cast(Any, known.progress).texts if "held-out rows prefer" in line]
         assert len(told) == (wanted != free) and all(f"prefer the {name} (" in line for line in told)
         known = tables(scores, held_out)
         assert choose(known, config(kind, guard=False, **options), 2, INNER) == free
@@ -337,7 +337,7 @@ def test_all_candidates_leave_no_choice(model: Any, kind: str) -> None:
 def test_single_blocks_are_chosen_by_the_metric(model: Any) -> None:
     for importance in METRICS.names:
         known = study(model)
-        values = METRICS.get(importance)().windows(known, 1)
+        values = METRICS.get(importance).model_validate({}).windows(known, 1)
         wanted = (min(INNER, key=lambda block: values[block]),)
         for kind in ("window", "lowest"):
             assert choose(known, config(kind, importance=importance), 1, INNER) == wanted, importance
