@@ -26,7 +26,11 @@ from compress.export.onnx_sized import OnnxSizes
 from compress.export.sensitivity import Sensitivity, collect_sensitivity
 from compress.export.stage import export_checkpoint
 from compress.export.tensors import CheckpointWeights, dequantize_nbits, integer_parts
-from compress.modeling.load import load_model, load_tokenizer
+from compress.kv.settings import HeadSettings
+from compress.modeling.checkpoint import link_files
+from compress.modeling.load import load_config, load_model, load_tokenizer
+from compress.modeling.retaining import RetainingHeads, save_heads
+from compress.modeling.shape import AttentionShape
 from compress.runtime.engine import ScoringWindow
 from compress.runtime.onnx_engine import OnnxEngine
 from onnx.numpy_helper import to_array
@@ -166,6 +170,20 @@ def test_an_int8_cache_is_counted(built, tmp_path):
     options = {"grids": types, "imatrix": importance, "kv": CacheScales(ones, ones)}
     assert sizes.bytes(types) == write_onnx(checkpoint, tmp_path / "m", "1MB", built=folder, **options).bytes
     assert sizes.bytes(types) != OnnxSizes(checkpoint, folder).bytes(types)
+
+
+def test_retaining_heads_are_counted_as_a_file_but_not_as_weights(built, tmp_path):
+    checkpoint, folder = built("llama")
+    link_files(checkpoint, tmp_path / "with")
+    shape = load_config(checkpoint)
+    heads = RetainingHeads(shape.num_hidden_layers, AttentionShape.of(shape), 24)
+    save_heads(heads, HeadSettings(budget=64, chunk=16, stabilizers=8, local=8), tmp_path / "with")
+    sizes = OnnxSizes(tmp_path / "with", folder)
+    types = drawn(sizes, 5)
+    info = write_onnx(tmp_path / "with", tmp_path / "m", "1MB", built=folder, grids=types, imatrix=flat(sizes))
+    assert sizes.bytes(types) == info.bytes
+    assert sizes.weight_bytes(types) == OnnxSizes(checkpoint, folder).weight_bytes(types)
+    assert 8 * sizes.weight_bytes(types) / sizes.parameters == pytest.approx(info.bits_per_weight)
 
 
 @pytest.fixture(scope="module")
