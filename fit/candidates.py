@@ -27,6 +27,11 @@ class Combination:
         return self.removed == 0 and self.whole_cache and not self.sized
 
     @property
+    def engine(self) -> str:
+        """What runs it: each engine has caches of its own."""
+        return next(engine for engine, caches in CACHES.items() if self.cache in caches)
+
+    @property
     def whole_cache(self) -> bool:
         """Whether keys and values are not in 8 bits."""
         return self.cache in WHOLE_CACHES

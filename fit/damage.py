@@ -21,11 +21,12 @@ from ..data.calibration import calibration_batches
 from ..data.chat import Encoded
 from ..evaluation.language import BaseLogProbs, log_probs, targets, text_windows
 from ..export.cost import SENSED, TEXT
+from ..export.damage import K
 from ..export.gguf import Conversion
 from ..export.gguf_sized import GgufSizes
 from ..export.imatrix import collect, load_imatrix, save_imatrix
 from ..export.sensitivity import collect_sensitivity, load_sensitivity, save_sensitivity
-from ..export.sized import Chosen
+from ..export.sized import Chosen, Sizes
 from ..modeling.blocks import Decoder, drop_blocks, replaced, without_blocks
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.cuts import Cut
@@ -107,20 +108,27 @@ class Damage:
         with rounded(self.model, self.base, self.types(self.base, mix, self.model)):
             return self._kl(f"rounded to {mix}")
 
-    def roomier(self, limit: int, sizes: Sequence[int]) -> list[float]:
-        """The estimated KL of own types for files of other sizes, as shares of that of `limit` bytes."""
-        found = [self._chosen(self.base, Target(bytes=size).name, self.model).damage for size in (limit, *sizes)]
+    def roomier(self, sizes: Sizes[Any], limit: int, others: Sequence[int]) -> list[float]:
+        """The estimated KL of own types for the unpruned model's files of other sizes, as shares of that of `limit`
+        bytes."""
+        found = [self.chosen(sizes, Target(bytes=size).name, self.model).damage for size in (limit, *others)]
         return [each / found[0] if found[0] > 0 else 1.0 for each in found[1:]]
 
     def types(self, checkpoint: Path, mix: str, model: CausalModel | None = None) -> FileTypes:
-        """What a file of a checkpoint in a mix is written with; a mix may be a size."""
+        """What a GGUF file of a checkpoint in a mix is written with; a mix may be a size."""
         if target_of(mix) is None:
             return FileTypes(mix, self.matrix(checkpoint, model) if GGUF_TYPES[mix].calibrated else None)
-        chosen = self._chosen(checkpoint, mix, model)
+        chosen = self.chosen(self.gguf_sizes(checkpoint), mix, model)
         return FileTypes(chosen.like, chosen.importance, chosen.types)
 
-    def _chosen(self, checkpoint: Path, size: str, model: CausalModel | None) -> Chosen:
-        """A type for every tensor, chosen as an export stage chooses it."""
+    def gguf_sizes(self, checkpoint: Path) -> GgufSizes:
+        """What sizes a checkpoint's GGUF file can have."""
+        return GgufSizes(checkpoint, name=self.name(load_config(checkpoint).num_hidden_layers))
+
+    def chosen(self, sizes: Sizes[K], size: str, model: CausalModel | None = None) -> Chosen[K]:
+        """A type for every tensor, chosen as an export stage chooses it; `model` is the checkpoint's, where it is
+        loaded."""
+        checkpoint = sizes.checkpoint
         name = self.label(checkpoint)
         file = self.area / f"sensitivity-{name}.safetensors"
         if not file.exists():
@@ -131,12 +139,11 @@ class Damage:
                 found = collect_sensitivity(model, rows, seed=self.context.seed, advance=advance)
             save_sensitivity(found, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
-        sizes = GgufSizes(checkpoint, name=self.name(load_config(checkpoint).num_hidden_layers))
         return sizes.chosen(
             size,
             load_sensitivity(file),
             self.matrix(checkpoint, model),
-            cache=self.area / f"damage-{name}.json",
+            cache=self.area / f"damage-{sizes.form}-{name}.json",
             progress=self.context.progress,
         )
 

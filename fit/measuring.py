@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..export.cost import CACHE_ROW
 from ..export.gguf import write_gguf
 from ..export.onnx import build_graph, write_onnx
 from ..export.onnx_kv import CacheScales
+from ..export.onnx_sized import OnnxSizes
 from ..export.rounded_cache import calibration_rows, kept_scales
 from ..modeling.cuts import Cut
 from ..modeling.geometry import geometry_of
@@ -50,6 +51,10 @@ class CandidateBench(ABC):
     @abstractmethod
     def of_type(self, mix: str) -> float:
         """KL of the unpruned model in a mix."""
+
+    @abstractmethod
+    def roomier(self, limit: int, sizes: Sequence[int]) -> list[float]:
+        """What own types for files of other sizes are estimated to cost the unpruned model, as shares of `limit`'s."""
 
     @abstractmethod
     def _written(self, candidate: Combination, cut: Cut) -> Path:
@@ -122,6 +127,9 @@ class GgufBench(CandidateBench):
     def of_type(self, mix: str) -> float:
         return self.damage.of_type(mix)  # on the weights in torch: no file is written
 
+    def roomier(self, limit: int, sizes: Sequence[int]) -> list[float]:
+        return self.damage.roomier(self.damage.gguf_sizes(self.damage.base), limit, sizes)
+
     def _written(self, candidate: Combination, cut: Cut) -> Path:
         checkpoint, file = self.damage.checkpoint(cut), self.damage.area / "candidate.gguf"
         how, progress = self.damage.types(checkpoint, candidate.mix), self.damage.context.progress
@@ -145,20 +153,34 @@ class OnnxBench(CandidateBench):
         with self._made(Combination(0, mix, whole), ()) as path:  # integer kernels round activations, too
             return max(statistics.fmean(self._score(path, whole, mix)), 0.0)
 
+    def roomier(self, limit: int, sizes: Sequence[int]) -> list[float]:
+        return self.damage.roomier(OnnxSizes(self.damage.base, self._graph(self.damage.base)), limit, sizes)
+
     def _written(self, candidate: Combination, cut: Cut) -> Path:
         damage, checkpoint = self.damage, self.damage.checkpoint(cut)
         folder, progress = damage.area / "onnx-candidate", damage.context.progress
+        built = self._graph(checkpoint)
         shutil.rmtree(folder, ignore_errors=True)  # what a kill left
         write_onnx(
             checkpoint,
             folder,
             candidate.mix,
-            imatrix=damage.matrix(checkpoint, None) if ONNX_TYPES[candidate.mix].calibrated else None,
-            built=self._graph(checkpoint),
+            built=built,
             kv=None if candidate.whole_cache else self._scales(checkpoint),
             progress=progress,
+            **self._rounding(candidate, checkpoint, built),
         )
         return folder
+
+    def _rounding(self, candidate: Combination, checkpoint: Path, built: Path) -> dict[str, Any]:
+        """How `write_onnx` is to round the weights."""
+        damage = self.damage
+        if not candidate.sized:
+            calibrated = ONNX_TYPES[candidate.mix].calibrated
+            return {"imatrix": damage.matrix(checkpoint, None) if calibrated else None}
+        sizes = OnnxSizes(checkpoint, built, kv=not candidate.whole_cache)
+        chosen = sizes.by_node(damage.chosen(sizes, candidate.mix))
+        return {"grids": chosen.types, "imatrix": chosen.importance}
 
     def _graph(self, checkpoint: Path) -> Path:
         """The float32 graph of a checkpoint; that of another one goes, since each takes 4 bytes per parameter."""

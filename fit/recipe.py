@@ -14,7 +14,6 @@ from ..modeling.source import ModelSource
 from ..pipeline.places import bundle_name
 from ..pipeline.recipe import Recipe
 from ..prune.config import PruneConfig
-from ..runtime.artifact_types import ONNX_TYPES
 from .candidates import Combination
 
 FILE = "recipe.yaml"
@@ -44,7 +43,7 @@ def write_recipe(
 
 
 def _export(candidate: Combination) -> dict[str, Any]:
-    if candidate.mix not in ONNX_TYPES:
+    if candidate.engine != "onnx":
         return {"gguf": [candidate.mix]}
     return {"onnx": [candidate.mix]} | ({} if candidate.whole_cache else {"kv": candidate.cache})
 
@@ -70,7 +69,7 @@ def _remarks(candidate: Combination) -> list[str]:
     found = []
     if candidate.removed:
         found.append("Healed only, as it was measured: a `distill` section wins more back.")
-    if not candidate.whole_cache and candidate.mix not in ONNX_TYPES:
+    if not candidate.whole_cache and candidate.engine != "onnx":
         found.append(
             "Run it with an 8-bit cache: compress generate BUNDLE --kv-type q8_0, or llama-server --flash-attn on "
             "--cache-type-k q8_0 --cache-type-v q8_0"

@@ -25,6 +25,7 @@ TYPES, CUTS, MEASURED = 0.35, 0.65, 1.0
 MOST = 20  # candidates measured, whatever the time
 WORSE = 2.0  # times the best KL within the limits: cuts beyond are no longer tried
 MISSES = 2  # such cuts in a row
+EIGHT_BITS = {"llama.cpp": "Q8_0", "onnx": "int8"}
 HOPE = 1.5  # times a limit of time or memory: predictions beyond are not just wrong
 
 
@@ -94,7 +95,7 @@ class FitSearch:
         if late:
             self.left_out.append(f"for want of time, the damage of {', '.join(late)} was not measured: raise --minutes")
         for cache in self.request.caches[1:]:  # until one is measured: as much as 8 bits cost all weights
-            eight = {"llama.cpp": "Q8_0", "onnx": "int8"}[self.request.engine]
+            eight = EIGHT_BITS[self.request.engine]
             self.known.caches[cache] = self.known.types.get(eight, min(self.known.types.values()))
 
     def _roomier(self) -> None:
@@ -103,10 +104,11 @@ class FitSearch:
         sized = [key for key in known.sizes if key[0] and Combination(*key).sized]
         if limit is None or not sized or sized[0][1] not in known.types:
             return
-        whole = known.sizes[0, "Q8_0"].bytes if (0, "Q8_0") in known.sizes else limit
-        bytes_of = {removed: known.sizes.get((removed, "Q8_0")) for removed, _ in sized}
+        eight = EIGHT_BITS[self.request.engine]
+        whole = known.sizes[0, eight].bytes if (0, eight) in known.sizes else limit
+        bytes_of = {removed: known.sizes.get((removed, eight)) for removed, _ in sized}
         alike = [limit if (size := bytes_of[removed]) is None else limit * whole // size.bytes for removed, _ in sized]
-        shares = self.ledger.recorded(f"roomier {limit}", lambda: self.damage.roomier(limit, alike))
+        shares = self.ledger.recorded(f"roomier {limit}", lambda: self._bench(0).roomier(limit, alike))
         known.roomier |= dict(zip(sized, shares, strict=True))
 
     def _cuts(self) -> None:

@@ -22,6 +22,7 @@ from ..export.stage import plain_name
 from ..modeling.blocks import config_at
 from ..modeling.load import load_config
 from ..runtime.artifact_sizes import Target
+from ..runtime.artifact_types import ONNX_TYPES
 from .prediction import FileSize
 
 _INFO = 8 + 4 + 4 + 8  # bytes of a tensor in the header beside its name and shape: length, dimensions, type, offset
@@ -72,7 +73,11 @@ class OnnxFileSizes(FileSizes):
         return {mix: [] for mix in mixes}
 
     def sized(self, table: Mapping[tuple[int, str], FileSize], limit: int) -> dict[tuple[int, str], FileSize]:
-        return {}
+        """Where `limit` lies between the least precision and float32."""
+        name, counts = Target(bytes=limit).name, dict.fromkeys(removed for removed, _ in table)
+        files = {removed: [self.size(removed, mix).bytes for mix in ONNX_TYPES] for removed in counts}
+        fitting = [removed for removed in counts if min(files[removed]) <= limit < max(files[removed])]
+        return {(removed, name): FileSize(limit, limit) for removed in fitting}
 
 
 class GgufFileSizes(FileSizes):

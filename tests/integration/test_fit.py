@@ -18,6 +18,7 @@ from compress.data.rows import Row, write_rows
 from compress.fit import measuring, run, search
 from compress.fit.budgets import _tail_logs, budget_cost, settings_of
 from compress.fit.rows import Effort
+from compress.fit.sizes import OnnxFileSizes
 from compress.kv.settings import KvBudget
 from compress.modeling.blocks import Decoder
 from compress.modeling.load import load_model
@@ -154,21 +155,21 @@ def test_memory_with_a_context_weighs_an_eight_bit_cache(tiny, text, tmp_path):
     assert "What a KV budget costs" in (tmp_path / "f/fit.html").read_text("utf-8")
 
 
-def test_onnx_weighs_an_int8_cache(model, text, inline_builder):
-    found = fit(model, "f", memory="4GB", context=256, engine="onnx", text=text)
-    assert found.engine == "onnx"
-    assert {(c.mix, c.cache) for c in found.candidates} == {
-        (mix, cache) for mix in ("int8", "int4") for cache in ("float32", "int8")
-    }
+def test_onnx_weighs_types_of_a_size_and_an_int8_cache(model, text, inline_builder):
+    plain = OnnxFileSizes(model, "tiny").table([0], ["int4", "int8"])
+    limit = (plain[0, "int4"].bytes + plain[0, "int8"].bytes) // 2
+    found = fit(model, "f", size=limit, context=256, engine="onnx", text=text)
+    assert found.engine == "onnx" and {c.cache for c in found.candidates} == {"float32", "int8"}
     measured = {c.name: c.measured for c in found.candidates if c.measured is not None}
-    whole, small = measured["int8"], measured["int8, 8-bit cache"]
-    assert whole is not None and small is not None and small.kl > whole.kl > 0
+    own = next(name for name in measured if name.startswith("types for") and "," not in name)
+    assert 0.97 * limit < measured[own].bytes <= limit and measured[own].kl < measured["int4"].kl
+    small = [c for c in found.candidates if c.cache == "int8" and c.measured is not None]
+    assert small and all(c.name.endswith("8-bit cache") for c in small)
     for one in found.candidates:
-        assert one.measured is None or one.measured.bytes == pytest.approx(one.predicted.bytes, rel=0.02)
-    page = Path("f/fit.html").read_text("utf-8")
-    assert "in stock ONNX Runtime" in page
-    recipe = Recipe.load("f/recipe.yaml")
-    assert recipe.export is not None and recipe.export.onnx == [found.candidate(found.recommended).mix]
+        assert one.measured is None or one.measured.bytes == pytest.approx(one.predicted.bytes, rel=0.03)
+    assert "in stock ONNX Runtime" in Path("f/fit.html").read_text("utf-8")
+    chosen, export = found.candidate(found.recommended), Recipe.load("f/recipe.yaml").export
+    assert export is not None and (export.onnx, export.kv, export.gguf) == ([chosen.mix], chosen.cache, [])
     assert not list(Path("f/.work").glob("onnx-*")) and not list(Path("f/.work").glob("kv-*"))
 
 
