@@ -55,7 +55,10 @@ def test_smollm2_writes_prompts_and_answers(smollm2: Path, tmp_path: Path) -> No
 @pytest.mark.real
 def test_every_depth_of_the_real_model_in_one_pass(smollm2: Path) -> None:
     model = load_model(smollm2)
-    decoder, ids = Decoder(model), torch.tensor([load_tokenizer(smollm2)("The capital of France is Paris.").input_ids])
+    decoder, ids = (
+        Decoder(model),
+        torch.tensor([load_tokenizer(smollm2)("The capital of France is Paris.")["input_ids"]]),
+    )
     with torch.no_grad():
         found = decoder.hidden_at([12, 18, 30], input_ids=ids, use_cache=False)
         for depth, hidden in zip((12, 18, 30), found, strict=True):

@@ -22,7 +22,7 @@ def config(**values: Any) -> ExportConfig:
 
 
 @pytest.mark.real
-def test_the_real_model_of_24_blocks(smollm2, tmp_path):
+def test_the_real_model_of_24_blocks(smollm2, tmp_path, inline_builder):
     """The limits are 1.5 to 2 times what an honest export makes."""
     model = load_model(smollm2)
     drop_blocks(model, range(13, 19))
@@ -39,7 +39,7 @@ def test_the_real_model_of_24_blocks(smollm2, tmp_path):
 
 
 @pytest.mark.real
-def test_four_depths_of_the_real_model(smollm2, tmp_path):
+def test_four_depths_of_the_real_model(smollm2, tmp_path, inline_builder):
     """The goals of size, on weights of real proportions; 12 blocks of the 30 keep it short, and the share hard."""
     model = load_model(smollm2)
     drop_blocks(model, range(6, 24))

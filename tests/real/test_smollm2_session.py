@@ -16,9 +16,10 @@ from compress.runtime.text import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def real_int4(smollm2, tmp_path_factory) -> Path:
+def real_int4(smollm2, builder_here, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "int4"
-    write_onnx(smollm2, folder, "int4")
+    with builder_here():
+        write_onnx(smollm2, folder, "int4")
     return folder
 
 
