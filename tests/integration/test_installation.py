@@ -279,6 +279,7 @@ def test_a_library_is_loaded_or_its_extra_named(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(UserError, match=r"^lora needs peft, which cannot be imported: No module named 'a_library_that"):
         load_library("lora", "peft")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks", raising=False)  # an earlier test may have imported it
     wanted = r"^tasks needs lm-eval, which is not installed: pip install 'llm-compress\[eval\]'$"
     with pytest.raises(UserError, match=wanted):
         need("tasks", "numpy", "lm_eval")
