@@ -17,13 +17,15 @@ from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.memory import give_back_memory
 from ..core.stage import WORK, Context, Inputs
+from ..data.calibration import pad_id
 from ..data.chat import load_encoded
+from ..data.packing import pack
 from ..modeling.blocks import Decoder, dropped_since
 from ..modeling.checkpoint import save_checkpoint
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..records.students import LocalFigures
 from ..training.config import Copy
-from ..training.run import pack_rows
+from ..training.run import SPLITS, pack_rows
 from ..training.teacher import CopyTeacher
 from .config import DistillConfig, Local
 from .guard import Guard
@@ -75,16 +77,10 @@ class LocalPhase:
         whole = self.teacher.decoder.num_blocks
         self.kept = [block for block in range(whole) if block not in set(self.dropped)]
         self.gaps = surroundings(self.dropped, whole, local.reach)
-        data = inputs.stages["data"]
-        self.batches = pack_rows(
-            self._packing(), load_encoded(data, self.tokenizer, "train", config.length), self.tokenizer
-        )
-        held = pack_rows(config, load_encoded(data, self.tokenizer, "heldout", config.length), self.tokenizer)
-        self.guard = Guard(held, self.teacher, config.chunk, context)
-
-    def _packing(self) -> DistillConfig:
-        sequences = max(1, self.local.tokens_per_step // self.config.length)
-        return self.config.model_copy(update={"batch": sequences})
+        train, held = (load_encoded(inputs.stages["data"], self.tokenizer, s, config.length) for s in SPLITS)
+        sequences = max(1, local.tokens_per_step // config.length)
+        self.batches = pack(train, config.length, sequences, pad_id(self.tokenizer))
+        self.guard = Guard(pack_rows(config, held, self.tokenizer), self.teacher, config.chunk, context)
 
     def run(self) -> None:
         """Train all gaps, and write the model and the figures."""

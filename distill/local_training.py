@@ -16,6 +16,8 @@ from ..core.errors import UserError
 from ..core.stage import Context
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
+from ..training.order import BatchOrder
+from ..training.schedule import warmed_cosine
 from ..training.weights import save_whole
 from .config import Local
 from .states import read_states
@@ -59,13 +61,13 @@ class LocalTraining:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.config.lr, betas=BETAS, weight_decay=0.0)
-        done = self._resume(optimizer)
+        done, order = self._resume(optimizer), self._order(len(batches), steps)
         with self.context.progress.bar("local training", steps) as advance:
             advance(done)
             for step in range(done, steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step, steps)
-                number = self._order(step, len(batches))
+                    group["lr"] = self.config.lr * warmed_cosine(step + 1, steps, self.config.warmup)
+                number = order[step]
                 loss = self._loss(batches[number], number, scale)
                 if not torch.isfinite(loss):
                     raise UserError(
@@ -84,13 +86,6 @@ class LocalTraining:
         save_whole({name: value.detach().cpu() for name, value in self.parameters.items()}, self.trained_file)
         self.checkpoint.unlink(missing_ok=True)
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, from 0: a linear rise, then a cosine to zero."""
-        warmup = math.ceil(self.config.warmup * steps)
-        if step < warmup:
-            return self.config.lr * (step + 1) / warmup
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
     @torch.no_grad()
     def restore(self, *, trained: bool) -> None:
         """Set the blocks to their trained weights, or back to those they had."""
@@ -106,11 +101,14 @@ class LocalTraining:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
-    def _order(self, step: int, batches: int) -> int:
-        """The batch of a step: every epoch has an order of its own."""
-        epoch, place = divmod(step, batches)
-        random = torch.Generator().manual_seed(self.context.seed + epoch)
-        return int(torch.randperm(batches, generator=random)[place])
+    def _order(self, batches: int, steps: int) -> list[int]:
+        """The batch of each step: every epoch has an order of its own."""
+        order = BatchOrder(batches, 1, self.context.seed)
+        numbers: list[int] = []
+        for epoch in range(math.ceil(steps / batches)):
+            order.set_epoch(epoch)
+            numbers += order
+        return numbers[:steps]
 
     def _loss(self, batch: Batch, number: int, scale: float) -> Tensor:
         device = self.student.model.device

@@ -32,6 +32,7 @@ from ..modeling.types import CausalModel
 from ..records.bundle import TrainedScales
 from ..training.losses import objective_loss
 from ..training.objectives.kd import Kd
+from ..training.schedule import warmed_cosine
 from .config import TrainScales
 from .cost import CHUNK
 from .scale_files import Array, ScaleFiles
@@ -285,9 +286,7 @@ def _measure(student: ScaleStudent, state: State) -> None:
 @torch.no_grad()
 def _adam(student: ScaleStudent, state: State, config: TrainScales) -> None:
     """One step of Adam (arXiv 1412.6980), its rate rising over the warm-up, then falling as a cosine."""
-    warmup = math.ceil(config.warmup * config.steps)
-    rest = max(0, state.step - 1 - warmup) / max(1, config.steps - warmup)
-    rate = config.lr * min(1.0, state.step / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * rest))
+    rate = config.lr * warmed_cosine(state.step, config.steps, config.warmup)
     mean, square = state.tensors["mean"], state.tensors["square"]
     mean.lerp_(student.gradient, 1 - BETAS[0])
     square.lerp_(student.gradient.square(), 1 - BETAS[1])

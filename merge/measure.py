@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..core.stage import Context
 from ..data.packing import Batch
-from ..modeling.agreement import Head, States, response_positions, token_terms
+from ..modeling.agreement import Head, States
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
+from ..training.heldout import mean_terms, response_states
 from .cost import CHUNK
 
 
@@ -23,7 +23,7 @@ def unpruned(folder: Path, batches: Sequence[Batch], context: Context) -> list[S
     and then freed."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
     head = Head(decoder.head_weight.detach().clone(), decoder.softcap)
-    return [States(_response_states(decoder, batch.to(context.device))[0], head) for batch in batches]
+    return [States(response_states(decoder, batch.to(context.device))[0], head) for batch in batches]
 
 
 @torch.no_grad()
@@ -32,20 +32,5 @@ def heldout_figures(
 ) -> dict[str, float]:
     """KL(unpruned ‖ model) in nats per response token, and perplexity on response tokens, of a checkpoint folder."""
     decoder = Decoder(load_model(folder, context.dtype, context.device))
-    head, sums = Head(decoder.head_weight, decoder.softcap), torch.zeros(2, dtype=torch.float64)
-    count = 0
-    for batch, expected in zip(batches, reference, strict=True):
-        hidden, targets = _response_states(decoder, batch.to(context.device))
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            terms = token_terms(head.logits(hidden[part]), targets[part], expected.at(part))
-            sums += torch.stack([term.sum(dtype=torch.float64) for term in (terms.nll, terms.kl)]).cpu()
-        count += len(targets)
-    nll, kl = (sums / max(count, 1)).tolist()
+    nll, kl = mean_terms(decoder, batches, reference, CHUNK)
     return {"eval_kl": kl, "eval_perplexity": math.exp(min(nll, 700.0)) if math.isfinite(nll) else math.inf}
-
-
-def _response_states(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N, H) states after the final norm at the positions that predict response tokens, and these tokens (N,)."""
-    positions, targets = response_positions(batch.input_ids, batch.loss_mask)
-    return decoder.hidden(**batch.model_inputs()).flatten(0, 1)[positions].clone(), targets
