@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from ...core.files import read_text
 
 COLUMN = "text"
+Place = tuple[Path, int, tuple[int, int] | None]  # file, number of the document in it, its bytes (None: all)
 
 
 class TextFiles:
@@ -20,28 +22,32 @@ class TextFiles:
 
     def __init__(self, files: Sequence[Path], separator: str | None, what: str = ""):
         self.separator, self.what = separator, what
-        self._last: tuple[Path, list[str]] | None = None
-        self._places = [(file, part) for file in files for part in range(self._count(file))]
+        self._places = [place for file in files for place in self._documents(file)]
 
     def __len__(self) -> int:
         return len(self._places)
 
     def row(self, number: int) -> dict[str, Any]:
-        file, part = self._places[number]
-        return {COLUMN: self._parts(file)[part]}
+        file, _, span = self._places[number]
+        return {COLUMN: read_text(file, self.what) if span is None else _read_part(file, *span)}
 
     def place(self, number: int) -> str:
-        file, part = self._places[number]
+        file, part, _ = self._places[number]
         return file.name if self.separator is None else f"document {part + 1} of {file.name}"
 
-    def _count(self, file: Path) -> int:
-        return 1 if self.separator is None else len(self._parts(file))
+    def _documents(self, file: Path) -> list[Place]:
+        """Where the documents of a file begin and end, so that reading one in random order reads that one alone."""
+        if self.separator is None:
+            return [(file, 0, None)]
+        sizes = [len(part.encode()) for part in split_text(read_text(file, self.what), self.separator)]
+        ends = list(accumulate(sizes, initial=file.stat().st_size - sum(sizes)))  # behind a mark or an empty start
+        return [(file, part, span) for part, span in enumerate(pairwise(ends))]
 
-    def _parts(self, file: Path) -> list[str]:
-        """A file's documents; the last file stays in memory."""
-        if self._last is None or self._last[0] != file:
-            self._last = file, split_text(read_text(file, self.what), self.separator)
-        return self._last[1]
+
+def _read_part(file: Path, start: int, end: int) -> str:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(end - start).decode()
 
 
 def split_text(text: str, separator: str | None) -> list[str]:

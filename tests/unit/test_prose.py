@@ -146,6 +146,17 @@ def test_data_sets_of_text_are_read_by_their_column(tiny: Callable[..., Path], t
         make(tiny(), tmp_path / "none", settings(path="a.jsonl"))
 
 
+@pytest.mark.parametrize("content", ["\ufeff# é\n# zwei 中", "  \n# only", "none", "", "intro ü\n# z\r\n"])
+def test_documents_read_one_by_one_are_those_of_the_whole_file(tmp_path: Path, content: str) -> None:
+    """Byte order marks, blank beginnings and characters of several bytes included."""
+    file = tmp_path / "a.txt"
+    file.write_bytes(content.encode())
+    table = TextFiles([file, file], "# ")
+    first, *rest = content.removeprefix("\ufeff").split("# ")
+    expected = [part for part in (first, *("# " + part for part in rest)) if part.strip()]
+    assert [table.row(number)["text"] for number in range(len(table))] == 2 * expected
+
+
 def test_a_file_is_one_document_unless_a_separator_divides_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
     whole = "\n# ".join(document(n) for n in range(8))
     (tmp_path / "book.txt").write_text(whole)
