@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
+import logging
 import os
 import random
 import sys
@@ -61,6 +62,34 @@ def pytest_runtest_setup() -> None:
 
 
 torch.set_num_threads(1)
+
+
+def state() -> dict[str, object]:
+    """What belongs to the whole process, and what other files' tests would therefore meet."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    attention = transformers.ALL_ATTENTION_FUNCTIONS if transformers else None
+    return {
+        "working folder": os.getcwd(),
+        "attention functions of transformers": [*attention._local_mapping] if attention else None,
+        "torch's type": torch.get_default_dtype(),
+        "torch's gradients": torch.is_grad_enabled(),
+        "torch's threads": torch.get_num_threads(),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "streams": (sys.stdout, sys.stderr),
+        "root logger": (logging.root.level, list(logging.root.handlers)),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Which file's tests run before which, in which process, is chance: none may depend on it."""
+    if "monkeypatch" in request.fixturenames:
+        request.getfixturevalue("monkeypatch")  # set up before, and so undone after, what is compared
+    before = state()
+    yield
+    left = {name: (was, now) for (name, was), now in zip(before.items(), state().values(), strict=True) if was != now}
+    left = {name: pair for name, pair in left.items() if pair[0] is not None}  # not imported before
+    assert not left, f"the test left {', '.join(left)} changed: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -142,11 +142,14 @@ def slow_logits(checkpoint: Path, ids: list[int], scales: CacheScales | None, de
         weights = weights.masked_fill((distance > 0) | (distance <= -window), float("-inf")).softmax(-1)
         return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
 
-    ALL_ATTENTION_FUNCTIONS["slow_rounded"] = attend
     model = load_model(checkpoint)
+    ALL_ATTENTION_FUNCTIONS["slow_rounded"] = attend
     model.config._attn_implementation = "slow_rounded"
-    with torch.no_grad(), without_blocks(model, range(depth, 4)):
-        return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    try:
+        with torch.no_grad(), without_blocks(model, range(depth, 4)):
+            return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["slow_rounded"]
 
 
 def made(checkpoint: Path, folder: Path, coarse: float = COARSE, **how: Any) -> CacheScales:

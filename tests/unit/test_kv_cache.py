@@ -89,12 +89,13 @@ def masked_pass(decoder: Decoder, ids: list[int], hidden_from: list[Tensor], wat
                 out[0, head, t] = weights @ v[0, group, seen]
         return out.transpose(1, 2), None
 
-    ALL_ATTENTION_FUNCTIONS.register("slow_reference", attend)
+    ALL_ATTENTION_FUNCTIONS["slow_reference"] = attend
     decoder.config._attn_implementation = "slow_reference"
     try:
         return decoder.model(torch.tensor([ids]), use_cache=False).logits[0]
     finally:
         decoder.config._attn_implementation = "sdpa"
+        del ALL_ATTENTION_FUNCTIONS["slow_reference"]
 
 
 def reference(decoder: Decoder, scores_of: Callable[..., Any], settings: KvBudget, while_decoding: bool) -> Tensor:
