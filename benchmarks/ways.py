@@ -1,13 +1,13 @@
-"""The tables of docs/research/recovery.md on real text: what a pruned model learns from, and tokens per step.
+"""The tables of docs/research/recovery.md on what a pruned model learns from, tokens per step, and how it is trained.
 
-    python benchmarks/prose.py --run runs/smollm2-135m-24L --text wikitext2_valid.txt [--tokens 7168] [--seeds 2]
-        [--stories gsm8k_train.jsonl] [--arms self-256 prose-256] [--out build/prose]
+    python benchmarks/ways.py --run runs/smollm2-135m-24L --text wikitext2_valid.txt [--tokens 7168] [--seeds 2]
+        [--stories gsm8k_train.jsonl] [--arms self-256 prose-256 half-256+kd] [--out build/ways]
 
-From the data and prune stages of a run of the default recipe: its conversations, its healed cut. Every arm learns by
-the recipe's objective from as many packed tokens, so in about the same processor time (one thread; printed), from the
-conversations, from real text (Python's language reference; --stories: the questions of a JSONL file), or from both,
-half of the tokens to learn each, in steps of 256 or 1,024 tokens. The last checkpoint is measured. What is finished is
-kept in OUT; the table goes to OUT/table.md.
+From the data and prune stages of a run of the default recipe: its conversations, its healed cut. Every arm learns from
+as many packed tokens, so in about the same processor time (one thread; printed): from the conversations, from real text
+(Python's language reference; --stories: the questions of a JSONL file), or from both, half of the tokens to learn each,
+in steps of 256 or 1,024 tokens, by the recipe's objective and adapters or by one of the other ways (+kd, +full, ...).
+The last checkpoint is measured. What is finished is kept in OUT; the table goes to OUT/table.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ LENGTH = 256
 STEPS = {256: 1, 1024: 4}  # tokens per step → packed sequences
 ARMS = ("self-1024", "self-256", "prose-1024", "prose-256", "half-256", "half-1024")
 OBJECTIVE = {"kind": "asft", "kl_weight": 1.0}
+# Keys of the distill section in which an arm differs, by what stands behind its name's plus sign.
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "kd": {"objective": "kd"},
+    "all": {"objective": "kd", "learn": "all"},
+    "rank4": {"objective": "kd", "tune": {"kind": "lora", "rank": 4}},
+    "rank64": {"objective": "kd", "tune": {"kind": "lora", "rank": 64}},
+    "rank64-rs": {"objective": "kd", "tune": {"kind": "lora", "rank": 64, "alpha": 64.0}},  # rsLoRA, 2312.03732
+    "lr2e-3": {"objective": "kd", "lr": 2e-3},
+    "lr5e-4": {"objective": "kd", "lr": 5e-4},
+    "full3e-5": {"objective": "kd", "tune": "full", "teacher": "copy", "lr": 3e-5},
+    "full1e-4": {"objective": "kd", "tune": "full", "teacher": "copy", "lr": 1e-4},
+}
 
 
 class RealText(Study):
@@ -68,7 +81,8 @@ class RealText(Study):
 
     def student(self, arm: str, seed: int) -> tuple[Path, dict[str, float]]:
         """The checkpoint of an arm, and processor seconds, tokens to learn and steps."""
-        rows, _, per_step = arm.partition("-")
+        plain, _, way = arm.partition("+")
+        rows, _, per_step = plain.partition("-")
         name, accumulate = f"{arm}-{seed}", STEPS[int(per_step)]
         encoded = load_encoded(self.rows[rows], self.tokenizer, "train", LENGTH)
         batches = pack(encoded, LENGTH, 1, 0, grouped=True)
@@ -83,7 +97,7 @@ class RealText(Study):
             "max_steps": round(self.options.tokens / each),
             "eval_every": 10**6,
             "select": "last",
-        }
+        } | WAYS[way]
         begun, file = time.process_time(), self.out / f"{name}.json"
         folder = self.made(name, distill, self.start, seed, base=self.base, rows=self.rows[rows], **section)
         if not file.exists():
@@ -115,12 +129,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of smollm2_135m_24L")
     parser.add_argument("--text", type=Path, required=True, help="what perplexity is measured on")
     parser.add_argument("--stories", type=Path, help="JSONL with a column `prompt`, a second kind of real text")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="rows-tokens per step, such as prose-256")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="rows-tokens per step, +way")
     parser.add_argument("--tokens", type=int, default=7168, help="packed tokens that every arm learns from")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--measured", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--limit", type=int, default=64, help="rows of each task")
-    parser.add_argument("--out", type=Path, default=Path("build/prose"))
+    parser.add_argument("--out", type=Path, default=Path("build/ways"))
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     study = RealText(options)
