@@ -11,7 +11,8 @@ from ..core.work import Work, forward
 from ..runtime.artifact_sizes import target_of
 from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
-from ..training.cost import HEAD_COPIES_ANCHORED, saved_per_token
+from ..training.cost import saved_per_token
+from ..training.objectives import HEAD_COPIES_ANCHORED
 from .config import ExportConfig, TrainScales
 
 RUNTIME = 720e6  # measured after a whole run of SmolLM2; includes freed memory that glibc keeps

@@ -33,6 +33,11 @@ class Spoken(Protocol):
         """KL(teacher ‖ student), (n,), from the student's log-probabilities there, (n, V)."""
         ...
 
+    def paired(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the teacher and of the student over the same outcomes, (n, K) each, from the student's
+        over the vocabulary, (n, V): K is V, or fewer where the teacher knows some tokens as one outcome."""
+        ...
+
 
 class Anchor(Protocol):
     """Teacher distributions at N response positions, read in chunks."""
@@ -50,6 +55,9 @@ class Whole:
     def kl(self, log_probs: Tensor) -> Tensor:
         dtype = log_probs.dtype
         return (self.probs.to(dtype) * (self.log_probs.to(dtype) - log_probs)).sum(-1)
+
+    def paired(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_probs.to(log_probs.dtype), log_probs
 
 
 @dataclass(frozen=True)

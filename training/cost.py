@@ -17,9 +17,6 @@ from .budget import Pace, pace
 from .config import RANK, Cached, Copy, Full, Lora, Shared, TrainingConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
-# Copies of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher also its logits,
-# log-probabilities and probabilities, the difference and the product, before the gradients.
-HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
 SMALLEST_CHUNK, SHORTEST = 32, 128  # the least that is proposed where memory is short
 
 
@@ -70,7 +67,7 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
     if isinstance(config.tune, Full) and not beside:
         beside = shape.vocab * shape.hidden * at.size  # the unpruned model's head, for the held-out figures
     how = "none" if not anchored else way.kind
-    logits = config.chunk * shape.vocab * 4 * (HEAD_COPIES_ANCHORED if anchored else HEAD_COPIES)
+    logits = config.chunk * shape.vocab * 4 * config.objective.head_copies
     per_block = shape.hidden if config.gradient_checkpointing else saved_per_token(shape)
     runtime = {"runtime": at.runtime(RUNTIME)}
     training = runtime | {

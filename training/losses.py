@@ -31,6 +31,11 @@ class TopK:
         return TopK(self.tokens[part], self.log_probs[part])
 
     def kl(self, log_probs: Tensor) -> Tensor:
+        teacher, student = self.paired(log_probs)
+        probs = teacher.exp()
+        return (probs * (teacher.where(probs > 0, 0.0) - student)).sum(-1)
+
+    def paired(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.tokens
         teacher = self.log_probs.to(log_probs.dtype).log_softmax(-1)
         student = log_probs.gather(-1, tokens)
@@ -40,8 +45,7 @@ class TopK:
             student = torch.cat([student, others[:, None]], -1)
         else:
             teacher = teacher[:, :-1]  # no other tokens
-        probs = teacher.exp()
-        return (probs * (teacher.where(probs > 0, 0.0) - student)).sum(-1)
+        return teacher, student
 
 
 @dataclass(frozen=True)

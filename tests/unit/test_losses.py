@@ -21,8 +21,38 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCABULARY, WIDTH = 37, 6
-OBJECTIVES = [Sft(), Dft(), Asft(kl_weight=0.3), Kd()]
-NAMES = [objective.kind for objective in OBJECTIVES]
+OBJECTIVES = [
+    Sft(),
+    Dft(),
+    Asft(kl_weight=0.3),
+    Kd(),
+    Kd(divergence="reverse"),
+    Kd(divergence="mixed", beta=0.3),
+    Kd(divergence="jsd", beta=0.3),
+]
+NAMES = ["sft", "dft", "asft", "kd", "reverse", "mixed", "jsd"]
+
+
+def name_of(objective: Any) -> str:
+    return NAMES[OBJECTIVES.index(objective)]
+
+
+def plain_kl(first: Any, second: Any) -> Tensor:
+    return torch.stack([a * (a.log() - b.log()) for a, b in zip(first, second, strict=True)]).sum()
+
+
+def plain_jsd(teacher: Tensor, student: Tensor) -> Tensor:
+    mixture = 0.3 * teacher + 0.7 * student
+    return 0.3 * plain_kl(teacher, mixture) + 0.7 * plain_kl(student, mixture)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "asft": lambda teacher, student: 0.3 * plain_kl(teacher, student),
+    "kd": plain_kl,
+    "reverse": lambda teacher, student: plain_kl(student, teacher),
+    "mixed": lambda teacher, student: 0.7 * plain_kl(teacher, student) + 0.3 * plain_kl(student, teacher),
+    "jsd": plain_jsd,
+}
 
 
 def plain_loss(kind: str, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> Tensor:
@@ -34,11 +64,10 @@ def plain_loss(kind: str, logits: Tensor, targets: Tensor, teacher_logits: Tenso
         if kind in ("sft", "dft", "asft"):
             weight = 1.0 if kind == "sft" else likelihood.item()
             total = total - weight * likelihood.log()
-        if kind in ("asft", "kd"):
+        if kind in DIVERGENCES:
             assert teacher_logits is not None
             teacher = teacher_logits[n].exp() / teacher_logits[n].exp().sum()
-            divergence = sum(t * (t.log() - s.log()) for t, s in zip(teacher, student, strict=True))
-            total = total + (0.3 if kind == "asft" else 1.0) * divergence
+            total = total + DIVERGENCES[kind](teacher, student)
     return total
 
 
@@ -76,7 +105,7 @@ def expected(kind: str, s: dict[str, Any], cap: float | None) -> tuple[Tensor, T
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_value_and_gradients_match_plain_losses(objective: Any, chunk: int, cap: float | None) -> None:
     s = sample(7, cap)
-    loss, grad_hidden, grad_weight = expected(objective.kind, s, cap)
+    loss, grad_hidden, grad_weight = expected(name_of(objective), s, cap)
     found = objective_loss(
         objective,
         s["hidden"],
@@ -101,7 +130,7 @@ def test_value_and_gradients_match_plain_losses(objective: Any, chunk: int, cap:
 def test_no_token_and_one_token(objective: Any) -> None:
     for tokens in (0, 1):
         s = sample(tokens)
-        loss, grad_hidden, grad_weight = expected(objective.kind, s, None)
+        loss, grad_hidden, grad_weight = expected(name_of(objective), s, None)
         found = objective_loss(
             objective, s["hidden"], Head(s["weight"]), s["targets"], States(s["teacher_hidden"], s["teacher_head"])
         )
@@ -149,14 +178,14 @@ def test_lower_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_a_missing_teacher_is_an_error_where_one_is_needed(objective: Any) -> None:
     s = sample(3)
-    if objective.kind in ("asft", "kd"):
+    if name_of(objective) in DIVERGENCES:
         with pytest.raises(ValueError, match=f"objective {objective.kind} needs a teacher"):
             objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"])
     else:
         found = objective_loss(objective, s["hidden"], Head(s["weight"]), s["targets"])
-        torch.testing.assert_close(found.loss.detach(), expected(objective.kind, s, None)[0])
+        torch.testing.assert_close(found.loss.detach(), expected(name_of(objective), s, None)[0])
         assert found.kl == 0
-    assert objective.needs_teacher is (objective.kind in ("asft", "kd"))
+    assert objective.needs_teacher is (name_of(objective) in DIVERGENCES)
 
 
 def test_an_anchor_without_weight_is_dft() -> None:
@@ -219,7 +248,7 @@ def test_nothing_is_differentiated_while_measuring() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("objective", [Dft(), Kd()], ids=["dft", "kd"])
+@pytest.mark.parametrize("objective", [OBJECTIVES[1], OBJECTIVES[3], OBJECTIVES[6]], ids=["dft", "kd", "jsd"])
 def test_gradients_of_a_whole_model(tiny: Callable[..., Path], objective: Any, tied: bool) -> None:
     """A tied head adds its gradient to the embedding's; each parameter's gradient as from the model's own logits."""
     folder = tiny(blocks=2, hidden=16, heads=2, kv_heads=1, intermediate=16, tied=tied)
@@ -232,7 +261,7 @@ def test_gradients_of_a_whole_model(tiny: Callable[..., Path], objective: Any, t
         teacher_hidden = Decoder(teacher).hidden(input_ids=ids).flatten(0, 1)[positions]
         teacher_logits = teacher(ids).logits[:, 3:-1].flatten(0, 1)
     plain_loss(
-        objective.kind, model(ids).logits[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten(), teacher_logits
+        name_of(objective), model(ids).logits[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten(), teacher_logits
     ).backward()
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     assert ("lm_head.weight" in wanted) is not tied

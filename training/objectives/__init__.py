@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from ...modeling.agreement import TokenTerms
 
 
+# Copies of a chunk's logits: the student's, their softmax, and the gradients of both; with a teacher also its logits,
+# log-probabilities and probabilities, the difference and the product, before the gradients.
+HEAD_COPIES, HEAD_COPIES_ANCHORED = 4, 9
+
+
 class Objective(Method):
     """Base of all objectives."""
 
@@ -24,6 +29,16 @@ class Objective(Method):
     def needs_teacher(self) -> bool:
         """Whether `loss` uses the teacher's distributions."""
         return False
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether `loss` makes the target tokens likelier, beside what the teacher says."""
+        return True
+
+    @property
+    def head_copies(self) -> int:
+        """Arrays as large as a chunk's logits that exist at once, for the plan."""
+        return HEAD_COPIES_ANCHORED if self.needs_teacher else HEAD_COPIES
 
     @abstractmethod
     def loss(self, terms: TokenTerms) -> Tensor:
