@@ -81,10 +81,8 @@ def state() -> dict[str, object]:
 
 
 @pytest.fixture(autouse=True)
-def leaves_the_process_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+def leaves_the_process_as_it_was() -> Iterator[None]:
     """Which file's tests run before which, in which process, is chance: none may depend on it."""
-    if "monkeypatch" in request.fixturenames:
-        request.getfixturevalue("monkeypatch")  # set up before, and so undone after, what is compared
     before = state()
     yield
     left = {name: (was, now) for (name, was), now in zip(before.items(), state().values(), strict=True) if was != now}

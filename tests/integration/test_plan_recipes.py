@@ -96,7 +96,7 @@ def test_the_plan_says_the_hours(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return " ".join(capsys.readouterr().out.split())
 
     out = said("llama8b_26L", "--on", "rtx-4090")
-    assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 9 h" in out
+    assert "every stage fits in 25.77 GB" in out and "total time on rtx-4090: 7 h" in out
     assert "host memory: prune 22.55 GB" in out and "13.80 GB" in out
     out = said("llama70b_64L", "--on", "h100-80g", "--cards", "8")
     assert "8 cards sharing data, distill and sort" in out
