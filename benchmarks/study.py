@@ -9,7 +9,7 @@ from typing import Any
 from compress.api import load_model as model_of
 from compress.api import prune
 from compress.cli.progress import ConsoleProgress
-from compress.core.stage import Context
+from compress.core.stage import Context, Progress
 from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.stage import Bench, Subject
 from compress.modeling.load import load_config, load_model
@@ -17,12 +17,12 @@ from rich.console import Console
 
 
 class Study:
-    """The folders of one study below `out`, each made once."""
+    """The folders of one study below `out`, each made once, on one device."""
 
-    def __init__(self, model: str, out: Path):
-        self.out = out
+    def __init__(self, model: str, out: Path, device: str = "cpu", progress: Progress | None = None):
+        self.out, self.device = out, device
         self.out.mkdir(parents=True, exist_ok=True)
-        self.progress = ConsoleProgress(Console())
+        self.progress = progress or ConsoleProgress(Console())
         self.base = model_of(model, runs=self.out, on_progress=self.progress).folder
 
     def made(
@@ -31,7 +31,8 @@ class Study:
         """The folder of a step of the API; one that was stopped goes on."""
         folder = self.out / name
         if not folder.exists():
-            step(model or self.base, folder, seed=seed, runs=self.out, on_progress=self.progress, **keys)
+            keys = {"device": self.device, "runs": self.out, "on_progress": self.progress} | keys
+            step(model or self.base, folder, seed=seed, **keys)
         return folder
 
     def pruned(self, data: Path, drop: int, tokens: int, copying: float = 0) -> Path:
@@ -50,13 +51,13 @@ class Study:
         )
         work = self.out / "measured"
         work.mkdir(exist_ok=True)
-        return Bench(config, Context(progress=self.progress), self.base, None, work)
+        return Bench(config, Context(device=self.device, progress=self.progress), self.base, None, work)
 
 
 def measure(bench: Bench, role: str, folder: Path) -> dict[str, float]:
     """Perplexity, KL to the base and the score of every task."""
     blocks = load_config(folder).num_hidden_layers
-    found = bench.measured(Subject(role, lambda: load_model(folder), folder, blocks))
+    found = bench.measured(Subject(role, lambda: load_model(folder, device=bench.context.device), folder, blocks))
     assert found.perplexity is not None and found.kl_to_base is not None
     scores = {name: task.value for name, task in found.tasks.items()}
     return {"perplexity": found.perplexity, "KL to base": found.kl_to_base, **scores}
