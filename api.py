@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .core.errors import UserError
+    from .core.place import Place
     from .core.stage import Progress
     from .data.config import DatasetConfig, DatasetsConfig, MagpieConfig, ProseConfig, TextsConfig
     from .distill.config import DistillConfig
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 # name → the module that has it; the imports above say the same to type checkers.
 _PLACES = {
     "core.errors": "UserError",
+    "core.place": "Place",
     "core.stage": "Progress",
     "data.config": "DatasetConfig DatasetsConfig MagpieConfig ProseConfig TextsConfig",
     "distill.config": "DistillConfig",
@@ -111,6 +113,7 @@ __all__ = [
     "Model",
     "ModelEntry",
     "ModelResult",
+    "Place",
     "Plan",
     "Progress",
     "ProgressEvent",

@@ -12,10 +12,12 @@ import typer
 from ..core.errors import UserError
 from ..core.extras import need
 from ..core.files import why_not_utf8
+from ..core.place import Place
 from ..core.units import kilobytes, megabytes, number, percent
 from ..pipeline.places import check_text, decode, read_standard_input
 from .console import console, errors, figures_table, print_json
-from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+from .kv_options import NO_BUDGET, KvOptions
+from .option_groups import with_groups
 from .options import (
     BundleArgument,
     ContextOption,
@@ -33,6 +35,7 @@ from .options import (
     TopPOption,
     TypeOption,
 )
+from .place_options import DEFAULT_PLACE, PlaceOptions
 
 if TYPE_CHECKING:
     from ..api import BenchReport
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from ..runtime.session import Session, Settings, Usage
 
 
-@with_kv_options
+@with_groups
 def generate(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
@@ -71,6 +74,7 @@ def generate(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
+    where: PlaceOptions = DEFAULT_PLACE,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing on standard error.")] = False,
 ) -> None:
     """Answer a prompt with a bundle, streamed, at any of its depths, in ONNX Runtime or llama.cpp."""
@@ -79,14 +83,14 @@ def generate(
     check_text(system, "--system")
     check_text(prompt, "--prompt")
     text = read_standard_input() if prompt == "-" else prompt
-    budget = options.budget(bundle)
+    budget, place = options.budget(bundle), where.place()
     tokens = len(text) // 3 + max_tokens
     fixed, deepest = _depth(
-        bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget, options.kv_type
+        bundle, depth, engine, kind, latency_ms, memory_mb, tokens, threads, budget, options.kv_type, place
     )
-    where = {"threads": threads, "context": context, "deepest": deepest, "draft": draft}
-    where |= {"kv_budget": budget, "kv_type": options.kv_type}
-    with Session(bundle, engine, kind, **where) as session:
+    how = {"threads": threads, "context": context, "deepest": deepest, "draft": draft}
+    how |= {"kv_budget": budget, "kv_type": options.kv_type, "place": place}
+    with Session(bundle, engine, kind, **how) as session:
         settings = Settings(
             max_tokens=max_tokens,
             depth=fixed,
@@ -117,7 +121,7 @@ def generate(
             errors.print(_summary(session, usage, time.perf_counter() - started), style="dim")
 
 
-@with_kv_options
+@with_groups
 def chat(
     bundle: BundleArgument,
     depth: DepthOption = None,
@@ -133,6 +137,7 @@ def chat(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
+    where: PlaceOptions = DEFAULT_PLACE,
 ) -> None:
     """Chat with a bundle. The conversation stays in its cache; /depth N switches depth, /exit ends."""
     from dataclasses import replace
@@ -140,18 +145,20 @@ def chat(
     from ..runtime.session import Session, Settings
 
     check_text(system, "--system")
-    budget = options.budget(bundle)
+    budget, place = options.budget(bundle), where.place()
     fixed, deepest = _depth(
-        bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget, options.kv_type
+        bundle, depth, engine, kind, latency_ms, memory_mb, 2 * max_tokens, threads, budget, options.kv_type, place
     )
     settings = Settings(max_tokens=max_tokens, depth=fixed, temperature=temperature, top_p=top_p, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    where = {"threads": threads, "context": context, "deepest": deepest}
-    where |= {"kv_budget": budget, "kv_type": options.kv_type}
-    with Session(bundle, engine, kind, **where) as session:
+    how = {"threads": threads, "context": context, "deepest": deepest}
+    how |= {"kv_budget": budget, "kv_type": options.kv_type, "place": place}
+    with Session(bundle, engine, kind, **how) as session:
         shown = ", ".join(map(str, session.depths))
-        errors.print(f"{session.manifest.name}, {session.engine} {session.kind}, depths {shown}", style="dim")
+        errors.print(
+            f"{session.manifest.name}, {session.engine} {session.kind} on {session.device}, depths {shown}", style="dim"
+        )
         errors.print("/depth N switches depth, /reset clears the conversation, /exit or Ctrl-D ends", style="dim")
         while (line := _read_line()) is not None:
             if line == "/reset":
@@ -209,7 +216,7 @@ def _piped_line() -> str:
     return decode(line, "a line of standard input").strip()
 
 
-@with_kv_options
+@with_groups
 def bench(
     bundle: BundleArgument,
     engine: EngineOption = None,
@@ -223,6 +230,7 @@ def bench(
     draft_tokens: DraftTokensOption = 4,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
+    where: PlaceOptions = DEFAULT_PLACE,
     as_json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the results, as a page (.html) or as JSON (.json).")
@@ -250,6 +258,7 @@ def bench(
             threads=threads,
             kv_budget=options.budget(bundle),
             kv_type=options.kv_type,
+            place=where.place(),
             on_progress=CallbackProgress(lambda event: status.update(event.note)),
         )
     if as_json:
@@ -266,11 +275,12 @@ def bench(
 def _show_bench(report: BenchReport) -> None:
     speed = ("prefill\ntokens/s", "first\ntoken", "decode\ntokens/s")
     figures = ("depth", "perplexity", *speed, "peak\nmemory", "KV per\ntoken")
-    table = figures_table(f"{report.name}: every depth", ("engine", "type"), figures)
+    table = figures_table(f"{report.name}: every depth", ("engine", "type", "device"), figures)
     for depth in report.depths:
         table.add_row(
             depth.engine,
             depth.type,
+            depth.device,
             str(depth.depth),
             number(depth.perplexity),
             number(depth.prefill_tokens_per_second),
@@ -308,6 +318,7 @@ def _depth(
     threads: int,
     kv: KvBudget | None,
     kv_type: str | None,
+    place: Place,
 ) -> tuple[int | None, int | None]:
     """(the depth to run, the greatest to load); with auto, measured for a text of about `tokens`."""
     limited = latency_ms is not None or memory_mb is not None
@@ -336,6 +347,7 @@ def _depth(
             threads=threads,
             kv=kv,
             kv_type=kv_type,
+            place=place,
         )
     errors.print(
         f"depth {choice.depth}: {choice.latency_ms:.1f} ms per token, {choice.peak_memory_bytes / 1e6:.0f} MB",
@@ -358,7 +370,7 @@ def _exits(text: str | None, session: Session) -> dict[int, float]:
 def _summary(session: Session, usage: Usage, seconds: float) -> str:
     parts = [
         f"{usage.prompt_tokens} + {usage.completion_tokens} tokens in {seconds:.1f} s",
-        f"{session.engine} {session.kind}",
+        f"{session.engine} {session.kind} on {session.device}",
         "depth "
         + ", ".join(
             f"{depth}: {count}" if len(usage.depths) > 1 else str(depth) for depth, count in usage.depths.items()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import wraps
-from inspect import Parameter, Signature, signature
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -85,26 +82,3 @@ class KvOptions:
 
 
 NO_BUDGET = KvOptions()
-
-
-def with_kv_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with these options in place of its parameter `options`, a `KvOptions`."""
-    names = [field.name for field in fields(KvOptions)]
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(KvOptions, include_extras=True)
-    parameters: list[Parameter] = []
-    for parameter in signature(command).parameters.values():
-        if parameter.name == "options":
-            own = [Parameter(f.name, parameter.kind, default=f.default) for f in fields(KvOptions)]
-        else:
-            own = [parameter]
-        parameters += [each.replace(annotation=hints[each.name]) for each in own]
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        options = KvOptions(**{name: given.pop(name) for name in names})
-        command(**given, options=options)
-
-    # typer reads both.
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run

@@ -9,7 +9,9 @@ import typer
 
 from ..runtime.artifact_types import GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 from .console import console, errors, print_json
+from .option_groups import with_groups
 from .options import DeviceOption, DtypeOption, JsonOption, RunsOption
+from .place_options import DEFAULT_PLACE, PlaceOptions
 from .progress import ConsoleProgress
 
 GgufOption = Annotated[
@@ -28,6 +30,7 @@ TasksOption = Annotated[
 ]
 
 
+@with_groups
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, Hub id, or .gguf file; pruned or not.")],
     out: Annotated[Path, typer.Option("--out", help="The bundle's folder; must not exist yet.")],
@@ -48,6 +51,7 @@ def export(
         bool, typer.Option("--train-scales", help="Train the scales of 4-bit files on the rows (minutes to hours).")
     ] = False,
     runs: RunsOption = Path("runs"),
+    where: PlaceOptions = DEFAULT_PLACE,
 ) -> None:
     """Export a checkpoint to GGUF and ONNX, and verify each artifact in the stock runtime."""
     from .. import api
@@ -59,7 +63,8 @@ def export(
         "depths": [_number(d) for d in _split(depths)] or None,
     }
     keys |= {"train_scales": {}} if train_scales else {}
-    api.export(checkpoint, out, name=name, rows=rows, runs=runs, on_progress=ConsoleProgress(console), **keys)
+    place, progress = where.place(), ConsoleProgress(console)
+    api.export(checkpoint, out, name=name, rows=rows, runs=runs, place=place, on_progress=progress, **keys)
     console.print(f"bundle: {out}")
 
 
@@ -99,6 +104,7 @@ def merge(
     console.print(f"merged: {out}")
 
 
+@with_groups
 def evaluate(
     path: Annotated[str, typer.Argument(help="A checkpoint (folder, Hub id, .gguf) or a bundle.")],
     base: BaseOption = None,
@@ -129,6 +135,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     runs: RunsOption = Path("runs"),
+    where: PlaceOptions = DEFAULT_PLACE,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a checkpoint or a bundle: perplexity, agreement with a base, tasks, speed, retrieval."""
@@ -141,8 +148,8 @@ def evaluate(
         keys["harness"] = {"folder": str(task_folder.resolve())}
     if retrieval:
         keys["retrieval"] = values_of(retrieval, "--retrieval")
-    where = {"base": base, "text": text, "tasks": task or [], "device": device, "dtype": dtype, "runs": runs}
-    models = api.evaluate(path, **where, on_progress=ConsoleProgress(errors), **keys)
+    how = {"base": base, "text": text, "tasks": task or [], "device": device, "dtype": dtype, "runs": runs}
+    models = api.evaluate(path, **how, place=where.place(), on_progress=ConsoleProgress(errors), **keys)
     if as_json:
         print_json(models)
         return

@@ -12,13 +12,16 @@ from rich.text import Text
 
 from ..core.extras import REPORT, need
 from .console import console, print_json
+from .option_groups import with_groups
 from .options import DeviceOption, DtypeOption, JsonOption, RecipeArgument, RunsOption, SetOption
+from .place_options import DEFAULT_PLACE, PlaceOptions
 from .progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from ..api import DryRun
 
 
+@with_groups
 def run(
     recipe: RecipeArgument,
     runs: RunsOption = Path("runs"),
@@ -29,6 +32,7 @@ def run(
     start: Annotated[str | None, typer.Option("--from", help="Redo this stage and all after it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Shard full tuning over the processes (FSDP2).")] = False,
+    at: PlaceOptions = DEFAULT_PLACE,
 ) -> None:
     """Run a recipe. Finished stages are skipped; an interrupted run resumes where it stopped.
 
@@ -38,13 +42,14 @@ def run(
     from ..pipeline.group import is_first
     from ..pipeline.summary import show
 
+    place = at.place()
     where = {"set": overrides or [], "runs": runs, "device": device, "dtype": dtype, "until": until, "start": start}
     if dry_run:
         planned = api.dry_run(recipe, **where)
         if is_first():
             _show_stages(planned)
         return
-    result = api.run(recipe, **where, shard=shard, on_progress=ConsoleProgress(console))
+    result = api.run(recipe, **where, shard=shard, place=place, on_progress=ConsoleProgress(console))
     if is_first():
         show(result.report, result.folder, console)
 

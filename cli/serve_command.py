@@ -8,11 +8,13 @@ import typer
 
 from ..pipeline.places import check_text
 from .console import errors
-from .kv_options import NO_BUDGET, KvOptions, with_kv_options
+from .kv_options import NO_BUDGET, KvOptions
+from .option_groups import with_groups
 from .options import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption
+from .place_options import DEFAULT_PLACE, PlaceOptions
 
 
-@with_kv_options
+@with_groups
 def serve(
     bundle: BundleArgument,
     engine: EngineOption = None,
@@ -30,6 +32,7 @@ def serve(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
+    where: PlaceOptions = DEFAULT_PLACE,
 ) -> None:
     """Serve a bundle over the OpenAI API; the model name NAME@18 runs 18 blocks. Ctrl-C stops it."""
     from ..core.errors import UserError
@@ -44,17 +47,17 @@ def serve(
     check_text(api_key, "--api-key")
     if api_key is not None and not api_key.strip():
         raise UserError("--api-key: the key is empty")
-    budget = options.budget(bundle)
+    budget, place = options.budget(bundle), where.place()
     with listen(host, port) as listening:
         try:
-            where = {"threads": threads, "context": context, "kv_budget": budget, "kv_type": options.kv_type}
-            with Session(bundle, engine, kind, **where) as session:
+            how = {"threads": threads, "context": context, "kv_budget": budget, "kv_type": options.kv_type}
+            with Session(bundle, engine, kind, **how, place=place) as session:
                 if depth is not None:
                     check_depth(depth, session.depths)
                 if not is_loopback(listening):
                     _warn(api_key)
                 shown = ", ".join(map(str, session.depths))
-                model = f"{session.manifest.name} ({session.engine} {session.kind}, depths {shown})"
+                model = f"{session.manifest.name} ({session.engine} {session.kind} on {session.device}, depths {shown})"
                 print(f"{model} at {address(listening)}; Ctrl-C ends", flush=True)
                 run(session, listening, depth=depth, api_key=api_key)
         except KeyboardInterrupt:  # uvicorn raises it again once every connection is closed

@@ -31,6 +31,7 @@ from typing import Any, Protocol, Self
 from pydantic import BaseModel, ConfigDict
 
 from .errors import UserError
+from .place import ANYWHERE, Place
 
 WORK = ".work"
 
@@ -108,6 +109,7 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     group: Group = field(default_factory=Group)
     shard: bool = False  # shard the trained weights over the group
+    place: Place = ANYWHERE  # where runtimes run exported models; `device` is torch's
 
     @property
     def rank(self) -> int:

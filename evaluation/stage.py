@@ -256,7 +256,7 @@ class Bench:
         assert subject.files is not None
         gguf = subject.format == "gguf"
         reference = self.base if self.base.complete else None
-        with open_engine(subject.files, context=self.longest + 1) as engine:
+        with open_engine(subject.files, context=self.longest + 1, place=self.context.place) as engine:
             with self.context.progress.bar(subject.role, self.tokens) as advance:
                 totals = measure_engine(engine, self.rows, reference, TOP_K if gguf else None, advance)
             tasks = self.suite.run(subject.role, EnginePlayer(engine, self.tokenizer))
@@ -271,6 +271,7 @@ class Bench:
                 new_tokens=test.new_tokens,
                 repeat=test.repeat,
                 runtime=runtime_name,
+                place=self.context.place,
             )
         return MeasuredModel(
             role=subject.role,

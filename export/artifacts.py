@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gguf import GGMLQuantizationType
 
+from ..core.place import ANYWHERE, Place
 from ..core.stage import Progress
 from ..modeling.weights import count_parameters
 from ..records.bundle import Verification
@@ -66,6 +67,7 @@ class Making:
     built: Callable[[], Path]  # the folder with the float32 ONNX graph, which is made when it is first asked for
     cache: Callable[[], CacheScales | None] = lambda: None  # None: keys and values in float32
     temporary: bool = False  # for verification alone
+    place: Place = ANYWHERE  # where files are run to verify them
 
     @property
     def sizes(self) -> Choices:
@@ -226,9 +228,10 @@ class GgufKind(Kind):
         return found
 
     def _engine(self, depth: int, reference: Reference) -> LlamaCppEngine:
-        longest = max(len(window.ids) for window in reference.windows)
+        making, longest = self.making, max(len(window.ids) for window in reference.windows)
         # One slot: how texts share a batch depends on timing, and with it the last digits.
-        return LlamaCppEngine(self.file(depth), self.making.config.threads, context=max(longest + 8, 256), slots=1)
+        how = {"context": max(longest + 8, 256), "slots": 1, "place": making.place}
+        return LlamaCppEngine(self.file(depth), making.config.threads, **how)
 
 
 class OnnxKind(Kind):

@@ -143,6 +143,7 @@ class ExportJob:
             lambda: self._tokenizer,
             lambda: self._built,
             lambda: self._cache_scales,
+            place=self.context.place,
         )
         return [*(GgufKind(making, t) for t in self.config.gguf), *(OnnxKind(making, t) for t in self.config.onnx)]
 

@@ -153,6 +153,7 @@ class PlainModels:
             tokenizer=lambda: load_tokenizer(self.base),
             built=lambda: build_graph(self.base, self.work / "built", self.context.progress),
             temporary=True,
+            place=self.context.place,
         )
 
     def _onnx_fits(self, kind: str, limit: int) -> bool:
@@ -173,7 +174,7 @@ class PlainModels:
             longest = max(len(window.ids) for window in reference.windows)
             file, size = self.file("gguf", kind)
             # One slot: how texts share a batch depends on timing, and with it the last digits.
-            with LlamaCppEngine(file, context=max(longest + 8, 256), slots=1) as engine:
+            with LlamaCppEngine(file, context=max(longest + 8, 256), slots=1, place=self.context.place) as engine:
                 found = compare(reference, engine.score(reference.windows, top_k=TOP_K))["kl"]
             write_json(record, {"kl": found})
             self.context.progress.note(f"unpruned in {kind}: {size.bytes / 1e6:.1f} MB, KL {found:.4f}")

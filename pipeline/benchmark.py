@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.errors import UserError
 from ..core.extras import REPORT, need
 from ..core.files import write_whole
+from ..core.place import ANYWHERE, Place
 from ..kv.settings import KvBudget, choose_budget
 from ..records.bundle import BundleManifest
 from ..runtime.artifact_types import GGUF_CACHE
@@ -45,6 +46,7 @@ class BenchDepth(_Figures):
     peak_memory_bytes: int = Field(description="peak memory of the whole process")
     kv_bytes_per_token: int | None = Field(default=None, description="size of keys and values per token that is held")
     load_seconds: float = Field(description="time to open the artifact")
+    device: str = Field(default="cpu", description="what it ran on: cpu, or the names of GPUs")
 
 
 class BenchDraft(_Figures):
@@ -90,13 +92,14 @@ def bench(
     threads: int = 0,
     kv_budget: int | KvBudget | None = None,
     kv_type: str | None = None,
+    place: Place = ANYWHERE,
     on_progress: OnProgress = None,
 ) -> BenchReport:
     """Time every depth of a bundle in every engine and type, or the ones named, each in a process of its own.
 
     The best of `repeat` runs counts. `speculate` also measures each shallower depth as a draft for the deepest,
-    `draft_tokens` at a time. `kv_budget` bounds the KV cache and `kv_type` is how llama.cpp holds it, as for a
-    `Session`. Raises `UserError` for engines and types that the bundle lacks.
+    `draft_tokens` at a time. `kv_budget` bounds the KV cache `kv_type` is how llama.cpp holds it, and `place` is
+    the hardware, as for a `Session`. Raises `UserError` for engines and types that the bundle lacks.
     """
     from ..runtime.bench import measure_all, measure_draft
     from ..runtime.session import choose_engine
@@ -109,11 +112,12 @@ def bench(
         raise UserError("--speculate cannot be combined with --kv-budget: leave one of them out")
     measured = measure_all(
         bundle,
-        choose_engine(engine, budget, kv_type),
+        choose_engine(engine, budget, kv_type, place),
         type,
         done=lambda f: progress.note(f"measured {f.engine} {f.type} at depth {f.depth}"),
         kv=budget,
         kv_type=kv_type,
+        place=place,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeat=repeat,
@@ -125,6 +129,7 @@ def bench(
         if figures.depth < max(same):
             progress.note(f"drafting in {figures.engine} {figures.type} at depth {figures.depth}")
             how = {"draft_tokens": draft_tokens, "new_tokens": new_tokens, "threads": threads, "kv_type": kv_type}
+            how |= {"place": place}
             drafts.append(measure_draft(bundle, figures.engine, figures.type, figures.depth, **how))
     manifest = read_bundle(bundle)
     return BenchReport(

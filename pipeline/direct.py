@@ -14,6 +14,7 @@ from ruamel.yaml.comments import CommentedMap
 from ..core.errors import UserError
 from ..core.extras import FULL, need
 from ..core.files import check_folder_exists
+from ..core.place import ANYWHERE, Place
 from ..core.stage import Context
 from ..evaluation.config import EvaluateConfig
 from ..export.config import ExportConfig
@@ -86,6 +87,7 @@ def export(
     name: str | None = None,
     rows: RowsLike | None = None,
     runs: str | Path = "runs",
+    place: Place = ANYWHERE,
     on_progress: OnProgress = None,
     **keys: object,
 ) -> BundleManifest:
@@ -95,8 +97,8 @@ def export(
 
     `keys` are those of the recipe's `export` section: gguf, onnx, depths, verify … With `rows` an importance matrix
     weights rounding errors, and `train_scales={}` trains on them. `name` names the artifacts (default: the checkpoint's
-    name). Returns the bundle's manifest: sizes in bytes, bits per weight, perplexity and KL (nats per token) of every
-    artifact.
+    name); they are verified at `place`. Returns the bundle's manifest: sizes in bytes, bits per weight, perplexity and
+    KL (nats per token) of every artifact.
 
     Raises `UserError` for models that a format cannot represent, and for an artifact past its type's tolerance.
     """
@@ -114,7 +116,8 @@ def export(
     progress = as_progress(on_progress)
     folder = resolve(str(model), cache, progress=progress)
     with readable_errors(f"export, writing to {out}"):
-        export_checkpoint(folder, out, config, Context(progress=progress), name or bundle_name(source.name), data)
+        context = Context(progress=progress, place=place)
+        export_checkpoint(folder, out, config, context, name or bundle_name(source.name), data)
     return read_bundle(out)
 
 
@@ -149,6 +152,7 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     runs: str | Path = "runs",
+    place: Place = ANYWHERE,
     on_progress: OnProgress = None,
     **keys: object,
 ) -> list[ModelEntry]:
@@ -159,7 +163,8 @@ def evaluate(
 
     Perplexity and, with a `base`, KL(base ‖ model) in nats per token and top-1 agreement are measured on the file
     `text`, or on the held-out `rows`. `tasks` are JSONL files, builtin:copy, builtin:addition and names of lm-eval
-    tasks. `keys` are those of the recipe's `evaluate` section: tokens, window, limit, retrieval …
+    tasks. `keys` are those of the recipe's `evaluate` section: tokens, window, limit, retrieval … `device` is
+    torch's; artifacts run at `place`.
 
     Raises `UserError` if there is nothing to measure on, and for a task that cannot be read.
     """
@@ -184,7 +189,7 @@ def evaluate(
     from ..evaluation.stage import check, evaluate_path
     from ..modeling.load import resolve
 
-    context = Context(device=device, dtype=dtype, progress=as_progress(on_progress))
+    context = Context(device=device, dtype=dtype, progress=as_progress(on_progress), place=place)
     folder = path if bundle else resolve(str(model), cache, progress=context.progress)
     reference = None if base is None else resolve(str(base), cache, progress=context.progress)
     check(config, folder, context)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_whole
+from ..core.place import ANYWHERE, Place
 from ..core.registry import packages
 from ..core.stage import Context, Group, Inputs, Progress
 from ..core.suggest import did_you_mean
@@ -33,6 +34,7 @@ class Options:
     until: str | None = None
     start: str | None = None  # make this stage and all after it again, even if complete
     shard: bool = False  # shard full tuning over the run's processes
+    place: Place = ANYWHERE  # where runtimes run exported models
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def execute(run: Run, progress: Progress, group: Group | None = None) -> None:
             return
         options = run.options
         seed, folder = run.loaded.seed, run.loaded.folder
-        context = Context(seed, options.device, options.dtype, folder, progress, group, options.shard)
+        how = (options.device, options.dtype, folder, progress, group, options.shard, options.place)
+        context = Context(seed, *how)
         check_device(context)
         base = in_turn(group, lambda: _prepare(run, context))
         planned = _planned(run, base, group.world)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from ..core.extras import FULL, need
+from ..core.place import ANYWHERE, Place
 from ..core.stage import Group, Progress
 from .group import in_turn, processes
 from .models import check_dtype
@@ -72,6 +73,7 @@ def run(
     until: str | None = None,
     start: str | None = None,
     shard: bool = False,
+    place: Place = ANYWHERE,
     on_progress: OnProgress = None,
 ) -> RunResult:
     """Run a recipe: a `Recipe`, a file, or the name of a shipped one, with `set` as overrides.
@@ -80,14 +82,14 @@ def run(
     >>> result.bundle
 
     Complete stages are skipped; an interrupted run resumes where it stopped. `until` is the last stage to run, `start`
-    redoes a stage and all that follow it. `device` is cpu, cuda, cuda:1 or mps; `dtype` float32, bfloat16 or float16.
-    Under torchrun or accelerate launch every process calls this, and they share the work; `shard` then shards full
-    tuning (FSDP2). The result is the same in all of them.
+    redoes a stage and all that follow it. `device` is cpu, cuda, cuda:1 or mps; `dtype` float32, bfloat16 or float16;
+    `place` is where llama.cpp runs files. Under torchrun or accelerate launch every process calls this, and they share
+    the work; `shard` then shards full tuning (FSDP2). The result is the same in all of them.
 
     Raises `UserError` for a wrong recipe, a missing file, and a machine that cannot run it.
     """
     need("compress run", *FULL)
-    options = Options(Path(runs), device, dtype, until, start, shard)
+    options = Options(Path(runs), device, dtype, until, start, shard, place)
 
     def work(planned: Run, group: Group) -> RunResult:
         made = tuple(stage.spec.name for stage in planned.pending)

@@ -19,6 +19,7 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.extras import FULL, need
 from ..core.files import check_folder_exists
+from ..core.place import ANYWHERE, Place
 from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
 from ..data.config import DataConfig, ProseConfig, WrittenConfig
@@ -103,6 +104,7 @@ def collect_rows(
     dtype: str = "float32",
     seed: int = 0,
     runs: str | Path = "runs",
+    place: Place = ANYWHERE,
     on_progress: OnProgress = None,
     **keys: object,
 ) -> StageResult:
@@ -110,10 +112,11 @@ def collect_rows(
 
     >>> rows = collect_rows(model, "rows", source="magpie", rows=92)
 
-    `keys` are those of the recipe's `data` section. Raises `UserError` for a data set that cannot be read.
+    `keys` are those of the recipe's `data` section; its llama.cpp engine runs at `place`. Raises `UserError` for a data
+    set that cannot be read.
     """
     config = section or checked(_Data, {"data": keys}).data
-    call = _Call("data", config, out, device, dtype, seed, runs, on_progress)
+    call = _Call("data", config, out, device, dtype, seed, runs, on_progress, place)
     return StageResult(call.make(model, model))
 
 
@@ -275,6 +278,7 @@ class _Call:
     seed: int
     runs: str | Path
     on_progress: OnProgress
+    place: Place = ANYWHERE
 
     def make(
         self,
@@ -292,7 +296,7 @@ class _Call:
         check_new(out)
         sources = check_sources([str(base), str(model)], cache)
         data = rows_folder(rows)
-        context = Context(self.seed, self.device, self.dtype, progress=as_progress(self.on_progress))
+        context = Context(self.seed, self.device, self.dtype, progress=as_progress(self.on_progress), place=self.place)
         check_device(context)
         if hasattr(spec.module(), "ready"):
             spec.module().ready(self.config, context)

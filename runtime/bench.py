@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from ..kv.settings import KvBudget
 from .bundle import read_bundle
 from .generator import Request, RequestWork
@@ -36,6 +37,7 @@ class DepthFigures:
     decode_tokens_per_second: float
     peak_memory_bytes: int  # of the whole process: weights, keys and values, Python and runtime
     load_seconds: float
+    device: str = "cpu"
 
     @property
     def latency_ms(self) -> float:
@@ -71,14 +73,15 @@ def measure_depth(
     threads: int = 0,
     kv: KvBudget | None = None,
     kv_type: str | None = None,
+    place: Place = ANYWHERE,
 ) -> DepthFigures:
     """Open the bundle in a fresh process at this depth only and time it; the best repetition counts.
 
-    `kv` bounds the cache, `kv_type` is how llama.cpp holds keys and values.
+    `kv` bounds the cache, `kv_type` is how llama.cpp holds keys and values, `place` is the hardware.
     """
     settings = {"engine": engine, "kind": kind, "depth": depth, "threads": threads}
     settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
-    settings |= {"kv": None if kv is None else asdict(kv), "kv_type": kv_type}
+    settings |= {"kv": None if kv is None else asdict(kv), "kv_type": kv_type, "place": asdict(place)}
     return DepthFigures(**in_own_process(__name__, bundle, settings))
 
 
@@ -92,10 +95,11 @@ def measure_draft(
     new_tokens: int = 64,
     threads: int = 0,
     kv_type: str | None = None,
+    place: Place = ANYWHERE,
 ) -> DraftFigures:
     """Write answers to `PROMPTS` at the greatest depth in a fresh process, without and with a draft."""
     settings = {"engine": engine, "kind": kind, "draft_depth": draft_depth, "draft_tokens": draft_tokens}
-    settings |= {"new_tokens": new_tokens, "threads": threads, "kv_type": kv_type}
+    settings |= {"new_tokens": new_tokens, "threads": threads, "kv_type": kv_type, "place": asdict(place)}
     return DraftFigures(**in_own_process(__name__, bundle, settings))
 
 
@@ -136,7 +140,9 @@ def choose_depth(
     if latency_ms is None and memory_bytes is None:
         raise UserError("--depth auto needs a limit to choose by: --latency-ms, --memory-mb, or both")
     manifest = read_bundle(bundle)
-    engine = choose_engine(engine, settings.get("kv"), settings.get("kv_type"))  # as a session does
+    engine = choose_engine(
+        engine, settings.get("kv"), settings.get("kv_type"), settings.get("place", ANYWHERE)
+    )  # as a session does
     engine, kind = choose_artifact(manifest, engine, kind)
     tried = []
     for depth in reversed(depth_artifacts(manifest, engine, kind)):
@@ -157,7 +163,9 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     where = {"threads": values["threads"], "context": prompt_tokens + new_tokens + 8, "deepest": values["depth"]}
     kv = None if values["kv"] is None else KvBudget(**values["kv"])
-    with Session(bundle, values["engine"], values["kind"], kv_budget=kv, kv_type=values["kv_type"], **where) as session:
+    where |= {"kv_budget": kv, "kv_type": values["kv_type"], "place": Place(**values["place"])}
+    with Session(bundle, values["engine"], values["kind"], **where) as session:
+        device = session.device
         prompt_tokens = min(prompt_tokens, session.context - new_tokens)
         if prompt_tokens < 1:
             raise UserError(f"{new_tokens} new tokens leave no room for a prompt in a context of {session.context}")
@@ -181,6 +189,7 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
         max(decodes),
         peak_memory(),
         loaded,
+        device,
     )
     return asdict(figures)
 
@@ -198,6 +207,7 @@ def _clock(session: Session, request: Request, work: RequestWork | None = None) 
 def _time_draft(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
     context = 1024
     where = {"threads": values["threads"], "context": context, "kv_type": values["kv_type"]}
+    where |= {"place": Place(**values["place"])}
     with Session(bundle, values["engine"], values["kind"], **where) as session:
         depth, new_tokens = session.depths[-1], values["new_tokens"]
         plain = Settings(max_tokens=new_tokens)

@@ -63,6 +63,7 @@ class Engine(ABC):
     """An exported artifact, open in a stock runtime. Speaks token ids only: no engine adds a BOS token."""
 
     runtime: str  # "llama.cpp", "onnxruntime" or "onnxruntime-genai"
+    device: str = "cpu"  # what it runs on
     path: Path
     context: int  # the longest text, in tokens
 

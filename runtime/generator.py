@@ -45,6 +45,7 @@ class Generator(ABC):
     """One artifact type of a bundle, open in a runtime, at every depth asked for."""
 
     runtime: str
+    device: str = "cpu"  # what it runs on
     depths: tuple[int, ...]  # ascending
     context: int  # the longest text in tokens, prompt and answer together
 

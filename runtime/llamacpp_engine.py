@@ -20,10 +20,11 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
 from ..core.machine import cores
+from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import SMALLEST, Distribution, Engine, ScoringWindow, Speed
-from .llamacpp_server import SEEDS, check_kv_type, checked, open_server, post
+from .llamacpp_server import SEEDS, check_kv_type, checked, device_name, open_server, post
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
@@ -38,8 +39,8 @@ class LlamaCppEngine(Engine):
     """llama.cpp on `file`: texts of up to `context` tokens, `slots` at a time; `threads` 0 is one per core.
 
     `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time during generation. `kv_type`
-    is the type of keys and values: f16, or q8_0 in about half the memory.
-    Raises `UserError`, with llama.cpp's own reason, for missing or broken files.
+    is the type of keys and values: f16, or q8_0 in about half the memory. `place` says how many layers go to the GPU.
+    Raises `UserError`, with llama.cpp's own reason, for missing or broken files, and for layers where there is no GPU.
     """
 
     runtime = "llama.cpp"
@@ -53,6 +54,7 @@ class LlamaCppEngine(Engine):
         draft: Path | None = None,
         draft_tokens: int = 4,
         kv_type: str = GGUF_CACHE,
+        place: Place = ANYWHERE,
     ):
         self.path = Path(file)
         split_files(self.path)  # raises for a missing part; llama.cpp finds the parts by itself
@@ -70,7 +72,9 @@ class LlamaCppEngine(Engine):
         threads = threads or cores()
         # One more token: the server needs room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
-        self._server: Any = open_server(self.path, threads, slots, self.context + 1, draft, draft_tokens, kv_type)
+        how = (draft, draft_tokens, kv_type, place)
+        self._server: Any = open_server(self.path, threads, slots, self.context + 1, *how)
+        self.device = device_name(place)
 
     def score(
         self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .generator import Generator, Request, RequestWork, Tokens
 from .llamacpp_engine import LlamaCppEngine
@@ -14,7 +15,7 @@ from .llamacpp_engine import LlamaCppEngine
 
 class LlamaCppGenerator(Generator):
     """`files` maps depths to GGUF files. A depth is opened when first requested, and stays open. `kv_type` is the type
-    of keys and values.
+    of keys and values, `place` says how many layers go to the GPU.
 
     llama.cpp has no way to stop at a depth, so each has a cache of its own. It maps files into memory: what the files
     of two depths share on disk they also share in memory, except matrices that it repacks for the CPU.
@@ -22,19 +23,27 @@ class LlamaCppGenerator(Generator):
 
     runtime = "llama.cpp"
 
-    def __init__(self, files: Mapping[int, Path], threads: int = 0, context: int = 4096, kv_type: str = GGUF_CACHE):
+    def __init__(
+        self,
+        files: Mapping[int, Path],
+        threads: int = 0,
+        context: int = 4096,
+        kv_type: str = GGUF_CACHE,
+        place: Place = ANYWHERE,
+    ):
         self.depths = tuple(sorted(files))
-        self._files, self._threads, self._wanted, self._kv_type = files, threads, context, kv_type
+        self._files, self._threads, self._wanted, self._kv_type, self._place = files, threads, context, kv_type, place
         self._engines: dict[tuple[int, int | None, int], LlamaCppEngine] = {}
         self._lock = threading.Lock()
-        self.context = self._engine(self.depths[-1]).context
+        deepest = self._engine(self.depths[-1])
+        self.context, self.device = deepest.context, deepest.device
 
     def _engine(self, depth: int, draft: int | None = None, draft_tokens: int = 0) -> LlamaCppEngine:
         key = (depth, draft, draft_tokens if draft is not None else 0)
         if key not in self._engines:
             draft_file = None if draft is None else self._files[draft]
             self._engines[key] = LlamaCppEngine(
-                self._files[depth], self._threads, self._wanted, 1, draft_file, draft_tokens, self._kv_type
+                self._files[depth], self._threads, self._wanted, 1, draft_file, draft_tokens, self._kv_type, self._place
             )
         return self._engines[key]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..core.errors import UserError
 from ..core.gguf_header import read_header, split_files
 from ..core.machine import cores
+from ..core.place import Place
 from ..kv.policies import make
 from ..kv.policy import Floats, check_needs
 from ..kv.settings import KvBudget
@@ -110,6 +111,15 @@ def _columns(heads: int, groups: int, size: int, pairs_adjacent: bool) -> NDArra
         halves = order[:rotated].reshape(heads + groups, 2, size // 2)
         order[:rotated] = halves.swapaxes(1, 2).reshape(-1)
     return order
+
+
+def check_no_gpu(place: Place) -> None:
+    """`UserError` for layers on a GPU: the library that has this cache is opened for the CPU."""
+    if place.gpu_layers:
+        raise UserError(
+            f"--gpu-layers {place.gpu_layers}: llama.cpp with a bounded KV cache runs on the CPU: leave out "
+            "--kv-budget or --gpu-layers"
+        )
 
 
 class LlamaCppKvGenerator(Generator):

@@ -8,16 +8,20 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..core.errors import UserError
 from ..core.machine import short_spins
+from ..core.place import ANYWHERE, Place
 from ..core.suggest import did_you_mean
 from .artifact_types import GGUF_CACHE, GGUF_CACHES
 
 LOG_SECONDS = 5  # to wait for llama.cpp's message on why it cannot load a file
+ALL = -1  # layers on the GPU, in llama.cpp's numbers
+_GPUS = ("GGML_BACKEND_DEVICE_TYPE_GPU", "GGML_BACKEND_DEVICE_TYPE_IGPU")
 BLOCK = 32  # numbers of a block of q8_0
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
@@ -30,13 +34,15 @@ def open_server(
     draft: Path | None = None,
     draft_tokens: int = 4,
     kv_type: str = GGUF_CACHE,
+    place: Place = ANYWHERE,
 ) -> Any:
     """A ready `xllamacpp.Server` on `file`, with `slots` slots of `context` tokens each.
 
     `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time; `kv_type` is the type of keys
     and values, one of `GGUF_CACHES`. Raises `UserError`, with llama.cpp's own reason, where a file is missing or
-    broken.
+    broken, and for layers on a GPU that this build of llama.cpp does not have.
     """
+    layers, fit = gpu_layers(place)
     xllamacpp = _import()
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
@@ -48,7 +54,7 @@ def open_server(
         parameters.cache_type_k = parameters.cache_type_v = kind
     parameters.swa_full = True  # without it, sliding-window models would read each prompt from its start again
     parameters.cache_ram_mib = 0  # no second copy of prompts that left their slot
-    parameters.fit_params = False
+    parameters.n_gpu_layers, parameters.fit_params = layers, fit
     parameters.warmup = False
     parameters.endpoint_slots = False
     parameters.ui = False
@@ -59,6 +65,7 @@ def open_server(
         guess.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         guess.draft.mparams.path = str(draft)
         guess.draft.n_max = draft_tokens
+        guess.draft.n_gpu_layers = layers
         guess.draft.cpuparams.n_threads = threads
         guess.draft.cpuparams_batch.n_threads = threads
     parameters.verbosity = 0  # llama.cpp writes nothing to the terminal
@@ -70,6 +77,38 @@ def open_server(
     # A server that is closed before its loop has started waits for it forever; an answer shows that it runs.
     checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
     return server
+
+
+def gpus() -> list[str]:
+    """The GPUs that llama.cpp, as it is installed, finds: the backend's name of each with the device's own."""
+    return [
+        f"{device['name']} ({device['description']})"
+        for device in _import().get_device_info()
+        if device["type"].name in _GPUS
+    ]
+
+
+def gpu_layers(place: Place) -> tuple[int, bool]:
+    """(llama.cpp's number of layers on the GPU, whether it is to lower that until they fit). `UserError` for layers
+    where there is no GPU: llama.cpp would run them on the CPU and say nothing."""
+    found = gpus()
+    if place.gpu_layers is None:
+        return ALL, bool(found)
+    if place.gpu_layers and not found:
+        raise UserError(
+            f"--gpu-layers {place.gpu_layers}: llama.cpp as installed (xllamacpp {version('xllamacpp')}) finds no "
+            "GPU, so they would run on the CPU: leave it out, or install the build for your GPU (CUDA, ROCm, Vulkan): "
+            "https://github.com/xorbitsai/xllamacpp#installation"
+        )
+    return place.gpu_layers, False
+
+
+def device_name(place: Place) -> str:
+    """Where `open_server` runs a model: cpu, or the GPU with how many layers go to it."""
+    found = gpus() if place.gpu_layers != 0 else []
+    if not found:
+        return "cpu"
+    return f"{', '.join(found)}" + ("" if place.gpu_layers is None else f" with {place.gpu_layers} layers")
 
 
 def check_kv_type(kv_type: str, header: Mapping[str, Any], file: Path) -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import Speed
@@ -37,14 +38,16 @@ def measure(
     context: int = 0,
     slots: int = SLOTS,
     kv_type: str = GGUF_CACHE,
+    place: Place = ANYWHERE,
 ) -> Measurement:
     """Open the artifact in a fresh process and time it; the best repetition counts.
 
     llama.cpp allocates a cache of the type `kv_type` for `slots` texts of `context` tokens; 0: as long as the prompt
-    and what is written. Raises `UserError` as `open_engine` does.
+    and what is written. `place` is the hardware. Raises `UserError` as `open_engine` does.
     """
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeat": repeat}
     settings |= {"threads": threads, "runtime": runtime, "context": context, "slots": slots, "kv_type": kv_type}
+    settings |= {"place": asdict(place)}
     values = in_own_process(__name__, path, settings)
     return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
 
@@ -75,7 +78,7 @@ def answer(work: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
 def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     context = max(values["context"], values["prompt_tokens"] + values["new_tokens"] + 8)
-    how = {"slots": values["slots"], "kv_type": values["kv_type"]}
+    how = {"slots": values["slots"], "kv_type": values["kv_type"], "place": Place(**values["place"])}
     with open_engine(path, values["threads"], context, values["runtime"], **how) as engine:
         loaded = time.perf_counter() - started
         turns = [engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])]

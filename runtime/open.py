@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import Engine
@@ -18,17 +19,18 @@ def open_engine(
     *,
     slots: int = SLOTS,
     kv_type: str = GGUF_CACHE,
+    place: Place = ANYWHERE,
 ) -> Engine:
     """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
 
     `context` is the longest text for llama.cpp, which allocates its cache in advance, for `slots` texts at a time and
-    in the type `kv_type`.
+    in the type `kv_type`; `place` is the hardware.
     """
     path = Path(path)
     if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):
         from .llamacpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine(path, threads, context, slots, kv_type=kv_type)
+        return LlamaCppEngine(path, threads, context, slots, kv_type=kv_type, place=place)
     if path.is_dir() and runtime in (None, "onnxruntime"):
         from .onnx_engine import OnnxEngine
 

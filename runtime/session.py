@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from ..core.suggest import did_you_mean
 from ..kv.settings import FOLDER, GGUF, KvBudget, choose_budget
 from ..records.bundle import ArtifactEntry, BundleManifest
@@ -90,7 +91,7 @@ class Session:
     `depth` is used by requests that name none (default: the deepest). `kv_budget` bounds the cache, so that texts of
     any length take the same memory: the number of keys and values per block and KV head, or a `KvBudget` with more
     settings; `engine` None is then onnx. `kv_type` is how llama.cpp holds keys and values: f16, or q8_0 in about half
-    the memory; `engine` None is then llama.cpp.
+    the memory; `engine` None is then llama.cpp. `place` is the hardware; `device` says what it came to.
 
     >>> with Session("bundle", depth=18, kv_budget=1024) as session:
     ...     print(session.generate("Why is the sky blue?", max_tokens=64).text)
@@ -111,12 +112,13 @@ class Session:
         draft: Path | None = None,
         kv_budget: int | KvBudget | None = None,
         kv_type: str | None = None,
+        place: Place = ANYWHERE,
     ):
         self.path = Path(bundle)
         self.manifest = read_bundle(self.path)
         self.kv = choose_budget(self.path, kv_budget) if isinstance(kv_budget, int) else kv_budget
-        self.engine, self.kind = choose_artifact(self.manifest, choose_engine(engine, self.kv, kv_type), kind)
-        self.kv_type = kv_type
+        self.engine, self.kind = choose_artifact(self.manifest, choose_engine(engine, self.kv, kv_type, place), kind)
+        self.kv_type, self.place = kv_type, place
         artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
         if deepest is not None:
             check_depth(deepest, tuple(artifacts))
@@ -127,6 +129,7 @@ class Session:
         self.stop = stop_tokens(self.path)
         self._generator = self._open(artifacts, threads, context, draft)
         self.depths, self.context = self._generator.depths, self._generator.context
+        self.device = self._generator.device
         self.depth = self.depths[-1] if depth is None else depth
 
     def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
@@ -134,15 +137,16 @@ class Session:
             raise UserError("a KV budget cannot be combined with a draft: evicted cache entries cannot be restored")
         if self.engine == "llama.cpp":
             from .llamacpp_generator import LlamaCppGenerator
-            from .llamacpp_kv import LlamaCppKvGenerator
+            from .llamacpp_kv import LlamaCppKvGenerator, check_no_gpu
 
             if draft is not None:
                 raise UserError("only the onnx engine can draft with another bundle; for llama.cpp give a draft depth")
             files = {depth: self.path / entry.path for depth, entry in artifacts.items()}
             held = self.kv_type or GGUF_CACHE
             if self.kv is not None:
+                check_no_gpu(self.place)
                 return LlamaCppKvGenerator(files, self.path / FOLDER / GGUF, self.kv, threads, held)
-            return LlamaCppGenerator(files, threads, context, held)
+            return LlamaCppGenerator(files, threads, context, held, self.place)
         from .onnx_generator import BoundedGenerator, OnnxGenerator
 
         # The graph of the deepest model holds all others.
@@ -283,17 +287,20 @@ class Session:
         self.close()
 
 
-def choose_engine(engine: str | None, kv: KvBudget | None, kv_type: str | None) -> str | None:
-    """The engine that was asked for, else the one that the cache's settings need, or None. `UserError` for a type of
-    keys and values in an engine that has no choice of it."""
-    if kv_type is None:
+def choose_engine(engine: str | None, kv: KvBudget | None, kv_type: str | None, place: Place = ANYWHERE) -> str | None:
+    """The engine that was asked for, else the one that the other settings need, or None. `UserError` for settings that
+    the engine does not have."""
+    option = place.needs_llamacpp()
+    if kv_type is None and option is None:
         return engine or (None if kv is None else "onnx")
-    if engine not in (None, "llama.cpp"):
-        raise UserError(
-            "--kv-type is for llama.cpp; an ONNX artifact's keys and values are as it was exported (kv: int8): leave "
-            "it out, or add --engine llama.cpp"
-        )
-    return "llama.cpp"
+    if engine in (None, "llama.cpp"):
+        return "llama.cpp"
+    if option is not None:
+        raise UserError(f"{option} is for llama.cpp, not for {engine}: leave it out, or add --engine llama.cpp")
+    raise UserError(
+        "--kv-type is for llama.cpp; an ONNX artifact's keys and values are as it was exported (kv: int8): leave "
+        "it out, or add --engine llama.cpp"
+    )
 
 
 def choose_artifact(manifest: BundleManifest, engine: str | None, kind: str | None) -> tuple[str, str]:

@@ -59,7 +59,8 @@ def open_engine(config: EngineConfig, base: Path, context: Context, length: int,
     if isinstance(config, LlamaCppSettings):
         from .llamacpp_engine import LlamaCpp
 
-        return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, min(rows, LLAMACPP_ROWS))
+        slots = min(rows, LLAMACPP_ROWS)
+        return LlamaCpp(context.resolve(config.gguf), base, length, config.threads, slots, context.place)
     if isinstance(config, VllmSettings):
         from .vllm_engine import Vllm
 

@@ -14,6 +14,7 @@ from typing import Any
 from ...core.errors import UserError
 from ...core.gguf_header import read_header
 from ...core.machine import cores
+from ...core.place import ANYWHERE, Place
 from ...modeling.load import load_config
 from ...runtime.llamacpp_server import SEEDS, checked, open_server, post
 from ..cost import LLAMACPP_ROWS
@@ -24,14 +25,22 @@ from . import settle
 class LlamaCpp:
     """llama.cpp on `file`, a GGUF of the model in the folder `base`, for texts of `length` tokens, `slots` at once.
 
-    Raises `UserError` for files that are broken or hold another model.
+    Raises `UserError` for files that are broken or hold another model, and for layers where there is no GPU.
     """
 
-    def __init__(self, file: Path, base: Path, length: int, threads: int = 0, slots: int = LLAMACPP_ROWS):
+    def __init__(
+        self,
+        file: Path,
+        base: Path,
+        length: int,
+        threads: int = 0,
+        slots: int = LLAMACPP_ROWS,
+        place: Place = ANYWHERE,
+    ):
         _check_same_model(file, base)
         self.file, self.slots = file, slots
         try:
-            self._server: Any = open_server(file, threads or cores(), slots, length + 1)
+            self._server: Any = open_server(file, threads or cores(), slots, length + 1, place=place)
         except UserError as error:
             raise UserError(f"data.engine.gguf: {error}") from error
 

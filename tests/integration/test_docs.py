@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-de
 # Commands that are not run here, by pattern, and why. All others are.
 NEEDS_HARDWARE = {
     "*--device cuda*": "a GPU",
+    "*--gpu-layers 20": "a GPU",
     "*meta-llama/*": "the Hub, and room for 8B parameters",
     "accelerate launch *": "several GPUs",
     "compress eval runs/my-llama/*": "the Hub",

@@ -30,7 +30,7 @@ def test_generate_with_a_draft_says_how_many_were_accepted(bundle):
     drafted = compress("generate", *common, "--draft-depth", 2, "--draft-tokens", 3)
     assert plain.returncode == 0 and plain.stdout == drafted.stdout == answer(bundle, "the way", max_tokens=12) + "\n"
     assert "drafted tokens accepted" in drafted.stderr and "drafted" not in plain.stderr
-    assert "onnx fp32; depth 4" in plain.stderr
+    assert "onnx fp32 on cpu; depth 4" in plain.stderr
     early = compress("generate", *common, "--early-exit", "0", "--quiet")
     assert early.stdout == answer(bundle, "the way", max_tokens=12, depth=2) + "\n" and early.stderr == ""
 
