@@ -170,7 +170,8 @@ class EvaluateConfig(Section):
     rival: bool | None = Field(
         default=None,
         description="also measure the strongest rival of each exported file: the unpruned model, quantized to at most "
-        "its bytes; null: if the model was cut or trained",
+        "its bytes, in a plain type, and with a type per tensor where the file has that or no plain type is as small; "
+        "null: if the model was cut or trained",
     )
     retrieval: RetrievalConfig | None = Field(
         default=None, description="retrieval from long prompts with a bounded KV cache; null: not measured"

@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..core.units import megabytes, number
 from ..records.models import ArtifactFormat, Standing, TaskDissent
+from ..runtime.artifact_sizes import target_of
 from .statistics import Interval, clustered_interval, mean, paired_interval
 from .suite import MeasuredModel
 
@@ -28,9 +29,10 @@ class RivalPair:
 
     artifact: MeasuredModel
     format: ArtifactFormat  # of the rival
-    rival: MeasuredModel | None  # none where no plain type is as small
-    kind: str  # the rival's type, else the smallest plain type
+    rival: MeasuredModel | None  # none where nothing is as small
+    kind: str  # the rival's type or size, else the smallest plain type
     bytes: int  # its size
+    least: int | None = None  # without a rival: bytes of the smallest file with a type per tensor, where there are such
 
 
 def judge(pair: RivalPair, spans: Sequence[int]) -> Standing:
@@ -62,14 +64,16 @@ def judge(pair: RivalPair, spans: Sequence[int]) -> Standing:
 
 def _alone(pair: RivalPair) -> Standing:
     ours, about = pair.artifact, "about " if pair.format == "onnx" else ""
+    least = f", and {megabytes(pair.least)} with a type per tensor" if pair.least is not None else ""
     return Standing(
         format=pair.format,
         verdict="alone",
         on_front=True,
         smallest=pair.kind,
         smallest_bytes=pair.bytes,
+        smallest_sized_bytes=pair.least,
         sentence=f"No {TITLES[pair.format]} of the unpruned model is as small as {ours.role} "
-        f"({megabytes(ours.bytes)}): the smallest is {pair.kind} at {about}{megabytes(pair.bytes)}.",
+        f"({megabytes(ours.bytes)}): the smallest is {pair.kind} at {about}{megabytes(pair.bytes)}{least}.",
     )
 
 
@@ -86,7 +90,8 @@ def _quality(
     pair: RivalPair, theirs: MeasuredModel, verdict: Verdict, differences: Sequence[float], found: Interval
 ) -> str:
     ours = pair.artifact
-    rival = f"the unpruned model in {pair.kind} ({megabytes(pair.bytes)}"
+    manner = "with a type per tensor" if target_of(pair.kind) is not None else f"in {pair.kind}"
+    rival = f"the unpruned model {manner} ({megabytes(pair.bytes)}"
     rival += f", {theirs.runtime})" if theirs.runtime != ours.runtime else ")"
     at, a, b = megabytes(ours.bytes), number(_kl(ours)), number(_kl(theirs))
     if verdict == "better":

@@ -11,12 +11,13 @@ from ..export.cost import RIVAL_SHARED
 from ..modeling.load import load_config
 from ..records.bundle import BundleManifest
 from ..records.models import ArtifactFormat, ModelEntry
+from ..runtime.artifact_sizes import target_of
 from .front import RivalPair, judge
 from .subjects import Subject
 from .suite import MeasuredModel
 
 if TYPE_CHECKING:
-    from ..export.rivals import PlainModels
+    from ..export.rivals import UnprunedModels
     from .stage import Bench
 
 RIVALS = "rivals"  # in the stage's working folder: the files, while they are needed
@@ -25,7 +26,7 @@ PLACES = {"gguf": "GGUF", "onnx": "ONNX"}
 
 
 def role_of(form: ArtifactFormat, kind: str) -> str:
-    """The role of the unpruned model in a plain type."""
+    """The role of the unpruned model in a type, or of a size."""
     return f"base-{form}-{kind}"
 
 
@@ -40,28 +41,28 @@ def rivals_of(bundle: Path, files: Sequence[Subject], inputs: Inputs, bench: Ben
     trained = not TRAINS.isdisjoint(manifest.provenance.get("stages", {}))
     if not bench.config.wants_rivals(cut or trained):
         return None
-    from ..export.rivals import PlainModels, imatrix_tokens
+    from ..export.rivals import UnprunedModels, imatrix_tokens
 
     tokens = imatrix_tokens(bundle) if "data" in inputs.stages else 0
     if manifest.importance_matrix and not tokens:
         bench.context.progress.note(
             "the bundle's files were rounded with an importance matrix; without its rows the rivals have none"
         )
-    plain = PlainModels(inputs, bench.work / RIVALS, bench.context, tokens)
+    unpruned = UnprunedModels(inputs, bench.work / RIVALS, bench.context, tokens)
     wanted: list[tuple[Subject, ArtifactFormat]] = []
     formats: dict[ArtifactFormat, str | None] = {}
     for file in files:
         # In the artifact's own runtime; an ONNX folder also stands beside the GGUF that somebody could take instead.
         for form in dict.fromkeys((file.format, "gguf")):
             if form not in formats:
-                formats[form] = plain.problem(form, bench.longest)
+                formats[form] = unpruned.problem(form, bench.longest)
             if formats[form] is None:
                 wanted.append((file, form))
     for form, problem in formats.items():
         if problem is not None:
             bench.context.progress.note(f"no rival in {PLACES[form]}: {problem}")
-    plain.check_disk((form, file.bytes) for file, form in wanted)
-    return Rivals(plain, wanted)
+    unpruned.check_disk((form, file.bytes, file.sized) for file, form in wanted)
+    return Rivals(unpruned, wanted)
 
 
 def rows_of(bundle: Path) -> Path | None:
@@ -74,44 +75,50 @@ def rows_of(bundle: Path) -> Path | None:
 class Rivals:
     """The rivals of a bundle's files, made one by one and deleted when they were measured."""
 
-    def __init__(self, plain: PlainModels, wanted: Sequence[tuple[Subject, ArtifactFormat]]):
-        self.plain, self.wanted = plain, wanted
+    def __init__(self, unpruned: UnprunedModels, wanted: Sequence[tuple[Subject, ArtifactFormat]]):
+        self.unpruned, self.wanted = unpruned, wanted
 
     def measure(self, bench: Bench, measured: Sequence[MeasuredModel]) -> list[RivalPair]:
         """Every file beside its rival of each format. A resumed run keeps what it had measured."""
         by_role = {model.role: model for model in measured}
-        known: dict[str, MeasuredModel] = {}
+        known: dict[tuple[ArtifactFormat, str], MeasuredModel] = {}
         pairs: dict[tuple[str, ArtifactFormat], RivalPair] = {}
         for file, form in sorted(self.wanted, key=lambda wanted: wanted[0].bytes):
-            kind, ours = self._kind(form, file.bytes, known), by_role[file.role]
+            kind, ours = self._kind(file, form, known), by_role[file.role]
             if kind is None:
-                smallest, size = next(iter(self.plain.sizes(form).items()))
-                pairs[file.role, form] = RivalPair(ours, form, None, smallest, size)
+                smallest, size = next(iter(self.unpruned.sizes(form).items()))
+                least = self.unpruned.smallest if form == "gguf" else None
+                pairs[file.role, form] = RivalPair(ours, form, None, smallest, size, least)
                 continue
-            role = role_of(form, kind)
-            if role not in known:
-                known[role] = self._measured(bench, role, form, kind)
-            pairs[file.role, form] = RivalPair(ours, form, known[role], kind, known[role].bytes)
-        self.plain.close()
+            if (form, kind) not in known:
+                known[form, kind] = self._measured(bench, role_of(form, kind), form, kind)
+            rival = known[form, kind]
+            pairs[file.role, form] = RivalPair(ours, form, rival, kind, rival.bytes)
+        self.unpruned.close()
         return [pairs[file.role, form] for file, form in self.wanted]
 
-    def _kind(self, form: ArtifactFormat, limit: int, known: Mapping[str, MeasuredModel]) -> str | None:
-        """The best plain type of at most `limit` bytes: one that was chosen for a hardly smaller file is that, too."""
-        for kind in self.plain.fitting(form, limit):
-            rival = known.get(role_of(form, kind))
-            if rival is not None and (1 - RIVAL_SHARED) * limit <= rival.bytes <= limit:
-                return kind
-        return self.plain.best(form, limit)
+    def _kind(
+        self, file: Subject, form: ArtifactFormat, known: Mapping[tuple[ArtifactFormat, str], MeasuredModel]
+    ) -> str | None:
+        """The best of at most the file's bytes: one that was chosen for a hardly smaller file is that, too."""
+        limit, sized = file.bytes, self.unpruned.per_tensor(form, file.bytes, file.sized)
+        shared = {
+            kind: rival.bytes
+            for (its, kind), rival in known.items()
+            if its == form and (target_of(kind) is not None or not sized)
+            if (1 - RIVAL_SHARED) * limit <= rival.bytes <= limit
+        }
+        return max(shared, key=lambda kind: shared[kind]) if shared else self.unpruned.best(form, limit, file.sized)
 
     def _measured(self, bench: Bench, role: str, form: ArtifactFormat, kind: str) -> MeasuredModel:
         found = bench.kept(role)
         if found is None:
-            path, size = self.plain.file(form, kind)
+            path, size = self.unpruned.file(form, kind)
             bits = round(size.bits_per_weight, 4)
             found = bench.measured(
-                Subject(role, None, path, self.plain.blocks, size.parameters, bits, size.bytes),
+                Subject(role, None, path, self.unpruned.blocks, size.parameters, bits, size.bytes),
             )
-        self.plain.discard(form, kind)
+        self.unpruned.discard(form, kind)
         return found
 
 

@@ -26,6 +26,7 @@ from ..records.importance import Importance
 from ..records.merge import MergeRecord
 from ..records.models import ModelEntry, Models, RetrievalResult
 from ..records.students import Variants
+from ..runtime.artifact_sizes import target_of
 from ..runtime.bundle import is_bundle
 from ..runtime.measure import measure
 from ..runtime.open import open_engine
@@ -169,6 +170,7 @@ def bundle_subjects(bundle: Path) -> list[Subject]:
             entry.parameters,
             entry.bits_per_weight,
             entry.bytes,
+            target_of(entry.type) is not None,
         )
         for entry in BundleManifest.read(bundle).artifacts
     ]

@@ -21,6 +21,7 @@ class Subject:
     parameters: int | None = None
     bits_per_weight: float | None = None
     bytes: int = 0  # size of an artifact, including the files it refers to
+    sized: bool = False  # an artifact with a type per tensor
     heads: Path | None = None  # a checkpoint folder with retaining heads for it
     retrieves: bool = False  # whether retrieval is measured
 

@@ -69,6 +69,11 @@ class Choices:
             self._onnx[target] = self._onnx_sizes.by_node(found)
         return self._onnx[target]
 
+    @property
+    def smallest_gguf(self) -> int:
+        """Bytes of the smallest possible GGUF."""
+        return self._gguf_sizes.smallest
+
     @cached_property
     def _gguf_sizes(self) -> GgufSizes:
         return GgufSizes(self.checkpoint, name=self.name, depths=self.depths, threads=self.config.threads)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..core.cost import Need, Overrides, Parts, PlannedFile, Setting, StageCost, halves, worst
 from ..core.units import kilobytes
 from ..core.work import Work, forward
-from ..runtime.artifact_sizes import target_of
+from ..runtime.artifact_sizes import Target, target_of
 from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
 from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
 from ..training.cost import saved_per_token
@@ -34,6 +34,7 @@ SENSED, TEXT = 2048, 256
 ROUNDED, TYPES_TRIED = 0.2, 10
 RIVALS_TRIED = 2  # GGUF types of the unpruned model that are made for an artifact, the largest that fit
 RIVAL_SHARED = 0.02  # of an artifact's bytes: a rival that is smaller by less, and measured already, stands beside it
+LEAST_BITS, LEAST_BITS_BY_32 = 1.5625, 4.25  # per weight: IQ1_S, and MXFP4 where rows fit no blocks of 256
 RIVAL_TOKENS, RIVAL_WINDOW = 256, 128  # of training rows, on which they are compared
 
 
@@ -145,9 +146,7 @@ def _work(config: ExportConfig, at: Setting) -> Work:
     if config.train_scales:
         work = work + _training_work(config.train_scales, at, len(config.trained), len(_exported(config, at)))
     if _sized([*config.gguf, *config.onnx]):
-        formats = _sized(config.gguf) + _sized(config.onnx)
-        rounding = formats * ROUNDED * TYPES_TRIED * QUANTIZING * small
-        work = work + Work(3 * forward(at.shape, at.kept, SENSED, TEXT / 2), host_flops=rounding)
+        work = work + _choosing(at, at.kept, _sized(config.gguf) + _sized(config.onnx))
     for form, precise, kinds in (("gguf", "F16", config.gguf), ("onnx", "fp32", config.onnx)):  # the graph, once each
         written = bool(kinds) and precise == "F16" and precise not in kinds
         work = work + Work(host_read=(4 + 2) * small if written else 0)
@@ -159,6 +158,12 @@ def _work(config: ExportConfig, at: Setting) -> Work:
             work = work + scoring(at.shape, PlannedFile("onnx", "fp32", depth), LONG_TOKENS, LONG_TOKENS)
         work = work + scoring(at.shape, PlannedFile("onnx", "fp32", at.kept), CACHE_TOKENS, CACHE_ROW)
     return work
+
+
+def _choosing(at: Setting, blocks: int, formats: int = 1) -> Work:
+    """Measuring what each tensor loses in each type."""
+    rounding = formats * ROUNDED * TYPES_TRIED * QUANTIZING * at.shape.parameters(blocks)
+    return Work(3 * forward(at.shape, blocks, SENSED, TEXT / 2), host_flops=rounding)
 
 
 @dataclass(frozen=True)
@@ -176,12 +181,19 @@ def rivals(at: Setting) -> PlannedRivals:
     made: dict[PlannedFile, None] = {}
     measured: dict[PlannedFile, float] = {}
     scratch = 0
+    sized = {
+        ("gguf", artifact_bytes(file.type, at.shape.parameters(file.blocks)))
+        for file in at.artifacts
+        if file.form == "gguf" and target_of(file.type) is not None
+    }
     for limit, form in sorted(
         (artifact_bytes(file.type, at.shape.parameters(file.blocks)), file.form) for file in at.artifacts
     ):
         tried = []
         if not any((1 - RIVAL_SHARED) * limit <= size <= limit for size in measured.values()):
-            tried.append(("gguf", _fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED]))
+            plain = _fitting(list(GGUF_TYPES), whole, limit)[:RIVALS_TRIED]
+            per_tensor = (not plain or (form, limit) in sized) and _least_gguf(at) <= limit
+            tried.append(("gguf", [Target(bytes=int(limit)).name] * per_tensor + plain))
         if form == "onnx":
             tried.append(("onnx", _fitting(list(ONNX_TYPES), whole, limit)[:1]))
         for rival, kinds in tried:
@@ -191,6 +203,16 @@ def rivals(at: Setting) -> PlannedRivals:
             graph = 4 * whole if kinds and rival == "onnx" else 0
             scratch = max(scratch, graph + sum(int(artifact_bytes(kind, whole)) for kind in kinds))
     return PlannedRivals(list(made), list(measured), scratch)
+
+
+def _least_gguf(at: Setting) -> float:
+    """About the bytes of the smallest GGUF of the unpruned model: rows that are no multiple of 256 have no type below
+    MXFP4."""
+    shape = at.shape
+    down = shape.hidden * shape.intermediate * shape.blocks
+    rest = shape.parameters(shape.blocks) - down
+    columns = ((shape.intermediate, down), (shape.hidden, rest))
+    return sum(count * (LEAST_BITS if width % 256 == 0 else LEAST_BITS_BY_32) / 8 for width, count in columns)
 
 
 def _fitting(kinds: list[str], parameters: int, limit: float) -> list[str]:
@@ -208,6 +230,8 @@ def rival_work(at: Setting) -> Work:
     for file in found.made:
         plain = file.type in ("F16", "fp32")
         work = work + Work(host_flops=0 if plain else QUANTIZING * whole, host_read=4 * 4 * whole)
+        if target_of(file.type) is not None:
+            work = work + _choosing(at, blocks)
         if file.form == "gguf":
             work = work + scoring(at.shape, file, RIVAL_TOKENS, RIVAL_WINDOW)
     return work

@@ -22,9 +22,11 @@ from ..modeling.weights import count_parameters
 from ..records.bundle import BundleManifest
 from ..records.manifest import StageManifest
 from ..records.models import ArtifactFormat
+from ..runtime.artifact_sizes import Target, target_of
 from ..runtime.llamacpp_engine import LlamaCppEngine
 from .artifacts import GgufKind, Kind, Making, OnnxKind
 from .bundle import Size
+from .choices import Choices
 from .config import ExportConfig
 from .cost import RIVAL_TOKENS, RIVAL_WINDOW, RIVALS_TRIED
 from .gguf import check_gguf, context_length
@@ -32,7 +34,17 @@ from .gguf_sizes import distinct_types, plain_sizes
 from .imatrix import collect, load_imatrix, save_imatrix
 from .onnx import build_graph, check_onnx
 from .onnx_sizes import onnx_sizes
+from .sensitivity import Sensitivity
+from .sensitivity_rows import kept_sensitivity
 from .verify import TOP_K, Reference, compare, probe_windows, torch_reference
+
+ANY_TYPE = ExportConfig(gguf=["F16"], onnx=["fp32"])  # for its threads: types are asked for one by one
+STEP = 10_000  # bytes that sizes are rounded down to
+
+
+def rounded(limit: int) -> int:
+    """The size that a file of at most `limit` bytes is asked to have, so that its name is short."""
+    return limit // STEP * STEP
 
 
 def imatrix_tokens(bundle: Path) -> int:
@@ -45,8 +57,9 @@ def imatrix_tokens(bundle: Path) -> int:
     return stage.config.get("imatrix_tokens", usual) if stage is not None else usual
 
 
-class PlainModels:
-    """The unpruned model in plain types, made in `work` when they are asked for; a killed run goes on from there.
+class UnprunedModels:
+    """The unpruned model in plain types and, of a size, with a type per tensor, made in `work` when they are asked for;
+    a killed run goes on from there.
 
     `imatrix_tokens` is how many tokens of the data stage's training rows the importance matrix is computed from, as in
     the export that the rivals stand beside; 0: there is none.
@@ -80,25 +93,38 @@ class PlainModels:
 
     def _gguf_sizes(self) -> dict[str, int]:
         weighted = self.imatrix_tokens > 0
-        sizes = plain_sizes(self.base, weighted, name=self._making.name)
+        sizes = plain_sizes(self.base, weighted, name=self._name)
         return {kind: sizes[kind] for kind in distinct_types(self.base, weighted) if kind in sizes}
 
     def fitting(self, form: ArtifactFormat, limit: int) -> list[str]:
         """The plain types of at most `limit` bytes, largest first."""
         return [kind for kind, size in reversed(self.sizes(form).items()) if size <= limit]
 
-    def tried(self, form: ArtifactFormat, limit: int) -> list[str]:
-        """Those of them that are made to find the best: the largest ones of GGUF; of ONNX, whose few precisions are far
-        apart, the largest."""
-        return self.fitting(form, limit)[: RIVALS_TRIED if form == "gguf" else 1]
+    @cached_property
+    def smallest(self) -> int:
+        """Bytes of the smallest GGUF file that there can be, with a type per tensor."""
+        return self._choices.smallest_gguf
 
-    def check_disk(self, wanted: Iterable[tuple[ArtifactFormat, int]]) -> None:
-        """`UserError` where the files for one of `wanted`, format and limit in bytes, do not fit the disk."""
+    def per_tensor(self, form: ArtifactFormat, limit: int, sized: bool) -> bool:
+        """Whether a GGUF file of `limit` bytes with a type per tensor is made too: beside an artifact that is `sized`
+        like that, and where no plain type is as small."""
+        return form == "gguf" and (sized or not self.fitting(form, limit)) and self.smallest <= rounded(limit)
+
+    def tried(self, form: ArtifactFormat, limit: int, sized: bool = False) -> list[str]:
+        """What is made to find the best: a type per tensor, and the largest plain types; of ONNX, whose few precisions
+        are far apart, the largest."""
+        if form == "onnx":
+            return self.fitting(form, limit)[:1]
+        own = [Target(bytes=rounded(limit)).name] if self.per_tensor(form, limit, sized) else []
+        return [*own, *self.fitting(form, limit)[:RIVALS_TRIED]]
+
+    def check_disk(self, wanted: Iterable[tuple[ArtifactFormat, int, bool]]) -> None:
+        """`UserError` where the files for one of `wanted`, what `tried` takes, do not fit the disk."""
         need = 0
-        for form, limit in wanted:
-            kinds = self.tried(form, limit)
+        for form, limit, sized in wanted:
+            kinds = self.tried(form, limit, sized)
             graph = 4 * self.parameters if form == "onnx" and kinds else 0  # that the others are made from
-            need = max(need, graph + sum(self.sizes(form)[kind] for kind in kinds))
+            need = max(need, graph + sum(self.sizes(form).get(kind, limit) for kind in kinds))
         free = shutil.disk_usage(self.work).free
         if need > free:
             raise UserError(
@@ -106,13 +132,19 @@ class PlainModels:
                 f"but only {free / 1e9:.1f} GB are free; free some space or set evaluate.rival to false"
             )
 
-    def best(self, form: ArtifactFormat, limit: int) -> str | None:
-        """The best plain type of at most `limit` bytes; None where none is as small.
+    def best(self, form: ArtifactFormat, limit: int, sized: bool = False) -> str | None:
+        """The best of at most `limit` bytes, a plain type or a size; None where none is as small.
 
-        Of several GGUF types the one that is nearest to the unpruned model on a few windows of training rows: a larger
+        Of several GGUF files the one that is nearest to the unpruned model on a few windows of training rows: a larger
         file is not always the better one. The file of the best stays in the working folder, the others go.
         """
-        kinds = self.tried(form, limit)
+        kinds = self.tried(form, limit, sized)
+        if kinds and target_of(kinds[0]) is not None:
+            try:
+                self._sensitivity()
+            except UserError as error:
+                self.context.progress.note(f"no rival with a type per tensor: {error}")
+                del kinds[0]
         if form == "onnx":
             return next((kind for kind in kinds if self._onnx_fits(kind, limit)), None)
         if len(kinds) < 2:
@@ -124,7 +156,7 @@ class PlainModels:
         return best
 
     def file(self, form: ArtifactFormat, kind: str) -> tuple[Path, Size]:
-        """The file or folder of a plain type, made unless it is there, and its size."""
+        """The file or folder of a type, made unless it is there, and its size."""
         maker = self._maker(form, kind)
         file = maker.file(self.blocks)
         if not file.exists():
@@ -133,25 +165,55 @@ class PlainModels:
         return file, maker.size(self.blocks)
 
     def discard(self, form: ArtifactFormat, kind: str) -> None:
-        """Delete the file of a plain type."""
+        """Delete the file of a type."""
         self._maker(form, kind).clear()
 
     def _maker(self, form: ArtifactFormat, kind: str) -> Kind:
         return GgufKind(self._making, kind) if form == "gguf" else OnnxKind(self._making, kind)
+
+    @property
+    def _name(self) -> str:
+        return self.inputs.name.rsplit("/", 1)[-1]
+
+    @cached_property
+    def _choices(self) -> Choices:
+        return Choices(
+            self.base,
+            self._name,
+            [self.blocks],
+            ANY_TYPE,
+            self.work,
+            self._built,
+            self._sensitivity,
+            self._imatrix,
+            self.context.progress,
+        )
+
+    def _sensitivity(self) -> Sensitivity:
+        """How much each matrix's errors matter, from the rows that the artifacts' was measured on."""
+        file = self.work / "sensitivity.safetensors"
+        model, tokenizer = load_model(self.base, self.context.dtype, self.context.device), load_tokenizer(self.base)
+        found = kept_sensitivity(file, model, tokenizer, self.inputs, self.context.seed, self.context.progress)
+        del model
+        give_back_memory()
+        return found
+
+    def _built(self) -> Path:
+        return build_graph(self.base, self.work / "built", self.context.progress)
 
     @cached_property
     def _making(self) -> Making:
         return Making(
             checkpoint=self.base,
             bundle=self.work,
-            name=self.inputs.name.rsplit("/", 1)[-1],
+            name=self._name,
             depths=[self.blocks],
-            config=ExportConfig(gguf=["F16"], onnx=["fp32"]),  # for its threads: types are asked for one by one
+            config=ANY_TYPE,
             progress=self.context.progress,
             imatrix=self._imatrix,
-            choices=None,
+            choices=self._choices,
             tokenizer=lambda: load_tokenizer(self.base),
-            built=lambda: build_graph(self.base, self.work / "built", self.context.progress),
+            built=self._built,
             temporary=True,
             place=self.context.place,
         )

@@ -92,7 +92,7 @@ class Standing(Entry):
 
     format: ArtifactFormat = Field(description="format of the rival: gguf or onnx")
     verdict: Literal["better", "worse", "tie", "alone"] = Field(
-        description="the artifact's, by KL to the base; alone: no plain type of the unpruned model is as small"
+        description="the artifact's, by KL to the base; alone: the unpruned model has nothing as small"
     )
     on_front: bool | None = Field(
         description="whether no rival of at most its bytes is as good and as fast; null for a tie"
@@ -100,6 +100,10 @@ class Standing(Entry):
     rival: str | None = Field(default=None, description="the rival's role; null if the artifact is alone")
     smallest: str | None = Field(default=None, description="if the artifact is alone: the smallest plain type")
     smallest_bytes: int | None = Field(default=None, description="its size; of an ONNX folder within a percent")
+    smallest_sized_bytes: int | None = Field(
+        default=None,
+        description="if a GGUF is alone: the size of the unpruned model's smallest with a type per tensor",
+    )
     difference: float | None = Field(
         default=None, description="KL(base ‖ artifact) - KL(base ‖ rival) in nats per token, on the same positions"
     )

@@ -21,18 +21,21 @@ from compress.export import rivals as making
 from compress.export.artifacts import GgufKind
 from compress.export.card import write_card
 from compress.export.config import ExportConfig
+from compress.export.gguf_sized import GgufSizes
 from compress.export.gguf_sizes import plain_sizes
 from compress.export.onnx import write_onnx
 from compress.export.onnx_depths import measure_onnx
 from compress.export.onnx_sizes import onnx_sizes
-from compress.export.rivals import PlainModels
+from compress.export.rivals import UnprunedModels
 from compress.export.stage import export_checkpoint
 from compress.modeling.blocks import drop_blocks
 from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.modeling.weights import count_parameters
 from compress.pipeline.recipe import Recipe
+from compress.records.bundle import BundleManifest
 from compress.records.models import ModelEntry
+from compress.runtime.artifact_sizes import target_of
 from compress.runtime.artifact_types import GGUF_TYPES
 from compress.runtime.bundle import read_bundle
 from typer.testing import CliRunner
@@ -109,12 +112,14 @@ def test_a_clearly_worse_cut_stands_before_its_rival(base, gguf_bundle, config, 
     (alone,) = entries[3].standings
     sizes = plain_sizes(base, False)
     assert (alone.verdict, alone.smallest_bytes) == ("alone", min(sizes.values()))
+    assert alone.smallest_sized_bytes == GgufSizes(base).smallest and entries[3].bytes < alone.smallest_sized_bytes
+    assert alone.sentence.endswith("with a type per tensor.")
     assert len(roles) == 4 and not any((tmp_path / "rivals").glob("**/*.gguf"))
 
 
 def test_the_best_of_the_largest_that_fit_wins(base, tmp_path):
     """What is measured decides, not the size."""
-    plain = PlainModels(Inputs(base, base, {}), tmp_path / "work", Context(), 0)
+    plain = UnprunedModels(Inputs(base, base, {}), tmp_path / "work", Context(), 0)
     limit = plain.sizes("gguf")["Q8_0"]
     first, second = plain.tried("gguf", limit)
     assert first == "Q8_0" and plain.sizes("gguf")[second] <= limit
@@ -125,7 +130,47 @@ def test_the_best_of_the_largest_that_fit_wins(base, tmp_path):
     assert [file.stem for file in (tmp_path / "work" / "gguf").iterdir()] == ["model-Q8_0"]
     records[first].write_text(json.dumps({"kl": 9.0}))
     assert plain.best("gguf", limit) == second
-    assert plain.best("gguf", min(plain.sizes("gguf").values()) - 1) is None
+    assert plain.best("gguf", plain.smallest - 1) is None
+
+
+def test_a_type_per_tensor_is_tried_beside_such_files_and_where_no_plain_type_is_as_small(base, tmp_path):
+    models = UnprunedModels(Inputs(base, base, {}), tmp_path / "work", Context(), 0)
+    sizes = models.sizes("gguf")
+    below, limit = min(sizes.values()) - 1, sizes["Q5_0"]
+    assert target_of(models.tried("gguf", limit)[0]) is None
+    own, *plain = models.tried("gguf", limit, sized=True)
+    assert plain == models.tried("gguf", limit)
+    assert models.tried("gguf", below) == [f"{below // 10_000 * 10}kB"]
+    assert models.tried("gguf", models.smallest - 1, sized=True) == []
+    assert models.best("gguf", limit, sized=True) == own
+    found = {kind: json.loads((tmp_path / "work" / f"gguf-{kind}.json").read_text())["kl"] for kind in (own, *plain)}
+    assert found[own] == min(found.values())
+    assert models.file("gguf", own)[0].stat().st_size <= limit
+
+
+def test_a_file_smaller_than_every_plain_type_has_a_rival_of_its_size(base, cut, config, tmp_path):
+    bundle = bundle_of(cut, tmp_path / "bundle", gguf=["F16", "Q8_0"])
+    limit = BundleManifest.read(bundle).artifacts[1].bytes
+    assert GgufSizes(base).smallest < limit < min(plain_sizes(base, False).values())
+    (tmp_path / "work").mkdir()
+    entries = by_role(evaluation.evaluate_path(bundle, config, Context(), base, tmp_path / "work"))
+    (standing,) = entries["gguf-Q8_0"].standings
+    assert standing.rival == f"base-gguf-{limit // 10_000 * 10}kB" and "with a type per tensor" in standing.sentence
+    rival = entries[standing.rival]
+    assert rival.bytes <= limit and rival.blocks == 4 and rival.rival_of == ["gguf-Q8_0"]
+
+
+def test_rows_too_few_to_choose_types_on_leave_the_plain_rivals(base, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> Any:
+        raise UserError("too few")
+
+    monkeypatch.setattr(making, "kept_sensitivity", refuse)
+    notes: list[str] = []
+    context = Context()
+    monkeypatch.setattr(context.progress, "note", notes.append)
+    models = UnprunedModels(Inputs(base, base, {}), tmp_path / "work", context, 0)
+    assert models.best("gguf", min(models.sizes("gguf").values()) - 1) is None
+    assert notes == ["no rival with a type per tensor: too few"]
 
 
 def test_an_onnx_file_has_a_rival_in_its_runtime_and_one_in_llamacpp(base, cut, config, tmp_path, inline_builder):
@@ -158,13 +203,18 @@ def test_every_depth_has_its_own_rival(base, config, tmp_path):
 class FewTypes:
     """Plain types of made-up sizes."""
 
+    smallest = 500
+
     def __init__(self) -> None:
         self.asked: list[int] = []
 
     def fitting(self, _form: str, limit: int) -> list[str]:
         return [kind for kind, size in (("A", 1000), ("B", 900)) if size <= limit]
 
-    def best(self, form: str, limit: int) -> str | None:
+    def per_tensor(self, _form: str, _limit: int, sized: bool) -> bool:
+        return sized
+
+    def best(self, form: str, limit: int, _sized: bool) -> str | None:
         self.asked.append(limit)
         return next(iter(self.fitting(form, limit)), None)
 
@@ -286,10 +336,10 @@ def test_the_importance_matrix_is_made_as_the_exports_was(base, talks, tmp_path,
         return original(*args, **keys)
 
     monkeypatch.setattr(making, "calibration_batches", batches)
-    plain = PlainModels(Inputs(base, base, {"data": talks}), tmp_path / "work", Context(), 128)
+    plain = UnprunedModels(Inputs(base, base, {"data": talks}), tmp_path / "work", Context(), 128)
     file, size = plain.file("gguf", "Q4_0")
     assert tokens == [128] and size.bytes == file.stat().st_size == plain.sizes("gguf")["Q4_0"]
-    unweighted = PlainModels(Inputs(base, base, {}), tmp_path / "other", Context(), 0).file("gguf", "Q4_0")[0]
+    unweighted = UnprunedModels(Inputs(base, base, {}), tmp_path / "other", Context(), 0).file("gguf", "Q4_0")[0]
     assert file.read_bytes() != unweighted.read_bytes()
 
 

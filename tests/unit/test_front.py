@@ -68,6 +68,12 @@ def test_a_better_cut_is_on_the_front():
     assert found.conclusion == "gguf-Q4_K_M is on the front."
 
 
+def test_a_rival_of_a_size_is_named_as_such():
+    found = judge(RivalPair(cut(0.82), "gguf", plain(0.43), "90.9MB", 90_890_000), SPANS)
+    start = "At 90.9 MB the unpruned model with a type per tensor (90.9 MB) is better than gguf-Q4_K_M: KL 0.4"
+    assert found.sentence.startswith(start)
+
+
 def test_what_the_tokens_do_not_tell_apart_is_a_tie():
     found = judge(beside(cut(0.43), plain(0.43)), SPANS)
     assert (found.verdict, found.on_front) == ("tie", None)
