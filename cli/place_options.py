@@ -19,16 +19,26 @@ GpuLayersOption = Annotated[
     ),
 ]
 
+LlamaServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--llama-server",
+        metavar="PATH|URL",
+        help="Use your own build of llama.cpp: a llama-server to start, or the address of one that runs.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class PlaceOptions:
     """The values of these options, a field for each."""
 
     gpu_layers: GpuLayersOption = None
+    llama_server: LlamaServerOption = None
 
     def place(self) -> Place:
         """What they say. `UserError` for values that mean nothing."""
-        return Place(gpu_layers=_layers(self.gpu_layers))
+        return Place(_layers(self.gpu_layers), self.llama_server)
 
 
 DEFAULT_PLACE = PlaceOptions()

@@ -9,17 +9,40 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """The hardware that runs artifacts. Raises `UserError` for a number of layers below 0."""
+    """What runs artifacts. Raises `UserError` for a number of layers below 0, or where it can no longer be set."""
 
     gpu_layers: int | None = None  # llama.cpp: how many go to the GPU, the output head counted; None: all that fit
+    llama_server: str | None = None  # the path of a llama-server to start, or the http address of one that runs
 
     def __post_init__(self) -> None:
-        if self.gpu_layers is not None and self.gpu_layers < 0:
+        if self.gpu_layers is None:
+            return
+        if self.gpu_layers < 0:
             raise UserError(f"--gpu-layers {self.gpu_layers}: must be at least 0, or auto")
+        if self.is_running:
+            raise UserError(
+                f"--gpu-layers is set when a llama-server starts, and {self.llama_server} already runs: leave it out"
+            )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether models run in a server that somebody else started, which serves one model."""
+        return self.llama_server is not None and self.llama_server.startswith(("http://", "https://"))
 
     def needs_llamacpp(self) -> str | None:
         """The option that has a meaning in llama.cpp alone, if one was given."""
+        if self.llama_server is not None:
+            return "--llama-server"
         return "--gpu-layers" if self.gpu_layers is not None else None
+
+    def opens_files(self, what: str) -> Place:
+        """Itself. `UserError` for a server that already runs, where `what` opens several files or measures memory."""
+        if self.is_running:
+            raise UserError(
+                f"--llama-server {self.llama_server}: {what} starts a llama-server for each file; give the program's "
+                "path instead"
+            )
+        return self
 
 
 ANYWHERE = Place()

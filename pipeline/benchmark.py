@@ -107,6 +107,7 @@ def bench(
     if min(prompt_tokens, new_tokens, repeat, draft_tokens) < 1:
         raise UserError("--prompt-tokens, --new-tokens, --repeat and --draft-tokens must be at least 1")
     bundle, progress = Path(bundle), as_progress(on_progress)
+    place.opens_files("compress bench")
     budget = choose_budget(bundle, kv_budget) if isinstance(kv_budget, int) else kv_budget
     if budget is not None and speculate:
         raise UserError("--speculate cannot be combined with --kv-budget: leave one of them out")

@@ -103,6 +103,7 @@ def export(
     Raises `UserError` for models that a format cannot represent, and for an artifact past its type's tolerance.
     """
     need("compress export", *FULL)
+    place.opens_files("compress export")
     config = checked(ExportConfig, keys)
     out, cache = Path(out), cache_of(runs)
     if name is not None:
@@ -169,6 +170,7 @@ def evaluate(
     Raises `UserError` if there is nothing to measure on, and for a task that cannot be read.
     """
     need("compress eval", *FULL)
+    place.opens_files("compress eval")
     check_dtype(dtype)
     paths = [str(task) for task in tasks]
     values = {**keys, "text": _here(text), "tasks": [_here(t) if t.endswith(".jsonl") else t for t in paths]}

@@ -89,6 +89,7 @@ def run(
     Raises `UserError` for a wrong recipe, a missing file, and a machine that cannot run it.
     """
     need("compress run", *FULL)
+    place.opens_files("compress run")
     options = Options(Path(runs), device, dtype, until, start, shard, place)
 
     def work(planned: Run, group: Group) -> RunResult:

@@ -140,9 +140,8 @@ def choose_depth(
     if latency_ms is None and memory_bytes is None:
         raise UserError("--depth auto needs a limit to choose by: --latency-ms, --memory-mb, or both")
     manifest = read_bundle(bundle)
-    engine = choose_engine(
-        engine, settings.get("kv"), settings.get("kv_type"), settings.get("place", ANYWHERE)
-    )  # as a session does
+    place = settings.get("place", ANYWHERE).opens_files("--depth auto")
+    engine = choose_engine(engine, settings.get("kv"), settings.get("kv_type"), place)  # as a session does
     engine, kind = choose_artifact(manifest, engine, kind)
     tried = []
     for depth in reversed(depth_artifacts(manifest, engine, kind)):
@@ -179,6 +178,7 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
             if turn:  # the first turn warms up
                 firsts.append(first)
                 decodes.append(count / decode)
+        memory = peak_memory(session.processes)
     figures = DepthFigures(
         values["engine"],
         values["kind"],
@@ -187,7 +187,7 @@ def _time_depth(bundle: Path, values: dict[str, Any]) -> dict[str, Any]:
         min(firsts),
         prompt_tokens / min(firsts),
         max(decodes),
-        peak_memory(),
+        memory,
         loaded,
         device,
     )

@@ -64,6 +64,7 @@ class Engine(ABC):
 
     runtime: str  # "llama.cpp", "onnxruntime" or "onnxruntime-genai"
     device: str = "cpu"  # what it runs on
+    processes: tuple[int, ...] = ()  # ids of processes that it started
     path: Path
     context: int  # the longest text, in tokens
 

@@ -60,6 +60,11 @@ class Generator(ABC):
     def close(self) -> None:
         """Free the memory; closing twice does nothing."""
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Ids of processes that it started."""
+        return ()
+
     def check(self, request: Request) -> None:
         """Raise `UserError` for invalid options and unknown depths."""
         check_depth(request.depth, self.depths)

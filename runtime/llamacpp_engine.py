@@ -24,7 +24,7 @@ from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import SMALLEST, Distribution, Engine, ScoringWindow, Speed
-from .llamacpp_server import SEEDS, check_kv_type, checked, device_name, open_server, post
+from .llamacpp_server import SEEDS, Server, check_kv_type, checked, open_server
 
 FORCE = 1e9  # a logit bias that no logit outweighs
 LIFT = 200.0  # a logit bias that lifts a token above all unbiased ones, yet costs it only 2e-5 of its own precision
@@ -67,14 +67,14 @@ class LlamaCppEngine(Engine):
         check_kv_type(kv_type, header, self.path)
         self._vocabulary = vocabulary
         self.context = min(context, trained)
-        self._slots = slots
         self._plain: int | None = None
         threads = threads or cores()
         # One more token: the server needs room for the token it samples.
         self._steps = STEPS if draft is None else DRAFTED_STEPS
         how = (draft, draft_tokens, kv_type, place)
-        self._server: Any = open_server(self.path, threads, slots, self.context + 1, *how)
-        self.device = device_name(place)
+        self._server: Server | None = open_server(self.path, threads, slots, self.context + 1, *how)
+        self._slots, self.context = self._server.slots, min(self.context, self._server.context - 1)
+        self.device, self.processes = self._server.device, self._server.processes
 
     def score(
         self, windows: Sequence[ScoringWindow], top_k: int | None = None, done: Callable[[int], None] | None = None
@@ -180,7 +180,7 @@ class LlamaCppEngine(Engine):
         return first
 
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
-        return checked(self._server.handle_completions(request), self.path)
+        return self._post("/v1/completions", request)
 
     def generate(
         self,
@@ -250,8 +250,11 @@ class LlamaCppEngine(Engine):
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Over HTTP: the in-process call does not return token ids."""
-        return checked(post(self._server, path, request), self.path)
+        if self._server is None:
+            raise RuntimeError("the engine is closed")
+        return checked(self._server.ask(path, request), self.path)
 
     def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
         self._server = None

@@ -11,6 +11,7 @@ from ..core.place import ANYWHERE, Place
 from .artifact_types import GGUF_CACHE
 from .generator import Generator, Request, RequestWork, Tokens
 from .llamacpp_engine import LlamaCppEngine
+from .llamacpp_server import ServerGone
 
 
 class LlamaCppGenerator(Generator):
@@ -22,6 +23,10 @@ class LlamaCppGenerator(Generator):
     """
 
     runtime = "llama.cpp"
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        return tuple(number for engine in self._engines.values() for number in engine.processes)
 
     def __init__(
         self,
@@ -63,12 +68,16 @@ class LlamaCppGenerator(Generator):
         with self._lock:
             engine = self._engine(request.depth, request.draft_depth, request.draft_tokens)
             settings = (request.temperature, request.top_p, request.seed)
-            for token in engine.write(request.ids, request.max_tokens, *settings, (), note):
-                if token in request.stop:
-                    work.finish = "stop"
-                    return
-                work.depths[request.depth] += 1
-                yield token
+            try:
+                for token in engine.write(request.ids, request.max_tokens, *settings, (), note):
+                    if token in request.stop:
+                        work.finish = "stop"
+                        return
+                    work.depths[request.depth] += 1
+                    yield token
+            except ServerGone:
+                self.close()  # so that the next request opens another
+                raise
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -1,4 +1,5 @@
-"""llama.cpp's server in this process, through xllamacpp, for both scoring and sampling a GGUF file. No torch."""
+"""llama.cpp's server, for both scoring and sampling a GGUF file: in this process through xllamacpp, or the user's own.
+No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ..core.errors import UserError
@@ -26,6 +27,49 @@ BLOCK = 32  # numbers of a block of q8_0
 SEEDS = 2**32 - 1  # llama.cpp takes the number after the last of these for "any"
 
 
+class ServerGone(UserError):
+    """The server ended, or cannot be reached any more."""
+
+
+class Server(Protocol):
+    """llama.cpp's server with one model: in this process, the user's own started by this one, or one that runs."""
+
+    slots: int  # texts at a time
+    context: int  # tokens of each, the one that is sampled last included
+    processes: tuple[int, ...]  # ids of processes that were started for it
+
+    @property
+    def device(self) -> str:
+        """What it runs on."""
+        ...
+
+    def ask(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a POST of JSON; a refusal is under "error"."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory; closing twice does nothing."""
+        ...
+
+
+class OwnServer:
+    """`xllamacpp.Server`, in this process."""
+
+    processes: tuple[int, ...] = ()
+
+    def __init__(self, server: Any, slots: int, context: int, device: str):
+        self._server: Any = server
+        self.slots, self.context, self.device = slots, context, device
+
+    def ask(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        if path == "/v1/completions":
+            return self._server.handle_completions(dict(request))
+        return post(self._server, path, dict(request))
+
+    def close(self) -> None:
+        self._server = None
+
+
 def open_server(
     file: Path,
     threads: int,
@@ -35,13 +79,19 @@ def open_server(
     draft_tokens: int = 4,
     kv_type: str = GGUF_CACHE,
     place: Place = ANYWHERE,
-) -> Any:
-    """A ready `xllamacpp.Server` on `file`, with `slots` slots of `context` tokens each.
+) -> Server:
+    """A ready server on `file`, with `slots` slots of `context` tokens each (one that already runs has its own).
 
     `draft` is a GGUF file of the same vocabulary that proposes `draft_tokens` at a time; `kv_type` is the type of keys
     and values, one of `GGUF_CACHES`. Raises `UserError`, with llama.cpp's own reason, where a file is missing or
     broken, and for layers on a GPU that this build of llama.cpp does not have.
     """
+    if place.llama_server is not None:
+        from .llama_server import running_server, start_server
+
+        if place.is_running:
+            return running_server(file, draft, kv_type, place)
+        return start_server(file, threads, slots, context, draft, draft_tokens, kv_type, place)
     layers, fit = gpu_layers(place)
     xllamacpp = _import()
     parameters = xllamacpp.CommonParams()
@@ -76,7 +126,7 @@ def open_server(
         raise UserError(f"llama.cpp cannot load {file}: {_reason(xllamacpp, parameters)}") from error
     # A server that is closed before its loop has started waits for it forever; an answer shows that it runs.
     checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
-    return server
+    return OwnServer(server, slots, context, _device_name(place))
 
 
 def gpus() -> list[str]:
@@ -103,8 +153,8 @@ def gpu_layers(place: Place) -> tuple[int, bool]:
     return place.gpu_layers, False
 
 
-def device_name(place: Place) -> str:
-    """Where `open_server` runs a model: cpu, or the GPU with how many layers go to it."""
+def _device_name(place: Place) -> str:
+    """Where a server in this process runs a model: cpu, or the GPU with how many layers go to it."""
     found = gpus() if place.gpu_layers != 0 else []
     if not found:
         return "cpu"

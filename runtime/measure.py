@@ -7,10 +7,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..core.errors import UserError
 from ..core.place import ANYWHERE, Place
@@ -83,19 +85,26 @@ def _measure_artifact(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         loaded = time.perf_counter() - started
         turns = [engine.measure_speed(values["prompt_tokens"], values["new_tokens"]) for _ in range(values["repeat"])]
         speed = Speed(*(max(figures) for figures in zip(*turns, strict=True)))
-    return {"speed": list(speed), "peak_memory_bytes": peak_memory(), "load_seconds": loaded}
+        memory = peak_memory(engine.processes)
+    return {"speed": list(speed), "peak_memory_bytes": memory, "load_seconds": loaded}
 
 
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
+def peak_memory(others: Sequence[int] = ()) -> int:
+    """The most memory this process has held, and the `others` by their ids, in bytes."""
+    return _peak("self") + sum(_peak(str(number)) for number in others)
+
+
+def _peak(process: str) -> int:
     try:
-        # On Linux getrusage's peak is inherited from the parent process; this figure is this process's own.
-        for line in Path("/proc/self/status").read_text().splitlines():
+        # On Linux getrusage's peak is inherited from the parent process; this figure is the process's own.
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    if process == "self":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return psutil.Process(int(process)).memory_info().rss  # what it holds now: macOS tells no other process's peak
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ class Session:
         self.path = Path(bundle)
         self.manifest = read_bundle(self.path)
         self.kv = choose_budget(self.path, kv_budget) if isinstance(kv_budget, int) else kv_budget
-        self.engine, self.kind = choose_artifact(self.manifest, choose_engine(engine, self.kv, kv_type, place), kind)
         self.kv_type, self.place = kv_type, place
-        artifacts = depth_artifacts(self.manifest, self.engine, self.kind)
+        engine = choose_engine(engine, self.kv, kv_type, place)
+        self.engine, self.kind, artifacts = self._choose(engine, kind)
         if deepest is not None:
             check_depth(deepest, tuple(artifacts))
             artifacts = {depth: entry for depth, entry in artifacts.items() if depth <= deepest}
@@ -131,6 +131,16 @@ class Session:
         self.depths, self.context = self._generator.depths, self._generator.context
         self.device = self._generator.device
         self.depth = self.depths[-1] if depth is None else depth
+
+    def _choose(self, engine: str | None, kind: str | None) -> tuple[str, str, dict[int, ArtifactEntry]]:
+        """(engine, type, depth → artifact): those that there are; of a server that already runs, the one it serves."""
+        if not self.place.is_running:
+            engine, kind = choose_artifact(self.manifest, engine, kind)
+            return engine, kind, depth_artifacts(self.manifest, engine, kind)
+        from .llama_server import served_artifact
+
+        entry = served_artifact(self.manifest, self.path, kind, self.place)
+        return "llama.cpp", entry.type, {entry.depth: entry}
 
     def _open(self, artifacts: dict[int, ArtifactEntry], threads: int, context: int, draft: Path | None) -> Generator:
         if self.kv is not None and draft is not None:
@@ -273,6 +283,11 @@ class Session:
         usage = Usage(len(request.ids), count, work.reused, depths, work.drafted, work.accepted)
         yield Piece(text, "stop" if stop.found else work.finish, usage)
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Ids of processes that it started."""
+        return self._generator.processes
+
     def tokens(self, request: Request, work: RequestWork) -> Iterator[int]:
         """The tokens of a request, for measurements."""
         return self._generator.generate(request, work)
@@ -291,6 +306,11 @@ def choose_engine(engine: str | None, kv: KvBudget | None, kv_type: str | None, 
     """The engine that was asked for, else the one that the other settings need, or None. `UserError` for settings that
     the engine does not have."""
     option = place.needs_llamacpp()
+    if kv is not None and place.llama_server is not None:
+        raise UserError(
+            "--kv-budget: a llama-server has no retaining heads and evicts nothing by a policy; leave out --kv-budget "
+            "or --llama-server"
+        )
     if kv_type is None and option is None:
         return engine or (None if kv is None else "onnx")
     if engine in (None, "llama.cpp"):

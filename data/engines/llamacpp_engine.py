@@ -16,7 +16,7 @@ from ...core.gguf_header import read_header
 from ...core.machine import cores
 from ...core.place import ANYWHERE, Place
 from ...modeling.load import load_config
-from ...runtime.llamacpp_server import SEEDS, checked, open_server, post
+from ...runtime.llamacpp_server import SEEDS, Server, checked, open_server
 from ..cost import LLAMACPP_ROWS
 from ..sampling import Sampled, Sampling
 from . import settle
@@ -38,9 +38,10 @@ class LlamaCpp:
         place: Place = ANYWHERE,
     ):
         _check_same_model(file, base)
-        self.file, self.slots = file, slots
+        self.file = file
         try:
-            self._server: Any = open_server(file, threads or cores(), slots, length + 1, place=place)
+            self._server: Server | None = open_server(file, threads or cores(), slots, length + 1, place=place)
+            self.slots = self._server.slots
         except UserError as error:
             raise UserError(f"data.engine.gguf: {error}") from error
 
@@ -78,9 +79,13 @@ class LlamaCpp:
             return list(pool.map(draw, prompts, seeds))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        return checked(post(self._server, "/completion", request), f"a prompt for {self.file}")
+        if self._server is None:
+            raise RuntimeError("the engine is closed")
+        return checked(self._server.ask("/completion", request), f"a prompt for {self.file}")
 
     def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
         self._server = None
 
 

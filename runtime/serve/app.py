@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...core.errors import UserError
 from ...records.bundle import BundleManifest
 from ..generator import check_depth
+from ..llamacpp_server import ServerGone
 from ..session import Pieces, Session, Usage
 from .protocol import ChatRequest, CompletionRequest, ResponseBuilder, read_request
 from .refusal import Refused, wrong
@@ -165,7 +166,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _as_refusal(error: Exception) -> Refused:
-    if isinstance(error, Stopping):
+    if isinstance(error, (Stopping, ServerGone)):
         return Refused(503, str(error))
     if isinstance(error, UserError):
         return Refused(500, str(error))  # the request is fine; a file of the bundle is not

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-de
 NEEDS_HARDWARE = {
     "*--device cuda*": "a GPU",
     "*--gpu-layers 20": "a GPU",
+    "llama-server *": "a llama-server on PATH",
     "*meta-llama/*": "the Hub, and room for 8B parameters",
     "accelerate launch *": "several GPUs",
     "compress eval runs/my-llama/*": "the Hub",
@@ -45,6 +46,7 @@ COVERED = {
     "compress generate *--engine llama.cpp --kv-budget*": "tests/integration/test_llamacpp_kv.py",
     "compress generate *--kv-budget 1024 --prompt*": "tests/integration/test_kv_bundle.py",
     "compress generate *--kv-positions contiguous*": "tests/integration/test_kv_bundle.py",
+    "compress * --llama-server *": "tests/integration/test_llama_server.py",
     "compress generate *--kv-type q8_0*": "tests/integration/test_kv_types.py",
     "compress generate *--depth auto*": "tests/integration/test_run_commands.py",
     "compress run smollm2_135m_*": "tests/integration/test_plan_recipes.py",
