@@ -11,9 +11,9 @@ exits with 3 while there is more to do, with 0 at the end, with 2 for what the u
 
 FILE is text (.txt, .md, .rst), rows (.jsonl: text, or prompt and response) or builtin:python-docs; documents that share
 words with what is measured on are dropped. The cut is that of smollm2_135m_24L.yaml (greedy search with copying in
-mind, or `--drop`), healed by `refit`; a student learns all tokens of the text once by that recipe's objective (LoRA,
-shared teacher), its rate, rank and tokens per step by the budget unless `--per-step` says otherwise, and the checkpoint
-that is best on held-out text is kept. On a GPU it trains in bfloat16; everything else is float32.
+mind, or `--drop`), healed by `refit` on the same text. A student learns the text by that recipe's objective (LoRA,
+shared teacher), its rate, rank, epochs and tokens per step by the budget unless `--per-step` or `--set` say otherwise;
+its last checkpoint counts. On a GPU it trains in bfloat16; everything else is float32.
 
 Measured are perplexity and KL on the beginning of the held-out text in windows of 256, the built-in written tasks, and
 `--tasks` in full. From four numbers of tokens on, y = a + b·n^−c is fitted, with its error when one is left out. A
@@ -55,7 +55,7 @@ WINDOW = 256  # tokens of a training row, and of a window that is measured
 CHUNK = 200  # rows of a task that are measured together
 BUILTIN = ["builtin:copy", "builtin:addition"]
 UNFINISHED = 3
-SELECTING = 2048  # tokens of other documents that choose the checkpoint
+HELD_OUT = 1024  # tokens of other documents, for the curves of a training
 GREEDY = {"search": {"kind": "greedy", "copying": 0.5}}
 
 
@@ -82,11 +82,11 @@ class Strength(Study):
         return file
 
     def rows(self, name: str, tokens: int, seed: int) -> Path:
-        """Rows with exactly so many tokens to learn, and others to choose the checkpoint by."""
+        """Rows with exactly so many tokens to learn, and some of other documents for the curves."""
         folder = self.out / f"rows-{name}"
         if folder.exists():
             return folder
-        heldout = min(SELECTING, tokens)
+        heldout = min(HELD_OUT, tokens)
         measured = [str(path.resolve()) for path in (self.options.heldout, *self.options.tasks)]
         keys: dict[str, Any] = {"source": "prose", "path": str(self.text.resolve()), "tokens": tokens + heldout}
         keys |= {"heldout": heldout / (tokens + heldout), "length": WINDOW, "decontaminate": {"files": measured}}
@@ -135,6 +135,7 @@ class Strength(Study):
             "batch": batch,
             "accumulate": max(1, per_step // (WINDOW * batch)),
             "save_every": self.save_every,
+            "select": "last",  # healing has seen some of the documents that are held out here
         }
         self.watched.training = name
         dtype = "bfloat16" if self.device == "cuda" else "float32"
@@ -190,6 +191,7 @@ class Strength(Study):
                     self.out / "bundle",
                     base=self.base,
                     text=self.options.heldout,
+                    rows=rows,
                     tasks=[*BUILTIN, *self.options.tasks],
                     tokens=self.options.measured,
                     window=WINDOW,
@@ -255,8 +257,7 @@ def trained(folder: Path) -> dict[str, Any]:
     """How a student was trained."""
     figures = read_json(folder / "manifest.json")["metrics"]
     pace = {name: figures["pace"][name] for name in ("tokens_per_step", "epochs", "lr", "rank")}
-    kept = {"kept_step": figures["best"]["step"], "selecting_kl": figures["best"]["eval_kl"]}
-    return {"learned": figures["target_tokens"], "steps": figures["steps"], **pace, **kept}
+    return {"learned": figures["target_tokens"], "steps": figures["steps"], **pace}
 
 
 def number(text: str) -> int:

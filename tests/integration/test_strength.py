@@ -48,7 +48,7 @@ class Tiny:
         how = (
             "--tokens 300,600 --seeds 1 --limit 1 --measured 48 --drop 1 --calibration 512 --save-every 1 --device cpu"
         )
-        how += " --set epochs=1 --set lr=0.01 --set select=last --set eval_every=100"
+        how += " --set epochs=1 --set lr=0.01 --set eval_every=100"
         place = ["--work", str(self.folder / work)]
         return self.strength.main([*(model or (str(self.model),)), *paths, *how.split(), *place, *more])
 
