@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from ..core.stage import Section
-from ..training.config import AnyObjective, Schedule, TrainingConfig, Tune
+from ..runtime.artifact_types import ARTIFACT_TYPES
+from ..training.config import AnyObjective, Lora, Schedule, TrainingConfig, Tune
 
 FORMAT = 1
 RESERVED = ("start", "merge")  # names that a merge uses for the variants' common start and for its result
@@ -96,6 +97,11 @@ class DistillConfig(TrainingConfig):
         yield from super().misfits(sections)
         if self.local is not None and "prune" not in sections:
             yield ("local",), "it trains the blocks around the gaps that `prune` leaves; add `prune:`, or leave it out"
+        tunes: list[tuple[tuple[str | int, ...], Tune | None]] = [(("tune",), self.tune)]
+        tunes += [(("variants", number, "tune"), entry.tune) for number, entry in enumerate(self.variants or [])]
+        for path, tune in tunes:
+            if isinstance(tune, Lora) and tune.quantize_as:
+                yield from (((*path, "quantize_as"), why) for why in _not_shipped(tune.quantize_as, sections))
 
     @property
     def students(self) -> Sequence[DistillConfig]:
@@ -108,3 +114,18 @@ class DistillConfig(TrainingConfig):
         if "epochs" in own and "max_steps" not in own:
             own["max_steps"] = None
         return self.model_copy(update=own | {"variants": None})
+
+
+def _not_shipped(kind: str, sections: Mapping[str, Any]) -> Iterator[str]:
+    """Why a recipe's other sections would ship other weights than those trained as `kind`."""
+    for stage in ("merge", "sort"):
+        if stage in sections:
+            yield f"what is trained as {kind} is changed by `{stage}:` before it is exported; leave one of them out"
+    export = sections.get("export")
+    if export is None:
+        return
+    listed = [*export.gguf, *export.onnx]
+    if kind not in listed:
+        yield f"{kind} is not exported (listed are {', '.join(listed)}); list it under export, or name one of these"
+    elif export.imatrix is False and ARTIFACT_TYPES[kind].calibrated:
+        yield f"training weighs the errors of {kind} by an importance matrix, and export.imatrix is false; remove that"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.stage import Context, Inputs
+from ..core.stage import WORK, Context, Inputs
 from ..modeling.checkpoint import link_files
 from ..records.curves import CURVES
 from ..records.figures import DistillFigures
@@ -15,6 +16,9 @@ from ..training.run import check, train_students
 from .config import DistillConfig
 from .local import localized
 from .variants import choose, plan_jobs, write_record
+
+if TYPE_CHECKING:
+    from ..training.rounded import Rounder
 
 __all__ = ["check", "run"]
 
@@ -30,7 +34,8 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
     jobs = plan_jobs(config, out_dir, context)
     pending = context.group.share([job.name for job in jobs if job.figures is None])
     if pending:
-        train_students(config, [job for job in jobs if job.name in pending], inputs, context)
+        own = [job for job in jobs if job.name in pending]
+        train_students(config, own, inputs, context, partial(_rounder, inputs, out_dir / WORK, context))
     if context.rank:
         return {}
     figures = {job.name: figures for job in jobs if (figures := job.figures) is not None}
@@ -48,3 +53,10 @@ def run(config: DistillConfig, inputs: Inputs, out_dir: Path, context: Context) 
 def _record(figures: StudentFigures, *, local: list[LocalFigures], **beside: Any) -> dict[str, Any]:
     phase = {"local": local} if local else {}
     return DistillFigures.model_validate(figures.model_dump() | phase | beside).model_dump()
+
+
+def _rounder(inputs: Inputs, work: Path, context: Context, kind: str) -> Rounder:
+    """How the export rounds the student's weights as an exported type."""
+    from ..export.rounding import weight_rounder
+
+    return weight_rounder(inputs, work, context, kind)

@@ -10,7 +10,7 @@ from ..core.units import kilobytes
 from ..core.work import Work, forward
 from ..runtime.artifact_sizes import Target, target_of
 from ..runtime.artifact_types import GGUF_TYPES, ONNX_TYPES
-from ..runtime.cost import artifact_bytes, cache_type, kv_bytes_per_token, scoring
+from ..runtime.cost import QUANTIZING, artifact_bytes, cache_type, kv_bytes_per_token, scoring
 from ..training.cost import saved_per_token
 from ..training.objectives import HEAD_COPIES_ANCHORED
 from .config import ExportConfig, TrainScales
@@ -21,8 +21,6 @@ LONG_TOKENS, LONG_STEP = 1024, 8  # of the text that an int8 cache is tried on; 
 CACHE_TOKENS, CACHE_ROW = 4096, 1024  # that the scales of an int8 cache are measured on, in rows of at most so many
 DEPTH_GGUF = 64  # bytes per token of the vocabulary, which every depth of a GGUF type has once more
 DEPTH_ONNX = 9_000  # bytes per block of the graph that every depth of an ONNX type has
-# Operations' worth of time per weight and type: choosing scales. From the default recipe's export on `cpu-2core`.
-QUANTIZING = 13_000
 CHUNK = 256  # positions whose logits exist at once while scales are trained
 # Of trained scales, per weight: the code, and for one in 32 the scale, its move, gradient, two moments and the best.
 SCALED = 1 + 6 * 4 / 32

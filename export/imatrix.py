@@ -1,6 +1,7 @@
 """Importance matrices: how strongly each input column of a linear layer is activated on calibration rows.
 
-ggml's quantizers weight rounding errors by them. The value is the mean squared activation over real tokens.
+ggml's quantizers weight rounding errors by them. The value is the mean squared activation over real tokens. A
+checkpoint that was trained through rounded weights carries the one it was trained with, to be rounded the same again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..core.stage import Advance
+from ..core.stage import Advance, Inputs, Progress
+from ..data.calibration import calibration_batches
 from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.gguf_layout import name_map
-from ..modeling.types import CausalModel
+from ..modeling.source import IMPORTANCE
+from ..modeling.types import CausalModel, ModelTokenizer
+
+Importance = dict[str, NDArray[np.float32]]  # (columns,) by llama.cpp's name of the matrix
+FILE = "imatrix.safetensors"
 
 
 @torch.no_grad()
-def collect(
-    model: CausalModel, batches: Iterable[Batch], advance: Advance | None = None
-) -> dict[str, NDArray[np.float32]]:
+def collect(model: CausalModel, batches: Iterable[Batch], advance: Advance | None = None) -> Importance:
     """Mean squared inputs (columns,) of every linear layer in the blocks, by llama.cpp tensor name; no padding."""
     decoder = Decoder(model)
     names = name_map(decoder.family, decoder.num_blocks)
@@ -63,15 +67,46 @@ def collect(
     return {name: (total / tokens).float().cpu().numpy() for name, total in sorted(sums.items())}
 
 
-def save_imatrix(matrix: dict[str, NDArray[np.float32]], file: Path) -> None:
-    """Write an importance matrix as safetensors."""
+def kept_imatrix(
+    file: Path,
+    model: CausalModel,
+    tokenizer: ModelTokenizer,
+    inputs: Inputs,
+    tokens: int,
+    progress: Progress,
+    label: str = "importance matrix",
+) -> Importance:
+    """The importance matrix of a model on the data stage's training rows, from `file` if it was computed before."""
+    if not file.exists():
+        batches = calibration_batches(inputs, tokenizer, tokens=tokens, length=512, batch=4)
+        with progress.bar(label, sum(batch.tokens for batch in batches)) as advance:
+            save_imatrix(collect(model, batches, advance), file)
+    return load_imatrix(file)
+
+
+def save_imatrix(matrix: Importance, file: Path) -> None:
+    """Write an importance matrix as safetensors; the file appears when it is whole."""
     from safetensors.numpy import save_file
 
-    save_file(matrix, file)
+    partial = file.with_suffix(".tmp")
+    save_file(matrix, partial)
+    partial.replace(file)
 
 
-def load_imatrix(file: Path) -> dict[str, NDArray[np.float32]]:
+def load_imatrix(file: Path) -> Importance:
     """Read what `save_imatrix` wrote."""
     from safetensors.numpy import load_file
 
     return load_file(file)
+
+
+def carry_imatrix(matrix: Importance, checkpoint: Path) -> None:
+    """Leave the matrix in a checkpoint's folder."""
+    (checkpoint / IMPORTANCE).mkdir(exist_ok=True)
+    save_imatrix(matrix, checkpoint / IMPORTANCE / FILE)
+
+
+def carried_imatrix(checkpoint: Path) -> Importance | None:
+    """The matrix that a checkpoint carries, if it does."""
+    file = checkpoint / IMPORTANCE / FILE
+    return load_imatrix(file) if file.is_file() else None

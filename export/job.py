@@ -13,7 +13,6 @@ from ..core.files import read_json, write_json
 from ..core.geometry import Geometry
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs, check_deepest
-from ..data.calibration import calibration_batches
 from ..modeling.blocks import KEPT_BLOCKS, depths, kept_blocks, without_blocks
 from ..modeling.checkpoint import can_link
 from ..modeling.geometry import geometry_of
@@ -36,7 +35,7 @@ from .choices import Choices
 from .config import ExportConfig
 from .cost import CACHE_ROW
 from .gguf import context_length
-from .imatrix import collect, load_imatrix, save_imatrix
+from .imatrix import Importance, carried_imatrix, kept_imatrix
 from .onnx import build_graph
 from .onnx_kv import CacheScales
 from .retaining import write_heads
@@ -376,20 +375,19 @@ class ExportJob:
                 )
         return found
 
-    def _wants_imatrix(self) -> bool:
-        return self.config.weighted("data" in self.inputs.stages)
+    @cached_property
+    def _carried(self) -> Importance | None:
+        """The importance matrix that the checkpoint was trained with; another would round it otherwise."""
+        return None if self.config.imatrix is False else carried_imatrix(self.checkpoint)
 
-    def _weighed(self, model: CausalModel) -> dict[str, Any] | None:
-        if not self._wants_imatrix():
-            return None
-        file = self.work / "imatrix.safetensors"
-        if not file.exists():
-            tokens = self.config.imatrix_tokens
-            batches = calibration_batches(self.inputs, self._tokenizer, tokens=tokens, length=512, batch=4)
-            with self.context.progress.bar("importance matrix", sum(batch.tokens for batch in batches)) as advance:
-                save_imatrix(collect(model, batches, advance), file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-        return load_imatrix(file)
+    def _wants_imatrix(self) -> bool:
+        return self._carried is not None or self.config.weighted("data" in self.inputs.stages)
+
+    def _weighed(self, model: CausalModel) -> Importance | None:
+        if self._carried is not None or not self._wants_imatrix():
+            return self._carried
+        file, tokens = self.work / "imatrix.safetensors", self.config.imatrix_tokens
+        return kept_imatrix(file, model, self._tokenizer, self.inputs, tokens, self.context.progress)
 
     def _sensed(self, model: CausalModel) -> Sensitivity | None:
         """How much each matrix's errors matter, if a size asks for it."""

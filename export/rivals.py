@@ -16,7 +16,6 @@ from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.memory import give_back_memory
 from ..core.stage import Context, Inputs
-from ..data.calibration import calibration_batches
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.weights import count_parameters
 from ..records.bundle import BundleManifest
@@ -31,7 +30,7 @@ from .config import ExportConfig
 from .cost import RIVAL_TOKENS, RIVAL_WINDOW, RIVALS_TRIED
 from .gguf import check_gguf, context_length
 from .gguf_sizes import distinct_types, plain_sizes
-from .imatrix import collect, load_imatrix, save_imatrix
+from .imatrix import kept_imatrix, load_imatrix
 from .onnx import build_graph, check_onnx
 from .onnx_sizes import onnx_sizes
 from .sensitivity import Sensitivity
@@ -262,11 +261,8 @@ class UnprunedModels:
         windows = probe_windows(tokenizer, self.inputs.stages.get("data"), RIVAL_TOKENS, length, "train")
         reference = torch_reference(model, windows)
         if self.imatrix_tokens and not self._imatrix_file.exists():
-            batches = calibration_batches(self.inputs, tokenizer, tokens=self.imatrix_tokens, length=512, batch=4)
-            with self.context.progress.bar("importance matrix, unpruned", sum(b.tokens for b in batches)) as advance:
-                partial = self._imatrix_file.with_suffix(".tmp")
-                save_imatrix(collect(model, batches, advance), partial)
-            partial.replace(self._imatrix_file)
+            file, label = self._imatrix_file, "importance matrix, unpruned"
+            kept_imatrix(file, model, tokenizer, self.inputs, self.imatrix_tokens, self.context.progress, label)
         del model
         give_back_memory()
         return reference

@@ -24,7 +24,7 @@ from ..core.stage import Progress
 from .checkpoint import made_once
 from .config import CONFIG, read_config
 from .soundness import check_checkpoint, decide_tied
-from .source import checkpoint_files, hash_json
+from .source import IMPORTANCE, checkpoint_files, hash_json
 from .weights import ADAPTER_CONFIG, INDEX, SINGLE, weight_files
 
 FORMAT = 1  # of the folders made here
@@ -107,7 +107,7 @@ def _strays(folder: Path, files: Mapping[str, Path]) -> list[str]:
 def _link(folder: Path, place: Path, files: Mapping[str, Path]) -> None:
     for name, file in files.items():
         (place / name).symlink_to(file.resolve())
-    for name in ("retaining", MORE_TEMPLATES):
+    for name in ("retaining", IMPORTANCE, MORE_TEMPLATES):
         if (folder / name).is_dir():
             (place / name).symlink_to((folder / name).resolve(), target_is_directory=True)
 

@@ -20,6 +20,7 @@ from .weights import ADAPTER_CONFIG, INDEX, is_adapter_alone, weight_files
 SUFFIXES = (".json", ".jinja", ".model")
 NOT_OF_THE_MODEL = (ADAPTER_CONFIG, INDEX)  # the index is part of it only beside the files that it lists
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+IMPORTANCE = "importance"  # the folder of a checkpoint with the importance matrix that it was trained with
 GGUF_FORMAT = 2  # of the checkpoint made from a GGUF file; raising it converts files again
 FORMS = "a Hub id (owner/name), a local folder, a .gguf file, package:NAME/FILE, or random:FAMILY"
 

@@ -52,6 +52,9 @@ class StudentFigures(SparseEntry):
     best: HeldOutFigures = Field(description="figures of the checkpoint that is kept")
     target_tokens: int = Field(description="response tokens learned from, over all epochs")
     train_tokens: int = Field(description="tokens in the training rows")
+    quantized_as: str | None = Field(
+        default=None, description="the exported type that the weights were rounded to, in training and for the figures"
+    )
     pace: PaceFigures | None = Field(default=None, description="tokens per step, rate, epochs and rank")
     seconds_training: float = Field(
         default=0.0, description="training time; left out where equal inputs must give equal bytes"

@@ -13,10 +13,10 @@ from ..core.stage import WORK, Context, Inputs
 from ..data.readers import DatasetSource, local_file
 from ..kv.settings import HeadSettings
 from ..modeling.blocks import Decoder
-from ..modeling.checkpoint import link_file
+from ..modeling.checkpoint import link_file, link_files
 from ..modeling.load import load_config, load_model, load_tokenizer
 from ..modeling.retaining import save_heads
-from ..modeling.source import checkpoint_files
+from ..modeling.source import IMPORTANCE, checkpoint_files
 from ..records.curves import CURVES, HeldOutHeads, write_lines
 from ..records.figures import HeadFigures, RetainFigures
 from .config import RetainConfig, head_width
@@ -98,3 +98,5 @@ def link_model(source: Path, folder: Path) -> None:
     folder.mkdir()
     for file in checkpoint_files(source):
         link_file(file.resolve(), folder / file.name)
+    if (source / IMPORTANCE).is_dir():
+        link_files(source / IMPORTANCE, folder / IMPORTANCE)

@@ -70,6 +70,11 @@ ONNX_TYPES = {
     "fp32": ArtifactType(32, 32, kl=0.0001, calibrated=False, retaining=0.9999),
 }
 ARTIFACT_TYPES = GGUF_TYPES | ONNX_TYPES
+# Types whose weights are each the nearest of a block's few values, so that training can round to them at every step
+# (`tune.quantize_as`). Those of IQ1 to IQ3 are rounded in groups, by a search in a codebook.
+NEAREST = tuple(
+    name for name, kind in ARTIFACT_TYPES.items() if kind.has_scales and not name.startswith(("IQ1", "IQ2", "IQ3"))
+)
 
 # Bytes of one number of the keys and values that a runtime holds, by the cache's type: ONNX's float32 and int8, and
 # llama.cpp's own names. q8_0 has blocks of 32 with a scale in half precision.

@@ -13,6 +13,8 @@ from .artifact_sizes import bits_per_weight
 from .artifact_types import CACHE_BYTES, GGUF_CACHE
 
 SLOTS = 4  # texts that llama.cpp scores side by side
+# Operations' worth of time per weight and type: choosing scales. From the default recipe's export on `cpu-2core`.
+QUANTIZING = 13_000
 
 
 def artifact_bytes(kind: str, parameters: int) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..training.config import TrainingConfig
+from ..training.config import Lora, TrainingConfig
 
 FORMAT = 1
 
@@ -47,6 +47,8 @@ class SortConfig(TrainingConfig):
                 f"sample is {self.sample}: of {count} depths, {min(2, count)} to {count} can learn from a token (the "
                 "deepest and at least one other)"
             )
+        if isinstance(self.tune, Lora) and self.tune.quantize_as:
+            raise ValueError("tune.quantize_as is for distill alone: here every depth would have a rounding of its own")
         return self
 
     @property

@@ -9,11 +9,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.registry import named
 from ..core.stage import Section
+from ..runtime.artifact_types import NEAREST
 from .objectives import OBJECTIVES
 from .objectives.asft import Asft
 
 RANK = 16  # of adapters for few tokens
 BY_TOKENS = "null: by the number of tokens to learn (docs/explanation/objectives.md)"
+
+
+if TYPE_CHECKING:
+    RoundedType = str
+else:
+    RoundedType = Literal[NEAREST]
 
 
 class Lora(Section):
@@ -31,8 +38,26 @@ class Lora(Section):
         default=None,
         description="hold the frozen weights in 4 bits while training (QLoRA); the merge uses the full ones",
     )
+    quantize_as: RoundedType | None = Field(
+        default=None,
+        description="train through the weights that the export rounds to this type, such as Q4_K_M or int4",
+    )
+    quantize_after: float = Field(
+        default=0.75, ge=0, lt=1, description="share of the steps before quantize_as, made with weights as they are"
+    )
     train_norm: bool = Field(default=False, description="train the final norm too")
     train_head: bool = Field(default=False, description="train the head too; with tied weights, also the embedding")
+
+    @model_validator(mode="after")
+    def _rounds_alone(self) -> Self:
+        for key, given, why in (
+            ("quantize_base", self.quantize_base, "holds the same weights in another type"),
+            ("dropout", self.dropout, "drops inputs of the adapters, which quantize_as adds to the weights"),
+            ("train_head", self.train_head, "trains the head in float32, which quantize_as holds rounded"),
+        ):
+            if self.quantize_as and given:
+                raise ValueError(f"quantize_as: {self.quantize_as} does not go with {key}, which {why}; leave one out")
+        return self
 
 
 class Full(Section):

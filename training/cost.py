@@ -13,10 +13,14 @@ from ..core.cost import GRADIENT, INT8, MOMENTS, NF4, Need, Overrides, Setting, 
 from ..core.errors import UserError
 from ..core.geometry import Geometry
 from ..core.work import Work, forward
+from ..runtime.cost import QUANTIZING
 from .budget import Pace, pace
 from .config import RANK, Cached, Copy, Full, Lora, Shared, TrainingConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
+# Weights that are trained rounded: bytes of the scales in use per weight, and bytes per weight and step of following.
+SCALES, FOLLOWING = 0.5, 24
+WEIGHED = 8192  # tokens that their importance matrix is computed from
 SMALLEST_CHUNK, SHORTEST = 32, 128  # the least that is proposed where memory is short
 
 
@@ -51,6 +55,11 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
         trained += shape.hidden * (shape.vocab * config.tune.train_head + config.tune.train_norm)
         adapters = trained * 4
         note = f"LoRA, {trained / 1e6:.1f} M trained"
+        if config.tune.quantize_as:
+            # Beside them the rounded blocks; the unpruned model's ends where they are not in a copy of it.
+            weights += int(at.kept * shape.block_products * (at.size + SCALES)) + trained * 4
+            weights += 0 if anchored and isinstance(config.teacher, Copy) else shape.parameters(0) * at.size
+            note += f", rounded as {config.tune.quantize_as}"
     optimizer = trained * (GRADIENT + MOMENTS[config.optimizer])
     if at.shards > 1:
         if not isinstance(config.tune, Full):
@@ -117,15 +126,15 @@ def training_work(config: TrainingConfig, at: Setting, shares: Sequence[float] =
     """Steps and measurements of all students, each on its share of the training rows."""
     if at.rows is None:
         return None
-    flops, held = 0.0, at.rows.tokens * at.rows.heldout
+    work, held = Work(), at.rows.tokens * at.rows.heldout
     for student, share in zip(config.students, shares, strict=True):
         chosen = pace_at(student, at, share)
-        flops += _student_work(student, chosen, at, at.rows.tokens * (1 - at.rows.heldout) * share, held)
-    return Work(flops + forward(at.shape, at.shape.blocks, held, config.length / 2))
+        work = work + _student_work(student, chosen, at, at.rows.tokens * (1 - at.rows.heldout) * share, held)
+    return work + Work(forward(at.shape, at.shape.blocks, held, config.length / 2))
 
 
-def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: float, held: float) -> float:
-    """Operations of one student's steps and measurements."""
+def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: float, held: float) -> Work:
+    """One student's steps and measurements, and the rounding of its weights."""
     per_step = config.batch * chosen.width * chosen.accumulate
     steps = config.max_steps or max(1, math.ceil(chosen.epochs * train / per_step))
     student = forward(at.shape, at.kept, 1, chosen.width / 2, config.passes)
@@ -136,7 +145,13 @@ def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: floa
         flops += steps * per_step * forward(at.shape, at.shape.blocks, 1, chosen.width / 2)
     heads = len(config.depth_weights(at.kept))
     measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
-    return flops + measured * (1 + math.ceil(steps / chosen.eval_every))
+    measurements = 1 + math.ceil(steps / chosen.eval_every)
+    work = Work(flops + measured * measurements)
+    if not (isinstance(config.tune, Lora) and config.tune.quantize_as):
+        return work
+    weights = at.kept * at.shape.block_products
+    weighing = forward(at.shape, at.kept, WEIGHED, config.length / 2, 0)
+    return work + Work(weighing, read=FOLLOWING * steps * weights, host_flops=QUANTIZING * measurements * weights)
 
 
 def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides]:
@@ -156,6 +171,6 @@ def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides
         yield (f"{section}.teacher.kind=copy", f"{section}.teacher.quantize=nf4")
     if config.optimizer == "adamw":
         yield (f"{section}.optimizer=adamw_8bit",)
-    if isinstance(config.tune, Lora) and config.tune.quantize_base is None:
+    if isinstance(config.tune, Lora) and not (config.tune.quantize_base or config.tune.quantize_as):
         yield (f"{section}.tune.kind=lora", f"{section}.tune.quantize_base=nf4")
     yield from ((f"{section}.length={size}",) for size in halves(config.length, SHORTEST))

@@ -108,12 +108,17 @@ class Recorder(TrainerCallback):
         last = step >= state.max_steps
         if step % trainer.pace.eval_every == 0 or last:
             self._measure(step)
+        elif trainer.student.rounded is not None:
+            trainer.student.rounded.follow(step)
         if step % config.save_every == 0 and not last:
             control.should_save = True
         self.advance(1, f"loss {loss:.3f}  {self.note}")
 
     def _measure(self, step: int) -> None:
         figures = self.trainer.measure(step)
+        rounded = self.trainer.student.rounded
+        if rounded is not None and step < rounded.first:
+            rounded.follow(step)
         for name, figure in (("loss", figures.eval_loss), ("kl", figures.eval_kl)):
             if not math.isfinite(figure):
                 raise self.trainer.diverged(f"held-out {name}", figure, step)

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
 from ..core.extras import load_library
@@ -29,6 +30,9 @@ from .recorder import BEST, Best
 from .students import Preparation, best_model
 from .train import DistillTrainer, total_steps
 from .weights import latest_checkpoint
+
+if TYPE_CHECKING:
+    from .students import Rounders
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -63,13 +67,19 @@ def _check_shard(config: TrainingConfig, context: Context) -> None:
             raise UserError(f"--shard {why}")
 
 
-def train_students(config: TrainingConfig, jobs: list[TrainingJob], inputs: Inputs, context: Context) -> None:
-    """Train students one after another, and save them with their curves."""
+def train_students(
+    config: TrainingConfig,
+    jobs: list[TrainingJob],
+    inputs: Inputs,
+    context: Context,
+    rounders: Rounders | None = None,
+) -> None:
+    """Train students one after another, and save them with their curves; `rounders` are for `tune.quantize_as`."""
     tokenizer = load_tokenizer(inputs.model)
     train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
     if config.learn == "all":
         train = [replace(row, loss_mask=[True] * len(row.loss_mask)) for row in train]
-    preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context)
+    preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context, rounders)
     for number, job in enumerate(jobs, start=1):
         chosen = pace_of(job, train)
         job = replace(job, config=job.config.model_copy(update={"tune": chosen.tune}))
@@ -113,11 +123,15 @@ def _train_student(
     else:
         forget_depths(model.config)
     save_checkpoint(model, tokenizer, job.folder / "model")
+    rounder = preparation.rounder(job.config.tune)
+    if rounder is not None:
+        rounder.carry(job.folder / "model")
     shutil.copyfile(job.work / CURVES, job.folder / CURVES)
     return StudentFigures(
         objective=job.config.objective.kind,
         steps=steps,
         trainable_parameters=parameters,
+        quantized_as=None if rounder is None else rounder.type,
         before=held_out[0],
         last=held_out[-1],
         best=best,

@@ -56,8 +56,9 @@ class SharedTeacher:
             healed |= dict.fromkeys(places, new)
             self.held_twice += new.numel() if places else 0
         self._teaching = False
-        for name, factor in changes.scaled.items():
-            model.get_submodule(name).register_forward_hook(self._scaling(factor))
+        self.factors = {model.get_submodule(name): factor for name, factor in changes.scaled.items()}
+        for module, factor in self.factors.items():
+            module.register_forward_hook(self._scaling(factor))
         self._whole = arrangement(model)
         drop_blocks(model, changes.dropped)
         _put(healed)
@@ -83,6 +84,14 @@ class SharedTeacher:
             stack.enter_context(torch.no_grad())
             model.eval()
             yield
+
+    def hold(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Give the student another value of a frozen parameter, held beside the teacher's."""
+        new = nn.Parameter(value, requires_grad=False)
+        for place in _places(self.decoder.model, parameter):
+            self._original.setdefault(place, parameter)
+            _put({place: new})
+        self.held_twice += new.numel()
 
     def hidden(self, batch: Batch) -> Tensor:
         """(B, T, H) after the final norm."""

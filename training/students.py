@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from ..data.packing import Batch
 from ..modeling.blocks import Decoder
 from ..modeling.load import load_model
 from .cached import CachedTeacher
-from .config import Cached, Copy, Lora, Shared, TrainingConfig
+from .config import Cached, Copy, Lora, Shared, TrainingConfig, Tune
 from .depths import Depths
 from .job import TrainingJob
 from .sharding import sharded
@@ -22,6 +22,11 @@ from .shared import SharedTeacher
 from .teacher import CopyTeacher, Teacher, quantization
 from .train import HeldOut, Student, hold_out, lora_model
 from .weights import load_trainable
+
+if TYPE_CHECKING:
+    from .rounded import Rounder
+
+    Rounders = Callable[[str], Rounder]  # of an exported type
 
 
 class Preparation:
@@ -32,8 +37,8 @@ class Preparation:
     against the unpruned model, quantized only where the teacher is.
     """
 
-    def __init__(self, inputs: Inputs, held: Sequence[Batch], context: Context):
-        self.inputs, self.held, self.context = inputs, list(held), context
+    def __init__(self, inputs: Inputs, held: Sequence[Batch], context: Context, rounders: Rounders | None = None):
+        self.inputs, self.held, self.context, self.rounders = inputs, list(held), context, rounders
         self._known: dict[str, HeldOut] = {}
         self._copy: CopyTeacher | None = None
 
@@ -51,7 +56,8 @@ class Preparation:
                 f"shared teacher: {shared.held_twice / 1e6:.2f} M healed parameters are held twice"
             )
             held_out = self._look(f"shared {bits}", lambda: shared)
-            return as_student(shared.model, shared.decoder, config), shared, held_out
+            student = self._through_rounding(as_student(shared.model, shared.decoder, config), tune, shared)
+            return student, shared, held_out
         copy = holding if isinstance(holding, Copy) else Copy(quantize=bits)
         teacher: Teacher | None = None
         if anchored:
@@ -61,9 +67,25 @@ class Preparation:
         held_out = self._look(variant, lambda: self._copied(copy))
         if not (isinstance(holding, Copy) and any(other.config.objective.needs_teacher for other in later)):
             self._copy = None  # no later job learns from it: it served for the held-out reference alone
-        student = build_student(config, self.inputs, job.context)
+        student = self._through_rounding(build_student(config, self.inputs, job.context), tune)
         self._known[variant] = held_out.with_head_of(student.decoder)
         return student, teacher, self._known[variant]
+
+    def _through_rounding(self, student: Student, tune: Tune, shared: SharedTeacher | None = None) -> Student:
+        """The student, its weights rounded where `quantize_as` says so."""
+        rounder = self.rounder(tune)
+        if rounder is not None:
+            from .rounded import RoundedWeights
+
+            student.rounded = RoundedWeights(student, student.decoder, rounder, self.inputs.model, shared)
+        return student
+
+    def rounder(self, tune: Tune) -> Rounder | None:
+        """How the weights that `tune` names are rounded; None where they are not."""
+        if not isinstance(tune, Lora) or tune.quantize_as is None:
+            return None
+        assert self.rounders is not None, "sections without a way to round refuse quantize_as"
+        return self.rounders(tune.quantize_as)
 
     def forget(self) -> None:
         """Free the references once no student is left to build: the unpruned model's head, a slice of a mapped file,

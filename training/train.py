@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from .sharding import is_sharded, load_optimizer, save_optimizer
 from .teacher import Teacher
 from .weights import WEIGHTS, WHOLE, load_trainable, save_whole, trainable_state
 
+if TYPE_CHECKING:
+    from .rounded import RoundedWeights
+
 OPTIMIZER = "optimizer.pt"  # the Trainer's file name
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
@@ -48,6 +51,7 @@ class Student(nn.Module):
         self.model = model
         self.decoder = decoder
         self.depths = depths
+        self.rounded: RoundedWeights | None = None  # where it is trained through rounded weights
 
     def forward(self, finish: Callable[[list[Tensor]], Any] | None = None, **inputs: Any) -> Any:
         hidden = self.decoder.hidden_at(self.depths.blocks, **inputs)
@@ -162,6 +166,8 @@ class DistillTrainer(Trainer):
         self.order = BatchOrder(len(batches), context.world, context.seed)
         self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
         self.depths = student.depths
+        if student.rounded is not None and isinstance(config.tune, Lora):
+            student.rounded.first = round(config.tune.quantize_after * total_steps(config, pace, len(batches)))
         self.running = torch.zeros(len(self.depths.blocks), 4, dtype=torch.float64)  # `DepthSums` since the last step
         self.passed = 0  # batches since the last step
         self.add_callback(Recorder(self, work, advance))
@@ -220,6 +226,8 @@ class DistillTrainer(Trainer):
         """Loss, KL to the teacher and perplexity on all processes' held-out rows, after `step` steps: the weighted mean
         over depths, and for several depths also each depth's own."""
         self.student.eval()
+        if self.student.rounded is not None:
+            self.student.rounded.round()  # what is measured, and may be kept, is what the export makes of it
         own: list[list[list[float]]] = []
         for batch, anchor in zip(self.held_out.batches, self.held_out.anchors, strict=True):
             batch = batch.to(self.args.device)
@@ -272,9 +280,15 @@ class DistillTrainer(Trainer):
         if self.group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_whole(state, folder / WEIGHTS)
+            if self.student.rounded is not None:
+                self.student.rounded.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+        if self.student.rounded is not None:
+            step = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
+            self.student.rounded.load(Path(resume_from_checkpoint), step)
+        else:
+            load_trainable(self.student, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _stepped(self) -> tuple[Any, Any]:
         """Optimizer and scheduler; transformers' annotations are wider, because an accelerator may wrap them."""

@@ -17,6 +17,7 @@ from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.rivals import Rivals
 from compress.evaluation.subjects import Subject
 from compress.evaluation.suite import MeasuredModel
+from compress.export import imatrix
 from compress.export import rivals as making
 from compress.export.artifacts import GgufKind
 from compress.export.card import write_card
@@ -329,13 +330,13 @@ def test_a_format_that_cannot_hold_the_unpruned_model_is_named(inputs, config, t
 
 def test_the_importance_matrix_is_made_as_the_exports_was(base, talks, tmp_path, monkeypatch):
     tokens: list[int] = []
-    original = making.calibration_batches
+    original = imatrix.calibration_batches
 
     def batches(*args: Any, **keys: Any) -> Any:
         tokens.append(keys["tokens"])
         return original(*args, **keys)
 
-    monkeypatch.setattr(making, "calibration_batches", batches)
+    monkeypatch.setattr(imatrix, "calibration_batches", batches)
     plain = UnprunedModels(Inputs(base, base, {"data": talks}), tmp_path / "work", Context(), 128)
     file, size = plain.file("gguf", "Q4_0")
     assert tokens == [128] and size.bytes == file.stat().st_size == plain.sizes("gguf")["Q4_0"]

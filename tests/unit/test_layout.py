@@ -23,6 +23,8 @@ MAY_IMPORT = {
     **{room: set(GROUND[:number]) for number, room in enumerate(GROUND)},
     **{stage: set(GROUND) for stage in STAGES},
     **{room: {*GROUND, *STAGES, "recipes", *TOP[:number]} for number, room in enumerate(TOP)},
+    # Weights that are trained rounded are rounded as export does it: one door.
+    "distill": {*GROUND, "export.rounding"},
     # Rivals of artifacts are made as export makes artifacts: one door, and what it costs.
     "evaluation": {*GROUND, "export.rivals", "export.cost"},
     # Runs where torch is not installed: of modeling it takes what a configuration says, which needs none.

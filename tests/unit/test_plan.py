@@ -194,6 +194,10 @@ def test_parts_follow_the_recipe():
     stored = memory(["distill.gradient_checkpointing=false"])
     assert stored["activations"] > 8 * quantized["activations"]
     assert memory(["distill.chunk=512"])["logits"] == 2 * quantized["logits"]
+    own = ["distill.tune.quantize_base=null", "distill.tune.quantize_as=Q4_K_M", "merge=null"]
+    rounded = memory(["distill.teacher=copy", *own])
+    blocks = plain["weights"] - 2 * 2 * 128256 * 4096  # the rounded ones beside them, in bfloat16, with scales
+    assert rounded["weights"] - plain["weights"] == pytest.approx(1.25 * blocks, rel=0.02)
     tuned = ["distill.tune=full", "distill.teacher=copy"]
     full = memory(tuned)
     assert full["weights"] == pytest.approx(6.72e9 * 4, rel=0.01)
