@@ -35,7 +35,7 @@ from .options import (
     TopPOption,
     TypeOption,
 )
-from .place_options import DEFAULT_PLACE, PlaceOptions
+from .place_options import DEFAULT_DEVICE_PLACE, DevicePlaceOptions
 
 if TYPE_CHECKING:
     from ..api import BenchReport
@@ -74,7 +74,7 @@ def generate(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    where: PlaceOptions = DEFAULT_PLACE,
+    where: DevicePlaceOptions = DEFAULT_DEVICE_PLACE,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing on standard error.")] = False,
 ) -> None:
     """Answer a prompt with a bundle, streamed, at any of its depths, in ONNX Runtime or llama.cpp."""
@@ -137,7 +137,7 @@ def chat(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    where: PlaceOptions = DEFAULT_PLACE,
+    where: DevicePlaceOptions = DEFAULT_DEVICE_PLACE,
 ) -> None:
     """Chat with a bundle. The conversation stays in its cache; /depth N switches depth, /exit ends."""
     from dataclasses import replace
@@ -230,7 +230,7 @@ def bench(
     draft_tokens: DraftTokensOption = 4,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    where: PlaceOptions = DEFAULT_PLACE,
+    where: DevicePlaceOptions = DEFAULT_DEVICE_PLACE,
     as_json: JsonOption = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the results, as a page (.html) or as JSON (.json).")

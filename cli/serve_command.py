@@ -11,7 +11,7 @@ from .console import errors
 from .kv_options import NO_BUDGET, KvOptions
 from .option_groups import with_groups
 from .options import BundleArgument, ContextOption, EngineOption, ThreadsOption, TypeOption
-from .place_options import DEFAULT_PLACE, PlaceOptions
+from .place_options import DEFAULT_DEVICE_PLACE, DevicePlaceOptions
 
 
 @with_groups
@@ -32,7 +32,7 @@ def serve(
     context: ContextOption = 4096,
     threads: ThreadsOption = 0,
     options: KvOptions = NO_BUDGET,
-    where: PlaceOptions = DEFAULT_PLACE,
+    where: DevicePlaceOptions = DEFAULT_DEVICE_PLACE,
 ) -> None:
     """Serve a bundle over the OpenAI API; the model name NAME@18 runs 18 blocks. Ctrl-C stops it."""
     from ..core.errors import UserError

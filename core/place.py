@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .errors import UserError
 
@@ -13,6 +14,10 @@ class Place:
 
     gpu_layers: int | None = None  # llama.cpp: how many go to the GPU, the output head counted; None: all that fit
     llama_server: str | None = None  # the path of a llama-server to start, or the http address of one that runs
+    # ONNX Runtime: auto, or the device whose provider it is to use: cpu, cuda, dml, webgpu … For llama.cpp cpu is no
+    # layers on a GPU.
+    device: str = "auto"
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # of that provider
 
     def __post_init__(self) -> None:
         if self.gpu_layers is None:
@@ -28,6 +33,17 @@ class Place:
     def is_running(self) -> bool:
         """Whether models run in a server that somebody else started, which serves one model."""
         return self.llama_server is not None and self.llama_server.startswith(("http://", "https://"))
+
+    @property
+    def layers(self) -> int | None:
+        """llama.cpp's layers on the GPU; None: all that fit."""
+        return 0 if self.gpu_layers is None and self.device == "cpu" else self.gpu_layers
+
+    def needs_onnx(self) -> str | None:
+        """The option that has a meaning in ONNX Runtime alone, if one was given."""
+        if self.device not in ("auto", "cpu"):
+            return f"--device {self.device}"
+        return "--provider-option" if self.provider_options else None
 
     def needs_llamacpp(self) -> str | None:
         """The option that has a meaning in llama.cpp alone, if one was given."""
@@ -46,3 +62,4 @@ class Place:
 
 
 ANYWHERE = Place()
+ON_CPU = Place(device="cpu")

@@ -1,4 +1,4 @@
-"""An ONNX model run part by part (`onnx_cut`): all depths from one set of weights, in ONNX Runtime on the CPU.
+"""An ONNX model run part by part (`onnx_cut`): all depths from one set of weights, in ONNX Runtime.
 
 A text is read lazily. Each part keeps its output hidden states and how far it has read; parts that a depth skips lag
 behind, and when a greater depth is requested, they read what they missed in one batch. So a block's keys and values are
@@ -15,9 +15,11 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.machine import threads_of
+from ..core.place import ON_CPU, Place
 from .generator import check_depth
-from .onnx_cut import Part, cut_model
-from .onnx_engine import CACHE_TYPES, PREFILL_CHUNK, first_line, read_genai_config
+from .onnx_cut import cut_model
+from .onnx_engine import CACHE_TYPES, PREFILL_CHUNK, read_genai_config
+from .providers import open_sessions
 
 _SMALLEST_CACHE = 256  # tokens; doubled when full
 
@@ -27,10 +29,18 @@ class BlockChain:
 
     `folder` is an ONNX folder with the graph of the deepest model; `depths` ascend and end at the greatest depth
     wanted; blocks beyond it are not loaded. `threads` 0 is one per core. With `scores` the parts also output their
-    blocks' retaining scores. `UserError` for missing or broken files.
+    blocks' retaining scores. `UserError` for missing or broken files, and for a device of `place` that does not run
+    them.
     """
 
-    def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0, scores: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        depths: Sequence[int],
+        threads: int = 0,
+        scores: bool = False,
+        place: Place = ON_CPU,
+    ):
         config = read_genai_config(folder)["model"]
         decoder = config["decoder"]
         self.folder = Path(folder)
@@ -40,12 +50,16 @@ class BlockChain:
         self.kv_shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
         file = self.folder / decoder["filename"]
         *self.parts, self.head = cut_model(file, self.depths, int(decoder["num_hidden_layers"]), scores)
-        self.sessions: list[Any] = [self._open(part, file, threads) for part in (*self.parts, self.head)]
+        opened = open_sessions(
+            [part.model for part in (*self.parts, self.head)], lambda: self._options(file, threads), place, file
+        )
+        self.sessions, self.device, self.on_cpu = opened.sessions, opened.device, opened.on_cpu
         inputs = [{value.name: value.type for value in session.get_inputs()} for session in self.sessions]
         self.takes_positions = ["position_ids" in names for names in inputs]
         self.kv_type = CACHE_TYPES[inputs[0]["past_key_values.0.key"]]  # of the numbers in the cache
 
-    def _open(self, part: Part, file: Path, threads: int) -> Any:
+    @staticmethod
+    def _options(file: Path, threads: int) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -55,10 +69,7 @@ class BlockChain:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         folder = str(file.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        try:
-            return onnxruntime.InferenceSession(part.model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise UserError(f"ONNX Runtime cannot load {file}: {first_line(error)}") from error
+        return options
 
     def run_head(self, binding: Any, states: np.ndarray) -> np.ndarray:
         """Logits (T, V) float32 of hidden states (1, T, H) behind the last block, the final norm not yet applied."""
@@ -142,6 +153,8 @@ class CachedText:
         else:
             bind_array(binding.bind_input, part.start.residual, self._states[number - 1][None, start:end])
             bind_array(binding.bind_input, part.start.addition, self._zeros[:, : end - start])
+        if not self.chain.on_cpu:
+            self._bind_cache(number)  # binding copied the cache to the device as it was then
         assert part.end is not None
         bind_array(binding.bind_output, part.end.residual, residual)
         bind_array(binding.bind_output, part.end.addition, addition)
@@ -160,12 +173,16 @@ class CachedText:
         for old, new in zip(self._states, states, strict=False):
             new[: self._room] = old
         self._caches, self._states, self._room = caches, states, room
-        for part, binding in zip(self.chain.parts, self._bindings, strict=False):
-            for block in range(part.first, part.last):
-                for name, cache in (("key", caches[2 * block]), ("value", caches[2 * block + 1])):
-                    # One buffer for past and present: the kernel writes new entries into it and copies nothing.
-                    bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
-                    bind_array(binding.bind_output, f"present.{block}.{name}", cache)
+        for number in range(len(self.chain.parts)):
+            self._bind_cache(number)
+
+    def _bind_cache(self, number: int) -> None:
+        part, binding, caches = self.chain.parts[number], self._bindings[number], self._caches
+        for block in range(part.first, part.last):
+            for name, cache in (("key", caches[2 * block]), ("value", caches[2 * block + 1])):
+                # One buffer for past and present: the kernel writes new entries into it and copies nothing.
+                bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
+                bind_array(binding.bind_output, f"present.{block}.{name}", cache)
 
 
 def bind_array(bind: Any, name: str, array: np.ndarray) -> None:

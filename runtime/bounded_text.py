@@ -135,6 +135,8 @@ class BoundedText:
             binding = self._bindings[number]
             residual, addition = np.empty_like(zeros), np.empty_like(zeros)
             scores = [np.empty((1, count, chain.kv_shape[0]), np.float32) for _ in range(part.first, part.last)]
+            if not chain.on_cpu:
+                self._bind_cache(number)  # binding copied the cache to the device as it was then
             bind_array(binding.bind_input, "attention_mask", mask)
             bind_array(binding.bind_input, "position_ids", positions)
             if part.start is None:
@@ -200,12 +202,16 @@ class BoundedText:
                     new[:, :, : self.held] = old[:, :, : self.held]
             setattr(self, name, buffers)
         self.room = room
-        for part, binding in zip(self.chain.parts, self._bindings, strict=False):
-            for block in range(part.first, min(part.last, self.depth)):
-                for name, cache in (("key", self.keys[block]), ("value", self.values[block])):
-                    # One buffer for past and present: the kernel writes new entries into it and copies nothing.
-                    bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
-                    bind_array(binding.bind_output, f"present.{block}.{name}", cache)
+        for number in range(len(self.chain.parts)):
+            self._bind_cache(number)
+
+    def _bind_cache(self, number: int) -> None:
+        part, binding = self.chain.parts[number], self._bindings[number]
+        for block in range(part.first, min(part.last, self.depth)):
+            for name, cache in (("key", self.keys[block]), ("value", self.values[block])):
+                # One buffer for past and present: the kernel writes new entries into it and copies nothing.
+                bind_array(binding.bind_input, f"past_key_values.{block}.{name}", cache)
+                bind_array(binding.bind_output, f"present.{block}.{name}", cache)
 
 
 def check_renumbering(chain: BlockChain) -> None:

@@ -333,15 +333,13 @@ def start_server(
     """Start the program of `place` as `open_server` would open the file. `UserError` with its reason if it ends, and
     for layers on a GPU that it does not find."""
     found = program(place.llama_server or "")
-    if place.gpu_layers and not found.has_gpu:
+    if place.layers and not found.has_gpu:
         raise UserError(
-            f"--gpu-layers {place.gpu_layers}: {found.path} finds no GPU, so they would run on the CPU: leave it out, "
+            f"--gpu-layers {place.layers}: {found.path} finds no GPU, so they would run on the CPU: leave it out, "
             "or give a llama-server that is built for your GPU"
         )
-    where = (
-        "cpu" if not found.has_gpu or place.gpu_layers == 0 else ", ".join(found.devices or ["a GPU, if it has one"])
-    )
-    where += f" with {place.gpu_layers} layers" if place.gpu_layers else ""
+    where = "cpu" if not found.has_gpu or place.layers == 0 else ", ".join(found.devices or ["a GPU, if it has one"])
+    where += f" with {place.layers} layers" if place.layers else ""
     for _ in range(ATTEMPTS):
         port = _free_port()
         own = ["--model", str(file), "--host", "127.0.0.1", "--port", str(port), "--threads", str(threads)]
@@ -360,7 +358,7 @@ def start_server(
 
 def _options(found: Program, draft: Path | None, draft_tokens: int, kv_type: str, place: Place) -> list[str]:
     """Further options: those that this build takes."""
-    fitted = place.gpu_layers is None and found.has_gpu
+    fitted = place.layers is None and found.has_gpu
     wanted = [
         ("--no-warmup",),
         ("--no-webui",),
@@ -372,8 +370,8 @@ def _options(found: Program, draft: Path | None, draft_tokens: int, kv_type: str
         *([] if fitted else [("--fit", "off")]),
     ]
     options = [part for option in wanted if option[0] in found.options for part in option]
-    if place.gpu_layers is not None:
-        options += ["--gpu-layers", str(place.gpu_layers)]
+    if place.layers is not None:
+        options += ["--gpu-layers", str(place.layers)]
     if kv_type != GGUF_CACHE:
         options += ["--cache-type-k", kv_type, "--cache-type-v", kv_type, "--flash-attn", "on"]
     if draft is not None:
@@ -382,7 +380,7 @@ def _options(found: Program, draft: Path | None, draft_tokens: int, kv_type: str
             raise UserError(f"{found.path} is too old to draft: leave out the draft, or use a newer llama-server")
         options += ["--model-draft", str(draft), most, str(draft_tokens)]
         options += ["--spec-type", "draft-simple"] if "--spec-type" in found.options else []
-        options += ["--gpu-layers-draft", str(place.gpu_layers)] if place.gpu_layers is not None else []
+        options += ["--gpu-layers-draft", str(place.layers)] if place.layers is not None else []
     return options
 
 

@@ -142,23 +142,23 @@ def gpu_layers(place: Place) -> tuple[int, bool]:
     """(llama.cpp's number of layers on the GPU, whether it is to lower that until they fit). `UserError` for layers
     where there is no GPU: llama.cpp would run them on the CPU and say nothing."""
     found = gpus()
-    if place.gpu_layers is None:
+    if place.layers is None:
         return ALL, bool(found)
-    if place.gpu_layers and not found:
+    if place.layers and not found:
         raise UserError(
-            f"--gpu-layers {place.gpu_layers}: llama.cpp as installed (xllamacpp {version('xllamacpp')}) finds no "
+            f"--gpu-layers {place.layers}: llama.cpp as installed (xllamacpp {version('xllamacpp')}) finds no "
             "GPU, so they would run on the CPU: leave it out, or install the build for your GPU (CUDA, ROCm, Vulkan): "
             "https://github.com/xorbitsai/xllamacpp#installation"
         )
-    return place.gpu_layers, False
+    return place.layers, False
 
 
 def _device_name(place: Place) -> str:
     """Where a server in this process runs a model: cpu, or the GPU with how many layers go to it."""
-    found = gpus() if place.gpu_layers != 0 else []
+    found = gpus() if place.layers != 0 else []
     if not found:
         return "cpu"
-    return f"{', '.join(found)}" + ("" if place.gpu_layers is None else f" with {place.gpu_layers} layers")
+    return f"{', '.join(found)}" + ("" if place.layers is None else f" with {place.layers} layers")
 
 
 def check_kv_type(kv_type: str, header: Mapping[str, Any], file: Path) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.machine import threads_of
+from ..core.place import ON_CPU, Place
 from .engine import Distribution, Engine, ScoringWindow, distributions, pick
+from .providers import open_sessions
 
 PREFILL_CHUNK = 256  # tokens per forward pass: bounds the logits that exist at once
 
@@ -45,11 +47,12 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime on an ONNX folder; `threads` 0 is one per core. `UserError` for missing or broken files."""
+    """ONNX Runtime on an ONNX folder; `threads` 0 is one per core. `UserError` for missing or broken files, and for a
+    device of `place` that does not run them."""
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int = 0):
+    def __init__(self, folder: Path, threads: int = 0, place: Place = ON_CPU):
         import onnxruntime
 
         self.path = Path(folder)
@@ -57,15 +60,16 @@ class OnnxEngine(Engine):
         decoder = config["decoder"]
         self.context = int(config["context_length"])
         self._blocks = int(decoder["num_hidden_layers"])
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
-        options.intra_op_num_threads = threads_of(threads)
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(self.path / decoder["filename"]), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise UserError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
+
+        def options() -> Any:
+            made = onnxruntime.SessionOptions()
+            made.log_severity_level = 4  # errors come as exceptions; nothing is to reach the terminal
+            made.intra_op_num_threads = threads_of(threads)
+            return made
+
+        opened = open_sessions([str(self.path / decoder["filename"])], options, place, self.path)
+        self._session: Any = opened.sessions[0]
+        self.device = opened.device
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._takes_positions = "position_ids" in inputs
         past = inputs["past_key_values.0.key"]
@@ -152,8 +156,3 @@ class OnnxEngine(Engine):
 
     def close(self) -> None:
         self._session = None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, for a message."""
-    return str(error).strip().splitlines()[0][:300]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.place import ANYWHERE, Place
 from ..kv.policies import make
 from ..kv.policy import check_needs
 from ..kv.settings import KvBudget
@@ -24,15 +25,22 @@ class OnnxGenerator(Generator):
     """`folder`'s ONNX model at the ascending `depths`, whose last is the greatest that is loaded.
 
     All depths share the weights and the tokens read so far. `draft`, another generator of the same vocabulary, drafts
-    for requests without a draft depth. One request at a time: the next one's first token waits until this one is read
-    to the end, or its iterator is closed.
+    for requests without a draft depth. `place` is the hardware. One request at a time: the next one's first token waits
+    until this one is read to the end, or its iterator is closed.
     """
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: Path, depths: Sequence[int], threads: int = 0, draft: OnnxGenerator | None = None):
-        self._chain = BlockChain(folder, depths, threads)
-        self.depths, self.context = self._chain.depths, self._chain.context
+    def __init__(
+        self,
+        folder: Path,
+        depths: Sequence[int],
+        threads: int = 0,
+        draft: OnnxGenerator | None = None,
+        place: Place = ANYWHERE,
+    ):
+        self._chain = BlockChain(folder, depths, threads, place=place)
+        self.depths, self.context, self.device = self._chain.depths, self._chain.context, self._chain.device
         self._text = CachedText(self._chain)
         self._lock = threading.Lock()
         self._draft = draft
@@ -97,10 +105,18 @@ class BoundedGenerator(Generator):
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: Path, depths: Sequence[int], settings: KvBudget, threads: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        depths: Sequence[int],
+        settings: KvBudget,
+        threads: int = 0,
+        place: Place = ANYWHERE,
+    ):
         policy = make(settings)
         check_needs(policy, {"heads"}, "ONNX Runtime")
-        self._chain = BlockChain(folder, depths, threads, scores="heads" in policy.needs)
+        self._chain = BlockChain(folder, depths, threads, "heads" in policy.needs, place)
+        self.device = self._chain.device
         self._text = BoundedText(self._chain, settings)
         self._lock = threading.Lock()
         self.depths = self._chain.depths

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.place import ANYWHERE, Place
+from ..core.place import ANYWHERE, ON_CPU, Place
 from .artifact_types import GGUF_CACHE
 from .cost import SLOTS
 from .engine import Engine
@@ -24,7 +24,8 @@ def open_engine(
     """The engine of a GGUF file (llama.cpp) or an ONNX folder (onnxruntime, unless `runtime` says onnxruntime-genai).
 
     `context` is the longest text for llama.cpp, which allocates its cache in advance, for `slots` texts at a time and
-    in the type `kv_type`; `place` is the hardware.
+    in the type `kv_type`; `place` is the hardware. Here `auto` is the CPU in ONNX
+    Runtime, so that figures of different machines can be compared; onnxruntime-genai runs there alone.
     """
     path = Path(path)
     if path.suffix == ".gguf" and runtime in (None, "llama.cpp"):
@@ -34,7 +35,7 @@ def open_engine(
     if path.is_dir() and runtime in (None, "onnxruntime"):
         from .onnx_engine import OnnxEngine
 
-        return OnnxEngine(path, threads)
+        return OnnxEngine(path, threads, ON_CPU if place.device == "auto" else place)
     if path.is_dir() and runtime == "onnxruntime-genai":
         from .genai_engine import GenaiEngine
 

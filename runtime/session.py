@@ -19,6 +19,7 @@ from .artifact_types import GGUF_CACHE
 from .bundle import read_bundle
 from .chat import ChatTemplate, Messages
 from .generator import Finish, Generator, Request, RequestWork, check_depth
+from .providers import check_name
 from .text import StopTexts, TextStream, Tokenizer, stop_tokens
 
 EngineName = Literal["onnx", "llama.cpp"]
@@ -163,9 +164,9 @@ class Session:
         every = depth_artifacts(self.manifest, self.engine, self.kind)
         folder = self.path / every[max(every)].path
         if self.kv is not None:
-            return BoundedGenerator(folder, sorted(artifacts), self.kv, threads)
+            return BoundedGenerator(folder, sorted(artifacts), self.kv, threads, self.place)
         drafter = None if draft is None else self._drafter(draft, threads)
-        return OnnxGenerator(folder, sorted(artifacts), threads, drafter)
+        return OnnxGenerator(folder, sorted(artifacts), threads, drafter, self.place)
 
     def _drafter(self, bundle: Path, threads: int):
         from .onnx_generator import OnnxGenerator
@@ -178,7 +179,7 @@ class Session:
                 f"the bundles {bundle} and {self.path} have different tokenizers: one cannot draft for the other"
             )
         deepest = max(artifacts)
-        return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads)
+        return OnnxGenerator(bundle / artifacts[deepest].path, [deepest], threads, place=self.place)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -305,7 +306,15 @@ class Session:
 def choose_engine(engine: str | None, kv: KvBudget | None, kv_type: str | None, place: Place = ANYWHERE) -> str | None:
     """The engine that was asked for, else the one that the other settings need, or None. `UserError` for settings that
     the engine does not have."""
-    option = place.needs_llamacpp()
+    option, onnx = place.needs_llamacpp(), place.needs_onnx()
+    if onnx is not None:
+        check_name(place)
+        if option is not None or kv_type is not None or engine not in (None, "onnx"):
+            raise UserError(
+                f"{onnx} is for ONNX Runtime; for llama.cpp it is --gpu-layers N, or a build of your own with "
+                "--llama-server"
+            )
+        return "onnx"
     if kv is not None and place.llama_server is not None:
         raise UserError(
             "--kv-budget: a llama-server has no retaining heads and evicts nothing by a policy; leave out --kv-budget "
