@@ -66,7 +66,7 @@ def pack(rows: Sequence[Encoded], length: int, batch_size: int, pad_id: int, *, 
         raise UserError("there are no rows to pack: the data is empty")
     if grouped and batch_size > 1:
         bins.sort(key=lambda rows: -sum(min(len(row.input_ids), length) for row in rows))
-    return [_batch(bins[i : i + batch_size], length, pad_id) for i in range(0, len(bins), batch_size)]
+    return [assemble(bins[i : i + batch_size], length, pad_id) for i in range(0, len(bins), batch_size)]
 
 
 def _assign(sizes: Sequence[int], length: int) -> list[list[int]]:
@@ -88,7 +88,21 @@ def _assign(sizes: Sequence[int], length: int) -> list[list[int]]:
     return bins
 
 
-def _batch(bins: Sequence[Sequence[Encoded]], length: int, pad_id: int) -> Batch:
+def unpack(batch: Batch) -> list[list[Encoded]]:
+    """The rows of every sequence, in order; `assemble` makes the same batch of them again."""
+    ids, segments, mask = (part.cpu() for part in (batch.input_ids, batch.segment_ids, batch.loss_mask))
+    origin = batch.origin.cpu()
+    sequences = []
+    for b in range(len(ids)):
+        places = [(segments[b] == segment).nonzero()[:, 0] for segment in range(int(segments[b].max()) + 1)]
+        sequences.append(
+            [Encoded(ids[b, at].tolist(), mask[b, at].tolist(), *origin[b, at[0]].tolist()) for at in places]
+        )
+    return sequences
+
+
+def assemble(bins: Sequence[Sequence[Encoded]], length: int, pad_id: int) -> Batch:
+    """A batch of the given sequences of rows, each of which is truncated to `length` tokens."""
     width = max(sum(min(len(row.input_ids), length) for row in rows) for rows in bins)
     shape = (len(bins), width)
     ids = torch.full(shape, pad_id, dtype=torch.long)

@@ -38,13 +38,14 @@ class Sampled:
     tokens: list[int]
     ended: bool = False
     looped: bool = False
+    stop: int | None = None  # the stop token, if one ended the text
 
     def append(self, token: int, stop: Collection[int], stopped: Callable[[list[int]], bool] | None) -> None:
         """Add the next token unless the text has ended, and check whether it ends the text."""
         if self.ended or self.looped:
             return
         if token in stop:
-            self.ended = True
+            self.ended, self.stop = True, token
             return
         self.tokens.append(token)
         self.ended = stopped is not None and stopped(self.tokens)

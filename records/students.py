@@ -41,6 +41,13 @@ class PaceFigures(Entry):
     eval_every: int = Field(description="steps between measurements on the held-out rows")
 
 
+class OnPolicyFigures(Entry):
+    """What the student wrote of its training rows itself."""
+
+    rows: int = Field(description="answers that the student wrote, over all epochs")
+    tokens: int = Field(description="their tokens, ends of turns included")
+
+
 class StudentFigures(SparseEntry):
     """The result of a training."""
 
@@ -56,6 +63,7 @@ class StudentFigures(SparseEntry):
         default=None, description="the exported type that the weights were rounded to, in training and for the figures"
     )
     pace: PaceFigures | None = Field(default=None, description="tokens per step, rate, epochs and rank")
+    on_policy: OnPolicyFigures | None = Field(default=None, description="rows that the student wrote itself")
     seconds_training: float = Field(
         default=0.0, description="training time; left out where equal inputs must give equal bytes"
     )

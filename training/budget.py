@@ -96,3 +96,10 @@ def pace(config: TrainingConfig, learned: int | None, longest: int | None = None
         tune,
         config.eval_every or max(MEASURED_EVERY, math.ceil(steps / MEASUREMENTS)),
     )
+
+
+def total_steps(config: TrainingConfig, pace: Pace, batches: int) -> int:
+    """Optimizer steps of a run over `batches` batches per epoch."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(pace.epochs * math.ceil(batches / pace.accumulate)))

@@ -85,6 +85,21 @@ class Cached(Section):
     kind: Literal["cached"] = "cached"
 
 
+class OnPolicy(Section):
+    """The student writes the answers of some training rows itself, and the unpruned model says at every token what it
+    would have written (GKD, arXiv 2306.13649)."""
+
+    share: float = Field(
+        default=0.5, gt=0, le=1, description="share of the training rows whose last answer the student writes"
+    )
+    max_tokens: int = Field(default=64, ge=1, description="maximum tokens of a written answer")
+    temperature: float = Field(default=1.0, ge=0, description="sampling temperature; 0: greedy")
+    refresh: int = Field(
+        default=10, ge=1, description="steps for which answers are written at once, with the weights of that moment"
+    )
+    batch: int = Field(default=16, ge=1, description="answers written at once")
+
+
 Tune = Annotated[Lora | Full, Field(discriminator="kind"), BeforeValidator(named)]
 Teacher = Annotated[Copy | Shared | Cached, Field(discriminator="kind"), BeforeValidator(named)]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -109,6 +124,10 @@ class TrainingConfig(Section):
         default="answers",
         description="tokens of the training rows that the loss counts: those of answers, or prompts and templates too, "
         "which the unpruned model also has distributions for",
+    )
+    on_policy: OnPolicy | None = Field(
+        default=None,
+        description="the student writes a share of its rows itself, with objective kd; {} for the defaults",
     )
     epochs: float | None = Field(
         default=None, gt=0, description=f"passes over the training rows; max_steps takes precedence; {BY_TOKENS}"
@@ -142,6 +161,23 @@ class TrainingConfig(Section):
                 "teacher: shared needs LoRA, which leaves the model's own weights unchanged; tune: full would train "
                 "the teacher's weights too: choose teacher: copy or cached"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _own_rows_need_a_judge(self) -> Self:
+        if self.on_policy is None:
+            return self
+        if isinstance(self.teacher, Cached):
+            raise ValueError(
+                "on_policy needs the unpruned model's predictions for answers that the student has yet to write, which "
+                "teacher: cached cannot have; choose teacher: copy or shared"
+            )
+        for student in self.students:
+            if student.objective.reads_targets:
+                raise ValueError(
+                    f"on_policy with objective: {student.objective.kind} would teach the student its own mistakes; "
+                    "choose objective: kd, with any divergence"
+                )
         return self
 
     def misfits(self, sections: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:

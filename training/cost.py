@@ -12,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from ..core.cost import GRADIENT, INT8, MOMENTS, NF4, Need, Overrides, Setting, halves, worst
 from ..core.errors import UserError
 from ..core.geometry import Geometry
-from ..core.work import Work, forward
+from ..core.work import Work, batches, decoding, forward
 from ..runtime.cost import QUANTIZING
 from .budget import Pace, pace
-from .config import RANK, Cached, Copy, Full, Lora, Shared, TrainingConfig
+from .config import RANK, Cached, Copy, Full, Lora, OnPolicy, Shared, TrainingConfig
 
 RUNTIME = 612e6  # measured with a tiny model on Linux, torch 2.13 for CPUs
 # Weights that are trained rounded: bytes of the scales in use per weight, and bytes per weight and step of following.
 SCALES, FOLLOWING = 0.5, 24
 WEIGHED = 8192  # tokens that their importance matrix is computed from
+SAMPLED = 4 + 4 + 8  # bytes per logit of a sampled token: logits, probabilities and their float64 cumulative sums
 SMALLEST_CHUNK, SHORTEST = 32, 128  # the least that is proposed where memory is short
 
 
@@ -37,7 +38,7 @@ def training_need(config: TrainingConfig, at: Setting) -> Need:
 def _student_need(config: TrainingConfig, at: Setting) -> Need:
     """Student, teacher, saved activations and one chunk of logits; depths run one after another."""
     shape, chosen = at.shape, pace_at(config, at)
-    tokens = config.batch * chosen.width
+    tokens = config.batch * (chosen.width + _longer(config.on_policy, chosen, at))
     student = shape.parameters(at.kept)
     anchored = config.objective.needs_teacher
     shared = anchored and isinstance(config.teacher, Shared) and isinstance(config.tune, Lora)
@@ -88,8 +89,27 @@ def _student_need(config: TrainingConfig, at: Setting) -> Need:
         + tokens * shape.hidden * 8 * config.passes,
         "logits": logits,
     }
+    writing = {}
+    if config.on_policy is not None:
+        rows = config.on_policy.batch
+        writing = {name: training[name] for name in ("runtime", "weights", "teacher", "adapters", "optimizer")}
+        writing |= {
+            "kv": shape.kv_bytes(rows * config.length, at.size, at.kept),
+            "logits": rows * shape.vocab * SAMPLED,
+        }
     looking = {} if shared else runtime | {"teacher": copy, "activations": tokens * shape.state * at.size}
-    return Need(worst(training, looking), at.small, f"{note}; teacher: {how}")
+    return Need(worst(training, writing, looking), at.small, f"{note}; teacher: {how}")
+
+
+def _longer(own: OnPolicy | None, chosen: Pace, at: Setting) -> int:
+    """Tokens by which a sequence may grow where written answers are longer than its rows' own."""
+    if own is None:
+        return 0
+    rows = at.rows
+    if rows is None:
+        return own.max_tokens
+    answer = rows.learned / max(1.0, rows.count * (1 - rows.heldout))
+    return math.ceil(own.share * max(0.0, own.max_tokens - answer) * chosen.width * rows.count / rows.tokens)
 
 
 def saved_per_token(shape: Geometry) -> int:
@@ -134,7 +154,7 @@ def training_work(config: TrainingConfig, at: Setting, shares: Sequence[float] =
 
 
 def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: float, held: float) -> Work:
-    """One student's steps and measurements, and the rounding of its weights."""
+    """One student's steps and measurements, the rounding of its weights, and writing its own rows."""
     per_step = config.batch * chosen.width * chosen.accumulate
     steps = config.max_steps or max(1, math.ceil(chosen.epochs * train / per_step))
     student = forward(at.shape, at.kept, 1, chosen.width / 2, config.passes)
@@ -147,11 +167,25 @@ def _student_work(config: TrainingConfig, chosen: Pace, at: Setting, train: floa
     measured = forward(at.shape, at.kept, held, config.length / 2, held * heads)
     measurements = 1 + math.ceil(steps / chosen.eval_every)
     work = Work(flops + measured * measurements)
+    if config.on_policy is not None:
+        work += _writing(config, config.on_policy, at, steps, per_step)
     if not (isinstance(config.tune, Lora) and config.tune.quantize_as):
         return work
     weights = at.kept * at.shape.block_products
     weighing = forward(at.shape, at.kept, WEIGHED, config.length / 2, 0)
     return work + Work(weighing, read=FOLLOWING * steps * weights, host_flops=QUANTIZING * measurements * weights)
+
+
+def _writing(config: TrainingConfig, own: OnPolicy, at: Setting, steps: int, per_step: int) -> Work:
+    """Writing the answers of a share of the rows that the steps go through, each of maximum length."""
+    assert at.rows is not None
+    a_row = at.rows.tokens / at.rows.count
+    prompt = max(1, round(a_row - at.rows.learned / max(1.0, at.rows.count * (1 - at.rows.heldout))))
+    rows = max(1, round(own.share * steps * per_step / a_row))
+    at_once = max(1, round(own.share * min(own.refresh, steps) * per_step / a_row))
+    size = 4 if isinstance(config.tune, Full) else at.size
+    weights = at.shape.parameters(at.kept) * size
+    return decoding(at.shape, at.kept, rows, batches(at_once, own.batch), prompt, own.max_tokens, weights, at.size)
 
 
 def training_changes(config: TrainingConfig, _at: Setting) -> Iterable[Overrides]:

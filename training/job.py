@@ -14,6 +14,7 @@ from ..core.stage import Context
 from ..records.students import StudentFigures
 from .config import TrainingConfig
 
+ON_POLICY = "on_policy"  # the folder of answers that the student wrote
 T = TypeVar("T")
 
 
@@ -39,9 +40,10 @@ class TrainingJob:
         return StudentFigures.model_validate(read_json(file)) if file.exists() else None
 
     def finish(self, figures: StudentFigures) -> None:
-        """Record that its model is saved, so that it is not trained again, and delete its checkpoints."""
+        """Record that its model is saved, so that it is not trained again, and delete what it would resume from."""
         write_json(self.work / "done.json", figures.model_dump())
-        shutil.rmtree(self.work / "trainer", ignore_errors=True)
+        for folder in ("trainer", ON_POLICY):
+            shutil.rmtree(self.work / folder, ignore_errors=True)
 
 
 def share(rows: Sequence[T], job: TrainingJob) -> list[T]:

@@ -23,12 +23,13 @@ from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
 from ..records.curves import CURVES, TrainingStep, student_lines
 from ..records.students import HeldOutFigures, PaceFigures, StudentFigures
-from .budget import Pace, pace
+from .budget import Pace, pace, total_steps
 from .config import Copy, Lora, TrainingConfig
 from .job import TrainingJob, share
+from .on_policy import StudentRows
 from .recorder import BEST, Best
 from .students import Preparation, best_model
-from .train import DistillTrainer, total_steps
+from .train import DistillTrainer
 from .weights import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def _check_shard(config: TrainingConfig, context: Context) -> None:
             f"shards trained weights, of which {config.stage}.tune: lora has few; leave --shard out",
         ),
         (config.optimizer != "adamw", f"cannot shard the states of {config.stage}.optimizer: adamw_8bit; use adamw"),
+        (
+            config.on_policy is not None,
+            f"cannot write rows with a model in pieces; leave {config.stage}.on_policy out",
+        ),
         (context.dtype == "float16", "cannot scale float16 gradients; use --dtype bfloat16"),
     ):
         if context.shard and wrong:
@@ -76,7 +81,8 @@ def train_students(
 ) -> None:
     """Train students one after another, and save them with their curves; `rounders` are for `tune.quantize_as`."""
     tokenizer = load_tokenizer(inputs.model)
-    train, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
+    answers, held = (load_encoded(inputs.stages["data"], tokenizer, split, config.length) for split in SPLITS)
+    train = answers
     if config.learn == "all":
         train = [replace(row, loss_mask=[True] * len(row.loss_mask)) for row in train]
     preparation = Preparation(inputs, pack_rows(config, held, tokenizer), context, rounders)
@@ -84,7 +90,11 @@ def train_students(
         chosen = pace_of(job, train)
         job = replace(job, config=job.config.model_copy(update={"tune": chosen.tune}))
         batches = load_batches(job, train, tokenizer, chosen.width)
-        figures = _train_student(job, chosen, inputs, tokenizer, preparation, batches, jobs[number:])
+        own_rows = None
+        if config.on_policy is not None:
+            rows = share(answers, job)
+            own_rows = StudentRows(job, config.on_policy, chosen, rows, batches, tokenizer, inputs.base)
+        figures = _train_student(job, chosen, inputs, tokenizer, preparation, batches, own_rows, jobs[number:])
         if figures is not None:
             job.finish(figures)
 
@@ -96,13 +106,14 @@ def _train_student(
     tokenizer: ModelTokenizer,
     preparation: Preparation,
     train: list[Batch],
+    own_rows: StudentRows | None,
     later: list[TrainingJob],
 ) -> StudentFigures | None:
     """Train one student and save it with its curves; its figures, in the first process."""
     job.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with quiet(bars=True):
-        steps, parameters = _train(job, chosen, preparation, train, later)
+        steps, parameters = _train(job, chosen, preparation, train, own_rows, later)
     if not later:
         preparation.forget()
     give_back_memory()  # the trainer's objects form reference cycles
@@ -145,6 +156,7 @@ def _train_student(
             rank=chosen.rank,
             eval_every=chosen.eval_every,
         ),
+        on_policy=None if own_rows is None else own_rows.figures(),
         seconds_training=round(seconds, 1),
     )
 
@@ -170,14 +182,19 @@ def pack_rows(config: TrainingConfig, rows: list[Encoded], tokenizer: ModelToken
 
 
 def _train(
-    job: TrainingJob, chosen: Pace, preparation: Preparation, train: list[Batch], later: list[TrainingJob]
+    job: TrainingJob,
+    chosen: Pace,
+    preparation: Preparation,
+    train: list[Batch],
+    own_rows: StudentRows | None,
+    later: list[TrainingJob],
 ) -> tuple[int, int]:
     """Optimizer steps, and how many parameters they change."""
     config, work, context = job.config, job.work, job.context
     student, teacher, held_out = preparation.student(job, train, later)
     steps = total_steps(config, chosen, len(train))
     with context.progress.bar(f"{job.label}training", steps) as advance:
-        trainer = DistillTrainer(student, config, chosen, teacher, held_out, work, context, train, advance)
+        trainer = DistillTrainer(student, config, chosen, teacher, held_out, work, context, train, advance, own_rows)
         checkpoint = latest_checkpoint(work / "trainer") if context.rank == 0 else None
         trainer.train(resume_from_checkpoint=context.group.share(str(checkpoint) if checkpoint else None))
     return steps, sum(p.numel() for p in student.parameters() if p.requires_grad)

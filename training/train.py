@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ from ..modeling.agreement import Anchor, Head, States, response_positions
 from ..modeling.blocks import Decoder
 from ..modeling.types import CausalModel
 from ..records.students import HeldOutDepth, HeldOutFigures
-from .budget import Pace
+from .budget import Pace, total_steps
 from .config import RANK, Lora, TrainingConfig
 from .depths import Depths, Drawn
 from .losses import weighted_loss
+from .on_policy import StudentRows
 from .order import BatchOrder, blank
 from .recorder import Recorder
 from .sharding import is_sharded, load_optimizer, save_optimizer
@@ -151,6 +152,7 @@ class DistillTrainer(Trainer):
         context: Context,
         batches: list[Batch],
         advance: Advance,
+        own_rows: StudentRows | None = None,
     ):
         super().__init__(
             model=student,
@@ -162,7 +164,7 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the response tokens of the whole step
         self.config, self.pace, self.teacher, self.held_out = config, pace, teacher, held_out
-        self.group = context.group
+        self.group, self.own_rows = context.group, own_rows
         self.order = BatchOrder(len(batches), context.world, context.seed)
         self.student, self.decoder, self.sharded = student, student.decoder, is_sharded(student)
         self.depths = student.depths
@@ -264,6 +266,20 @@ class DistillTrainer(Trainer):
             for depth, (loss, nll, kl) in rows
         ]
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """A step's batches and its number of response tokens, those included that the student writes itself."""
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.own_rows is None:
+            return samples, count
+        step = self.state.global_step
+        self.student.eval()  # the Trainer's step sets it to train
+        with self.compute_loss_context_manager():
+            self.own_rows.prepare(step, self.decoder.model)
+        samples = [vars(self.own_rows.replaced(Batch(**sample), step)) for sample in samples]
+        return samples, self._get_num_items_in_batch(samples, device)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         count = torch.stack([batch["loss_mask"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
         if self.accelerator.num_processes == 1:
@@ -315,13 +331,6 @@ class DistillTrainer(Trainer):
         self.group.barrier()  # every process has written its part
         if self.group.rank == 0:
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
-
-
-def total_steps(config: TrainingConfig, pace: Pace, batches: int) -> int:
-    """Optimizer steps of a run over `batches` batches per epoch."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, math.ceil(pace.epochs * math.ceil(batches / pace.accumulate)))
 
 
 def _arguments(config: TrainingConfig, pace: Pace, work: Path, context: Context, batches: int) -> TrainingArguments:

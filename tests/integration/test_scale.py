@@ -367,6 +367,9 @@ def test_a_step_of_two_processes_is_a_step_of_one(world: World) -> None:
     assert differences(dropped, one, 0) > 0.1  # this is what it would look like
     options: dict[str, Any] = {"tune": {"kind": "lora", "rank": 4}, "objective": "asft"}
     compare(world, world("lora2", 2, **options), world("lora1", 1, **options), "lora2", "lora1")
+    own = {"temperature": 0, "max_tokens": 8, "refresh": 2, "batch": 2}
+    options |= {"objective": "kd", "on_policy": own}
+    compare(world, world("own2", 2, **options), world("own1", 1, **options), "own2", "own1")
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])

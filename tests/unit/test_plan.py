@@ -19,6 +19,7 @@ from compress.core.geometry import Geometry
 from compress.core.stage import Context, Inputs
 from compress.core.work import forward
 from compress.data.cost import rows_of
+from compress.data.sampling import Sampling, sample
 from compress.distill.config import DistillConfig
 from compress.export.config import ExportConfig, GgufType, OnnxPrecision
 from compress.export.cost import rivals
@@ -118,6 +119,33 @@ def test_operations_of_training_are_torchs(tiny, kind):
     assert more is not None and more.flops - found.flops == forward(shape, 3, 64, 32)
     again = work(config.model_copy(update={"gradient_checkpointing": True}), at)
     assert again is not None and again.flops - found.flops == forward(shape, 3, 64, 32)
+
+
+def test_rows_that_the_student_writes_cost_their_decoding(tiny):
+    """As torch counts it, for one row; and the memory of what is sampled at once, where that is the most."""
+    folder = tiny(blocks=3, hidden=128, heads=4, intermediate=256)
+    cost = STAGES["distill"].cost
+    rows = rows_of(Recipe.load("tiny_random", ["data.rows=64", "data.heldout=0.000001"]).data)
+    at = Setting(shape_of(folder), 3, "float32", rows=rows)
+    row, answer = round(rows.tokens / rows.count), round(rows.learned / rows.count)
+
+    def section(**own: Any) -> DistillConfig:
+        plain = {"objective": "kd", "length": row, "max_steps": 1, "accumulate": 1, "chunk": 1}
+        return DistillConfig.model_validate(plain | {"on_policy": own or None})
+
+    without, written = cost.work(section(), at), cost.work(section(share=1, max_tokens=24), at)
+    model = load_model(folder)
+    model.set_attn_implementation("eager")
+    prompt = list(range(3, 3 + row - answer))
+    real = counted(lambda: sample(model, [prompt], [1], Sampling(24, 0.9), stop=()))
+    assert without is not None and written is not None
+    assert written.flops - without.flops == pytest.approx(real, rel=0.06)
+    assert written.read > 24 * shape_of(folder).parameters(3) * 4 > without.read
+    few, many = (cost.need(section(batch=batch, max_tokens=1), at) for batch in (1, 2000))
+    assert few.peak == cost.need(section(), at).peak < many.peak
+    assert many.parts["kv"] == shape_of(folder).kv_bytes(2000 * row, 4, 3)
+    longer = cost.need(section(max_tokens=answer + row, share=1), at).parts["activations"]
+    assert longer == pytest.approx(2 * few.parts["activations"], rel=0.02)  # a row may become twice as long
 
 
 def test_the_local_phase_costs_a_few_blocks(tiny):

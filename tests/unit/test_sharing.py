@@ -56,6 +56,7 @@ def together(world: int, work: Callable[[Group], Any]) -> list[Any]:
         ({"tune": "full"}, 1, "float32", "needs several processes"),
         ({}, 2, "float32", r"of which distill\.tune: lora has few"),
         ({"tune": "full", "optimizer": "adamw_8bit"}, 2, "float32", "use adamw"),
+        ({"tune": "full", "objective": "kd", "on_policy": {}}, 2, "float32", "leave distill.on_policy out"),
         ({"tune": "full"}, 2, "float16", "use --dtype bfloat16"),
     ],
 )
