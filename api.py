@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .core.errors import UserError
     from .core.place import Place
     from .core.stage import Progress
-    from .data.config import DatasetConfig, DatasetsConfig, MagpieConfig, ProseConfig, TextsConfig
+    from .data.config import DatasetConfig, DatasetsConfig, DrillsConfig, MagpieConfig, ProseConfig, TextsConfig
     from .distill.config import DistillConfig
     from .evaluation.config import EvaluateConfig
     from .export.config import ExportConfig
@@ -67,7 +67,7 @@ _PLACES = {
     "core.errors": "UserError",
     "core.place": "Place",
     "core.stage": "Progress",
-    "data.config": "DatasetConfig DatasetsConfig MagpieConfig ProseConfig TextsConfig",
+    "data.config": "DatasetConfig DatasetsConfig DrillsConfig MagpieConfig ProseConfig TextsConfig",
     "distill.config": "DistillConfig",
     "evaluation.config": "EvaluateConfig",
     "export.config": "ExportConfig",
@@ -103,6 +103,7 @@ __all__ = [
     "DatasetConfig",
     "DatasetsConfig",
     "DistillConfig",
+    "DrillsConfig",
     "DryRun",
     "EvaluateConfig",
     "ExportConfig",

@@ -5,8 +5,9 @@
 
 From the data and prune stages of a run of the default recipe: its conversations, its healed cut. Every arm learns from
 as many packed tokens, so in about the same processor time (one thread; printed): from the conversations, from real text
-(Python's language reference; --stories: the questions of a JSONL file), or from both, half of the tokens to learn each,
-in steps of 256 or 1,024 tokens, by the recipe's objective and adapters or by one of the other ways (+kd, +full, ...).
+(Python's language reference; --stories: the questions of a JSONL file), or from conversations and text (half) or drills
+(drilled), half of the tokens to learn each, in steps of 256 or 1,024 tokens, by the recipe's objective and adapters or
+by one of the other ways (+kd, +own-jsd, +full3e-5, ...; the student writes half of the rows with +own...).
 The last checkpoint is measured. What is finished is kept in OUT; the table goes to OUT/table.md.
 """
 
@@ -26,6 +27,8 @@ from compress.api import collect_rows, distill
 from compress.core.files import read_json, write_json
 from compress.core.stage import Context
 from compress.data.chat import load_encoded
+from compress.data.drills import DrillRows
+from compress.data.drills_config import Drills
 from compress.data.mixing import goals, interleaved
 from compress.data.packing import pack
 from compress.data.prose import ProseSource, take
@@ -43,6 +46,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "kd": {"objective": "kd"},
     "all": {"objective": "kd", "learn": "all"},
+    "jsd": {"objective": {"kind": "kd", "divergence": "jsd"}},
+    "reverse": {"objective": {"kind": "kd", "divergence": "reverse"}},
+    "own": {"objective": "kd", "on_policy": {}},
+    "own-jsd": {"objective": {"kind": "kd", "divergence": "jsd"}, "on_policy": {}},
+    "own-reverse": {"objective": {"kind": "kd", "divergence": "reverse"}, "on_policy": {}},
     "rank4": {"objective": "kd", "tune": {"kind": "lora", "rank": 4}},
     "rank64": {"objective": "kd", "tune": {"kind": "lora", "rank": 64}},
     "rank64-rs": {"objective": "kd", "tune": {"kind": "lora", "rank": 64, "alpha": 64.0}},  # rsLoRA, 2312.03732
@@ -63,7 +71,7 @@ class RealText(Study):
         self.start = pruned / "model"
         prose: dict[str, Any] = {"source": "prose", "tokens": 4 * options.tokens, "length": LENGTH, "heldout": 0.05}
         self.rows = {"self": data, "prose": self.made("prose", collect_rows, **prose, path=PYTHON_DOCS)}
-        self.rows["half"] = self.half(data)
+        self.rows |= {"half": self.half(data), "drilled": self.drilled(data)}
         if options.stories:
             own: dict[str, Any] = prose | {"path": str(options.stories.resolve()), "text": "prompt"}
             self.rows["stories"] = self.made("stories", collect_rows, **own)
@@ -77,6 +85,16 @@ class RealText(Study):
             real = take(source, *goals(own, 1.0), self.tokenizer, LENGTH, self.out / "cache")
             folder.mkdir()
             write_rows(folder, interleaved(own, real.rows))
+        return folder
+
+    def drilled(self, data: Path) -> Path:
+        """The run's conversations with as many tokens of drills, as `data.drills: {weight: 1}` has them."""
+        folder = self.out / "drilled"
+        if not folder.exists():
+            own = read_rows(data)
+            drills = DrillRows(Drills(), self.tokenizer, LENGTH, 7).take(*goals(own, 1.0))
+            folder.mkdir()
+            write_rows(folder, interleaved(own, drills))
         return folder
 
     def student(self, arm: str, seed: int) -> tuple[Path, dict[str, float]]:

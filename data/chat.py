@@ -249,6 +249,13 @@ def encode_text(tokenizer: ModelTokenizer, text: str, max_length: int | None = N
     return [Encoded(w, [False] + [True] * (len(w) - 1), start=i) for i, w in windows if len(w) > 1]
 
 
+def measured(row: Row, tokenizer: ModelTokenizer, length: int | None) -> Row:
+    """The row with its numbers of tokens and of targets; texts are split into windows of `length` tokens."""
+    windows = [encode_row(tokenizer, row)] if row.messages else encode_text(tokenizer, row.text or "", length)
+    tokens = sum(len(window.input_ids) for window in windows)
+    return replace(row, tokens=tokens, targets=sum(sum(window.loss_mask) for window in windows))
+
+
 def load_encoded(folder: Path, tokenizer: ModelTokenizer, split: Split, max_length: int) -> list[Encoded]:
     """All rows of one split of a data stage's folder, encoded; a plain text may become several windows.
 

@@ -13,6 +13,7 @@ from ..core.stage import Section
 from .checks import CHECKS, COLUMNS, Check
 from .checks.none import Unchecked
 from .checks.number import FinalNumber
+from .drills_config import Drills, DrillsBeside
 from .prose_config import SUFFIXES, Decontaminate, Prose, ProseBeside
 
 FORMAT = 3
@@ -65,7 +66,15 @@ class _Source(Section):
     )
 
 
-class _Written(_Source):
+class _Mixed(_Source):
+    """Keys of sources that drills can stand beside."""
+
+    drills: DrillsBeside | None = Field(
+        default=None, description="exercises in copying, retrieval and arithmetic beside these rows; null: none"
+    )
+
+
+class _Written(_Mixed):
     """Keys of sources whose rows the unpruned model writes, or rewrites."""
 
     engine: EngineChoice = Field(
@@ -78,7 +87,7 @@ class _Written(_Source):
         return files + (self.prose.prose_files() if self.prose else [])
 
 
-class ProseConfig(_Source, Prose):
+class ProseConfig(_Mixed, Prose):
     """Real text as it is. Nothing is generated: in distillation the unpruned model gives the distribution at every
     token."""
 
@@ -91,6 +100,19 @@ class ProseConfig(_Source, Prose):
 
     def input_files(self) -> list[str]:
         return self.prose_files()
+
+
+class DrillsConfig(_Source, Drills):
+    """Exercises that need copying, retrieval or arithmetic, made from templates; their answers are known."""
+
+    source: Literal["drills"]
+    rows: int = Field(default=96, ge=2, description="how many rows to make")
+    heldout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of rows held out of training, at least one row"
+    )
+    length: int = Field(
+        default=512, ge=8, description="maximum row length in tokens; a row has as many exercises as fit, at most four"
+    )
 
 
 class MagpieConfig(_Written):
@@ -336,4 +358,4 @@ class DatasetsConfig(RowsFromData):
 
 
 WrittenConfig = MagpieConfig | TextsConfig | DatasetConfig | DatasetsConfig
-DataConfig = Annotated[WrittenConfig | ProseConfig, Field(discriminator="source")]
+DataConfig = Annotated[WrittenConfig | ProseConfig | DrillsConfig, Field(discriminator="source")]

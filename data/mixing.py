@@ -1,10 +1,10 @@
-"""Real text beside the rows of another source: as many tokens as its weight says, and one order of all rows."""
+"""Real text and drills beside a source's own rows: as many tokens as the weight says, and one order of all rows."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .rows import Row
 
 
 def goals(rows: Sequence[Row], weight: float) -> tuple[int, int]:
-    """Tokens of real text to learn and to hold out beside these rows; at least one of each."""
+    """Tokens to learn and to hold out beside these rows; at least one of each."""
     sums: Counter[str] = Counter()
     for row in rows:
         sums[row.split] += row.targets
@@ -43,9 +43,9 @@ def check_enough(
     )
 
 
-def interleaved(own: Sequence[Row], real: Sequence[Row]) -> list[Row]:
-    """All rows in one order, numbered anew, so that any part of a split has about the same share of both sources."""
-    ranked = [entry for number, rows in enumerate((own, real)) for entry in _ranked(rows, number)]
+def interleaved(*sources: Sequence[Row]) -> list[Row]:
+    """All rows in one order, numbered anew, so that any part of a split has about the same share of every source."""
+    ranked = [entry for number, rows in enumerate(sources) for entry in _ranked(rows, number)]
     ranked.sort(key=lambda entry: entry[:2])
     return [replace(row, id=id) for id, (_, _, row) in enumerate(ranked)]
 
@@ -63,7 +63,7 @@ def _ranked(rows: Sequence[Row], number: int) -> list[tuple[float, int, Row]]:
     return ranked
 
 
-def shares(sources: dict[str, Sequence[Row]]) -> dict[str, SourceShare]:
+def shares(sources: Mapping[str, Sequence[Row]]) -> dict[str, SourceShare]:
     """Rows and tokens of each source, by its title."""
     everything = sum(row.targets for rows in sources.values() for row in rows if row.split == "train")
     return {title: _share(rows, everything) for title, rows in sources.items()}

@@ -14,13 +14,16 @@ from ..core.stage import WORK, Context, Inputs
 from ..modeling.load import load_tokenizer
 from ..modeling.types import ModelTokenizer
 from ..records.figures import DataFigures, ProseFigures, RewriteShares, SourceShare
-from .chat import encode_row, encode_text
+from .chat import measured
 from .collect import collect, sources
 from .config import FORMAT as FORMAT
-from .config import DataConfig, DatasetConfig, DatasetsConfig, MagpieConfig, ProseConfig, TextsConfig
+from .config import DataConfig, DatasetConfig, DatasetsConfig, DrillsConfig, MagpieConfig, ProseConfig, TextsConfig
 from .cost import prose_goals
 from .decontaminate import evaluation_file
 from .drafts import KEPT, draw_rows
+from .drills import SOURCE as DRILLS
+from .drills import DrillRows
+from .drills_config import DrillsBeside
 from .engines import check_engine
 from .magpie import Magpie, query, to_row
 from .mixing import check_enough, goals, interleaved
@@ -38,7 +41,7 @@ EXAMPLES = "examples.json"  # rewrites beside gold
 
 def ready(config: DataConfig, context: Context) -> None:
     """Reject engines that are not installed, before the model is downloaded."""
-    if isinstance(config, ProseConfig):
+    if isinstance(config, ProseConfig | DrillsConfig):
         return
     if not isinstance(config, (DatasetConfig, DatasetsConfig)) or any(part.rewrite for part in config.parts):
         check_engine(config.engine, context)
@@ -52,7 +55,9 @@ def check(config: DataConfig, base: Path, context: Context) -> None:
         decontaminate = source.config.decontaminate
         for file in decontaminate.files if decontaminate else []:
             evaluation_file(file, context, source.where)
-    if isinstance(config, ProseConfig):
+    if isinstance(config, DrillsConfig) or config.drills is not None:
+        _drills(config, load_tokenizer(base), context)
+    if isinstance(config, ProseConfig | DrillsConfig):
         return
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
         for source in sources(config, context):
@@ -107,7 +112,7 @@ def _writes(config: DataConfig) -> bool:
     """Whether the unpruned model generates text, which all processes do together."""
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
         return any(part.rewrite is not None for part in config.parts)
-    return not isinstance(config, ProseConfig)
+    return not isinstance(config, ProseConfig | DrillsConfig)
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,17 @@ class _Made:
 
 
 def _made(config: DataConfig, inputs: Inputs, out_dir: Path, tokenizer: ModelTokenizer, context: Context) -> _Made:
-    """The rows of both splits, and real text beside them."""
+    """The rows of both splits, and what stands beside them."""
     source, cache = _prose(config, context), out_dir / WORK / "prose"
+    drills = _drills(config, tokenizer, context)
     if isinstance(config, ProseConfig):
         taken = take(ProseSource(config, context), *prose_goals(config), tokenizer, config.length, cache)
-        return _Made(taken.rows, taken.counts, prose=_prose_figures(taken))
+        made = _Made(taken.rows, taken.counts, prose=_prose_figures(taken))
+        return _with_drills(made, {config.source: made.rows}, config.drills, drills, context)
+    if isinstance(config, DrillsConfig):
+        assert drills is not None
+        rows = split_rows([drills.row(number) for number in range(config.rows)], config.heldout, context.seed)
+        return _Made(rows, Counter({KEPT: len(rows)}))
     if source is not None and config.prose is not None:
         check_enough(config, source, config.prose.weight, tokenizer, cache)
     if isinstance(config, (DatasetConfig, DatasetsConfig)):
@@ -139,21 +150,45 @@ def _made(config: DataConfig, inputs: Inputs, out_dir: Path, tokenizer: ModelTok
     if context.rank:
         return made
     rows = split_rows(made.rows, config.heldout, context.seed)
-    rows = [_measured(row, tokenizer, config.length) for row in rows]
-    if source is None or config.prose is None:
-        return replace(made, rows=rows)
-    taken = take(source, *goals(rows, config.prose.weight), tokenizer, config.length, cache)
-    shares = shares_of({config.source: rows, source.title: taken.rows})
+    rows = [measured(row, tokenizer, config.length) for row in rows]
+    beside: dict[str, list[Row]] = {config.source: rows}
+    if source is not None and config.prose is not None:
+        taken = take(source, *goals(rows, config.prose.weight), tokenizer, config.length, cache)
+        made, beside[source.title] = replace(made, prose=_prose_figures(taken)), taken.rows
+    return _with_drills(replace(made, rows=rows), beside, config.drills, drills, context)
+
+
+def _with_drills(
+    made: _Made, sources: dict[str, list[Row]], config: DrillsBeside | None, drills: DrillRows | None, context: Context
+) -> _Made:
+    """All sources in one order, drills last; the first one's rows are the source's own."""
+    if config is not None and drills is not None:
+        own = next(iter(sources.values()))
+        sources = sources | {DRILLS: drills.take(*goals(own, config.weight))}
+    if len(sources) == 1:
+        return made
+    shares = shares_of(sources)
     parts = [f"{one.share:.1%} {title}" for title, one in shares.items()]
     context.progress.note(f"tokens to learn: {', '.join(parts)}")
-    return replace(made, rows=interleaved(rows, taken.rows), prose=_prose_figures(taken), shares=shares)
+    return replace(made, rows=interleaved(*sources.values()), shares=shares)
 
 
 def _prose(config: DataConfig, context: Context) -> ProseSource | None:
     """The recipe's real text, if it has some."""
     if isinstance(config, ProseConfig):
         return ProseSource(config, context)
+    if isinstance(config, DrillsConfig):
+        return None
     return ProseSource(config.prose, context, "data.prose") if config.prose is not None else None
+
+
+def _drills(config: DataConfig, tokenizer: ModelTokenizer, context: Context) -> DrillRows | None:
+    """What makes the recipe's drills, if it has some."""
+    if isinstance(config, DrillsConfig):
+        return DrillRows(config, tokenizer, config.length, context.seed)
+    if config.drills is None:
+        return None
+    return DrillRows(config.drills, tokenizer, config.length, context.seed, "data.drills")
 
 
 def _prose_figures(taken: Taken) -> ProseFigures:
@@ -210,12 +245,6 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/heldout/{row.id}".encode()).digest())
     heldout = {row.id for row in ranked[:count]}
     return [replace(row, split="heldout" if row.id in heldout else "train") for row in rows]
-
-
-def _measured(row: Row, tokenizer: ModelTokenizer, length: int) -> Row:
-    windows = [encode_row(tokenizer, row)] if row.messages else encode_text(tokenizer, row.text or "", length)
-    tokens = sum(len(window.input_ids) for window in windows)
-    return replace(row, tokens=tokens, targets=sum(sum(window.loss_mask) for window in windows))
 
 
 def statistics(rows: Sequence[Row], counts: Counter[str]) -> DataFigures:

@@ -22,7 +22,7 @@ from ..core.files import check_folder_exists
 from ..core.place import ANYWHERE, Place
 from ..core.registry import packages
 from ..core.stage import Context, Inputs, Section
-from ..data.config import DataConfig, ProseConfig, WrittenConfig
+from ..data.config import DataConfig, DrillsConfig, ProseConfig, WrittenConfig
 from ..distill.config import DistillConfig
 from ..modeling.source import fingerprint_source, hash_file
 from ..prune.config import PruneConfig
@@ -98,7 +98,7 @@ class _Data(Section):
 def collect_rows(
     model: ModelLike,
     out: str | Path,
-    section: WrittenConfig | ProseConfig | None = None,
+    section: WrittenConfig | ProseConfig | DrillsConfig | None = None,
     *,
     device: str = "cpu",
     dtype: str = "float32",

@@ -54,7 +54,7 @@ class DataFigures(SparseEntry):
     sets: dict[str, int] = Field(default_factory=dict, description="data set → rows")
     prose: ProseFigures | None = Field(default=None, description="the real text among the rows")
     shares: dict[str, SourceShare] = Field(
-        default_factory=dict, description="with real text beside other rows: both sources"
+        default_factory=dict, description="with real text or drills beside other rows: every source"
     )
     rewritten: RewriteShares | None = Field(default=None, description="what became of the gold answers")
     teacher_targets: int | None = Field(default=None, description="response tokens with stored distributions")
