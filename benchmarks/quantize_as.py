@@ -1,7 +1,7 @@
 """Training through the rounded weights against rounding afterwards, at equal learned tokens: docs/research/log.md.
 
     python benchmarks/quantize_as.py --run runs/smollm2-135m-24L --text wikitext2_valid.txt [--types Q4_0,int4]
-        [--after 0,0.5] [--scales Q4_0] [--steps 16] [--seeds 1] [--out build/quantize_as]
+        [--after 0,0.75] [--scales Q4_0] [--steps 16] [--seeds 1] [--out build/quantize_as]
 
 From the data and prune stages of a run of the default recipe: its conversations (all tokens are learned), its healed
 cut. One student is trained in float and then rounded as each type; one for each type is trained with `quantize_as`,
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of smollm2_135m_24L")
     parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
     parser.add_argument("--types", default="Q4_0,int4")
-    parser.add_argument("--after", default="0,0.5", help="shares of the steps that are made without rounding")
+    parser.add_argument("--after", default="0,0.75", help="shares of the steps that are made without rounding")
     parser.add_argument("--scales", default="Q4_0", help="GGUF types whose scales are trained as well")
     parser.add_argument("--steps", type=int, default=16, help=f"of up to {PER_STEP} tokens")
     parser.add_argument("--seeds", type=int, default=1)
