@@ -34,6 +34,8 @@ from .llamacpp_server import ServerGone
 KEY = "LLAMA_API_KEY"  # llama.cpp's own variable
 ANSWER_SECONDS = 900  # the longest wait for an answer: reading a long prompt on a slow machine takes minutes
 ASK_SECONDS = 60  # to wait for a program's --help
+# With these of llama.cpp's variables it would answer elsewhere; the others are the user's to set.
+_UNREACHABLE = ("LLAMA_ARG_API_PREFIX", "LLAMA_ARG_SSL_KEY_FILE", "LLAMA_ARG_SSL_CERT_FILE")
 ATTEMPTS = 3  # ports tried: another process may take one between its choice and its use
 NEEDED = ("--model", "--host", "--port", "--ctx-size", "--parallel", "--threads", "--gpu-layers")
 
@@ -254,7 +256,8 @@ class StartedServer(LlamaServer):
         self._lines: deque[str] = deque(maxlen=60)
         keeper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py"))]
         with short_spins():
-            environment = os.environ | {KEY: self._key}
+            environment = {name: value for name, value in os.environ.items() if name not in _UNREACHABLE}
+            environment[KEY] = self._key
         # A session of its own: Ctrl-C in the terminal ends an answer, not the server.
         self._process = subprocess.Popen(
             [*keeper, *command],
@@ -272,7 +275,7 @@ class StartedServer(LlamaServer):
         while self._process.poll() is None:
             if _answers(port):
                 super().__init__(f"http://127.0.0.1:{port}", f"llama-server ({self._program})", self._key)
-                self.processes = tuple(child.pid for child in psutil.Process(self._process.pid).children())
+                self.processes = _children(self._process.pid)
                 return True
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
@@ -306,6 +309,13 @@ class StartedServer(LlamaServer):
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
             self._process.wait()
+
+
+def _children(process: int) -> tuple[int, ...]:
+    try:
+        return tuple(child.pid for child in psutil.Process(process).children())
+    except psutil.Error:  # it has ended
+        return ()
 
 
 def _answers(port: int) -> bool:

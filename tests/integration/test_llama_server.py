@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from compress.api import evaluate
 from compress.cli import main as cli
 from compress.core.errors import UserError
 from compress.core.extras import package_folder
@@ -27,7 +28,9 @@ from compress.core.stage import Context
 from compress.data.config import LlamaCppSettings
 from compress.data.engines import open_engine as open_writer
 from compress.data.sampling import Sampling
+from compress.export.config import ExportConfig
 from compress.export.gguf import write_gguf
+from compress.export.stage import export_checkpoint
 from compress.kv.settings import KvBudget
 from compress.runtime import llama_server
 from compress.runtime.bench import measure_depth
@@ -268,7 +271,8 @@ def test_a_file_that_cannot_be_loaded_is_said(bundle, tmp_path):
     server.close()
 
 
-# Its drafting is not tested with the real one: that build aborts when it loads a second model, which stock ones do not.
+# Its drafting, and verification, are not tested with the real one: that build aborts when it tokenizes text (std::regex
+# of two C++ libraries), which stock ones do not.
 def test_what_a_build_does_not_take_is_left_out():
     bare = Program("llama-server", frozenset(llama_server.NEEDED), ())
     assert llama_server._options(bare, None, 0, "f16", OWN) == []
@@ -334,6 +338,24 @@ def test_what_cannot_be_is_one_line(bundle, command, options, message, capsys):
 def test_budgets_are_refused_from_python_too(bundle):
     with pytest.raises(UserError, match="evicts nothing by a policy"):
         Session(bundle, kv_budget=KvBudget(64), place=OWN)
+
+
+def test_eval_measures_artifacts_in_it(shaken, tmp_path, monkeypatch):
+    export_checkpoint(shaken(blocks=2), tmp_path / "bundle", ExportConfig(gguf=["F16"]), Context(), "tiny")
+    (tmp_path / "text.txt").write_text("the way of many people is which model time and look so " * 30)
+    how = {"text": tmp_path / "text.txt", "tokens": 48, "window": 24, "runs": tmp_path / "runs", "speed": None}
+    (plain,) = evaluate(tmp_path / "bundle", **how)
+    started: list[Path] = []
+    start = llama_server.start_server
+    monkeypatch.setattr(llama_server, "start_server", lambda file, *rest: (started.append(file), start(file, *rest))[1])
+    (found,) = evaluate(tmp_path / "bundle", **how, place=OWN)
+    assert len(started) == 1 and found.perplexity == pytest.approx(plain.perplexity, rel=1e-3)
+
+
+def test_variables_that_would_move_it_are_not_handed_on(bundle, monkeypatch):
+    monkeypatch.setenv("LLAMA_ARG_API_PREFIX", "/elsewhere")
+    with Session(bundle, threads=1, context=64, place=OWN) as session:
+        assert len(write(session, 4, 2)) == 2
 
 
 def test_bench_counts_the_servers_memory(bundle):

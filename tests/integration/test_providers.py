@@ -98,6 +98,22 @@ def test_a_provider_gets_its_options_and_no_other_has_its_place(bundle, claimed,
     assert asked == [{"providers": wanted, "enable_fallback": 0}]
 
 
+def test_on_the_cpu_a_session_is_what_it_always_was(bundle, monkeypatch):
+    asked: list[Any] = []
+    create = onnxruntime.InferenceSession
+
+    def session(graph: Any, options: Any, **how: Any) -> Any:
+        asked.append(how)
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(providers._ASSIGNMENT)
+        return create(graph, options, **how)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with Session(bundle, "onnx", threads=1) as opened:
+        assert opened.device == "cpu" and opened.generate("the way", max_tokens=2).text
+    assert asked == [{"providers": ["CPUExecutionProvider"], "enable_fallback": 0}] * 4
+
+
 def test_off_the_cpu_the_cache_is_bound_for_each_pass(bundle, monkeypatch):
     chain, bound = BlockChain(folder_of(bundle), [2, 4], threads=1), []
     bind = CachedText._bind_cache
