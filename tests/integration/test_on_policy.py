@@ -21,6 +21,8 @@ from compress.modeling.checkpoint import save_checkpoint
 from compress.modeling.load import load_model, load_tokenizer
 from compress.pipeline.recipe import Recipe
 from compress.records.curves import TrainingStep, student_lines
+from compress.sort import stage as sort_stage
+from compress.sort.config import SortConfig
 from compress.training.on_policy import Steps, StudentRows, prompt_length
 from transformers import Trainer
 
@@ -197,6 +199,20 @@ def test_a_killed_run_ends_with_the_same_bytes(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     del metrics["seconds_training"], again["seconds_training"]
     assert again == metrics
+
+
+@pytest.mark.parametrize("kind", ["sort", "rounded"])
+def test_other_trainings_have_such_rows_too(world: World, seen: list[Any], tmp_path: Path, kind: str) -> None:
+    """Several depths, of which the deepest writes; and weights that are rounded, which write as they are."""
+    keys = {"objective": "kd", "length": LENGTH, "max_steps": 2, "accumulate": 2, "on_policy": OWN}
+    if kind == "sort":
+        config = SortConfig.model_validate(keys | {"depths": [1, 3]})
+        (tmp_path / WORK).mkdir()
+        figures = sort_stage.run(config, world.inputs, tmp_path, Context(seed=SEED))
+    else:
+        figures = world(**keys, tune={"kind": "lora", "rank": 4, "quantize_as": "Q4_0", "quantize_after": 0})
+    replaced = sum(new != old for _, before, after in seen for old, new in zip(flat(before), flat(after), strict=True))
+    assert figures["on_policy"]["rows"] == replaced > 0
 
 
 def test_the_prompt_is_what_stands_before_the_last_answer() -> None:
