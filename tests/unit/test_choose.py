@@ -99,6 +99,7 @@ def test_a_recipe_names_types_and_sizes_side_by_side():
     ("given", "message"),
     [
         ({"size": "big"}, "size: 'big' is no size, such as 80MB"),
+        ({"sizze": "60MB"}, "{size: 80MB} or {bits: 4.3}; did you mean 'size'?"),
         ({"size": "4bits"}, "is no size"),
         ({"bits": "4"}, "bits: '4' is no number of bits per weight"),
         ({"bits": 0}, "no number of bits"),

@@ -14,6 +14,7 @@ from compress.data.chat import Encoded
 from compress.data.packing import Batch, pack
 from compress.data.rows import Row, write_rows
 from compress.modeling.load import load_model, load_tokenizer
+from compress.records.manifest import StageManifest
 
 
 def random_rows(sizes: list[int], seed: int = 0) -> list[Encoded]:
@@ -110,6 +111,26 @@ def test_packed_rows_do_not_see_each_other(tiny: Callable[..., Path], family: st
                     torch.testing.assert_close(logits[b][at], alone, atol=1e-5, rtol=1e-5)
                     compared += 1
     assert compared == len(rows)
+
+
+def test_calibration_leaves_out_what_stands_beside_the_sources_own_rows(
+    tiny: Callable[..., Path], tmp_path: Path, manifest_of: Callable[..., StageManifest]
+) -> None:
+    tokenizer = load_tokenizer(tiny())
+    rows = [Row(i, "train", text="the way of many " * 4, source=("magpie", "book.txt")[i % 2]) for i in range(6)]
+    write_rows(tmp_path, rows)
+    data = Inputs(tmp_path, tmp_path, {"data": tmp_path})
+
+    def tokens(own: bool) -> int:
+        batches = calibration_batches(data, tokenizer, tokens=10**6, length=64, batch=1, own=own)
+        return sum(batch.tokens for batch in batches)
+
+    whole = tokens(own=False)
+    assert tokens(own=True) == whole  # nothing tells them apart
+    manifest_of(stage="data", metrics={"shares": {"magpie": {}, "book.txt": {}}}).write(tmp_path)
+    assert tokens(own=True) == whole / 2 and tokens(own=False) == whole
+    manifest_of(stage="data", metrics={"shares": None}).write(tmp_path)
+    assert tokens(own=True) == whole
 
 
 def test_calibration_takes_training_rows_up_to_a_count(tiny: Callable[..., Path], tmp_path: Path) -> None:
