@@ -48,7 +48,7 @@ def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_settle_cuts_where_sampling_would_have_stopped() -> None:
-    assert settle([5, 6, 2, 7], {2}, 9) == Sampled([5, 6], ended=True)
+    assert settle([5, 6, 2, 7], {2}, 9) == Sampled([5, 6], ended=True, stop=2)
     assert settle([5, 6, 7], {2}, 2) == Sampled([5, 6])
     assert settle([], {2}, 5) == Sampled([])
     # A template whose user turn ends in plain text: the tokens that close it stay, as in `sample`.
@@ -76,7 +76,7 @@ def test_llamacpp_takes_the_likeliest_tokens_as_torch_does(base: Path, gguf: Pat
         engine.close()
     torch_engine = open_engine(TransformersSettings(), base, Context(), 64, 2)
     assert found == torch_engine.sample(PROMPTS, [1, 2, 3, 4], how, stop={2}, banned=[0, 1])
-    assert found == [Sampled([], ended=True)] * 4  # the random model's likeliest token ends its turn
+    assert found == [Sampled([], ended=True, stop=2)] * 4  # the random model's likeliest token ends its turn
     assert longer == torch_engine.sample(PROMPTS, [1, 2, 3, 4], how, stop=set(), banned=[0, 1, 2])
     assert [len(row.tokens) for row in longer] == [12] * 4 and len({tuple(row.tokens) for row in longer}) > 2
 
@@ -253,7 +253,7 @@ def test_vllm_is_asked_for_what_sampling_says(vllm: Any, base: Path) -> None:
     engine = open_engine(VllmSettings(memory=0.5, gpus=2), base, Context(9, "cuda", "bfloat16"), 96, 4)
     found = engine.sample(PROMPTS, [11, 12, 13, 14], Sampling(50, 0.6, 0.95), stop={2}, banned=[0, 1])
     assert found == [
-        Sampled([5, 6], ended=True),
+        Sampled([5, 6], ended=True, stop=2),
         Sampled([5, 6], ended=True),
         Sampled([5] * LOOP, looped=True),
         Sampled([7, 8]),
