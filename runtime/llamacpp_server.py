@@ -126,7 +126,7 @@ def open_server(
         raise UserError(f"llama.cpp cannot load {file}: {_reason(xllamacpp, parameters)}") from error
     # A server that is closed before its loop has started waits for it forever; an answer shows that it runs.
     checked(post(server, "/completion", {"prompt": [0], "n_predict": 0, "cache_prompt": False}), file)
-    return OwnServer(server, slots, context, _device_name(place))
+    return OwnServer(server, slots, context, device_name(place))
 
 
 def gpus() -> list[str]:
@@ -153,7 +153,7 @@ def gpu_layers(place: Place) -> tuple[int, bool]:
     return place.layers, False
 
 
-def _device_name(place: Place) -> str:
+def device_name(place: Place) -> str:
     """Where a server in this process runs a model: cpu, or the GPU with how many layers go to it."""
     found = gpus() if place.layers != 0 else []
     if not found:

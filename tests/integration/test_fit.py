@@ -46,7 +46,7 @@ WORDS = "the way of many people is which model and time look so é 42 on a in".s
 
 def timed_here(path: Path, **how: Any) -> Measurement:
     """`measure` without a process of its own, which takes longer to start than to measure: its memory is this one's."""
-    values = _measure_artifact(path, {"threads": 1, "runtime": None, **how})
+    values = _measure_artifact(path, {"threads": 1, "runtime": None, "place": {}, **how})
     return Measurement(Speed(*values["speed"]), values["peak_memory_bytes"], values["load_seconds"])
 
 
