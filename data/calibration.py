@@ -9,9 +9,8 @@ from ..core.files import read_text
 from ..core.stage import Inputs
 from ..modeling.types import ModelTokenizer
 from ..records.manifest import StageManifest
-from .chat import Encoded, encode_rows, encode_text, load_encoded
+from .chat import Encoded, encode_text, load_encoded
 from .packing import Batch, pack
-from .rows import read_rows
 
 
 def calibration_batches(
@@ -35,8 +34,7 @@ def calibration_batches(
     elif "data" in inputs.stages:
         folder = inputs.stages["data"]
         others = beside(folder) if own else set()
-        rows = encode_rows(tokenizer, (row for row in read_rows(folder, "train") if row.source not in others), length)
-        rows = rows or load_encoded(folder, tokenizer, "train", length)
+        rows = load_encoded(folder, tokenizer, "train", length, without=others)
     else:
         raise UserError("no calibration data: add a `data` section to the recipe, or name a text file")
     if not rows:

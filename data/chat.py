@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -256,12 +256,16 @@ def measured(row: Row, tokenizer: ModelTokenizer, length: int | None) -> Row:
     return replace(row, tokens=tokens, targets=sum(sum(window.loss_mask) for window in windows))
 
 
-def load_encoded(folder: Path, tokenizer: ModelTokenizer, split: Split, max_length: int) -> list[Encoded]:
-    """All rows of one split of a data stage's folder, encoded; a plain text may become several windows.
+def load_encoded(
+    folder: Path, tokenizer: ModelTokenizer, split: Split, max_length: int, without: Collection[str] = ()
+) -> list[Encoded]:
+    """All rows of one split of a data stage's folder but those `without` sources, encoded; a plain text may become
+    several windows.
 
     Rows without a token to train on within `max_length` tokens are dropped; raises `UserError` if none is left.
     """
-    encoded = encode_rows(tokenizer, read_rows(folder, split), max_length)
+    rows = (row for row in read_rows(folder, split) if row.source not in without)
+    encoded = encode_rows(tokenizer, rows, max_length)
     if not encoded:
         raise UserError(f"no {split} row of {folder.name} has a token to train on in its first {max_length} tokens")
     return encoded

@@ -140,7 +140,7 @@ class UnprunedModels:
         kinds = self.tried(form, limit, sized)
         if kinds and target_of(kinds[0]) is not None:
             try:
-                self._sensitivity()
+                _ = self._sensitivity
             except UserError as error:
                 self.context.progress.note(f"no rival with a type per tensor: {error}")
                 del kinds[0]
@@ -183,11 +183,12 @@ class UnprunedModels:
             ANY_TYPE,
             self.work,
             self._built,
-            self._sensitivity,
+            lambda: self._sensitivity,
             self._imatrix,
             self.context.progress,
         )
 
+    @cached_property
     def _sensitivity(self) -> Sensitivity:
         """How much each matrix's errors matter, from the rows that the artifacts' was measured on."""
         file = self.work / "sensitivity.safetensors"
